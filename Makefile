@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target that needs it makes. Works with GNU make 3.81.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+DEMO_OUTPUT := models/demo
+DEMO_OPTIONS := \
+	--domain stories \
+	--teacher embedded:teacher \
+	--student embedded:student \
+	--prompts conch_dna/assets/story_openings.txt \
+	--output-dir $(DEMO_OUTPUT)
+
+# pip compiles all 12,000 installed files, which takes longer than the rest of the set-up; without
+# it Python compiles what is used, when it is first used, unless this variable forbids that.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help demo test bench clean
+
+help:
+	@echo 'make demo    distil the embedded teacher into the embedded student and measure it'
+	@echo 'make test    ruff, mypy and every test, with line coverage of at least 90%'
+	@echo 'make bench   run every script in tests/benchmarks'
+	@echo 'make clean   remove .venv, caches and the output of the demo; other models stay'
+	@echo 'PYTHON=...   the interpreter that makes .venv (3.11 or newer), now: $(PYTHON)'
+
+demo: .venv/stamp
+	$(BIN)/python -m conch_dna.training.true_kd $(DEMO_OPTIONS)
+
+test: .venv/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+bench: .venv/stamp
+	@for script in tests/benchmarks/[a-z]*.py; do \
+		test -f "$$script" || { echo 'tests/benchmarks holds no script'; continue; }; \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" || exit 1; \
+	done
+
+clean:
+	rm -rf .venv build dist htmlcov .coverage .coverage.* $(DEMO_OUTPUT)
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find conch_dna examples tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'conch_dna needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=python3.11 ...' >&2; \
+		exit 2; }
+	@echo 'Setting up .venv (1 to 3 minutes, once)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip
+	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,9 @@
+"""``python -m conch_dna``: the command line under its module name.
+
+It knows nothing about the commands; add those to ``conch_dna/cli.py``.
+"""
+
+from conch_dna.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="python -m conch_dna")

@@ -1,0 +1,275 @@
+"""Files that are either whole or absent: atomic writes, digests, one writer per folder.
+
+Knows nothing of models or training; it moves named arrays and JSON documents to disk and back.
+To store something new: give `write_folder` one more document or group of arrays.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+
+from conch_dna.digests import file_digest
+from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
+
+DIGESTS = "digests.json"
+_TEMPORARY = ".writing-"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
+    """Write one file to a temporary name, sync it, rename it; on failure nothing is left.
+
+    Args:
+        path: The file to make or replace; its folder is made when missing.
+        content: Its bytes, its text, or a function that writes the file it is given (which has
+            the same suffix).
+
+    Raises:
+        ConchError: The disk is full or not writable; the old file, if any, is untouched.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(temporary)
+        elif isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            temporary.write_bytes(content)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically, indented, keys in their order."""
+    write_atomically(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """A document as indented JSON text; NaN and infinities are refused."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def save_arrays(
+    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
+    """Write arrays as one safetensors file, atomically."""
+    write_atomically(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
+
+
+def _unwritable(path: Path, error: Exception) -> ConchError:
+    return ConchError(
+        f"cannot write {path}: {error}. Nothing half-written was left; free some disk space or "
+        "choose another --output-dir, then go on with --resume"
+    )
+
+
+def write_folder(
+    path: Path,
+    *,
+    arrays: Mapping[str, Mapping[str, mx.array]] | None = None,
+    documents: Mapping[str, Any] | None = None,
+    writers: Mapping[str, Callable[[Path], None]] | None = None,
+) -> None:
+    """Make a folder of files that appears whole or not at all.
+
+    Everything is written under a temporary name in the same parent, synced, and renamed. A
+    folder that stands at `path` is replaced.
+
+    Args:
+        path: The folder to make.
+        arrays: File name (ending in .safetensors) to named arrays.
+        documents: File name (ending in .json) to JSON document, or other name to text.
+        writers: File name to a function that writes the file it is given.
+
+    Raises:
+        ConchError: The disk is full or not writable; what stood at `path` is untouched.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, group in (arrays or {}).items():
+            mx.save_safetensors(str(temporary / name), dict(group))
+        for name, document in (documents or {}).items():
+            text = json_text(document) if name.endswith(".json") else document
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, write in (writers or {}).items():
+            write(temporary / name)
+        digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+        (temporary / DIGESTS).write_text(json_text(digests), encoding="utf-8")
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+        _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(path, error) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def verify_folder(path: Path) -> None:
+    """Check every file of a folder against the digests stored in it.
+
+    Raises:
+        NotWholeError: A file is missing, added, truncated or altered; the message names it.
+    """
+    try:
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole") from error
+    for name, digest in digests.items():
+        file = path / name
+        if not file.is_file():
+            raise NotWholeError(f"{path} is not whole: {name} is missing")
+        if file_digest(file) != digest:
+            raise NotWholeError(f"{path} is not whole: {name} was truncated or altered")
+
+
+def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:
+    """Read back what `write_folder` wrote, verifying it first.
+
+    Returns:
+        The groups of arrays and the JSON documents, by file name.
+
+    Raises:
+        NotWholeError: See `verify_folder`.
+    """
+    verify_folder(path)
+    arrays: dict[str, dict[str, mx.array]] = {}
+    documents: dict[str, Any] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix == ".safetensors":
+            loaded = mx.load(str(file))
+            assert isinstance(loaded, dict)
+            mx.eval(loaded)
+            arrays[file.name] = loaded
+        elif file.suffix == ".json" and file.name != DIGESTS:
+            documents[file.name] = json.loads(file.read_text(encoding="utf-8"))
+    return arrays, documents
+
+
+def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
+    """Folders named `<prefix><number>` in `parent`, lowest number first."""
+    found = []
+    if parent.is_dir():
+        for path in parent.iterdir():
+            number = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and number.isdecimal() and path.is_dir():
+                found.append((int(number), path))
+    return sorted(found)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Delete temporary files and folders that a killed process left in `parent`.
+
+    A folder that was moved aside for a replacement that never came is put back.
+    """
+    if not parent.is_dir():
+        return
+    for path in parent.glob(f"{_TEMPORARY}*"):
+        if path.is_dir() and path.name.startswith(f"{_TEMPORARY}old-"):
+            original = path.with_name(path.name.removeprefix(f"{_TEMPORARY}old-"))
+            if not original.exists():
+                os.rename(path, original)
+                continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Every key whose value differs, as `name: was A, now B`, in the order of the keys."""
+    names: Iterable[str] = dict.fromkeys([*saved, *now])
+    missing = "absent"
+    return [
+        f"{name}: was {saved.get(name, missing)!r}, now {now.get(name, missing)!r}"
+        for name in names
+        if saved.get(name, missing) != now.get(name, missing)
+    ]
+
+
+class FolderLock:
+    """Lets one process at a time write to a folder; a killed process frees it.
+
+    Use as a context manager.
+
+    Raises:
+        FolderInUseError: Another process holds it; the message names that process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._owner = folder / "run.lock.json"
+        self._lock: Any = None
+
+    def __enter__(self) -> "FolderLock":
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / "run.lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise FolderInUseError(
+                f"{self.folder} is in use by {self._holder()}: wait for it to end, or choose "
+                "another --output-dir"
+            ) from None
+        except OSError as error:
+            raise ConchError(
+                f"cannot write to {self.folder}: {error}. Choose another --output-dir"
+            ) from error
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        write_json(self._owner, owner)
+        return self
+
+    def _holder(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._owner.unlink(missing_ok=True)
+        self._lock.release()

@@ -1,0 +1,281 @@
+"""Every command: parses, calls, prints; decides nothing.
+
+Options of `distill` are made from the fields of KDConfig, so a new field is a new option.
+To add a command: a function here under `main`, with help, an example, and a line in README.md.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from conch_dna import __version__
+from conch_dna.errors import ConchError, Interrupted
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.settings import (
+    DEFAULT_STUDENT,
+    DEFAULT_TEACHER,
+    KDConfig,
+    KDResult,
+    kind_of,
+    range_text,
+)
+
+if TYPE_CHECKING:
+    from conch_dna.training.true_kd import TrueKnowledgeDistiller
+
+F = TypeVar("F", bound=Callable[..., Any])
+RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
+INTERRUPTED_EXIT = 130
+
+
+class OneLineErrors(click.Command):
+    """A command whose user errors are one line on standard error and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except Interrupted as error:
+            click.echo(str(error), err=True)
+            sys.exit(INTERRUPTED_EXIT)
+        except ConchError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command with --resume goes on", err=True)
+            sys.exit(INTERRUPTED_EXIT)
+
+
+def config_options(command: F) -> F:
+    """Give a command one option per field of KDConfig; those not given are None."""
+    for option in reversed(fields(KDConfig)):
+        name = option.name.replace("_", "-")
+        limits = range_text(option)
+        default = option.default if option.default != "" else "none"
+        described = f"{option.metadata['help']} [default: {str(default).lower()}"
+        described += f"; {limits}]" if limits else "]"
+        if kind_of(option) == "bool":
+            decorate = click.option(
+                f"--{name}/--no-{name}", option.name, default=None, help=described
+            )
+        else:
+            kind: Any = {"float": float, "int": int, "str": str}[kind_of(option)]
+            if option.metadata["choices"]:
+                kind = click.Choice(option.metadata["choices"])
+            names = ["--num-iters", "--iters"] if option.name == "num_iters" else [f"--{name}"]
+            decorate = click.option(*names, option.name, type=kind, default=None, help=described)
+        command = decorate(command)
+    return command
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: conch-dna distill --domain thinking",
+)
+@click.version_option(__version__, prog_name="conch_dna")
+def main() -> None:
+    r"""Distil what big language models know into small ones, with MLX.
+
+    \b
+    Example:
+      conch-dna distill --domain thinking
+    """
+
+
+@main.command(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--domain",
+    metavar="NAME",
+    help=f"What to distil: {', '.join(DOMAIN_PROMPTS)}; any plain name with --data or --prompts.",
+)
+@click.option("--all", "all_domains", is_flag=True, help="All six domains, one after the other.")
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help=f"Hub id, folder, or embedded:teacher. [default: {DEFAULT_TEACHER}]",
+)
+@click.option(
+    "--student",
+    metavar="MODEL",
+    help=f"Hub id, folder, or embedded:student. [default: {DEFAULT_STUDENT}]",
+)
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="JSONL of messages, prompt and completion, or text, instead of the teacher's answers.",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    help="Prompts for the teacher to answer, one a line (or JSONL), instead of the domain's own.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML with any of these options; the command line wins.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a stopped run.")
+@click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
+@click.option("--dry-run", is_flag=True, help="Show what would run, and do nothing.")
+@config_options
+def distill(
+    domain: str | None,
+    all_domains: bool,
+    teacher: str | None,
+    student: str | None,
+    data: str | None,
+    prompts: str | None,
+    config_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    r"""Distil a teacher's distributions into a LoRA adapter of a student.
+
+    \b
+    Examples:
+      python -m conch_dna.training.true_kd --domain thinking
+      python -m conch_dna.training.true_kd --domain stories \
+        --teacher embedded:teacher --student embedded:student --prompts openings.txt
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    named = {
+        name: value
+        for name, value in zip(RUN_KEYS, (domain, teacher, student, data, prompts), strict=True)
+        if value is not None
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    if config_file:
+        in_file = _read_yaml(Path(config_file))
+        named = {k: in_file.pop(k) for k in RUN_KEYS if k in in_file} | named
+        config = KDConfig.from_json(in_file | values, source=config_file)
+    else:
+        config = KDConfig(**values)
+    if all_domains == ("domain" in named):
+        raise ConchError("give either --domain NAME or --all")
+    if all_domains and ("data" in named or "prompts" in named):
+        raise ConchError("--data and --prompts go with one --domain, not with --all")
+    if "data" in named and "prompts" in named:
+        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
+    models = (named.get("teacher", DEFAULT_TEACHER), named.get("student", DEFAULT_STUDENT))
+    source = _read_source(named)
+    if dry_run:
+        _print_plan(models, config, named.get("domain"), source)
+        return
+    from conch_dna.progress import Progress
+    from conch_dna.training.settings import validate_domain
+    from conch_dna.training.true_kd import TrueKnowledgeDistiller
+
+    if not all_domains:
+        validate_domain(named["domain"], with_own_data=bool(source))
+    with Progress() as progress:
+        distiller = TrueKnowledgeDistiller(*models, config, report=progress)
+        if all_domains:
+            summary = distiller.distill_all(resume=resume, overwrite=overwrite)
+        else:
+            result = distiller.distill_domain(
+                named["domain"], **source, resume=resume, overwrite=overwrite
+            )
+            summary = {"results": {result.domain: result}, "failures": {}}
+    _print_summary(distiller, summary)
+    if summary["failures"]:
+        sys.exit(1)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConchError(f"cannot read --config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConchError(f"{path} is not a mapping of option names to values")
+    return {str(name): value for name, value in values.items()}
+
+
+def _read_source(named: dict[str, str]) -> dict[str, Any]:
+    from conch_dna.training.records import read_prompts, read_records
+
+    if "data" in named:
+        return {"data": read_records(Path(named["data"]))}
+    if "prompts" in named:
+        return {"prompts": read_prompts(Path(named["prompts"]))}
+    return {}
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "not here yet"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _print_plan(
+    models: tuple[str, str], config: KDConfig, domain: str | None, source: dict[str, Any]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from conch_dna.language_model import ModelSource
+    from conch_dna.training.plan import plan_domain
+
+    trust = config.trust_remote_code
+    teacher, student = (
+        ModelSource(name, trust_remote_code=trust, weights=False) for name in models
+    )
+    for name in [domain] if domain else DOMAIN_PROMPTS:
+        plan = plan_domain(teacher, student, config, name, **source)
+        bound = "" if plan["counted_tokens_exact"] else "at most "
+        table = Table(title=f"{name}: dry run, nothing was done", show_header=False)
+        rows = {
+            "teacher": f"{plan['teacher']} ({_size(plan['teacher_bytes'])})",
+            "student": f"{plan['student']} ({_size(plan['student_bytes'])})",
+            "data": plan["data"],
+            "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out",
+            "tokens that count": f"{bound}{plan['counted_tokens']:,}",
+            "longest example": f"{bound}{plan['longest_example']} tokens",
+            "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
+            "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
+            "logits of a chunk in memory": _size(plan["logits_bytes"]),
+            "output folder": str(Path(config.output_dir) / name),
+        }
+        for label, text in rows.items():
+            table.add_row(label, text)
+        Console(highlight=False).print(table)
+
+
+def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from conch_dna.training.report import evaluation_table
+
+    console = Console(highlight=False)
+    results: dict[str, KDResult] = summary["results"]
+    for name, result in results.items():
+        console.print(evaluation_table(name, result.evaluation))
+    for result in results.values():
+        console.print(
+            f"adapter: {result.adapter_path} (kept: step {result.metadata['best_step']} of "
+            f"{distiller.config.num_iters})",
+            soft_wrap=True,
+            markup=False,
+        )
+    if results:
+        student, path = distiller.student.folder, next(iter(results.values())).adapter_path
+        shown = distiller.student_model_id if "/" in distiller.student_model_id else student
+        console.print(
+            f"try it: mlx_lm.generate --model {shown} --adapter-path {path} --prompt …",
+            soft_wrap=True,
+            markup=False,
+        )
+    for name, reason in summary["failures"].items():
+        click.echo(f"error: domain {name}: {reason}", err=True)

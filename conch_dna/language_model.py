@@ -1,0 +1,302 @@
+"""Load a causal language model by hub id, folder or embedded name; its body, head and real size.
+
+Knows mlx_lm's model classes; nothing of training, targets or files other than the model's own.
+To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`.
+"""
+
+import gc
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from conch_dna.digests import content_digest, file_digest
+from conch_dna.errors import ConchError
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = "embedded:"
+EMBEDDED_HINT = "embedded:teacher and embedded:student run without a network"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def resolve_model(model_id: str, *, weights: bool = True) -> Path:
+    """The local folder of a model, downloaded from the hub when it is not here.
+
+    Args:
+        model_id: `embedded:<name>`, a folder, or a hub id such as `organisation/name`.
+        weights: Download the weights too, not only configuration and tokenizer.
+
+    Raises:
+        ConchError: There is no such embedded model or folder, or the hub has or gives none.
+    """
+    if model_id.startswith(EMBEDDED):
+        name = model_id.removeprefix(EMBEDDED)
+        known = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+        if name not in known:
+            raise ConchError(
+                f"there is no embedded model {name!r}: use one of "
+                f"{', '.join(EMBEDDED + other for other in known)}"
+            )
+        return ASSETS / name
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConchError(f"{model_id} has no config.json: it is not a model folder")
+        return path
+    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") != 1:
+        raise ConchError(
+            f"model folder {model_id} does not exist: give an existing folder, a hub id such as "
+            f"organisation/name, or an embedded name ({EMBEDDED_HINT})"
+        )
+    return _download(model_id, weights=weights)
+
+
+def _download(model_id: str, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jsonl", "*.jinja"]
+    patterns += ["model*.safetensors", "*.py"] if weights else []
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ConchError(
+            f"the hub asks for a login and a licence agreement for {model_id}: accept it on the "
+            "model's page, then run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConchError(f"the hub has no model {model_id}: check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConchError(
+            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
+            f"check the network, give a folder, or use the embedded pair ({EMBEDDED_HINT})"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order of their names."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, as mlx_lm wraps it, without the model.
+
+    Raises:
+        ConchError: It cannot be read.
+    """
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load
+
+    try:
+        eos = load_config(folder).get("eos_token_id")
+        return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConchError(f"cannot read the tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class ModelSource:
+    """A model's folder: all that can be told without its weights, and the way to load them.
+
+    Args:
+        model_id: See `resolve_model`.
+        trust_remote_code: Let Python code that comes with the model run.
+        weights: Download the weights too, where the model comes from the hub.
+
+    Attributes:
+        model_id: What the user called it.
+        folder: Where it lies.
+
+    Raises:
+        ConchError: See `resolve_model`.
+    """
+
+    def __init__(
+        self, model_id: str, *, trust_remote_code: bool = False, weights: bool = True
+    ) -> None:
+        self.model_id = model_id
+        self.trust_remote_code = trust_remote_code
+        self.folder = resolve_model(model_id, weights=weights)
+        self._resident: LanguageModel | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return read_config(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, as mlx_lm wraps it."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def token_count(self) -> int:
+        """One more than the tokenizer's largest id: rows of the head from here on are padding."""
+        return int(max(self.tokenizer.get_vocab().values())) + 1
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Most positions the model was made for; None when its config does not say."""
+        value = self.config.get("text_config", self.config).get("max_position_embeddings")
+        return int(value) if value else None
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Content address of configuration and weights."""
+        files = [self.folder / "config.json", *weight_files(self.folder)]
+        return content_digest(*(file_digest(file) for file in files))
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Content address of everything that decides how the tokenizer works."""
+        files = [self.folder / name for name in _TOKENIZER_FILES]
+        return content_digest(
+            *(part for file in files if file.is_file() for part in (file.name, file_digest(file)))
+        )
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of the weights, about what they take in memory; None where they are not here."""
+        files = weight_files(self.folder)
+        return sum(file.stat().st_size for file in files) if files else None
+
+    def load(self, *, adapter_path: Path | None = None) -> "LanguageModel":
+        """Load the weights anew, through mlx_lm.
+
+        Args:
+            adapter_path: Folder of an adapter to apply.
+
+        Raises:
+            ConchError: The model is not complete, broken, or of a kind mlx_lm does not know.
+        """
+        from mlx_lm.utils import load_adapters, load_model
+
+        if not weight_files(self.folder):
+            raise ConchError(
+                f"{self.model_id} has no model*.safetensors in {self.folder}: it is not complete"
+            )
+        try:
+            model, _ = load_model(self.folder, trust_remote_code=self.trust_remote_code)
+            if adapter_path is not None:
+                model = load_adapters(model, str(adapter_path))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ConchError(f"cannot load {self.model_id}: {_one_line(error)}") from error
+        model.eval()
+        return LanguageModel(self, model)
+
+    def resident(self) -> "LanguageModel":
+        """The loaded model, kept until `release`."""
+        if self._resident is None:
+            self._resident = self.load()
+        return self._resident
+
+    def release(self) -> None:
+        """Free the memory of the resident model, if there is one."""
+        if self._resident is not None:
+            self._resident.release()
+            self._resident = None
+
+
+def named_arrays(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a module or tree by their dotted names."""
+    return dict(tree_flatten(tree))
+
+
+class LanguageModel:
+    """A causal language model in memory.
+
+    Attributes:
+        source: Where it came from, with its tokenizer.
+        model: mlx_lm's module: ids `[B, T]` to logits `[B, T, rows]`.
+    """
+
+    def __init__(self, source: ModelSource, model: nn.Module) -> None:
+        self.source = source
+        self.model = model
+
+    @property
+    def model_id(self) -> str:
+        """What the user called it."""
+        return self.source.model_id
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, as mlx_lm wraps it."""
+        return self.source.tokenizer
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Real tokens V: the smaller of what the tokenizer has and the head's rows."""
+        rows = int(self.model(mx.array([[0]])).shape[-1])
+        return min(self.source.token_count, rows)
+
+    def body(self, inputs: mx.array) -> mx.array:
+        """Ids `[B, T]` to the hidden states `[B, T, D]` that the head takes."""
+        hidden: mx.array = self.model.model(inputs)
+        return hidden
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states `[..., D]` to logits of the real tokens `[..., V]`."""
+        if "lm_head" in self.model:
+            logits = self.model.lm_head(hidden)
+        else:
+            logits = self.model.model.embed_tokens.as_linear(hidden)
+        return logits[..., : self.vocabulary_size]
+
+    def logits(self, inputs: mx.array) -> mx.array:
+        """Ids `[B, T]` to logits of the real tokens `[B, T, V]`."""
+        return self.model(inputs)[..., : self.vocabulary_size]
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether `head(body(x))` is, to the bit, what the model computes.
+
+        A soft-cap or a scale after the head makes it false; so does a model built otherwise.
+        """
+        inputs = mx.arange(min(8, self.vocabulary_size))[None]
+        try:
+            split = self.head(self.body(inputs))
+        except (AttributeError, KeyError, TypeError):
+            return False
+        return bool(mx.array_equal(split, self.logits(inputs)))
+
+    def release(self) -> None:
+        """Drop the weights and give their memory back; the object is of no use afterwards."""
+        self.model = nn.Module()
+        gc.collect()
+        mx.clear_cache()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        ConchError: It is missing or not JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConchError(f"cannot read {folder / 'config.json'}: {_one_line(error)}") from error
+    return config

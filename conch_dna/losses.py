@@ -1,0 +1,248 @@
+"""Divergences between two distributions, and cross-entropy, as pure functions of arrays.
+
+Knows nothing of models, tokens' meaning, masks' origin or training.
+To add a divergence: write the function and its entry in LOSSES; the oracle table tests it.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+Divergence = Callable[[mx.array, mx.array], mx.array]
+
+
+def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    """Log-probabilities `log softmax(logits / temperature)` over the last axis, in float32.
+
+    Args:
+        logits: Scores `[..., V]`, any float dtype; differentiable.
+        temperature: Above 0; larger is flatter.
+
+    Returns:
+        Natural-log probabilities `[..., V]`, float32, at most 0.
+    """
+    scaled = logits.astype(mx.float32) / temperature
+    return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+
+
+def forward_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
+    """Forward Kullback-Leibler divergence `Σ p (log p - log q)`, teacher p, student q.
+
+    Args:
+        teacher_log_probs: log p `[..., V]`, float32. An outcome of probability 0 may be -inf.
+        student_log_probs: log q `[..., V]`, float32.
+
+    Returns:
+        Nats per position `[...]`, at least 0, and 0 only where p equals q.
+
+    Source: Hinton, Vinyals and Dean (2015), "Distilling the Knowledge in a Neural Network", §2.
+
+    >>> p, q = mx.log(mx.array([0.5, 0.5])), mx.log(mx.array([0.25, 0.75]))
+    >>> round(forward_kl(p, q).item(), 4)
+    0.1438
+    """
+    possible = teacher_log_probs > -mx.inf
+    # The inner where keeps the gradient finite at outcomes the teacher excludes.
+    difference = mx.where(possible, teacher_log_probs, 0.0) - mx.where(
+        possible, student_log_probs, 0.0
+    )
+    return (mx.exp(teacher_log_probs) * difference).sum(axis=-1)
+
+
+def reverse_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
+    """Reverse divergence `Σ q (log q - log p)`; shapes and unit as `forward_kl`.
+
+    Infinite where the student gives probability to an outcome that the teacher excludes.
+
+    Source: Gu et al. (2024), "MiniLLM", §2.1.
+    """
+    return forward_kl(student_log_probs, teacher_log_probs)
+
+
+def generalised_jsd(
+    teacher_log_probs: mx.array, student_log_probs: mx.array, *, beta: float = 0.5
+) -> mx.array:
+    """`beta KL(p‖m) + (1 - beta) KL(q‖m)` with `m = beta p + (1 - beta) q`.
+
+    Args:
+        teacher_log_probs: log p `[..., V]`, float32.
+        student_log_probs: log q `[..., V]`, float32.
+        beta: Weight of the teacher, strictly between 0 and 1.
+
+    Returns:
+        Nats per position `[...]`, between 0 and the entropy of (beta, 1 - beta).
+
+    Raises:
+        ValueError: beta is 0 or 1, where the divergence is 0 for any pair.
+
+    Source: Agarwal et al. (2024), "On-Policy Distillation of Language Models", eq. 1.
+    """
+    if not 0.0 < beta < 1.0:
+        instead = "reverse_kl" if beta >= 1.0 else "forward_kl"
+        raise ValueError(
+            f"beta is {beta}, where the generalised JSD is 0 for every pair: "
+            f"use {instead}, or a beta strictly between 0 and 1"
+        )
+    mixture = mx.logaddexp(
+        teacher_log_probs + mx.log(mx.array(beta)), student_log_probs + mx.log(mx.array(1 - beta))
+    )
+    return beta * forward_kl(teacher_log_probs, mixture) + (1 - beta) * forward_kl(
+        student_log_probs, mixture
+    )
+
+
+def skewed_kl(
+    teacher_log_probs: mx.array, student_log_probs: mx.array, *, skew: float = 0.1
+) -> mx.array:
+    """`KL(p ‖ s p + (1 - s) q)`: forward KL that stays finite; shapes as `forward_kl`.
+
+    Source: Ko et al. (2024), "DistiLLM", §3.1.
+    """
+    return forward_kl(
+        teacher_log_probs,
+        mx.logaddexp(
+            teacher_log_probs + mx.log(mx.array(skew)),
+            student_log_probs + mx.log(mx.array(1 - skew)),
+        ),
+    )
+
+
+def skewed_reverse_kl(
+    teacher_log_probs: mx.array, student_log_probs: mx.array, *, skew: float = 0.1
+) -> mx.array:
+    """`KL(q ‖ (1 - s) p + s q)`: reverse KL that stays finite; shapes as `forward_kl`.
+
+    Source: Ko et al. (2024), "DistiLLM", §3.1.
+    """
+    return skewed_kl(student_log_probs, teacher_log_probs, skew=skew)
+
+
+def total_variation(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
+    """Half the L1 distance `½ Σ |p - q|` `[...]`, between 0 and 1; shapes as `forward_kl`."""
+    return 0.5 * mx.abs(mx.exp(teacher_log_probs) - mx.exp(student_log_probs)).sum(axis=-1)
+
+
+LOSSES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": generalised_jsd,
+    "skewed_kl": skewed_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def kept_and_rest(logits: mx.array, kept_ids: mx.array, temperature: float = 1.0) -> mx.array:
+    """Coarsen a distribution to K kept tokens and one rest outcome.
+
+    The rest is the log-sum-exp over the other tokens themselves, not `log(1 - Σ kept)`, so it
+    keeps its full relative precision however small it is.
+
+    Args:
+        logits: Scores `[..., V]`, any float dtype; differentiable.
+        kept_ids: Distinct token ids `[..., K]`, K at most V.
+        temperature: Above 0.
+
+    Returns:
+        Log-probabilities `[..., K + 1]`, float32, the rest last (-inf where K equals V).
+    """
+    scaled = logits.astype(mx.float32) / temperature
+    kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
+    if kept_ids.shape[-1] == logits.shape[-1]:
+        rest = mx.full((*kept.shape[:-1], 1), -mx.inf)
+        return mx.concatenate([kept - mx.logsumexp(kept, axis=-1, keepdims=True), rest], axis=-1)
+    others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
+    rest = mx.logsumexp(others, axis=-1, keepdims=True)
+    outcomes = mx.concatenate([kept, rest], axis=-1)
+    return outcomes - mx.logsumexp(outcomes, axis=-1, keepdims=True)
+
+
+def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy `-log softmax(logits)[target]` of every position.
+
+    Args:
+        logits: Scores `[..., V]`, any float dtype; differentiable.
+        targets: Token ids `[...]`, each between 0 and V - 1.
+
+    Returns:
+        Nats per position `[...]`, float32, at least 0.
+    """
+    logits = logits.astype(mx.float32)
+    gold = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    return mx.logsumexp(logits, axis=-1) - gold
+
+
+def compute_ce_loss(logits: mx.array, targets: mx.array, ignore_index: int = -100) -> mx.array:
+    """Mean cross-entropy over the targets that count.
+
+    Args:
+        logits: Student scores `[B, T, V]` (any leading axes), position i scoring `targets[i]`:
+            the caller has already shifted.
+        targets: Token ids `[B, T]`; `ignore_index` marks those that do not count.
+        ignore_index: The mark.
+
+    Returns:
+        Nats per counted token, a scalar; NaN when nothing counts (0 / 0), which the batch maker
+        refuses beforehand.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"logits {logits.shape} and targets {targets.shape} do not fit: "
+            "targets need the logits' shape without its last axis"
+        )
+    counted = targets != ignore_index
+    losses = token_cross_entropy(logits, mx.where(counted, targets, 0))
+    return mx.where(counted, losses, 0.0).sum() / counted.sum()
+
+
+def compute_kd_loss(
+    teacher_logits: mx.array,
+    student_logits: mx.array,
+    temperature: float = 2.0,
+    *,
+    mask: mx.array | None = None,
+    divergence: str = "forward_kl",
+) -> mx.array:
+    """Distillation loss `t² D(p‖q)` as a mean over counted positions.
+
+    p and q are the softmaxes of the logits over t. The factor t² keeps the size of the gradient
+    independent of t.
+
+    Args:
+        teacher_logits: `[B, T, V]` (any leading axes); no gradient flows into them.
+        student_logits: Same shape; differentiable.
+        temperature: t, above 0.
+        mask: `[B, T]`, true or 1 where the position counts; all count when absent.
+        divergence: A key of LOSSES.
+
+    Returns:
+        Scalar; nats times t²; 0 when the logits differ only by a constant per position. NaN
+        when the mask counts nothing.
+
+    Raises:
+        ValueError: The shapes differ, the temperature is not above 0, or the divergence is unknown.
+
+    Source: Hinton, Vinyals and Dean (2015), §2.
+
+    >>> teacher, student = mx.array([[2.0, 0.0]]), mx.array([[0.0, 2.0]])
+    >>> round(compute_kd_loss(teacher, student, temperature=1.0).item(), 4)
+    1.5232
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher logits {teacher_logits.shape} and student logits {student_logits.shape} "
+            "differ in shape: use align_vocab_sizes for heads of unequal size"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+    if divergence not in LOSSES:
+        raise ValueError(f"divergence {divergence!r} is unknown: use one of {sorted(LOSSES)}")
+    teacher = log_softmax(mx.stop_gradient(teacher_logits), temperature)
+    losses = LOSSES[divergence](teacher, log_softmax(student_logits, temperature))
+    if mask is None:
+        return temperature**2 * losses.mean()
+    counted = mask.astype(mx.bool_)
+    return temperature**2 * mx.where(counted, losses, 0.0).sum() / counted.sum()

@@ -1,0 +1,128 @@
+"""Progress of long work: live bars in a terminal, plain lines elsewhere.
+
+Knows events and their rows, see `trainer.Report`; nothing of what the work is.
+To show another event: a branch in `Progress.__call__`.
+"""
+
+import time
+from types import TracebackType
+from typing import Any
+
+EVERY_S = 5.0
+
+
+class Progress:
+    """Shows events of a run on standard error; use as a context manager and as `report`.
+
+    Args:
+        plain: Lines instead of bars; by default where standard error is not a terminal.
+    """
+
+    def __init__(self, *, plain: bool | None = None) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.plain = not self.console.is_terminal if plain is None else plain
+        self._bars: Any = None
+        self._task: Any = None
+        self._name, self._unit = "", ""
+        self._done, self._total = 0, 0
+        self._began = self._shown = time.monotonic()
+        self._note = ""
+
+    def __enter__(self) -> "Progress":
+        if not self.plain:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bars
+
+            self._bars = Bars(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, event: str, row: dict[str, Any]) -> None:
+        """Take one event."""
+        if event == "phase":
+            self._start(row["name"], row.get("total", 0), row.get("unit", ""))
+        elif event == "advance":
+            self._advance(self._done + row["by"], row.get("note", ""))
+        elif event == "step":
+            self._advance(row["step"], self._note)
+        elif event == "train":
+            self._note = (
+                f"loss {row['loss']:.4f}, KD {row.get('kd', float('nan')):.4f}, "
+                f"CE {row.get('ce', row['loss']):.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+            )
+            self._line(f"step {row['step']}: {self._note}{self._remaining()}", live=False)
+        elif event == "heldout":
+            figures = ", ".join(
+                f"{label} {row[name]:.4f}"
+                for name, label in (("loss", "loss"), ("kd", "KD"), ("ce", "CE"))
+                if name in row
+            )
+            best = " (best so far)" if row["best_step"] == row["step"] else ""
+            self._line(f"step {row['step']}: held out {figures}{best}")
+        elif event == "resumed":
+            self._done = row["step"]
+            self._line(f"going on from step {row['step']} ({row['path']})")
+        elif event == "warning":
+            self._line(f"warning: {row['message']}")
+        elif event == "message":
+            self._line(row["message"])
+
+    def _start(self, name: str, total: int, unit: str) -> None:
+        self._name, self._unit, self._total, self._done = name, unit, total, 0
+        self._began = self._shown = time.monotonic()
+        self._note = ""
+        if not self._bars:
+            self._line(f"{name}: {total:,} {unit}" if total else name)
+            return
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(name, total=total or None, rate="", note="")
+
+    def _advance(self, done: int, note: str) -> None:
+        self._done = done
+        elapsed = time.monotonic() - self._began
+        if self._bars:
+            if self._task is not None:
+                rate = f"{done / elapsed:.1f} {self._unit}/s" if elapsed > 0 else ""
+                self._bars.update(self._task, completed=done, rate=rate, note=note)
+        elif time.monotonic() - self._shown >= EVERY_S and self._unit != "steps":
+            self._shown = time.monotonic()
+            of = f" of {self._total:,}" if self._total else ""
+            rate = f"{done / elapsed:.1f} {self._unit}/s"
+            self._line(f"{self._name}: {done:,}{of} {self._unit}, {rate}{self._remaining()}")
+
+    def _remaining(self) -> str:
+        elapsed = time.monotonic() - self._began
+        if not (self._done and self._total):
+            return ""
+        seconds = max(0, round(elapsed / self._done * (self._total - self._done)))
+        return f", {seconds // 60}:{seconds % 60:02d} remaining"
+
+    def _line(self, text: str, *, live: bool = True) -> None:
+        if self._bars and not live:
+            return
+        self.console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,161 @@
+"""Fresh LoRA adapters on a frozen student, and their folder as mlx_lm opens it.
+
+Knows modules and their names; nothing of data, losses or teachers.
+To name another set of layers: an entry in `_chosen_keys`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from conch_dna.checkpoints import write_folder
+from conch_dna.errors import ConchError
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.training.settings import KDConfig
+
+ADAPTER_FILE = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_LEAVES = {"lora_a", "lora_b", "m"}
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names, within a transformer layer, of every module that LoRA can wrap."""
+    found: dict[str, None] = {}
+    for layer in model.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_lora"):
+                found[name] = None
+    return sorted(found)
+
+
+def _chosen_keys(choice: str, available: list[str]) -> list[str]:
+    if choice == "all":
+        return available
+    if choice == "attention":
+        keys = [name for name in available if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
+        # Some models have one matrix for query, key and value.
+        return keys or [name for name in available if "qkv" in name.rsplit(".", 1)[-1].lower()]
+    return [name.strip() for name in choice.split(",") if name.strip()]
+
+
+def attach_lora(student: LanguageModel, config: KDConfig) -> dict[str, Any]:
+    """Freeze a pristine student and put fresh LoRA (or DoRA) layers on it.
+
+    Args:
+        student: Loaded from its folder, never trained.
+        config: Rank, scale, dropout, keys, layers, DoRA and seed.
+
+    Returns:
+        What `adapter_config.json` must hold for mlx_lm.
+
+    Raises:
+        ConchError: The student already carries an adapter, or has no layer of such a name.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = student.model
+    if adapter_tensors(model):
+        raise ConchError(
+            f"student {student.model_id} already carries an adapter: each domain starts from the "
+            "pristine model; load it anew"
+        )
+    available = linear_names(model)
+    keys = _chosen_keys(config.lora_keys, available)
+    unknown = [key for key in keys if key not in available]
+    if unknown or not keys:
+        raise ConchError(
+            f"lora_keys {config.lora_keys!r} names no layers of {student.model_id}"
+            f"{': ' + ', '.join(unknown) if unknown else ''}. It has {', '.join(available)}"
+        )
+    total = len(model.layers)
+    if config.lora_layers > total or config.lora_layers == 0:
+        raise ConchError(
+            f"lora_layers is {config.lora_layers}, but {student.model_id} has {total} layers: "
+            f"use 1 to {total}, or -1 for all"
+        )
+    layers = total if config.lora_layers == -1 else config.lora_layers
+    parameters = {
+        "rank": config.lora_rank,
+        "scale": config.lora_scale,
+        "dropout": config.lora_dropout,
+        "keys": keys,
+    }
+    model.freeze()
+    mx.random.seed(config.seed)
+    linear_to_lora_layers(model, layers, parameters, use_dora=config.dora)
+    mx.eval(model.parameters())
+    return {
+        "fine_tune_type": "dora" if config.dora else "lora",
+        "num_layers": layers,
+        "lora_parameters": parameters,
+    }
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter's tensors of a model, by name; empty when it has none."""
+    return {
+        name: value
+        for name, value in named_arrays(model.parameters()).items()
+        if name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES
+    }
+
+
+def save_adapter(
+    path: Path, tensors: dict[str, mx.array], adapter_config: dict[str, Any], **more: Any
+) -> None:
+    """Write an adapter folder, whole or not at all; `more` goes to `write_folder`."""
+    documents = {ADAPTER_CONFIG: adapter_config, **more.pop("documents", {})}
+    write_folder(path, arrays={ADAPTER_FILE: tensors}, documents=documents, **more)
+
+
+def load_verified(student: ModelSource, path: Path, tensors: dict[str, mx.array]) -> LanguageModel:
+    """Load a student with a saved adapter through mlx_lm, and compare every tensor.
+
+    mlx_lm accepts a file in which tensors are missing, so it is not asked for its opinion.
+
+    Args:
+        student: The model's source.
+        path: The adapter's folder.
+        tensors: What it must hold.
+
+    Raises:
+        ConchError: A tensor is missing, added or different.
+    """
+    loaded = student.load(adapter_path=path)
+    found = adapter_tensors(loaded.model)
+    wrong = sorted(set(tensors) ^ set(found)) + [
+        name
+        for name in sorted(set(tensors) & set(found))
+        if not mx.array_equal(tensors[name], found[name])
+    ]
+    if wrong:
+        raise ConchError(
+            f"the adapter in {path} does not come back as it was saved: {len(wrong)} tensors are "
+            f"missing or different, such as {wrong[0]}. Check the disk, then run with --resume"
+        )
+    return loaded
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute each layer's activations in the backward pass, in this model only.
+
+    The layers get a subclass of their own, so other models of the same class stay as they are,
+    and a second call changes nothing.
+    """
+    for layer in model.layers:
+        original = type(layer)
+        if original.__dict__.get("recomputes_activations"):
+            continue
+
+        def call(self: nn.Module, *args: Any, _run: Any = original.__call__, **kwargs: Any) -> Any:
+            def inner(parameters: Any, *inner_args: Any, **inner_kwargs: Any) -> Any:
+                self.update(parameters)
+                return _run(self, *inner_args, **inner_kwargs)
+
+            return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+        layer.__class__ = type(
+            original.__name__, (original,), {"__call__": call, "recomputes_activations": True}
+        )

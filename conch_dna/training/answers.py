@@ -1,0 +1,246 @@
+"""The teacher answers prompts in batches: training data that it would itself write.
+
+Knows a loaded language model, prompts and seeds; nothing of losses or students. Each batch of
+answers is on disk as soon as it is there, so a stopped run goes on where it was.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from conch_dna.checkpoints import write_atomically
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.training.batches import Example
+from conch_dna.training.records import TOKENS, Record, plain_prompt, prompt_ids, prompt_messages
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.vocabulary import vocabulary_digest
+
+FORMAT = "answers 1"
+SAMPLES = 3
+SHORTEST_PROMPT = 4
+OPENING_TOKENS = 12
+
+
+def make_sampler(
+    temperature: float, vocabulary_size: int, key: mx.array
+) -> Callable[[mx.array], mx.array]:
+    """A sampler of real tokens only, from its own chain of random keys.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        vocabulary_size: Rows of the head from here on are padding and never drawn.
+        key: Start of the chain; the same key draws the same tokens.
+
+    Returns:
+        Log-probabilities `[B, rows]` to token ids `[B]`.
+    """
+    keys = [key]
+
+    def sample(log_probs: mx.array) -> mx.array:
+        log_probs = log_probs[..., :vocabulary_size].astype(mx.float32)
+        if temperature == 0:
+            return mx.argmax(log_probs, axis=-1)
+        keys[0], now = mx.random.split(keys[0])
+        return mx.random.categorical(log_probs / temperature, key=now)
+
+    return sample
+
+
+def answer_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: Sequence[int],
+) -> list[list[int]]:
+    """Answer prompts together, through mlx_lm's batch generator.
+
+    Args:
+        model: Loaded.
+        prompts: Token ids of each prompt.
+        max_tokens: Longest answer; shorter where the model's context ends.
+        temperature: See `make_sampler`.
+        seed: Whole numbers that decide the draw.
+
+    Returns:
+        Token ids of each answer; the end-of-sequence token is kept where the model gave one.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    digest = content_digest(*(str(part) for part in seed))
+    key = mx.random.key(int(digest[:16], 16))
+    generator = BatchGenerator(
+        model.model,
+        stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
+        sampler=make_sampler(temperature, model.vocabulary_size, key),
+        prefill_batch_size=len(prompts),
+        completion_batch_size=len(prompts),
+    )
+    context = model.source.context_length or 2**31
+    room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
+    order = generator.insert([list(prompt) for prompt in prompts], room)
+    answers: dict[int, list[int]] = {uid: [] for uid in order}
+    try:
+        while responses := generator.next_generated():
+            for response in responses:
+                answers[response.uid].append(int(response.token))
+    finally:
+        generator.close()
+    return [answers[uid] for uid in order]
+
+
+def cached_answer_batch(
+    teacher: ModelSource, folder: Path, prompts: Sequence[Sequence[int]], **draw: Any
+) -> list[list[int]]:
+    """`answer_batch` by a teacher that is loaded only if the folder lacks the answers.
+
+    Args:
+        teacher: The model's source.
+        folder: Where answers are kept, addressed by all they depend on.
+        prompts: See `answer_batch`.
+        **draw: max_tokens, temperature and seed, see there.
+    """
+    shape = json.dumps([draw, [list(ids) for ids in prompts]], sort_keys=True)
+    address = content_digest(FORMAT, teacher.weights_digest, teacher.tokenizer_digest, shape)
+    path = folder / f"{address[:32]}.json"
+    try:
+        kept: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    except (OSError, ValueError):
+        answers = answer_batch(teacher.resident(), prompts, **draw)
+        write_atomically(path, json.dumps(answers))
+        return answers
+
+
+def generate_answers(
+    teacher: ModelSource,
+    prompts: Sequence[str],
+    *,
+    system: str,
+    config: KDConfig,
+    folder: Path,
+    report: Callable[[str, dict[str, Any]], None] = lambda event, row: None,
+) -> list[Record]:
+    """Let the teacher answer every prompt; reuse what an earlier, equal run left.
+
+    Args:
+        teacher: The model's source; loaded only if answers are missing.
+        prompts: What to answer, `config.samples_per_prompt` times each.
+        system: The domain's system prompt; may be empty.
+        config: Sampling, lengths and batch size.
+        folder: Finished batches are kept here, addressed by all they depend on.
+        report: Gets ("advance", {"by", "note"}).
+
+    Returns:
+        Records in mlx-lm's `messages` form, or `prompt`/`completion` without a chat template,
+        with `finish_reason` (stop or length) and the exact `tokens`.
+
+    Raises:
+        ConchError: A prompt leaves no room for an answer in the teacher's context.
+    """
+    wanted = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    encoded = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in wanted]
+    _require_room(encoded, teacher, config)
+    size = config.generation_batch_size
+    vocabulary = vocabulary_digest(teacher.tokenizer)
+    records: list[Record] = []
+    tokens = 0
+    for start in range(0, len(wanted), size):
+        batch = encoded[start : start + size]
+        answers = cached_answer_batch(
+            teacher,
+            folder,
+            batch,
+            max_tokens=config.max_tokens,
+            temperature=config.sampling_temperature,
+            seed=(config.seed, start),
+        )
+        for prompt, ids, answer in zip(wanted[start:], batch, answers, strict=False):
+            exact = {"ids": [*ids, *answer], "prompt_length": len(ids), "vocabulary": vocabulary}
+            records.append(
+                {**_record(teacher.tokenizer, prompt, system, ids, answer), TOKENS: exact}
+            )
+            tokens += len(answer)
+        report("advance", {"by": len(batch), "note": f"{tokens:,} tokens"})
+    return records
+
+
+def _require_room(encoded: Sequence[Sequence[int]], teacher: ModelSource, config: KDConfig) -> None:
+    longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
+    for number, ids in enumerate(encoded):
+        if len(ids) + config.max_tokens > longest:
+            prompt = number // config.samples_per_prompt + 1
+            raise ConchError(
+                f"prompt {prompt} has {len(ids)} tokens with its system prompt; with "
+                f"{config.max_tokens} for the answer it exceeds {longest}, the teacher's context "
+                "or --max-seq-length: shorten it, or lower --max-tokens"
+            )
+
+
+def _record(
+    tokenizer: Any, prompt: str, system: str, ids: Sequence[int], answer: list[int]
+) -> Record:
+    stopped = answer[-1] in tokenizer.eos_token_ids
+    text = continuation_text(tokenizer, ids, answer[:-1] if stopped else answer)
+    reason = "stop" if stopped else "length"
+    if tokenizer.has_chat_template:
+        turn = {"role": "assistant", "content": text}
+        return {"messages": [*prompt_messages(prompt, system), turn], "finish_reason": reason}
+    plain = plain_prompt(prompt, system)
+    return {"prompt": plain, "completion": text, "finish_reason": reason}
+
+
+def continuation_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text an answer adds to its prompt, a leading space included.
+
+    Decoding the answer alone would lose that space with some tokenizers.
+    """
+    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(list(answer), skip_special_tokens=True))
+
+
+def sample_prompts(examples: Sequence[Example]) -> list[list[int]]:
+    """Beginnings of up to three examples: their prompts, or their first tokens without one."""
+    prompts = []
+    for example in examples[:SAMPLES]:
+        first = int(np.flatnonzero(example.counted)[0])
+        length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
+        prompts.append([int(token) for token in example.ids[: max(1, length)]])
+    return prompts
+
+
+def sample_draw(config: KDConfig) -> dict[str, Any]:
+    """How samples are drawn: as the training data are, with a seed of their own."""
+    return {
+        "max_tokens": config.max_tokens,
+        "temperature": config.sampling_temperature,
+        "seed": (config.seed, -1),
+    }
+
+
+def sample_texts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], config: KDConfig
+) -> list[str]:
+    """What a model makes of the prompts."""
+    answers = answer_batch(model, prompts, **sample_draw(config))
+    return texts_of(model.tokenizer, prompts, answers)
+
+
+def texts_of(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[str]:
+    """The text that each answer adds to its prompt."""
+    return [
+        continuation_text(tokenizer, prompt, answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

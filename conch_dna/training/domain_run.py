@@ -1,0 +1,441 @@
+"""One domain's distillation in its folder: answers, targets, training, evaluation, adapter.
+
+Ties the floors below together for one domain; knows what is in memory when, and nothing of other
+domains. Each stage leaves on disk what the next one needs, so any of them can be interrupted.
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import mlx.core as mx
+
+from conch_dna import __version__
+from conch_dna.checkpoints import (
+    FolderLock,
+    differences,
+    numbered_folders,
+    remove_unfinished,
+    verify_folder,
+    write_atomically,
+    write_json,
+)
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.metrics import gap_closed
+from conch_dna.training.adapters import (
+    adapter_tensors,
+    attach_lora,
+    checkpoint_layers,
+    load_verified,
+    save_adapter,
+)
+from conch_dna.training.answers import (
+    cached_answer_batch,
+    generate_answers,
+    sample_draw,
+    sample_prompts,
+    sample_texts,
+    texts_of,
+)
+from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
+from conch_dna.training.head_loss import make_distillation_loss
+from conch_dna.training.records import Record, fitting, split_heldout, tokenize_records
+from conch_dna.training.report import draw_curve, samples_text
+from conch_dna.training.settings import KDConfig, KDResult, domain_folder, get_kd_adapter_path
+from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches, target_identity
+from conch_dna.training.trainer import (
+    CHECKPOINT_PREFIX,
+    Report,
+    Trainer,
+    TrainerSettings,
+    TrainingResult,
+)
+from conch_dna.training.vocabulary import vocabulary_digest
+
+RUN_FILE = "run.json"
+RESULT_FILE = "kd_result.json"
+EVALUATION_FILE = "evaluation.json"
+DATA_FILE = "training_data.jsonl"
+CANDIDATE = "candidate"
+# Where a run lies and whether code may run do not change what it computes.
+_NOT_IDENTITY = ("output_dir", "adapter_subdir", "trust_remote_code")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that training needs once the teacher has gone.
+
+    Attributes:
+        train: Training examples.
+        heldout: Held-out examples.
+        cache: The teacher's targets for all of them.
+        prompts: Token ids of a few held-out prompts.
+        teacher_texts: What the teacher made of them.
+        finish_reasons: How many records ended how.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    cache: SoftTargetCache
+    prompts: list[list[int]]
+    teacher_texts: list[str]
+    finish_reasons: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """All that is left of the student once it has gone.
+
+    Attributes:
+        before: Its held-out figures without the adapter.
+        before_texts: What it made of the held-out prompts.
+        adapter_config: See `adapters.attach_lora`.
+        training: What the loop came to.
+        tensors: The adapter.
+        peak_memory_bytes: The highest so far in this process.
+    """
+
+    before: dict[str, float]
+    before_texts: list[str]
+    adapter_config: dict[str, Any]
+    training: TrainingResult
+    tensors: dict[str, mx.array]
+    peak_memory_bytes: int
+
+
+class DomainRun:
+    """The stages of one domain's distillation; call them in their order, holding `lock`.
+
+    Args:
+        teacher: Its tokenizer is the student's.
+        student: Likewise.
+        config: See `KDConfig`.
+        domain: A checked name.
+        report: See `trainer.Report`.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelSource,
+        student: ModelSource,
+        config: KDConfig,
+        domain: str,
+        report: Report,
+    ) -> None:
+        self.teacher = teacher
+        self.student = student
+        self.config = config
+        self.domain = domain
+        self.report = report
+        self.folder = domain_folder(domain, config)
+        self.adapter_path = get_kd_adapter_path(domain, config)
+        self._resume = False
+
+    def lock(self) -> FolderLock:
+        """Keeps other processes out of the folder while it is entered."""
+        return FolderLock(self.folder)
+
+    def begin(self, *, resume: bool, overwrite: bool) -> KDResult | None:
+        """Compare with what lies in the folder.
+
+        Returns:
+            The result, if the same run is already finished and is to be resumed.
+
+        Raises:
+            ConchError: It was made with other settings, or is unfinished and neither to be
+                resumed nor overwritten.
+        """
+        remove_unfinished(self.folder)
+        config = {k: v for k, v in self.config.to_json().items() if k not in _NOT_IDENTITY}
+        identity = {
+            "teacher": self.teacher.model_id,
+            "student": self.student.model_id,
+            "teacher_weights": self.teacher.weights_digest,
+            "student_weights": self.student.weights_digest,
+            **config,
+        }
+        try:
+            run = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            run = None
+        if run and resume:
+            changed = differences(run["identity"], identity)
+            if changed:
+                raise ConchError(
+                    f"{self.folder} was made with other settings: {'; '.join(changed)}. Resume "
+                    "with the same ones, or choose another --output-dir"
+                )
+            if run["finished"] and (result := self._read_result()):
+                self.report("message", {"message": f"{self.domain} is already finished"})
+                return result
+        unfinished = run and not run["finished"]
+        if unfinished and not (resume or overwrite) and self._has_checkpoints():
+            raise ConchError(
+                f"{self.folder} holds an unfinished run: add --resume to go on with it, "
+                "--overwrite to start again, or choose another --output-dir"
+            )
+        write_json(self.folder / RUN_FILE, {"identity": identity, "finished": False})
+        self._resume = resume
+        return None
+
+    def _has_checkpoints(self) -> bool:
+        return bool(numbered_folders(self.folder, CHECKPOINT_PREFIX))
+
+    def _read_result(self) -> KDResult | None:
+        try:
+            verify_folder(self.adapter_path)
+            text = (self.adapter_path / RESULT_FILE).read_text(encoding="utf-8")
+            return KDResult(**json.loads(text))
+        except (NotWholeError, OSError, ValueError, TypeError):
+            return None
+
+    def generate(self, prompts: Sequence[str] | None) -> list[Record]:
+        """The teacher's answers to prompts, or to the domain's own examples."""
+        known = DOMAIN_PROMPTS.get(self.domain)
+        if prompts is None:
+            if known is None:
+                raise ConchError(f"domain {self.domain!r} has no examples: give prompts or data")
+            prompts = known["examples"]
+        total = len(prompts) * self.config.samples_per_prompt
+        self._phase("the teacher answers", total, "prompts")
+        records = generate_answers(
+            self.teacher,
+            prompts,
+            system=known["system"] if known else "",
+            config=self.config,
+            folder=self.folder / "answers",
+            report=self.report,
+        )
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        write_atomically(self.folder / DATA_FILE, "".join(lines))
+        return records
+
+    def prepare(self, records: Sequence[Record]) -> Prepared:
+        """Tokenize, split, and compute what is missing of the teacher's targets and samples.
+
+        The teacher is loaded only if something is missing; the caller releases it.
+        """
+        config = self.config
+        records, examples = self._examples(records)
+        train, heldout = (
+            [examples[index] for index in part]
+            for part in split_heldout(records, config.val_fraction, seed=config.seed)
+        )
+        identity = target_identity(self.teacher, top_k=config.top_k, temperature=config.temperature)
+        cache = SoftTargetCache(self.folder / "soft_targets", identity, report=self.report)
+        missing = cache.missing(examples)
+        if missing:
+            tokens = sum(example.count for example in missing)
+            self._phase("the teacher's targets", tokens, "tokens")
+        cache.fill(self.teacher, examples, batch_size=config.batch_size)
+        prompts = sample_prompts(heldout)
+        answers = cached_answer_batch(
+            self.teacher, self.folder / "answers", prompts, **sample_draw(config)
+        )
+        texts = texts_of(self.teacher.tokenizer, prompts, answers)
+        reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in records))
+        return Prepared(train, heldout, cache, prompts, texts, reasons)
+
+    def _examples(self, records: Sequence[Record]) -> tuple[list[Record], list[Example]]:
+        """The records that fit the models' contexts, and their tokens."""
+        config = self.config
+        contexts = (self.teacher.context_length, self.student.context_length)
+        longest = min([config.max_seq_length, *(c for c in contexts if c)])
+        examples = tokenize_records(
+            records,
+            self.student.tokenizer,
+            train_on_prompt=config.train_on_prompt,
+            vocabulary=vocabulary_digest(self.student.tokenizer),
+        )
+        kept = fitting(examples, longest, skip=config.too_long == "skip")
+        if len(kept) < len(examples):
+            left_out = len(examples) - len(kept)
+            message = f"{left_out} of {len(examples)} examples exceed {longest} tokens: left out"
+            self.report("warning", {"message": message})
+        return [records[index] for index in kept], [examples[index] for index in kept]
+
+    def train(self, prepared: Prepared) -> Trained:
+        """Everything with the student in memory; it is released before this returns."""
+        self._phase("evaluating the student")
+        student = self.student.load()
+        before = heldout_metrics(
+            student, self._heldout(prepared, 1.0), chunk=self.config.head_chunk
+        )
+        before_texts = sample_texts(student, prepared.prompts, self.config)
+        adapter_config = attach_lora(student, self.config)
+        if self.config.grad_checkpoint:
+            checkpoint_layers(student.model)
+        self._phase("training", self.config.num_iters, "steps")
+        training = self._fit(student, prepared)
+        tensors = adapter_tensors(student.model)
+        student.release()
+        peak = mx.get_peak_memory()
+        return Trained(before.to_json(), before_texts, adapter_config, training, tensors, peak)
+
+    def _fit(self, student: LanguageModel, prepared: Prepared) -> TrainingResult:
+        config = self.config
+        loss = make_distillation_loss(
+            student,
+            temperature=config.temperature,
+            alpha=config.alpha,
+            divergence=config.divergence,
+            chunk=config.head_chunk,
+        )
+        stream = TargetBatches(
+            prepared.train,
+            config.batch_size,
+            prepared.cache,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+        settings = TrainerSettings(
+            num_iters=config.num_iters,
+            learning_rate=config.learning_rate,
+            warmup_iters=config.warmup_iters,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            accumulation_steps=config.accumulation_steps,
+            steps_per_report=config.steps_per_report,
+            steps_per_eval=config.steps_per_eval,
+            steps_per_save=config.steps_per_save,
+            seed=config.seed,
+        )
+        trainer = Trainer(
+            student.model,
+            loss,
+            stream,
+            list(self._heldout(prepared, config.temperature, config.val_batches)),
+            settings,
+            self.folder,
+            # Cross-entropy alone is judged by cross-entropy.
+            select_by="kd" if config.alpha > 0 else "loss",
+            report=self.report,
+        )
+        return trainer.run(resume=self._resume)
+
+    def _heldout(self, prepared: Prepared, temperature: float, limit: int = -1) -> Iterator[Batch]:
+        for indices in sequential_batches(prepared.heldout, self.config.batch_size, limit):
+            yield prepared.cache.collate([prepared.heldout[i] for i in indices], temperature)
+
+    def finish(self, prepared: Prepared, trained: Trained) -> KDResult:
+        """Read the adapter back, evaluate what was read, and put the folder in its place."""
+        self._phase("evaluating the adapter")
+        provenance = self._provenance()
+        adapter_config = {
+            **trained.adapter_config,
+            "model": self.student.model_id,
+            "conch_dna": provenance,
+        }
+        candidate = self.folder / CANDIDATE
+        save_adapter(candidate, trained.tensors, adapter_config)
+        student = load_verified(self.student, candidate, trained.tensors)
+        after = heldout_metrics(student, self._heldout(prepared, 1.0), chunk=self.config.head_chunk)
+        after_texts = sample_texts(student, prepared.prompts, self.config)
+        student.release()
+        evaluation = {
+            "before": trained.before,
+            "after": after.to_json(),
+            "teacher": teacher_metrics(self._heldout(prepared, 1.0)).to_json(),
+            "gap_closed": gap_closed(trained.before["kl_nats"], after.kl_nats),
+        }
+        result = self._result(prepared, trained, evaluation, provenance)
+        columns = {
+            "teacher": prepared.teacher_texts,
+            "student before": trained.before_texts,
+            "student after": after_texts,
+        }
+        history, best = trained.training.history, trained.training.best_step
+        save_adapter(
+            self.adapter_path,
+            trained.tensors,
+            adapter_config,
+            documents={
+                EVALUATION_FILE: evaluation,
+                RESULT_FILE: result.to_json(),
+                "training_log.json": history,
+                "samples.md": self._samples(prepared, columns),
+            },
+            writers={
+                "training_curve.png": lambda path: draw_curve(
+                    path, history, title=f"{self.domain}: losses", best=best
+                )
+            },
+        )
+        shutil.rmtree(candidate, ignore_errors=True)
+        run = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        write_json(self.folder / RUN_FILE, {**run, "finished": True})
+        return result
+
+    def _result(
+        self,
+        prepared: Prepared,
+        trained: Trained,
+        evaluation: dict[str, Any],
+        provenance: dict[str, Any],
+    ) -> KDResult:
+        training = trained.training
+        kept = next(
+            row
+            for row in training.history
+            if row["split"] == "heldout" and row["step"] == training.best_step
+        )
+        metadata = {
+            **provenance,
+            "best_step": training.best_step,
+            "train_examples": len(prepared.train),
+            "heldout_examples": len(prepared.heldout),
+            "train_tokens": sum(example.count for example in prepared.train),
+            "heldout_tokens": sum(example.count for example in prepared.heldout),
+            "data_digest": content_digest(*(example.digest for example in prepared.train)),
+            "finish_reasons": prepared.finish_reasons,
+            "cache_bytes_per_token": prepared.cache.identity.bytes_per_token,
+            "peak_memory_bytes": trained.peak_memory_bytes,
+            "resumed": training.steps_run < self.config.num_iters,
+        }
+        return KDResult(
+            domain=self.domain,
+            num_samples=len(prepared.train) + len(prepared.heldout),
+            adapter_path=str(self.adapter_path),
+            final_kd_loss=kept["kd"],
+            final_ce_loss=kept["ce"],
+            final_combined_loss=kept["loss"],
+            training_time_seconds=training.seconds,
+            timestamp=datetime.now().astimezone().isoformat(timespec="seconds"),
+            evaluation=evaluation,
+            metadata=metadata,
+        )
+
+    def _samples(self, prepared: Prepared, columns: dict[str, list[str]]) -> str:
+        decode = self.student.tokenizer.decode
+        prompts = [decode(prompt, skip_special_tokens=True) for prompt in prepared.prompts]
+        draw = f"temperature {self.config.sampling_temperature:g}, seed {self.config.seed}"
+        return samples_text(self.domain, prompts, columns, draw=draw)
+
+    def _phase(self, name: str, total: int = 0, unit: str = "") -> None:
+        self.report("phase", {"name": f"{self.domain}: {name}", "total": total, "unit": unit})
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "domain": self.domain,
+            "teacher": self.teacher.model_id,
+            "student": self.student.model_id,
+            "teacher_digest": self.teacher.weights_digest,
+            "student_digest": self.student.weights_digest,
+            "config": self.config.to_json(),
+            "versions": {
+                "conch_dna": __version__,
+                "mlx": mx.__version__,  # type: ignore[attr-defined]
+                "mlx-lm": importlib.metadata.version("mlx-lm"),
+            },
+            "platform": platform.platform(),
+        }

@@ -1,0 +1,224 @@
+"""Loss from hidden states, chunk by chunk, without the logits of a whole batch.
+
+Knows a model's body and head and the kept targets of a batch; nothing of files or data order.
+A divergence added to `losses.LOSSES` works here at once; only forward KL has a closed form.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from conch_dna.language_model import LanguageModel
+from conch_dna.losses import LOSSES, forward_kl, kept_and_rest, token_cross_entropy
+
+Sums = dict[str, mx.array]
+LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
+
+
+def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
+    """Cross-entropy of a batch over full logits, for models whose head is being trained.
+
+    Args:
+        model: Maps ids `[B, T]` to logits `[B, T, V]`.
+        arrays: See `batches.Batch`.
+
+    Returns:
+        `loss`: summed nats over the counted tokens, a scalar.
+    """
+    logits = model(arrays["inputs"])
+    logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+    losses = token_cross_entropy(logits, arrays["labels"])
+    return {"loss": (losses * arrays["weights"]).sum()}
+
+
+def distillation_sums(
+    logits: mx.array, targets: Sums, *, temperature: float, alpha: float, divergence: str
+) -> Sums:
+    """`alpha t² D + (1 - alpha) CE`, summed over tokens, from logits; differentiable.
+
+    Args:
+        logits: Student's `[N, V]` over the real tokens.
+        targets: `kept_ids` `[N, K]`, `teacher_log_probs` `[N, K + 1]` at the temperature,
+            `labels` `[N]` and `weights` `[N]`.
+        temperature: t.
+        alpha: Share of the divergence.
+        divergence: A key of LOSSES.
+
+    Returns:
+        `loss`, `kd` (with its t²) and `ce`: sums in nats, scalars.
+    """
+    student = kept_and_rest(logits, targets["kept_ids"], temperature)
+    divergences = LOSSES[divergence](targets["teacher_log_probs"], student)
+    kd = temperature**2 * (divergences * targets["weights"]).sum()
+    ce = (token_cross_entropy(logits, targets["labels"]) * targets["weights"]).sum()
+    return {"loss": alpha * kd + (1 - alpha) * ce, "kd": kd, "ce": ce}
+
+
+def forward_kl_and_gradient(
+    logits: mx.array, targets: Sums, *, temperature: float, alpha: float
+) -> tuple[Sums, mx.array]:
+    """`distillation_sums` for forward KL with the gradient by logits in closed form.
+
+    With q over K + 1 outcomes and s_v a token's share of the rest, the gradient of t² KL is
+    t (q_v - p_v) at a kept token and t s_v (q_rest - p_rest) at any other. Each exponential over
+    the vocabulary is taken once and serves loss and gradient.
+
+    Returns:
+        The sums, and the gradient of `loss` by the logits `[N, V]`, float32.
+    """
+    logits = logits.astype(mx.float32)
+    kept_ids, labels, weights = targets["kept_ids"], targets["labels"][:, None], targets["weights"]
+    scaled = logits / temperature
+    kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
+    others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
+    rest_max = others.max(axis=-1, keepdims=True)
+    # Where everything is kept there are no others: their maximum is -inf and their share 0.
+    rest_max = mx.where(rest_max == -mx.inf, 0.0, rest_max)
+    rest_exp = mx.exp(others - rest_max)
+    rest_sum = rest_exp.sum(axis=-1, keepdims=True)
+    outcomes = mx.concatenate([kept, rest_max + mx.log(rest_sum)], axis=-1)
+    student = outcomes - mx.logsumexp(outcomes, axis=-1, keepdims=True)
+    teacher = targets["teacher_log_probs"]
+    kd = temperature**2 * (forward_kl(teacher, student) * weights).sum()
+
+    full_max = logits.max(axis=-1, keepdims=True)
+    full_exp = mx.exp(logits - full_max)
+    full_sum = full_exp.sum(axis=-1, keepdims=True)
+    gold = mx.take_along_axis(logits, labels, axis=-1)
+    ce = ((full_max + mx.log(full_sum) - gold).squeeze(-1) * weights).sum()
+
+    soft = weights[:, None] * (alpha * temperature)
+    hard = weights[:, None] * (1 - alpha)
+    excess = soft * (mx.exp(student) - mx.exp(teacher))
+    rest_scale = excess[:, -1:] / mx.where(rest_sum == 0, 1.0, rest_sum)
+    hard_scale = hard / full_sum
+    gradient = rest_exp * rest_scale + full_exp * hard_scale
+    # exp(-inf) made the rest's part 0 at the kept tokens, so theirs is added to what is there.
+    kept_gradient = mx.take_along_axis(gradient, kept_ids, axis=-1) + excess[:, :-1]
+    gradient = mx.put_along_axis(gradient, kept_ids, kept_gradient, axis=-1)
+    gold_gradient = mx.take_along_axis(gradient, labels, axis=-1) - hard
+    gradient = mx.put_along_axis(gradient, labels, gold_gradient, axis=-1)
+    return {"loss": alpha * kd + (1 - alpha) * ce, "kd": kd, "ce": ce}, gradient
+
+
+def _autodiff(*, temperature: float, alpha: float, divergence: str) -> LogitLoss:
+    def loss_and_gradient(logits: mx.array, targets: Sums) -> tuple[Sums, mx.array]:
+        def total(x: mx.array) -> tuple[mx.array, Sums]:
+            sums = distillation_sums(
+                x, targets, temperature=temperature, alpha=alpha, divergence=divergence
+            )
+            return sums["loss"], sums
+
+        (_, sums), gradient = mx.value_and_grad(total)(logits.astype(mx.float32))
+        return sums, gradient
+
+    return loss_and_gradient
+
+
+def chunked_loss(
+    head: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    targets: Sums,
+    loss_and_gradient: LogitLoss,
+    chunk: int,
+) -> Sums:
+    """Sums of a loss over logits, whose gradient flows to the hidden states only.
+
+    Each chunk's logits are turned into a loss and a gradient by the hidden states at once and
+    dropped before the next chunk begins.
+
+    Args:
+        head: Hidden states `[n, D]` to logits `[n, V]`; its parameters get no gradient.
+        hidden: `[N, D]`; differentiable.
+        targets: Arrays `[N, …]`.
+        loss_and_gradient: Logits and targets of a chunk to sums and the gradient of `loss`.
+        chunk: Tokens per chunk; 0 takes all at once.
+
+    Returns:
+        The summed sums.
+    """
+    names = ("loss", "kd", "ce")
+    size = chunk or hidden.shape[0]
+
+    def evaluate(states: mx.array) -> tuple[mx.array, ...]:
+        totals = {name: mx.array(0.0) for name in names}
+        gradients: list[mx.array] = []
+        for start in range(0, states.shape[0], size):
+            part = states[start : start + size]
+            if gradients:
+                # Without this order the graph may hold the logits of several chunks at a time.
+                part = mx.depends([part], [gradients[-1]])[0]
+            logits = head(part)
+            rows = {name: value[start : start + size] for name, value in targets.items()}
+            sums, by_logits = loss_and_gradient(logits, rows)
+            _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
+            gradients.append(by_states[0])
+            totals = {name: totals[name] + sums[name] for name in names}
+        return (*(totals[name] for name in names), mx.concatenate(gradients))
+
+    def pull_back(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return cotangents[0].astype(outputs[-1].dtype) * outputs[-1]
+
+    custom: Any = mx.custom_function(evaluate)
+    custom.vjp(pull_back)
+    *values, _ = custom(hidden)
+    return dict(zip(names, values, strict=True))
+
+
+def make_distillation_loss(
+    student: LanguageModel,
+    *,
+    temperature: float,
+    alpha: float,
+    divergence: str = "forward_kl",
+    chunk: int = 1024,
+) -> Callable[[nn.Module, Sums], Sums]:
+    """The loss of a student whose head is frozen, for the trainer.
+
+    Models that change logits after the head (soft-cap, scale) or whose head is trained take the
+    dense path: logits of the counted positions all at once, differentiated by MLX.
+
+    Args:
+        student: Loaded model, adapter attached.
+        temperature: t of the soft part.
+        alpha: Share of the soft part.
+        divergence: A key of LOSSES.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+
+    Returns:
+        `loss(model, arrays)` as `trainer.Loss` wants it, with sums `loss`, `kd` and `ce`.
+    """
+    names = ("kept_ids", "teacher_log_probs", "labels", "weights")
+    loss_and_gradient: LogitLoss
+    if divergence == "forward_kl":
+        loss_and_gradient = partial(forward_kl_and_gradient, temperature=temperature, alpha=alpha)
+    else:
+        loss_and_gradient = _autodiff(temperature=temperature, alpha=alpha, divergence=divergence)
+
+    def chunked(model: nn.Module, arrays: Sums) -> Sums:
+        hidden = student.body(arrays["inputs"])
+        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
+        targets = {name: arrays[name] for name in names}
+        return chunked_loss(student.head, hidden, targets, loss_and_gradient, chunk)
+
+    def dense(model: nn.Module, arrays: Sums) -> Sums:
+        logits = student.logits(arrays["inputs"])
+        logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+        return distillation_sums(
+            logits,
+            {name: arrays[name] for name in names},
+            temperature=temperature,
+            alpha=alpha,
+            divergence=divergence,
+        )
+
+    return chunked if student.has_plain_head and not _head_is_trained(student) else dense
+
+
+def _head_is_trained(student: LanguageModel) -> bool:
+    model = student.model
+    head = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    return bool(head.trainable_parameters())

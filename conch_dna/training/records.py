@@ -1,0 +1,327 @@
+"""Training records: JSONL and prompt files in, tokenized examples out.
+
+Knows mlx-lm's three record forms (`messages`, `prompt`/`completion`, `text`), chat templates and
+which tokens of a conversation count. To add a form: a branch in `tokenize_record` and its test.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conch_dna.errors import ConchError
+from conch_dna.training.batches import Example
+
+Record = dict[str, Any]
+TOKENS = "tokens"
+
+
+def _lines(path: Path, option: str) -> list[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConchError(f"cannot read {option} {path}: {error}") from error
+    # Not str.splitlines, which would also cut at characters that JSON allows inside strings.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a JSONL file of training records.
+
+    Raises:
+        ConchError: The file cannot be read, is empty, or a line is not a record; names the line.
+    """
+    records = []
+    for number, line in _lines(path, "--data"):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ConchError(f"{path}, line {number}: not JSON ({error})") from error
+        _check_record(record, f"{path}, line {number}")
+        records.append(record)
+    if not records:
+        raise ConchError(f"{path} is empty: give one JSON object a line")
+    return records
+
+
+def _check_record(record: Any, where: str) -> None:
+    forms = "messages, prompt and completion, or text"
+    if not isinstance(record, dict):
+        raise ConchError(f"{where}: a record is a JSON object with {forms}")
+    if "messages" in record:
+        turns = record["messages"]
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in turns
+        ):
+            raise ConchError(f"{where}: messages is a list of objects with role and content")
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
+        return
+    names = ("prompt", "completion") if "completion" in record else ("text",)
+    for name in names:
+        if name not in record:
+            raise ConchError(f"{where}: a record needs {forms}; it has {', '.join(record)}")
+        if not isinstance(record[name], str):
+            raise ConchError(f"{where}: {name} is not text")
+    if not record[names[-1]]:
+        raise ConchError(f"{where}: {names[-1]} is empty, nothing could be learned")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: a text file with one a line, or JSONL of strings or `prompt` objects.
+
+    Raises:
+        ConchError: The file cannot be read, is empty, or a JSONL line has no prompt.
+    """
+    prompts = []
+    for number, line in _lines(path, "--prompts"):
+        if path.suffix != ".jsonl":
+            prompts.append(line.rstrip("\r"))
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ConchError(f"{path}, line {number}: not JSON ({error})") from error
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str) or not prompt:
+            raise ConchError(f"{path}, line {number}: no prompt; give a string or a prompt object")
+        prompts.append(prompt)
+    if not prompts:
+        raise ConchError(f"{path} is empty: give one prompt a line")
+    return prompts
+
+
+def prompt_messages(prompt: str, system: str) -> list[dict[str, str]]:
+    """A conversation that waits for its answer; no system turn when `system` is empty."""
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": prompt}]
+
+
+def prompt_ids(tokenizer: Any, prompt: str, system: str) -> list[int]:
+    """Token ids that a model continues with its answer.
+
+    Through the tokenizer's chat template where it has one; else plainly, the system prompt above
+    the prompt.
+    """
+    if tokenizer.has_chat_template:
+        return _template(tokenizer, prompt_messages(prompt, system), generation_prompt=True)
+    return _encode(tokenizer, plain_prompt(prompt, system))
+
+
+def plain_prompt(prompt: str, system: str) -> str:
+    """The prompt for a model without a chat template."""
+    return f"{system}\n\n{prompt}" if system else prompt
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with what the tokenizer puts in front, without an end-of-sequence behind."""
+    ids = list(tokenizer.encode(text))
+    while len(ids) > 1 and ids[-1] in tokenizer.eos_token_ids and not _spelled(tokenizer, text):
+        ids.pop()
+    return ids
+
+
+def _spelled(tokenizer: Any, text: str) -> bool:
+    """Whether the text itself ends with an end-of-sequence token."""
+    ends = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+    return any(end and text.endswith(end) for end in ends)
+
+
+def _template(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool
+) -> list[int]:
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt)
+    return [int(token) for token in ids]
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def tokenize_record(
+    record: Record,
+    tokenizer: Any,
+    *,
+    name: str,
+    train_on_prompt: bool = False,
+    vocabulary: str = "",
+) -> Example:
+    """Tokenize a record and mark which tokens count.
+
+    Completions count, and the end-of-sequence token after them; so does every assistant turn of
+    a conversation, not only the last. Prompts do not, unless asked for. A plain text counts
+    wholly.
+
+    Args:
+        record: In one of the three forms, or a teacher's answer with its exact `tokens`.
+        tokenizer: The student's, as mlx_lm wraps it.
+        name: What messages call the record.
+        train_on_prompt: Prompt tokens count too.
+        vocabulary: Exact `tokens` are used only when they are ids of this vocabulary digest.
+
+    Raises:
+        ConchError: The chat template does not keep an assistant turn apart, or nothing counts.
+    """
+    exact = record.get(TOKENS)
+    if exact and exact["vocabulary"] == vocabulary:
+        ids = list(exact["ids"])
+        spans = [(exact["prompt_length"], len(ids))]
+    elif "messages" in record:
+        ids, spans = _conversation(record["messages"], tokenizer, name)
+    elif "completion" in record and tokenizer.has_chat_template:
+        turns = [
+            *prompt_messages(record["prompt"], ""),
+            {"role": "assistant", "content": record["completion"]},
+        ]
+        ids, spans = _conversation(turns, tokenizer, name)
+    elif "completion" in record:
+        ids = _encode(tokenizer, record["prompt"] + record["completion"])
+        # Where a token straddles the border, it belongs to the completion.
+        start = _common_prefix(_encode(tokenizer, record["prompt"]), ids)
+        if record.get("finish_reason") != "length":
+            ids = _ended(ids, tokenizer)
+        spans = [(start, len(ids))]
+    else:
+        ids = _ended(_encode(tokenizer, record["text"]), tokenizer)
+        spans = [(0, len(ids))]
+    counted = np.zeros(len(ids), bool)
+    for start, end in [(0, len(ids))] if train_on_prompt else spans:
+        counted[start:end] = True
+    counted[0] = False
+    if not counted.any():
+        raise ConchError(f"{name}: no token counts, nothing could be learned")
+    return Example(np.asarray(ids, np.int32), counted, name)
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids with an end-of-sequence token behind, if the tokenizer has one."""
+    if tokenizer.eos_token_id is None or ids[-1] in tokenizer.eos_token_ids:
+        return ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+def _conversation(
+    messages: Sequence[dict[str, str]], tokenizer: Any, name: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a whole conversation and the span of every assistant turn, its end token included."""
+    if not tokenizer.has_chat_template:
+        raise ConchError(
+            f"{name} has messages, but the student's tokenizer has no chat template: give prompt "
+            "and completion, or text"
+        )
+    last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
+    messages = messages[: last + 1]
+    ids = _template(tokenizer, messages, generation_prompt=False)
+    spans = []
+    for index, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _template(tokenizer, messages[:index], generation_prompt=True)
+        start = _common_prefix(before, ids)
+        after = _template(tokenizer, messages[: index + 1], generation_prompt=False)
+        end = _common_prefix(after, ids)
+        ends = [i for i in range(start, end) if ids[i] in tokenizer.eos_token_ids]
+        if ends:
+            end = ends[-1] + 1
+        elif index == last:
+            ids = _ended(ids[:end], tokenizer)
+            end = len(ids)
+        text = "".join(tokenizer.decode(ids[start:end]).split())
+        if "".join(turn["content"].split())[-20:] not in text:
+            raise ConchError(
+                f"{name}: the chat template changes or drops assistant turn {index + 1}, so the "
+                "tokens that count cannot be told; give prompt and completion instead"
+            )
+        spans.append((start, end))
+    return ids, spans
+
+
+def tokenize_records(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    train_on_prompt: bool = False,
+    vocabulary: str = "",
+) -> list[Example]:
+    """Tokenize records, in their order; see `tokenize_record`."""
+    return [
+        tokenize_record(
+            record,
+            tokenizer,
+            name=f"example {number}",
+            train_on_prompt=train_on_prompt,
+            vocabulary=vocabulary,
+        )
+        for number, record in enumerate(records, 1)
+    ]
+
+
+def fitting(examples: Sequence[Example], longest: int, *, skip: bool = False) -> list[int]:
+    """Indices of the examples that are not too long.
+
+    Args:
+        examples: Tokenized.
+        longest: Most tokens an example may have.
+        skip: Leave out those that are longer instead of refusing them.
+
+    Raises:
+        ConchError: Some are too long and not to be left out, or all are.
+    """
+    long = [example for example in examples if len(example.ids) > longest]
+    if long and (not skip or len(long) == len(examples)):
+        shown = ", ".join(f"{example.name} ({len(example.ids)})" for example in long[:5])
+        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+        raise ConchError(
+            f"{len(long)} of {len(examples)} examples are longer than {longest} tokens, the "
+            f"context of the models or --max-seq-length: {shown}{more}. Shorten or split them, "
+            "or leave them out with --too-long skip; they are never cut in silence"
+        )
+    return [index for index, example in enumerate(examples) if len(example.ids) <= longest]
+
+
+def split_heldout(
+    records: Sequence[Record], fraction: float, *, seed: int
+) -> tuple[list[int], list[int]]:
+    """Choose the held-out examples: a seeded share, at least one, never one prompt on both sides.
+
+    Returns:
+        Indices of the training and of the held-out records, ascending.
+
+    Raises:
+        ConchError: There are fewer than two different prompts.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(_prompt_key(record), []).append(index)
+    if len(groups) < 2:
+        raise ConchError(
+            f"{len(records)} examples with {len(groups)} different prompts cannot be split into "
+            "training and held-out data: give at least two"
+        )
+    keys = list(groups)
+    wanted = max(1, round(fraction * len(records)))
+    heldout: list[int] = []
+    for position in np.random.default_rng(seed).permutation(len(keys)):
+        heldout.extend(groups[keys[position]])
+        if len(heldout) >= wanted:
+            break
+    if len(heldout) == len(records):
+        heldout = heldout[: -len(groups[keys[position]])] or groups[keys[0]]
+    chosen = set(heldout)
+    return [i for i in range(len(records)) if i not in chosen], sorted(chosen)
+
+
+def _prompt_key(record: Record) -> str:
+    if "messages" in record:
+        turns = record["messages"]
+        first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        return json.dumps(turns[:first], sort_keys=True)
+    return str(record["prompt"] if "completion" in record else record["text"])

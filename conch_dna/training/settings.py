@@ -1,0 +1,256 @@
+"""The settings of a distillation run, and what it comes to.
+
+Defaults and ranges stand only here: the command line, the YAML file and the guide's option table
+are made from or compared with these fields. To add an option: a field with its help and range.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from conch_dna.errors import ConchError
+from conch_dna.losses import LOSSES
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+
+DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDConfig:
+    """Everything that shapes a distillation run except the two models and the data.
+
+    Each field is a command-line option of the same name with dashes; `python -m
+    conch_dna.training.true_kd --help` and TRUE_KD_README.md list meaning, unit and range.
+
+    Raises:
+        ConchError: A value is out of its range; all such values are named at once.
+    """
+
+    temperature: float = _option(
+        2.0, "Softmax temperature of teacher and student in the KD loss.", low=0.5, high=10
+    )
+    alpha: float = _option(
+        0.7, "Share of the KD loss; the rest is cross-entropy. 0 is fine-tuning.", low=0, high=1
+    )
+    divergence: str = _option(
+        "forward_kl", "Divergence of the KD loss.", choices=tuple(sorted(LOSSES))
+    )
+    top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
+    lora_scale: float = _option(10.0, "Factor on the LoRA update, y = Wx + scale(xa)b.", above=0)
+    lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
+    lora_keys: str = _option(
+        "attention",
+        "Which linear layers get LoRA: 'attention' (q and v), 'all', or names such as "
+        "'self_attn.q_proj,mlp.up_proj'.",
+    )
+    lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
+    dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
+    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.", above=0)
+    weight_decay: float = _option(0.01, "Weight decay of AdamW.", low=0)
+    max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm.", above=0)
+    warmup_iters: int = _option(10, "Steps of linear warm-up; a cosine to 0 follows.", low=0)
+    batch_size: int = _option(4, "Examples per batch.", low=1)
+    accumulation_steps: int = _option(
+        1, "Batches per optimiser step, weighted by their tokens.", low=1
+    )
+    num_iters: int = _option(200, "Optimiser steps (--iters is the same).", low=1)
+    val_fraction: float = _option(
+        0.1, "Share of the data held out, at least one example.", above=0, high=0.5
+    )
+    val_batches: int = _option(25, "Held-out batches per evaluation; -1 is all.", low=-1)
+    steps_per_report: int = _option(10, "Steps between reports of the training loss.", low=1)
+    steps_per_eval: int = _option(50, "Steps between held-out evaluations.", low=1)
+    steps_per_save: int = _option(50, "Steps between checkpoints.", low=1)
+    max_seq_length: int = _option(
+        2048, "Longest example in tokens; longer ones are never cut, see too_long.", low=2
+    )
+    too_long: str = _option(
+        "refuse",
+        "What to do with examples longer than that or than the models' context: stop and name "
+        "them, or leave them out and say how many.",
+        choices=("refuse", "skip"),
+    )
+    max_tokens: int = _option(256, "Longest answer the teacher generates, in tokens.", low=1)
+    samples_per_prompt: int = _option(1, "Answers the teacher gives to each prompt.", low=1)
+    sampling_temperature: float = _option(
+        0.7, "Temperature of the teacher's answers; 0 is greedy.", low=0, high=10
+    )
+    generation_batch_size: int = _option(16, "Prompts the teacher answers at once.", low=1)
+    head_chunk: int = _option(
+        1024, "Tokens whose logits exist at once in the loss; 0 computes all at once.", low=0
+    )
+    grad_checkpoint: bool = _option(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    train_on_prompt: bool = _option(False, "Prompt tokens count as targets too.")
+    seed: int = _option(0, "Of sampling, data order, LoRA and dropout.", low=0)
+    output_dir: str = _option("models/distilled_neurons", "Folder of all domains' folders.")
+    adapter_subdir: str = _option("adapters_kd", "Adapter's folder in its domain's folder.")
+    trust_remote_code: bool = _option(
+        False, "Run Python code that comes with a model or tokenizer."
+    )
+
+    def __post_init__(self) -> None:
+        problems = [problem for name in fields(self) for problem in self._problems(name)]
+        if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
+            problems.append(
+                f"samples_per_prompt is {self.samples_per_prompt} with sampling_temperature 0: "
+                "all answers would be the same; raise the temperature"
+            )
+        if Path(self.adapter_subdir).name != self.adapter_subdir or self.adapter_subdir == "..":
+            problems.append(f"adapter_subdir is {self.adapter_subdir!r}: use one plain folder name")
+        if problems:
+            raise ConchError("; ".join(problems))
+
+    def _problems(self, option: Any) -> list[str]:
+        value: Any = getattr(self, option.name)
+        limits = option.metadata
+        kinds: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,)}
+        expected = kinds.get(kind_of(option), (str,))
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            return [f"{option.name} is {value!r}: it must be a {_type_name(option)}"]
+        if limits["choices"] and value not in limits["choices"]:
+            return [f"{option.name} is {value!r}: use one of {', '.join(limits['choices'])}"]
+        if isinstance(value, (bool, str)):
+            return []
+        number: float = value  # type: ignore[assignment]
+        low, high, above = limits["low"], limits["high"], limits["above"]
+        inside = (
+            math.isfinite(number)
+            and (low is None or number >= low)
+            and (high is None or number <= high)
+            and (above is None or number > above)
+        )
+        return [] if inside else [f"{option.name} is {value}: it must be {range_text(option)}"]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], *, source: str) -> "KDConfig":
+        """Make a configuration from a mapping, refusing names that do not exist.
+
+        Args:
+            values: Field names to values; `iters` stands for `num_iters`, dashes for underscores.
+            source: Where they come from, for the message.
+        """
+        values = {name.replace("-", "_"): value for name, value in values.items()}
+        if "iters" in values:
+            values["num_iters"] = values.pop("iters")
+        known = {option.name for option in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConchError(
+                f"{source} names unknown settings: {', '.join(unknown)}; "
+                f"known are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def kind_of(option: Any) -> str:
+    """The type of a field: float, int, bool or str."""
+    return option.type if isinstance(option.type, str) else str(option.type.__name__)
+
+
+def _type_name(option: Any) -> str:
+    names = {"float": "number", "int": "whole number", "bool": "true or false", "str": "text"}
+    return names[kind_of(option)]
+
+
+def range_text(option: Any) -> str:
+    """The range of a field in words, such as "between 0.5 and 10"; empty when it has none."""
+    low, high, above = (option.metadata[name] for name in ("low", "high", "above"))
+    if low is not None and high is not None:
+        return f"between {low:g} and {high:g}"
+    if above is not None and high is not None:
+        return f"above {above:g} and at most {high:g}"
+    if above is not None:
+        return f"above {above:g}"
+    return f"{low:g} or more" if low is not None else ""
+
+
+def validate_domain(domain: str, *, with_own_data: bool) -> None:
+    """Check a domain's name, which becomes a folder.
+
+    Args:
+        domain: One of DOMAIN_PROMPTS, or a new name when the user brings data or prompts.
+        with_own_data: Whether the user does.
+
+    Raises:
+        ConchError: The name is not a plain one, or unknown.
+    """
+    plain = domain.replace("_", "").replace("-", "")
+    if not (plain.isascii() and plain.isalnum() and len(domain) <= 64):
+        raise ConchError(
+            f"domain {domain!r} becomes a folder's name: use up to 64 letters, digits, - and _"
+        )
+    if domain not in DOMAIN_PROMPTS and not with_own_data:
+        raise ConchError(
+            f"domain {domain!r} is unknown: use one of {', '.join(DOMAIN_PROMPTS)}, or give a new "
+            "name its --data or --prompts"
+        )
+
+
+def domain_folder(domain: str, config: KDConfig) -> Path:
+    """The folder that holds everything of one domain's run."""
+    return Path(config.output_dir) / domain
+
+
+def get_kd_adapter_path(domain: str, config: KDConfig | None = None) -> Path:
+    """Where the distilled adapter of a domain is (or will be).
+
+    >>> get_kd_adapter_path("thinking").as_posix()
+    'models/distilled_neurons/thinking/adapters_kd'
+    """
+    config = config or KDConfig()
+    return domain_folder(domain, config) / config.adapter_subdir
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDResult:
+    """What a distillation came to.
+
+    Attributes:
+        domain: Name of the domain.
+        num_samples: Examples trained and evaluated on, together.
+        adapter_path: Folder that `mlx_lm.load(student, adapter_path=…)` opens.
+        final_kd_loss: Held-out KD loss (t² times the divergence, nats per token) of the adapter.
+        final_ce_loss: Its held-out cross-entropy, nats per token.
+        final_combined_loss: alpha KD + (1 - alpha) CE.
+        training_time_seconds: Wall time of the training loop in this process.
+        timestamp: End of the run, ISO 8601 with time zone.
+        evaluation: `before`, `after`, `teacher` and `gap_closed`; see evaluation.json.
+        metadata: Models, digests, versions, seed, best step and more.
+    """
+
+    domain: str
+    num_samples: int
+    adapter_path: str
+    final_kd_loss: float
+    final_ce_loss: float
+    final_combined_loss: float
+    training_time_seconds: float
+    timestamp: str
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)

@@ -1,0 +1,360 @@
+"""The teacher's soft targets: computed once, compressed to K + 1 outcomes, cached by content.
+
+Knows a loaded teacher and tokenized examples; nothing of students or losses. To store another
+figure per position: an array in `compute_targets`, its line in TARGET_ARRAYS, and a new FORMAT.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from conch_dna.checkpoints import remove_unfinished, save_arrays
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.losses import log_softmax
+from conch_dna.training.batches import (
+    Batch,
+    Example,
+    ExampleBatches,
+    collate,
+    sequential_batches,
+)
+
+FORMAT = "soft targets 1"
+SHARD_POSITIONS = 16_384
+HEAD_ROWS = 512
+TARGET_ARRAYS = ("kept_ids", "kept_log_probs", "log_normalizer", "log_rest", "gold_log_prob")
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetIdentity:
+    """What a teacher's targets depend on besides the text.
+
+    Attributes:
+        teacher: Digest of configuration and weights.
+        tokenizer: Digest of the tokenizer.
+        vocabulary_size: Real tokens of the teacher.
+        top_k: Kept tokens per position.
+        temperatures: At which the rest is exact, ascending; 1 is always among them.
+    """
+
+    teacher: str
+    tokenizer: str
+    vocabulary_size: int
+    top_k: int
+    temperatures: tuple[float, ...]
+
+    @property
+    def digest(self) -> str:
+        """Content address of all of it and of the storage format."""
+        numbers = json.dumps([self.vocabulary_size, self.top_k, self.temperatures])
+        return content_digest(FORMAT, self.teacher, self.tokenizer, numbers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one counted position takes in the cache."""
+        id_bytes = np.dtype(self.id_type).itemsize
+        return self.top_k * (id_bytes + 4) + 8 * len(self.temperatures) + 4
+
+    @property
+    def id_type(self) -> type[np.unsignedinteger[Any]]:
+        """Smallest unsigned type that holds every token id."""
+        return np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
+
+
+def target_identity(
+    teacher: ModelSource, *, top_k: int, temperature: float, with_digests: bool = True
+) -> TargetIdentity:
+    """The identity of a teacher's targets, told without loading its weights.
+
+    Args:
+        teacher: The model's source.
+        top_k: Kept tokens per position.
+        temperature: Of the loss.
+        with_digests: Read the weight files for their digest; without, only sizes are right.
+
+    Raises:
+        ConchError: More tokens are to be kept than the teacher has.
+    """
+    if top_k > teacher.token_count:
+        raise ConchError(
+            f"top_k is {top_k}, but teacher {teacher.model_id} has {teacher.token_count} "
+            "tokens: lower --top-k"
+        )
+    return TargetIdentity(
+        teacher=teacher.weights_digest if with_digests else "",
+        tokenizer=teacher.tokenizer_digest,
+        vocabulary_size=teacher.token_count,
+        top_k=top_k,
+        temperatures=tuple(sorted({1.0, float(temperature)})),
+    )
+
+
+def compress(
+    logits: mx.array, labels: mx.array, *, top_k: int, temperatures: Sequence[float]
+) -> dict[str, mx.array]:
+    """Keep the K likeliest tokens of each position, and what makes the rest exact.
+
+    Args:
+        logits: `[N, V]` over the real tokens only.
+        labels: The text's own next tokens `[N]`.
+        top_k: K, at most V.
+        temperatures: At which the rest is stored.
+
+    Returns:
+        `kept_ids` `[N, K]`, likeliest first; `kept_log_probs` `[N, K]` at temperature 1;
+        `log_normalizer` `[N, n]`, L_t = log Σ exp(log p / t), so that log p at t is
+        (log p) / t − L_t; `log_rest` `[N, n]`, log-probability at t of all that is not kept
+        (-inf where nothing is left); `gold_log_prob` `[N]` at temperature 1. float32, nats.
+    """
+    log_probs = log_softmax(logits)
+    size = log_probs.shape[-1]
+    if top_k < size:
+        kept = mx.argpartition(-log_probs, top_k - 1, axis=-1)[:, :top_k]
+        values = mx.take_along_axis(log_probs, kept, axis=-1)
+        order = mx.argsort(-values, axis=-1)
+        kept = mx.take_along_axis(kept, order, axis=-1)
+        values = mx.take_along_axis(values, order, axis=-1)
+        others = mx.put_along_axis(log_probs, kept, mx.array(-mx.inf), axis=-1)
+    else:
+        kept = mx.argsort(-log_probs, axis=-1)
+        values = mx.take_along_axis(log_probs, kept, axis=-1)
+        others = None
+    normalizers, rests = [], []
+    for t in temperatures:
+        normalizer = mx.logsumexp(log_probs / t, axis=-1)
+        normalizers.append(normalizer)
+        if others is None:
+            rests.append(mx.full(normalizer.shape, -mx.inf))
+        else:
+            rests.append(mx.logsumexp(others / t, axis=-1) - normalizer)
+    return {
+        "kept_ids": kept.astype(mx.uint32),
+        "kept_log_probs": values,
+        "log_normalizer": mx.stack(normalizers, axis=-1),
+        "log_rest": mx.stack(rests, axis=-1),
+        "gold_log_prob": mx.take_along_axis(log_probs, labels[:, None], axis=-1).squeeze(-1),
+    }
+
+
+def compute_targets(
+    teacher: LanguageModel,
+    examples: Sequence[Example],
+    identity: TargetIdentity,
+    *,
+    batch_size: int,
+    report: Report,
+) -> list[dict[str, np.ndarray]]:
+    """Run the teacher over examples in batches of similar length.
+
+    The head is applied to 512 counted positions at a time, so logits of a whole batch never
+    exist where the head can be taken apart from the body.
+
+    Returns:
+        For each example the arrays of `compress`, with N its counted tokens.
+    """
+    results: list[dict[str, np.ndarray]] = [{} for _ in examples]
+    for indices in sequential_batches(examples, batch_size):
+        chosen = [examples[i] for i in indices]
+        batch = collate(chosen)
+        inputs, positions = mx.array(batch.arrays["inputs"]), batch.arrays["positions"]
+        labels = mx.array(batch.arrays["labels"])
+        plain = teacher.has_plain_head
+        states = teacher.body(inputs) if plain else teacher.logits(inputs)
+        states = states.reshape(-1, states.shape[-1])[mx.array(positions)]
+        parts = []
+        for start in range(0, batch.count, HEAD_ROWS):
+            rows = states[start : start + HEAD_ROWS]
+            part = compress(
+                teacher.head(rows) if plain else rows,
+                labels[start : start + HEAD_ROWS],
+                top_k=identity.top_k,
+                temperatures=identity.temperatures,
+            )
+            mx.eval(part)
+            parts.append({name: np.asarray(value) for name, value in part.items()})
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in TARGET_ARRAYS}
+        if not np.isfinite(arrays["kept_log_probs"]).all():
+            raise ConchError(
+                f"teacher {teacher.model_id} gives non-finite log-probabilities on "
+                f"{', '.join(batch.names)}: its weights or its precision are broken"
+            )
+        arrays["kept_ids"] = arrays["kept_ids"].astype(identity.id_type)
+        start = 0
+        for i, example in zip(indices, chosen, strict=True):
+            results[i] = {name: arrays[name][start : start + example.count] for name in arrays}
+            start += example.count
+        report("advance", {"by": batch.count})
+    return results
+
+
+class SoftTargetCache:
+    """Soft targets of many examples in safetensors shards, memory-mapped when read.
+
+    Each example is addressed by the digests of the teacher, its tokenizer, the exact token ids,
+    what counts, K, the temperatures and the format, so a changed data set only computes what is
+    new.
+
+    Args:
+        folder: Parent; the shards lie in a sub-folder named after the identity.
+        identity: See `TargetIdentity`.
+        report: Gets ("warning", …) and ("advance", …).
+    """
+
+    def __init__(
+        self, folder: Path, identity: TargetIdentity, *, report: Report = lambda event, row: None
+    ) -> None:
+        self.identity = identity
+        self.folder = folder / identity.digest[:16]
+        self.report = report
+        self._places: dict[str, tuple[Any, int, int]] = {}
+        remove_unfinished(self.folder)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            shard, entries = _verified(path)
+        except NotWholeError as error:
+            self.report("warning", {"message": f"{error}; its targets are computed again"})
+            path.unlink()
+            return
+        for key, start, end in entries:
+            self._places[key] = (shard, start, end)
+
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples whose targets are not there, each once."""
+        absent = {e.digest: e for e in examples if e.digest not in self._places}
+        return list(absent.values())
+
+    def fill(self, teacher: ModelSource, examples: Sequence[Example], *, batch_size: int) -> int:
+        """Compute what is missing, a shard at a time; returns the number of examples computed.
+
+        The teacher is loaded only if something is missing.
+
+        Raises:
+            ConchError: The disk is full, or the teacher's output is not finite.
+        """
+        absent = self.missing(examples)
+        shard: list[Example] = []
+        for number, example in enumerate(absent, 1):
+            shard.append(example)
+            if number == len(absent) or sum(e.count for e in shard) >= SHARD_POSITIONS:
+                self._write(teacher.resident(), shard, batch_size)
+                shard = []
+        return len(absent)
+
+    def _write(self, teacher: LanguageModel, examples: list[Example], batch_size: int) -> None:
+        results = compute_targets(
+            teacher, examples, self.identity, batch_size=batch_size, report=self.report
+        )
+        arrays = {name: np.concatenate([r[name] for r in results]) for name in TARGET_ARRAYS}
+        ends = np.cumsum([example.count for example in examples]).tolist()
+        entries = [
+            [example.digest, end - example.count, end]
+            for example, end in zip(examples, ends, strict=True)
+        ]
+        metadata = {
+            "format": FORMAT,
+            "identity": self.identity.digest,
+            "entries": json.dumps(entries),
+            "digest": _data_digest(arrays),
+        }
+        path = self.folder / f"{content_digest(*(e.digest for e in examples))[:32]}.safetensors"
+        save_arrays(path, {name: mx.array(value) for name, value in arrays.items()}, metadata)
+        self._open(path)
+
+    def read(self, example: Example) -> dict[str, np.ndarray]:
+        """The stored arrays of one example; see `compress`."""
+        shard, start, end = self._places[example.digest]
+        return {name: shard.get_slice(name)[start:end] for name in TARGET_ARRAYS}
+
+    def outcomes(
+        self, examples: Sequence[Example], temperature: float, rows: int
+    ) -> dict[str, np.ndarray]:
+        """The teacher's K + 1 outcomes for a batch of examples.
+
+        Args:
+            examples: In the batch's order.
+            temperature: One of the identity's.
+            rows: Rows to pad to, see `batches.collate`; padding is a valid distribution.
+
+        Returns:
+            `kept_ids` int32 `[rows, K]`; `teacher_log_probs` float32 `[rows, K + 1]`, at the
+            temperature, the rest last; `gold_log_prob` float32 `[rows]` at temperature 1.
+        """
+        column = self.identity.temperatures.index(float(temperature))
+        parts = [self.read(example) for example in examples]
+        joined = {name: np.concatenate([p[name] for p in parts]) for name in TARGET_ARRAYS}
+        count, k = joined["kept_ids"].shape
+        kept_ids = np.tile(np.arange(k, dtype=np.int32), (rows, 1))
+        kept_ids[:count] = joined["kept_ids"]
+        teacher = np.full((rows, k + 1), -np.log(k + 1), np.float32)
+        normalizer = joined["log_normalizer"][:, column : column + 1]
+        teacher[:count, :k] = joined["kept_log_probs"] / np.float32(temperature) - normalizer
+        teacher[:count, k] = joined["log_rest"][:, column]
+        gold = np.zeros(rows, np.float32)
+        gold[:count] = joined["gold_log_prob"]
+        return {"kept_ids": kept_ids, "teacher_log_probs": teacher, "gold_log_prob": gold}
+
+    def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
+        """A batch of examples with the teacher's outcomes beside each counted position."""
+        batch = collate(examples)
+        outcomes = self.outcomes(examples, temperature, len(batch.arrays["labels"]))
+        return Batch({**batch.arrays, **outcomes}, batch.count, batch.names)
+
+
+def _data_digest(arrays: dict[str, np.ndarray]) -> str:
+    return content_digest(*(np.ascontiguousarray(arrays[n]).tobytes() for n in TARGET_ARRAYS))
+
+
+def _verified(path: Path) -> tuple[Any, list[tuple[str, int, int]]]:
+    """Open a shard by memory map and check its data against the digest in its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        shard = safe_open(str(path), framework="numpy")
+        metadata = shard.metadata() or {}
+        arrays = {name: shard.get_tensor(name) for name in TARGET_ARRAYS}
+        entries = [tuple(entry) for entry in json.loads(metadata["entries"])]
+        whole = metadata["digest"] == _data_digest(arrays)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
+    if not whole:
+        raise NotWholeError(f"cache shard {path} was altered")
+    return shard, entries
+
+
+class TargetBatches(ExampleBatches):
+    """A seeded stream of batches that carry the teacher's outcomes."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        cache: SoftTargetCache,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        super().__init__(examples, batch_size, seed=seed)
+        self.cache = cache
+        self.temperature = temperature
+
+    @property
+    def digest(self) -> str:
+        """Content address of the stream and of the targets in it."""
+        return content_digest(super().digest, self.cache.identity.digest, str(self.temperature))
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` of the stream with its targets."""
+        examples = [self.examples[i] for i in self.indices(index)]
+        return self.cache.collate(examples, self.temperature)

@@ -1,0 +1,418 @@
+"""The one training loop: accumulate, clip, step, validate, checkpoint, resume.
+
+Knows nothing of teachers, text or tokenizers: it gets a model, a loss that returns sums over
+counted tokens, and a seeded stream of batches. To train something new, pass another loss.
+"""
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
+
+from conch_dna.checkpoints import (
+    differences,
+    numbered_folders,
+    read_folder,
+    remove_unfinished,
+    write_folder,
+)
+from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
+from conch_dna.language_model import named_arrays
+from conch_dna.training.batches import Batch
+
+CHECKPOINT_PREFIX = "checkpoint_"
+ADAPTER_FILE = "adapters.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random.safetensors"
+BEST_FILE = "best.safetensors"
+STATE_FILE = "state.json"
+
+Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
+"""`loss(model, arrays)` returns scalars that are SUMS over counted tokens; `loss` is minimised."""
+
+Report = Callable[[str, dict[str, Any]], None]
+"""Gets `(event, row)`; the events are those that `progress.Progress` shows, and `checkpoint`."""
+
+
+class BatchStream(Protocol):
+    """An endless stream of training batches in which batch `index` is always the same."""
+
+    @property
+    def digest(self) -> str:
+        """Content address of the data and their order."""
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index`, counted from 0 over all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """What the loop needs to know; each default is a sensible one for LoRA.
+
+    Attributes:
+        num_iters: Optimiser steps.
+        learning_rate: Peak, after the warm-up.
+        warmup_iters: Steps of linear warm-up; a cosine to 0 follows.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients of a larger global norm are scaled down to it.
+        accumulation_steps: Batches per optimiser step; tokens are weighted over all of them.
+        steps_per_report: Steps between reports of the training loss.
+        steps_per_eval: Steps between held-out evaluations.
+        steps_per_save: Steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        seed: Of dropout.
+    """
+
+    num_iters: int
+    learning_rate: float
+    warmup_iters: int = 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1
+    steps_per_report: int = 10
+    steps_per_eval: int = 50
+    steps_per_save: int = 50
+    keep_checkpoints: int = 3
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class TrainingResult:
+    """What a run of the loop came to.
+
+    Attributes:
+        best_step: The step whose parameters are now in the model.
+        best_loss: Its held-out loss per token, by the selecting figure.
+        final: Held-out figures per token after the last step.
+        last_train: The last reported training row.
+        history: Every reported and held-out row, for a plot.
+        seconds: Spent in the loop by this process.
+        steps_run: Steps taken by this process (fewer than all after a resume).
+    """
+
+    best_step: int
+    best_loss: float
+    final: dict[str, float]
+    last_train: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps_run: int = 0
+
+
+def learning_rate_schedule(settings: TrainerSettings) -> Callable[[mx.array], mx.array]:
+    """Linear warm-up to the peak, which the first step after it has; then a cosine to 0."""
+    decay_steps = max(1, settings.num_iters - settings.warmup_iters)
+    cosine = optim.cosine_decay(settings.learning_rate, decay_steps)
+    if settings.warmup_iters == 0:
+        return cosine
+    start = settings.learning_rate / (settings.warmup_iters + 1)
+    warmup = optim.linear_schedule(start, settings.learning_rate, settings.warmup_iters)
+    return optim.join_schedules([warmup, cosine], [settings.warmup_iters])
+
+
+class Trainer:
+    """Trains a model's trainable parameters and leaves the best of them in it.
+
+    Args:
+        model: Its trainable parameters are trained; freeze the others beforehand.
+        loss: See `Loss`.
+        train_batches: See `BatchStream`.
+        heldout_batches: Evaluated at step 0, every `steps_per_eval` steps and at the end.
+        settings: See `TrainerSettings`.
+        folder: Where `checkpoint_<step>` folders go.
+        select_by: The held-out figure whose lowest value chooses the parameters that are kept.
+        report: See `Report`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        train_batches: BatchStream,
+        heldout_batches: Sequence[Batch],
+        settings: TrainerSettings,
+        folder: Path,
+        *,
+        select_by: str = "loss",
+        report: Report = lambda event, row: None,
+    ) -> None:
+        if not heldout_batches:
+            raise ConchError("no held-out batches: the best step could not be chosen; give more")
+        self.model = model
+        self.loss = loss
+        self.train_batches = train_batches
+        self.heldout_batches = heldout_batches
+        self.settings = settings
+        self.folder = folder
+        self.select_by = select_by
+        self.report = report
+        self.optimizer = optim.AdamW(
+            learning_rate=learning_rate_schedule(settings),
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
+        )
+        self.step = 0
+        self.best_step = 0
+        self.best_loss = math.inf
+        self.best_parameters: dict[str, mx.array] = {}
+        self.history: list[dict[str, Any]] = []
+        self._stop = False
+        self._compiled_step = self._compile_step()
+        self._compiled_loss = self._compile_evaluation()
+
+    def _compile_step(self) -> Callable[..., Any]:
+        def scaled_loss(
+            arrays: dict[str, mx.array], scale: mx.array
+        ) -> tuple[mx.array, dict[str, mx.array]]:
+            sums = self.loss(self.model, arrays)
+            return sums["loss"] * scale, sums
+
+        value_and_grad = nn.value_and_grad(self.model, scaled_loss)
+        state = [self.model.state, self.optimizer.state, mx.random.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(
+            arrays: dict[str, mx.array], scale: mx.array, previous: Any, last: bool
+        ) -> tuple[dict[str, mx.array], Any, mx.array]:
+            (_, sums), gradients = value_and_grad(arrays, scale)
+            if previous is not None:
+                gradients = tree_map(mx.add, gradients, previous)
+            if not last:
+                return sums, gradients, mx.array(0.0)
+            gradients, norm = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
+            self.optimizer.update(self.model, gradients)
+            return sums, None, norm
+
+        self._state = state
+        return step
+
+    def _compile_evaluation(self) -> Callable[..., dict[str, mx.array]]:
+        @partial(mx.compile, inputs=[self.model.state])
+        def evaluate(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+            return self.loss(self.model, arrays)
+
+        return evaluate
+
+    def run(self, *, resume: bool = False) -> TrainingResult:
+        """Train to the last step; the best parameters end up in the model.
+
+        Args:
+            resume: Go on from the newest whole checkpoint in the folder, if there is one.
+
+        Raises:
+            NonFiniteLossError: The loss or gradient became NaN or infinite.
+            Interrupted: Ctrl-C; the state was saved first.
+            ConchError: The checkpoint was made with other settings or data.
+        """
+        started = time.perf_counter()
+        remove_unfinished(self.folder)
+        mx.random.seed(self.settings.seed)
+        self.optimizer.init(self.model.trainable_parameters())
+        if not (resume and self._restore()):
+            self._remove_checkpoints(keep=0)
+            self._evaluate()
+        first = self.step
+        with self._stop_on_interrupt():
+            self._train()
+        final = self.history[-1]
+        if self.best_step != self.settings.num_iters:
+            self.model.update(tree_unflatten(list(self.best_parameters.items())))
+        mx.eval(self.model.parameters())
+        self.model.eval()
+        return TrainingResult(
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            final={name: value for name, value in final.items() if isinstance(value, float)},
+            last_train=next((row for row in self.history[::-1] if row["split"] == "train"), {}),
+            history=self.history,
+            seconds=time.perf_counter() - started,
+            steps_run=self.step - first,
+        )
+
+    def _train(self) -> None:
+        settings = self.settings
+        totals: dict[str, float] = {}
+        tokens, seconds = 0, 0.0
+        while self.step < settings.num_iters:
+            began = time.perf_counter()
+            sums, count, norm = self._take_step()
+            self.step += 1
+            seconds += time.perf_counter() - began
+            tokens += count
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+            self.report("step", {"step": self.step, "loss": sums["loss"] / count})
+            last = self.step == settings.num_iters
+            if self.step % settings.steps_per_report == 0 or last:
+                self._record(
+                    "train",
+                    {name: value / tokens for name, value in totals.items()},
+                    learning_rate=self.optimizer.learning_rate.item(),
+                    gradient_norm=norm,
+                    tokens_per_second=tokens / seconds,
+                    peak_memory_bytes=mx.get_peak_memory(),
+                )
+                totals, tokens, seconds = {}, 0, 0.0
+            if self.step % settings.steps_per_eval == 0 or last:
+                self._evaluate()
+            if self.step % settings.steps_per_save == 0 or last or self._stop:
+                self._save()
+            if self._stop and not last:
+                raise Interrupted(
+                    f"stopped after step {self.step}; its state is in {self.folder}. "
+                    "Add --resume to go on"
+                )
+
+    def _take_step(self) -> tuple[dict[str, float], int, float]:
+        accumulation = self.settings.accumulation_steps
+        start = self.step * accumulation
+        batches = [self.train_batches.batch(start + micro) for micro in range(accumulation)]
+        count = sum(batch.count for batch in batches)
+        scale = mx.array(1.0 / count)
+        self.model.train()
+        gradients = None
+        totals: dict[str, float] = {}
+        for micro, batch in enumerate(batches):
+            arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
+            last = micro == accumulation - 1
+            sums, gradients, norm = self._compiled_step(arrays, scale, gradients, last)
+            # One evaluation per batch: it bounds the memory of a step to that of one batch.
+            mx.eval(self._state, sums, gradients, norm)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        if not (math.isfinite(totals["loss"]) and math.isfinite(norm.item())):
+            saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
+            raise NonFiniteLossError(
+                f"the loss is {totals['loss'] / count} and the gradient norm {norm.item()} at step "
+                f"{self.step + 1} on {', '.join(n for b in batches for n in b.names)}; the last "
+                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. Lower the learning "
+                "rate, or look at these examples"
+            )
+        return totals, count, norm.item()
+
+    def _evaluate(self) -> None:
+        """Held-out figures per token; remembers the parameters when they are the best so far."""
+        self.model.eval()
+        totals: dict[str, float] = {}
+        for batch in self.heldout_batches:
+            arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
+            sums = self._compiled_loss(arrays)
+            mx.eval(sums)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        tokens = sum(batch.count for batch in self.heldout_batches)
+        means = {name: value / tokens for name, value in totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise NonFiniteLossError(
+                f"the held-out figures at step {self.step} are {means}: lower the learning rate, "
+                "or look at the held-out examples"
+            )
+        if means[self.select_by] < self.best_loss:
+            self.best_loss, self.best_step = means[self.select_by], self.step
+            self.best_parameters = named_arrays(self.model.trainable_parameters())
+        self._record("heldout", means, best_step=self.best_step)
+
+    def _record(self, split: str, means: dict[str, float], **more: float | int) -> None:
+        row = {"step": self.step, "split": split, **means, **more}
+        self.history.append(row)
+        self.report(split, row)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be resumed."""
+        return {
+            **asdict(self.settings),
+            "data": self.train_batches.digest,
+            "select_by": self.select_by,
+            "parameters": {
+                name: list(value.shape)
+                for name, value in named_arrays(self.model.trainable_parameters()).items()
+            },
+        }
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "next_batch": self.step * self.settings.accumulation_steps,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "history": self.history,
+            "identity": self._identity(),
+        }
+        path = self.folder / f"{CHECKPOINT_PREFIX}{self.step}"
+        random_state: Any = mx.random.state
+        write_folder(
+            path,
+            arrays={
+                ADAPTER_FILE: named_arrays(self.model.trainable_parameters()),
+                OPTIMIZER_FILE: named_arrays(self.optimizer.state),
+                RANDOM_FILE: {"state": random_state[0]},
+                BEST_FILE: self.best_parameters,
+            },
+            documents={STATE_FILE: state},
+        )
+        self.report("checkpoint", {"step": self.step, "path": str(path)})
+        self._remove_checkpoints(keep=self.settings.keep_checkpoints)
+
+    def _remove_checkpoints(self, keep: int) -> None:
+        saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
+        for _, path in saved[: len(saved) - keep]:
+            shutil.rmtree(path)
+
+    def _restore(self) -> bool:
+        for step, path in reversed(numbered_folders(self.folder, CHECKPOINT_PREFIX)):
+            try:
+                arrays, documents = read_folder(path)
+            except NotWholeError as error:
+                self.report("warning", {"message": f"{error}; trying an older checkpoint"})
+                continue
+            state: dict[str, Any] = documents[STATE_FILE]
+            changed = differences(state["identity"], self._identity())
+            if changed:
+                raise ConchError(
+                    f"{path} was made with other settings ({'; '.join(changed)}): resume with "
+                    "the same ones, or choose another --output-dir"
+                )
+            self.model.update(tree_unflatten(list(arrays[ADAPTER_FILE].items())))
+            # Leaf by leaf: flattening loses the empty branches that the optimiser expects.
+            moments = arrays[OPTIMIZER_FILE]
+            self.optimizer.state.update(
+                tree_map_with_path(lambda name, _, saved=moments: saved[name], self.optimizer.state)
+            )
+            high, low = np.asarray(arrays[RANDOM_FILE]["state"])
+            mx.random.seed(int(high) << 32 | int(low))
+            self.best_parameters = arrays[BEST_FILE]
+            self.step, self.best_step = step, state["best_step"]
+            self.best_loss, self.history = state["best_loss"], state["history"]
+            self.report("resumed", {"step": step, "path": str(path)})
+            return True
+        return False
+
+    @contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """Let the first Ctrl-C finish the step and save; the second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request_stop(number: int, frame: Any) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, request_stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)

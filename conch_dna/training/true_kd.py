@@ -1,0 +1,235 @@
+"""TRUE knowledge distillation: a teacher's distributions into one LoRA adapter per domain.
+
+Decides which domains run and when the teacher goes; knows nothing of how a domain's run works.
+Run it: python -m conch_dna.training.true_kd --domain thinking
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from conch_dna.checkpoints import write_json
+from conch_dna.errors import ConchError, Interrupted
+from conch_dna.language_model import ModelSource
+from conch_dna.losses import compute_ce_loss, compute_kd_loss
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.domain_run import DomainRun, Prepared
+from conch_dna.training.records import Record
+from conch_dna.training.settings import (
+    DEFAULT_STUDENT,
+    DEFAULT_TEACHER,
+    KDConfig,
+    KDResult,
+    get_kd_adapter_path,
+    validate_domain,
+)
+from conch_dna.training.trainer import Report
+from conch_dna.training.vocabulary import (
+    align_vocab_sizes,
+    require_same_tokenizer,
+    vocabulary_table,
+)
+
+__all__ = [
+    "KDConfig",
+    "KDResult",
+    "TrueKnowledgeDistiller",
+    "align_vocab_sizes",
+    "compute_ce_loss",
+    "compute_kd_loss",
+    "get_kd_adapter_path",
+]
+
+SUMMARY_FILE = "kd_summary.json"
+
+
+class TrueKnowledgeDistiller:
+    """Distils a teacher language model into one LoRA adapter of a student per domain.
+
+    The models are loaded lazily, and the teacher's memory is free before the student loads.
+
+    Args:
+        teacher_model_id: Hub id, local folder or embedded name.
+        student_model_id: Likewise; its tokenizer must be the teacher's.
+        config: See `KDConfig`.
+        report: Gets `(event, row)` of all progress, see `conch_dna.progress.Progress`.
+    """
+
+    def __init__(
+        self,
+        teacher_model_id: str = DEFAULT_TEACHER,
+        student_model_id: str = DEFAULT_STUDENT,
+        config: KDConfig | None = None,
+        *,
+        report: Report = lambda event, row: None,
+    ) -> None:
+        self.teacher_model_id = teacher_model_id
+        self.student_model_id = student_model_id
+        self.config = config or KDConfig()
+        self.report = report
+
+    @property
+    def teacher(self) -> ModelSource:
+        """The teacher, found on disk or downloaded, its tokenizer checked against the student's."""
+        return self._models[0]
+
+    @property
+    def student(self) -> ModelSource:
+        """The student, likewise."""
+        return self._models[1]
+
+    @cached_property
+    def _models(self) -> tuple[ModelSource, ModelSource]:
+        trust = self.config.trust_remote_code
+        teacher = ModelSource(self.teacher_model_id, trust_remote_code=trust)
+        student = ModelSource(self.student_model_id, trust_remote_code=trust)
+        require_same_tokenizer(
+            vocabulary_table(teacher.tokenizer),
+            vocabulary_table(student.tokenizer),
+            teacher=self.teacher_model_id,
+            student=self.student_model_id,
+        )
+        return teacher, student
+
+    def generate_training_data(self, prompts: Sequence[str], domain: str) -> list[Record]:
+        """Let the teacher answer prompts in batches, with the domain's system prompt.
+
+        The teacher stays in memory until `train_with_kd` has its targets.
+
+        Args:
+            prompts: What to answer.
+            domain: One of DOMAIN_PROMPTS, or a new name, which has no system prompt.
+
+        Returns:
+            Records for `train_with_kd`; also written to training_data.jsonl in mlx-lm's form.
+
+        Raises:
+            ConchError: A prompt is too long, or the folder is in use or full.
+        """
+        run = self._run(domain, with_own_data=True)
+        with run.lock():
+            return run.generate(prompts)
+
+    def train_with_kd(
+        self,
+        train_data: Sequence[Record],
+        domain: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> KDResult:
+        """Train a fresh adapter on records with the teacher's distributions, and evaluate it.
+
+        Args:
+            train_data: Records in one of mlx-lm's forms; a share is held out.
+            domain: Names the folder.
+            resume: Go on from the newest whole checkpoint.
+            overwrite: Start again although an unfinished run lies in the folder.
+
+        Raises:
+            ConchError: Bad data, other settings than the run to resume, a full disk, a loss that
+                is not finite; see the message.
+        """
+        return self.distill_domain(domain, data=train_data, resume=resume, overwrite=overwrite)
+
+    def distill_domain(
+        self,
+        domain: str,
+        *,
+        prompts: Sequence[str] | None = None,
+        data: Sequence[Record] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> KDResult:
+        """Do everything for one domain: answers (or your data), targets, training, evaluation.
+
+        Args:
+            domain: One of DOMAIN_PROMPTS, or a new name with prompts or data.
+            prompts: For the teacher to answer, instead of the domain's examples.
+            data: Records to train on, instead of the teacher's answers.
+            resume: See `train_with_kd`.
+            overwrite: Likewise.
+        """
+        run = self._run(domain, with_own_data=prompts is not None or data is not None)
+        with run.lock():
+            finished = run.begin(resume=resume, overwrite=overwrite)
+            if finished:
+                return finished
+            prepared = run.prepare(run.generate(prompts) if data is None else data)
+            self.teacher.release()
+            return run.finish(prepared, run.train(prepared))
+
+    def distill_all(
+        self,
+        domains: Sequence[str] | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Distil several domains, the teacher's work for all of them first.
+
+        A domain that fails is reported with its reason, and the others still run.
+
+        Args:
+            domains: Names; all of DOMAIN_PROMPTS by default.
+            resume: See `train_with_kd`.
+            overwrite: Likewise.
+
+        Returns:
+            `results` by domain and `failures` by domain, as written to kd_summary.json.
+        """
+        names = list(DOMAIN_PROMPTS if domains is None else domains)
+        runs = {name: self._run(name, with_own_data=False) for name in names}
+        results: dict[str, KDResult] = {}
+        failures: dict[str, str] = {}
+        ready: dict[str, Prepared] = {}
+
+        def attempt(name: str, work: Callable[[DomainRun], None]) -> None:
+            try:
+                work(runs[name])
+            except Interrupted:
+                raise
+            except (ConchError, OSError, RuntimeError, MemoryError) as error:
+                failures[name] = str(error) or type(error).__name__
+                self.report("warning", {"message": f"domain {name} failed: {failures[name]}"})
+
+        def prepare(run: DomainRun) -> None:
+            locks.enter_context(run.lock())
+            finished = run.begin(resume=resume, overwrite=overwrite)
+            if finished:
+                results[run.domain] = finished
+            else:
+                ready[run.domain] = run.prepare(run.generate(None))
+
+        def train(run: DomainRun) -> None:
+            prepared = ready.pop(run.domain)
+            results[run.domain] = run.finish(prepared, run.train(prepared))
+
+        with ExitStack() as locks:
+            for name in names:
+                attempt(name, prepare)
+            self.teacher.release()
+            for name in list(ready):
+                attempt(name, train)
+        summary = {
+            "teacher": self.teacher_model_id,
+            "student": self.student_model_id,
+            "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "results": {name: result.to_json() for name, result in results.items()},
+            "failures": failures,
+        }
+        write_json(Path(self.config.output_dir) / SUMMARY_FILE, summary)
+        return {"results": results, "failures": failures}
+
+    def _run(self, domain: str, *, with_own_data: bool) -> DomainRun:
+        validate_domain(domain, with_own_data=with_own_data)
+        return DomainRun(self.teacher, self.student, self.config, domain, self.report)
+
+
+if __name__ == "__main__":
+    from conch_dna.cli import distill
+
+    distill(prog_name="python -m conch_dna.training.true_kd")

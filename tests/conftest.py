@@ -1,0 +1,40 @@
+"""Fixtures that several test files use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import conch_dna  # noqa: F401  (loads OpenBLAS before anything imports mlx)
+from models import SHARED, keep_layers, make_model_folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models and texts beside the project; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama folder of two layers, context 256."""
+    return make_model_folder(tmp_path_factory.mktemp("models") / "teacher", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller random Llama folder with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    return make_model_folder(folder, seed=2, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def cut_student(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained stories260K with only layers 0, 2 and 4 kept."""
+    folder = tmp_path_factory.mktemp("models") / "cut"
+    return keep_layers(shared_data / "models" / "stories260K", folder, [0, 2, 4])

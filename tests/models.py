@@ -1,0 +1,106 @@
+"""Model folders for tests: tiny random ones, and stories260K with layers left out.
+
+Random weights are for unit tests only; what a test claims of learning stands on trained models.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+import conch_dna
+
+ASSETS = Path(conch_dna.__file__).parent / "assets"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def make_model_folder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer: Path = ASSETS / "student",
+    chat_template: str | None = None,
+    quantize: bool = False,
+    **changes: Any,
+) -> Path:
+    """Write a random Llama with a real tokenizer, which `mlx_lm.load` opens.
+
+    Args:
+        folder: Where to.
+        seed: Of the weights.
+        tokenizer: Folder to take the tokenizer from.
+        chat_template: Jinja text for the tokenizer, if it is to have one.
+        quantize: To 4 bits, groups of 32.
+        **changes: To the model's configuration.
+    """
+    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.utils import quantize_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(tokenizer / name, folder / name)
+    if chat_template is not None:
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({**settings, "chat_template": chat_template}))
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    size = len(tokens["model"]["vocab"]) + sum(
+        token["content"] not in tokens["model"]["vocab"] for token in tokens["added_tokens"]
+    )
+    source = json.loads((tokenizer / "config.json").read_text())
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": source["eos_token_id"],
+        **changes,
+    }
+    mx.random.seed(seed)
+    model: nn.Module = Model(ModelArgs.from_dict(config))
+    if quantize:
+        model, config = quantize_model(model, config, group_size=32, bits=4)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def keep_layers(source: Path, folder: Path, layers: Sequence[int]) -> Path:
+    """Write a model with only some of another's layers, numbered anew.
+
+    Args:
+        source: A Llama folder.
+        folder: Where to.
+        layers: Those that stay, ascending.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = len(layers)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    kept = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            if int(parts[2]) not in layers:
+                continue
+            parts[2] = str(layers.index(int(parts[2])))
+        kept[".".join(parts)] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "mlx"})
+    return folder
