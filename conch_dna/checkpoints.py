@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,11 +56,17 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
         os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        _remove_file(temporary)
         raise _unwritable(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove_file(temporary)
         raise
+
+
+def _remove_file(path: Path) -> None:
+    # Where the parent is itself a file, not even `missing_ok` helps.
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -131,11 +138,17 @@ def write_folder(
         _sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _undo_folder(path, temporary, replaced)
         raise _unwritable(path, error) from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _undo_folder(path, temporary, replaced)
         raise
+
+
+def _undo_folder(path: Path, temporary: Path, replaced: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    if replaced.is_dir() and not path.exists():
+        os.rename(replaced, path)
 
 
 def verify_folder(path: Path) -> None:
@@ -148,12 +161,18 @@ def verify_folder(path: Path) -> None:
         digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole") from error
+    if not isinstance(digests, dict):
+        raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole")
     for name, digest in digests.items():
         file = path / name
         if not file.is_file():
             raise NotWholeError(f"{path} is not whole: {name} is missing")
         if file_digest(file) != digest:
             raise NotWholeError(f"{path} is not whole: {name} was truncated or altered")
+    for file in sorted(path.iterdir()):
+        # Hidden files, such as the Finder's .DS_Store, are not read and do no harm.
+        if file.name not in digests and file.name != DIGESTS and not file.name.startswith("."):
+            raise NotWholeError(f"{path} is not whole: {file.name} was added")
 
 
 def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:

@@ -191,8 +191,13 @@ class ModelSource:
         Raises:
             ConchError: The model is not complete, broken, or of a kind mlx_lm does not know.
         """
-        from mlx_lm.utils import load_adapters, load_model
+        from mlx_lm.utils import (
+            load_adapters,
+            load_model,
+            maybe_set_recommended_wired_limit,
+        )
 
+        maybe_set_recommended_wired_limit()
         if not weight_files(self.folder):
             raise ConchError(
                 f"{self.model_id} has no model*.safetensors in {self.folder}: it is not complete"

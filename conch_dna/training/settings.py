@@ -93,7 +93,7 @@ class KDConfig:
     )
     generation_batch_size: int = _option(16, "Prompts the teacher answers at once.", low=1)
     head_chunk: int = _option(
-        1024, "Tokens whose logits exist at once in the loss; 0 computes all at once.", low=0
+        512, "Tokens whose logits exist at once in the loss; 0 computes all at once.", low=0
     )
     grad_checkpoint: bool = _option(
         False, "Recompute activations in the backward pass: less memory, more time."
