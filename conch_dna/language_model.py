@@ -106,6 +106,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
+    read_config(folder)
     try:
         eos = load_config(folder).get("eos_token_id")
         return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
@@ -114,7 +115,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{text[:200]} … --trust-remote-code lets that code run: only if you trust it"
+    return text[:300] or type(error).__name__
 
 
 class ModelSource:
@@ -202,6 +206,7 @@ class ModelSource:
             raise ConchError(
                 f"{self.model_id} has no model*.safetensors in {self.folder}: it is not complete"
             )
+        read_config(self.folder)
         try:
             model, _ = load_model(self.folder, trust_remote_code=self.trust_remote_code)
             if adapter_path is not None:
@@ -304,4 +309,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConchError(f"cannot read {folder / 'config.json'}: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ConchError(f"cannot read {folder / 'config.json'}: it is not a JSON object")
     return config
