@@ -155,13 +155,15 @@ def distill(
     if config_file:
         in_file = _read_yaml(Path(config_file))
         named = {k: in_file.pop(k) for k in RUN_KEYS if k in in_file} | named
-        config = KDConfig.from_json(in_file | values, source=config_file)
+        config = KDConfig.from_json(in_file, source=config_file, overriding=values)
     else:
         config = KDConfig(**values)
     if all_domains == ("domain" in named):
         raise ConchError("give either --domain NAME or --all")
     if all_domains and ("data" in named or "prompts" in named):
         raise ConchError("--data and --prompts go with one --domain, not with --all")
+    if resume and overwrite:
+        raise ConchError("give either --resume to go on or --overwrite to start again")
     if "data" in named and "prompts" in named:
         raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
     models = (named.get("teacher", DEFAULT_TEACHER), named.get("student", DEFAULT_STUDENT))

@@ -9,6 +9,32 @@ from collections.abc import Callable
 import mlx.core as mx
 
 Divergence = Callable[[mx.array, mx.array], mx.array]
+SUM_BLOCK = 512
+
+
+def sum_last(values: mx.array) -> mx.array:
+    """Sum over the last axis `[..., V]` to `[..., 1]`, block by block.
+
+    On a CPU, MLX adds a row's terms one after the other, which costs 5e-5 of the sum of 32,000
+    float32 probabilities and 2e-4 of that of 150,000; in blocks it costs less than 1e-6.
+    """
+    cut = values.shape[-1] // SUM_BLOCK * SUM_BLOCK
+    if cut <= SUM_BLOCK:
+        return values.sum(axis=-1, keepdims=True)
+    blocks = values[..., :cut].reshape(*values.shape[:-1], -1, SUM_BLOCK).sum(axis=-1)
+    tail = values[..., cut:].sum(axis=-1, keepdims=True)
+    return blocks.sum(axis=-1, keepdims=True) + tail
+
+
+def log_sum_exp(logits: mx.array) -> mx.array:
+    """`log Σ exp` over the last axis `[..., V]` to `[..., 1]`; see `sum_last` for its precision.
+
+    Of excluded outcomes only (-inf) it is -inf, and its gradient 0 where MLX's own is NaN.
+    """
+    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    largest = mx.where(largest == -mx.inf, 0.0, largest)
+    total = sum_last(mx.exp(logits - largest))
+    return mx.where(total == 0, -mx.inf, largest + mx.log(mx.where(total == 0, 1.0, total)))
 
 
 def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
@@ -22,7 +48,7 @@ def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
         Natural-log probabilities `[..., V]`, float32, at most 0.
     """
     scaled = logits.astype(mx.float32) / temperature
-    return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    return scaled - log_sum_exp(scaled)
 
 
 def forward_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
@@ -46,7 +72,7 @@ def forward_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.a
     difference = mx.where(possible, teacher_log_probs, 0.0) - mx.where(
         possible, student_log_probs, 0.0
     )
-    return (mx.exp(teacher_log_probs) * difference).sum(axis=-1)
+    return sum_last(mx.exp(teacher_log_probs) * difference).squeeze(-1)
 
 
 def reverse_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
@@ -57,6 +83,17 @@ def reverse_kl(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.a
     Source: Gu et al. (2024), "MiniLLM", §2.1.
     """
     return forward_kl(student_log_probs, teacher_log_probs)
+
+
+def _log_mixture(first: mx.array, second: mx.array, weight: float) -> mx.array:
+    """`log(weight exp(first) + (1 - weight) exp(second))`, elementwise."""
+    excluded = (first == -mx.inf) & (second == -mx.inf)
+    # The inner where keeps the gradient finite at outcomes that both exclude.
+    mixture = mx.logaddexp(
+        mx.where(excluded, 0.0, first) + mx.log(mx.array(weight)),
+        mx.where(excluded, 0.0, second) + mx.log(mx.array(1 - weight)),
+    )
+    return mx.where(excluded, -mx.inf, mixture)
 
 
 def generalised_jsd(
@@ -83,9 +120,7 @@ def generalised_jsd(
             f"beta is {beta}, where the generalised JSD is 0 for every pair: "
             f"use {instead}, or a beta strictly between 0 and 1"
         )
-    mixture = mx.logaddexp(
-        teacher_log_probs + mx.log(mx.array(beta)), student_log_probs + mx.log(mx.array(1 - beta))
-    )
+    mixture = _log_mixture(teacher_log_probs, student_log_probs, beta)
     return beta * forward_kl(teacher_log_probs, mixture) + (1 - beta) * forward_kl(
         student_log_probs, mixture
     )
@@ -98,13 +133,7 @@ def skewed_kl(
 
     Source: Ko et al. (2024), "DistiLLM", §3.1.
     """
-    return forward_kl(
-        teacher_log_probs,
-        mx.logaddexp(
-            teacher_log_probs + mx.log(mx.array(skew)),
-            student_log_probs + mx.log(mx.array(1 - skew)),
-        ),
-    )
+    return forward_kl(teacher_log_probs, _log_mixture(teacher_log_probs, student_log_probs, skew))
 
 
 def skewed_reverse_kl(
@@ -119,7 +148,8 @@ def skewed_reverse_kl(
 
 def total_variation(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
     """Half the L1 distance `½ Σ |p - q|` `[...]`, between 0 and 1; shapes as `forward_kl`."""
-    return 0.5 * mx.abs(mx.exp(teacher_log_probs) - mx.exp(student_log_probs)).sum(axis=-1)
+    difference = mx.exp(teacher_log_probs) - mx.exp(student_log_probs)
+    return 0.5 * sum_last(mx.abs(difference)).squeeze(-1)
 
 
 LOSSES: dict[str, Divergence] = {
@@ -148,13 +178,9 @@ def kept_and_rest(logits: mx.array, kept_ids: mx.array, temperature: float = 1.0
     """
     scaled = logits.astype(mx.float32) / temperature
     kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
-    if kept_ids.shape[-1] == logits.shape[-1]:
-        rest = mx.full((*kept.shape[:-1], 1), -mx.inf)
-        return mx.concatenate([kept - mx.logsumexp(kept, axis=-1, keepdims=True), rest], axis=-1)
     others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
-    rest = mx.logsumexp(others, axis=-1, keepdims=True)
-    outcomes = mx.concatenate([kept, rest], axis=-1)
-    return outcomes - mx.logsumexp(outcomes, axis=-1, keepdims=True)
+    outcomes = mx.concatenate([kept, log_sum_exp(others)], axis=-1)
+    return outcomes - log_sum_exp(outcomes)
 
 
 def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -168,8 +194,8 @@ def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
         Nats per position `[...]`, float32, at least 0.
     """
     logits = logits.astype(mx.float32)
-    gold = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    return mx.logsumexp(logits, axis=-1) - gold
+    gold = mx.take_along_axis(logits, targets[..., None], axis=-1)
+    return (log_sum_exp(logits) - gold).squeeze(-1)
 
 
 def compute_ce_loss(logits: mx.array, targets: mx.array, ignore_index: int = -100) -> mx.array:

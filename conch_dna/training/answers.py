@@ -192,7 +192,10 @@ def _record(
     reason = "stop" if stopped else "length"
     if tokenizer.has_chat_template:
         turn = {"role": "assistant", "content": text}
-        return {"messages": [*prompt_messages(prompt, system), turn], "finish_reason": reason}
+        return {
+            "messages": [*prompt_messages(tokenizer, prompt, system), turn],
+            "finish_reason": reason,
+        }
     plain = plain_prompt(prompt, system)
     return {"prompt": plain, "completion": text, "finish_reason": reason}
 

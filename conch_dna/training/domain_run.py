@@ -145,8 +145,14 @@ class DomainRun:
         """Keeps other processes out of the folder while it is entered."""
         return FolderLock(self.folder)
 
-    def begin(self, *, resume: bool, overwrite: bool) -> KDResult | None:
+    def begin(self, source: object, *, resume: bool, overwrite: bool) -> KDResult | None:
         """Compare with what lies in the folder.
+
+        Args:
+            source: The prompts or records of the run, as JSON can hold them; their digest is one
+                of the things that must not have changed.
+            resume: Go on with a run of the same settings.
+            overwrite: Start again over an unfinished one.
 
         Returns:
             The result, if the same run is already finished and is to be resumed.
@@ -162,6 +168,7 @@ class DomainRun:
             "student": self.student.model_id,
             "teacher_weights": self.teacher.weights_digest,
             "student_weights": self.student.weights_digest,
+            "data": content_digest(json.dumps(source))[:16],
             **config,
         }
         try:
@@ -178,18 +185,24 @@ class DomainRun:
             if run["finished"] and (result := self._read_result()):
                 self.report("message", {"message": f"{self.domain} is already finished"})
                 return result
-        unfinished = run and not run["finished"]
-        if unfinished and not (resume or overwrite) and self._has_checkpoints():
+        checkpoints = numbered_folders(self.folder, CHECKPOINT_PREFIX)
+        if resume and checkpoints and not run:
+            raise ConchError(
+                f"{self.folder} has checkpoints but no readable {RUN_FILE}, so it cannot be told "
+                "what they belong to: start again with --overwrite"
+            )
+        if run and not run["finished"] and checkpoints and not (resume or overwrite):
             raise ConchError(
                 f"{self.folder} holds an unfinished run: add --resume to go on with it, "
                 "--overwrite to start again, or choose another --output-dir"
             )
+        if not resume:
+            # Before the new settings are written, or a kill here would mix two runs.
+            for _, path in checkpoints:
+                shutil.rmtree(path)
         write_json(self.folder / RUN_FILE, {"identity": identity, "finished": False})
         self._resume = resume
         return None
-
-    def _has_checkpoints(self) -> bool:
-        return bool(numbered_folders(self.folder, CHECKPOINT_PREFIX))
 
     def _read_result(self) -> KDResult | None:
         try:

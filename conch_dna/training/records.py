@@ -96,10 +96,27 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompt_messages(prompt: str, system: str) -> list[dict[str, str]]:
-    """A conversation that waits for its answer; no system turn when `system` is empty."""
+def prompt_messages(tokenizer: Any, prompt: str, system: str) -> list[dict[str, str]]:
+    """A conversation that waits for its answer, for a tokenizer with a chat template.
+
+    The system prompt is a turn of its own, or stands above the prompt where the template has no
+    place for such a turn (Gemma's refuses it, others drop it).
+    """
+    if system and not _takes_system_turn(tokenizer, system):
+        return [{"role": "user", "content": plain_prompt(prompt, system)}]
     turns = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": prompt}]
+
+
+def _takes_system_turn(tokenizer: Any, system: str) -> bool:
+    from jinja2 import TemplateError
+
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
+    return system.strip() in text
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str) -> list[int]:
@@ -109,7 +126,9 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str) -> list[int]:
     the prompt.
     """
     if tokenizer.has_chat_template:
-        return _template(tokenizer, prompt_messages(prompt, system), generation_prompt=True)
+        return _template(
+            tokenizer, prompt_messages(tokenizer, prompt, system), generation_prompt=True
+        )
     return _encode(tokenizer, plain_prompt(prompt, system))
 
 
@@ -135,7 +154,15 @@ def _spelled(tokenizer: Any, text: str) -> bool:
 def _template(
     tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool
 ) -> list[int]:
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt)
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise ConchError(
+            f"the tokenizer's chat template refuses a conversation of {roles}: {error}"
+        ) from error
     return [int(token) for token in ids]
 
 
@@ -178,7 +205,7 @@ def tokenize_record(
         ids, spans = _conversation(record["messages"], tokenizer, name)
     elif "completion" in record and tokenizer.has_chat_template:
         turns = [
-            *prompt_messages(record["prompt"], ""),
+            *prompt_messages(tokenizer, record["prompt"], ""),
             {"role": "assistant", "content": record["completion"]},
         ]
         ids, spans = _conversation(turns, tokenizer, name)

@@ -108,12 +108,17 @@ class KDConfig:
 
     def __post_init__(self) -> None:
         problems = [problem for name in fields(self) for problem in self._problems(name)]
+        if problems:
+            raise ConchError("; ".join(problems))
         if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             problems.append(
                 f"samples_per_prompt is {self.samples_per_prompt} with sampling_temperature 0: "
                 "all answers would be the same; raise the temperature"
             )
-        if Path(self.adapter_subdir).name != self.adapter_subdir or self.adapter_subdir == "..":
+        if Path(self.adapter_subdir).name != self.adapter_subdir or self.adapter_subdir in (
+            "",
+            "..",
+        ):
             problems.append(f"adapter_subdir is {self.adapter_subdir!r}: use one plain folder name")
         if problems:
             raise ConchError("; ".join(problems))
@@ -140,16 +145,25 @@ class KDConfig:
         return [] if inside else [f"{option.name} is {value}: it must be {range_text(option)}"]
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str) -> "KDConfig":
+    def from_json(
+        cls, values: dict[str, Any], *, source: str, overriding: dict[str, Any] | None = None
+    ) -> "KDConfig":
         """Make a configuration from a mapping, refusing names that do not exist.
 
         Args:
             values: Field names to values; `iters` stands for `num_iters`, dashes for underscores.
             source: Where they come from, for the message.
+            overriding: Field names to values that win over them.
+
+        Raises:
+            ConchError: A name is unknown or given twice, or a value is out of its range.
         """
-        values = {name.replace("-", "_"): value for name, value in values.items()}
-        if "iters" in values:
-            values["num_iters"] = values.pop("iters")
+        given = [str(name).replace("-", "_") for name in values]
+        given = ["num_iters" if name == "iters" else name for name in given]
+        twice = sorted({name for name in given if given.count(name) > 1})
+        if twice:
+            raise ConchError(f"{source} gives {', '.join(twice)} twice: leave one of each")
+        values = dict(zip(given, values.values(), strict=True))
         known = {option.name for option in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -157,7 +171,7 @@ class KDConfig:
                 f"{source} names unknown settings: {', '.join(unknown)}; "
                 f"known are {', '.join(sorted(known))}"
             )
-        return cls(**values)
+        return cls(**{**values, **(overriding or {})})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""

@@ -155,7 +155,8 @@ class TrueKnowledgeDistiller:
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
-            finished = run.begin(resume=resume, overwrite=overwrite)
+            source = [list(prompts or []), list(data or [])]
+            finished = run.begin(source, resume=resume, overwrite=overwrite)
             if finished:
                 return finished
             prepared = run.prepare(run.generate(prompts) if data is None else data)
@@ -198,7 +199,7 @@ class TrueKnowledgeDistiller:
 
         def prepare(run: DomainRun) -> None:
             locks.enter_context(run.lock())
-            finished = run.begin(resume=resume, overwrite=overwrite)
+            finished = run.begin([[], []], resume=resume, overwrite=overwrite)
             if finished:
                 results[run.domain] = finished
             else:
