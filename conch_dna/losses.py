@@ -5,6 +5,7 @@ To add a divergence: write the function and its entry in LOSSES; the oracle tabl
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -31,10 +32,25 @@ def log_sum_exp(logits: mx.array) -> mx.array:
 
     Of excluded outcomes only (-inf) it is -inf, and its gradient 0 where MLX's own is NaN.
     """
-    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    result: mx.array = _log_sum_exp(logits)[0]
+    return result
+
+
+def _log_sum_exp_forward(logits: mx.array) -> tuple[mx.array, ...]:
+    largest = logits.max(axis=-1, keepdims=True)
     largest = mx.where(largest == -mx.inf, 0.0, largest)
     total = sum_last(mx.exp(logits - largest))
-    return mx.where(total == 0, -mx.inf, largest + mx.log(mx.where(total == 0, 1.0, total)))
+    return largest + mx.log(total), largest, total
+
+
+def _log_sum_exp_backward(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+    _, largest, total = outputs
+    return mx.exp(logits - largest) * (cotangents[0] / mx.where(total == 0, 1.0, total))
+
+
+# A gradient of its own, so that no exponentials wait in memory for the backward pass.
+_log_sum_exp: Any = mx.custom_function(_log_sum_exp_forward)
+_log_sum_exp.vjp(_log_sum_exp_backward)
 
 
 def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:

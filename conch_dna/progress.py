@@ -26,7 +26,7 @@ class Progress:
         self._bars: Any = None
         self._task: Any = None
         self._name, self._unit = "", ""
-        self._done, self._total = 0, 0
+        self._done, self._first, self._total = 0, 0, 0
         self._began = self._shown = time.monotonic()
         self._note = ""
 
@@ -70,21 +70,15 @@ class Progress:
         elif event == "step":
             self._advance(row["step"], self._note)
         elif event == "train":
-            self._note = (
-                f"loss {row['loss']:.4f}, KD {row.get('kd', float('nan')):.4f}, "
-                f"CE {row.get('ce', row['loss']):.4f}, {row['tokens_per_second']:,.0f} tokens/s"
-            )
+            self._note = f"{_figures(row)}, {row['tokens_per_second']:,.0f} tokens/s"
             self._line(f"step {row['step']}: {self._note}{self._remaining()}", live=False)
         elif event == "heldout":
-            figures = ", ".join(
-                f"{label} {row[name]:.4f}"
-                for name, label in (("loss", "loss"), ("kd", "KD"), ("ce", "CE"))
-                if name in row
-            )
             best = " (best so far)" if row["best_step"] == row["step"] else ""
-            self._line(f"step {row['step']}: held out {figures}{best}")
+            self._line(f"step {row['step']}: held out {_figures(row)}{best}")
         elif event == "resumed":
-            self._done = row["step"]
+            self._done = self._first = row["step"]
+            if self._task is not None:
+                self._bars.update(self._task, completed=self._done)
             self._line(f"going on from step {row['step']} ({row['path']})")
         elif event == "warning":
             self._line(f"warning: {row['message']}")
@@ -92,7 +86,8 @@ class Progress:
             self._line(row["message"])
 
     def _start(self, name: str, total: int, unit: str) -> None:
-        self._name, self._unit, self._total, self._done = name, unit, total, 0
+        self._name, self._unit, self._total = name, unit, total
+        self._done = self._first = 0
         self._began = self._shown = time.monotonic()
         self._note = ""
         if not self._bars:
@@ -107,7 +102,8 @@ class Progress:
         elapsed = time.monotonic() - self._began
         if self._bars:
             if self._task is not None:
-                rate = f"{done / elapsed:.1f} {self._unit}/s" if elapsed > 0 else ""
+                speed = (done - self._first) / elapsed if elapsed > 0 else 0.0
+                rate = f"{speed:.1f} {self._unit}/s" if speed else ""
                 self._bars.update(self._task, completed=done, rate=rate, note=note)
         elif time.monotonic() - self._shown >= EVERY_S and self._unit != "steps":
             self._shown = time.monotonic()
@@ -117,12 +113,19 @@ class Progress:
 
     def _remaining(self) -> str:
         elapsed = time.monotonic() - self._began
-        if not (self._done and self._total):
+        # What an earlier process did took this one no time.
+        done = self._done - self._first
+        if not (done and self._total):
             return ""
-        seconds = max(0, round(elapsed / self._done * (self._total - self._done)))
+        seconds = max(0, round(elapsed / done * (self._total - self._done)))
         return f", {seconds // 60}:{seconds % 60:02d} remaining"
 
     def _line(self, text: str, *, live: bool = True) -> None:
         if self._bars and not live:
             return
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _figures(row: dict[str, Any]) -> str:
+    labels = {"loss": "loss", "kd": "KD", "ce": "CE"}
+    return ", ".join(f"{label} {row[name]:.4f}" for name, label in labels.items() if name in row)

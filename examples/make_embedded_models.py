@@ -9,6 +9,7 @@ import conch_dna  # isort: skip  loads the fast BLAS, which has to come before m
 import json
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from conch_dna.errors import ConchError
 from conch_dna.training.batches import Batch, Example, ExampleBatches, collate, sequential_batches
 from conch_dna.training.head_loss import cross_entropy_sums
 from conch_dna.training.trainer import Trainer, TrainerSettings
@@ -29,7 +31,7 @@ from conch_dna.training.trainer import Trainer, TrainerSettings
 ASSETS = Path(conch_dna.__file__).parent / "assets"
 END_OF_TEXT = "<|endoftext|>"
 MOST_TOKENS = 512
-STORIES_PER_BATCH = 8
+STORIES_PER_BATCH = 4
 MOST_UNKNOWN_WORDS = 1
 FEWEST_CHARACTERS = 200
 
@@ -55,11 +57,11 @@ STUDENT = {"hidden_size": 96, "intermediate_size": 288, "head_dim": 48}
 RECIPES: dict[str, dict[str, Any]] = {
     "teacher": {
         "config": {**CONFIG, **TEACHER, "num_attention_heads": 4, "num_key_value_heads": 2},
-        "steps": 1800,
+        "steps": 2500,
     },
     "student": {
         "config": {**CONFIG, **STUDENT, "num_attention_heads": 2, "num_key_value_heads": 1},
-        "steps": 500,
+        "steps": 1000,
     },
 }
 
@@ -319,7 +321,7 @@ def sample(model: Path, output: Path, words_of: Path, rounds: int, **options: An
 @click.option("--heldout", type=existing, required=True, help="Texts that are never trained on.")
 @click.option("--run", type=anywhere, required=True, help="Folder for checkpoints.")
 @click.option("--output", type=anywhere, help="Model folder.  [default: conch_dna/assets/NAME]")
-@click.option("--first-weight", default=2, help="How often an epoch has the first of TEXTS.")
+@click.option("--first-weight", default=5, help="How often an epoch has the first of TEXTS.")
 @click.option("--steps", type=int, help="Optimiser steps.  [default: the recipe's]")
 @click.option("--learning-rate", default=2e-3, help="Peak.")
 @click.option("--seed", default=0, help="Of first weights and order.")
@@ -350,9 +352,9 @@ def train(
         learning_rate=learning_rate,
         warmup_iters=min(100, steps // 10),
         weight_decay=0.1,
-        steps_per_report=25,
-        steps_per_eval=100,
-        steps_per_save=100,
+        steps_per_report=50,
+        steps_per_eval=200,
+        steps_per_save=200,
         keep_checkpoints=2,
         seed=seed,
     )
@@ -401,4 +403,7 @@ def measure(heldout: Path, teacher: Path, student: Path, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConchError as error:
+        sys.exit(f"Error: {error}")

@@ -1,4 +1,4 @@
-"""Model folders for tests: tiny random ones, and stories260K with layers left out.
+"""Models and token ids for tests: tiny random ones, and stories260K with layers left out.
 
 Random weights are for unit tests only; what a test claims of learning stands on trained models.
 """
@@ -11,9 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 import conch_dna
+from conch_dna.training.batches import Example
 
 ASSETS = Path(conch_dna.__file__).parent / "assets"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -76,6 +78,17 @@ def make_model_folder(
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def random_examples(count: int, vocabulary: int, *, seed: int = 0) -> list[Example]:
+    """Examples of 12 to 30 random tokens, of which all after a short prompt count."""
+    random = np.random.default_rng(seed)
+    examples = []
+    for number in range(count):
+        length, prompt = int(random.integers(12, 31)), int(random.integers(1, 6))
+        ids = random.integers(0, vocabulary, length).astype(np.int32)
+        examples.append(Example(ids, np.arange(length) >= prompt, f"example {seed}.{number}"))
+    return examples
 
 
 def keep_layers(source: Path, folder: Path, layers: Sequence[int]) -> Path:

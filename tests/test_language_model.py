@@ -75,7 +75,6 @@ def test_offline_a_hub_id_is_refused_and_the_embedded_pair_named(monkeypatch, tm
         resolve_model("nobody-here/no-such-model")
 
 
-@pytest.mark.slow
 def test_a_hub_that_refuses_the_connection_is_said_so(tmp_path):
     """Port 9 of this machine answers nobody; the offline switch is not set."""
     script = """
@@ -102,12 +101,10 @@ def test_a_name_the_hub_cannot_have_is_refused():
 
 
 def test_a_gated_model_says_how_to_log_in(monkeypatch):
-    import httpx
     from huggingface_hub.errors import GatedRepoError
 
     def refuse(*args: object, **kwargs: object) -> None:
-        response = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
-        raise GatedRepoError("gated", response=response)
+        raise GatedRepoError.__new__(GatedRepoError, "gated")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ConchError, match="hf auth login"):
@@ -151,7 +148,8 @@ def test_digests_follow_what_they_stand_for(tiny_teacher, tmp_path):
         return source.weights_digest, source.tokenizer_digest
 
     before = digests(tiny_teacher)
-    assert digests(copied(tiny_teacher, tmp_path / "same")) != before  # config rewritten: no indent
+    changed = digests(copied(tiny_teacher, tmp_path / "changed", rope_theta=5000.0))
+    assert changed[0] != before[0] and changed[1] == before[1]
     plain = tmp_path / "plain"
     shutil.copytree(tiny_teacher, plain)
     assert digests(plain) == before
@@ -261,7 +259,7 @@ def test_a_models_own_code_does_not_run_unless_trusted(tiny_teacher, tmp_path):
     folder = copied(tiny_teacher, tmp_path / "model", model_file="custom.py")
     code = MARKER.format(marker=str(marker))
     (folder / "custom.py").write_text(f"{code}from mlx_lm.models.llama import Model, ModelArgs\n")
-    with pytest.raises(ConchError, match=r"custom\.py.*trust_remote_code"):
+    with pytest.raises(ConchError, match=r"custom\.py.*--trust-remote-code"):
         ModelSource(str(folder)).load()
     assert not marker.exists()
     ModelSource(str(folder), trust_remote_code=True).load()
@@ -286,7 +284,7 @@ def test_a_tokenizers_own_code_does_not_run_unless_trusted(
     if known_class:
         assert load_tokenizer(folder).encode("Once upon a time")
     else:
-        with pytest.raises(ConchError, match="trust_remote_code"):
+        with pytest.raises(ConchError, match=r"custom code.*--trust-remote-code"):
             load_tokenizer(folder)
     assert not marker.exists()
     modules = str(tmp_path / "modules")

@@ -150,12 +150,40 @@ def checkpoint_layers(model: nn.Module) -> None:
             continue
 
         def call(self: nn.Module, *args: Any, _run: Any = original.__call__, **kwargs: Any) -> Any:
-            def inner(parameters: Any, *inner_args: Any, **inner_kwargs: Any) -> Any:
+            dropouts = _keyed_dropouts(self) if self.training else []
+            # Drawn before the layer runs: drawn inside, they would be others when it runs again.
+            keys = [mx.random.randint(0, 2**31 - 1, (2,), mx.uint32) for _ in dropouts]
+
+            def inner(parameters: Any, keys: Any, *inner_args: Any, **inner_kwargs: Any) -> Any:
                 self.update(parameters)
+                for dropout, key in zip(dropouts, keys, strict=True):
+                    dropout.__dict__["key"] = mx.stop_gradient(key)
                 return _run(self, *inner_args, **inner_kwargs)
 
-            return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+            return mx.checkpoint(inner)(self.trainable_parameters(), keys, *args, **kwargs)
 
         layer.__class__ = type(
             original.__name__, (original,), {"__call__": call, "recomputes_activations": True}
         )
+
+
+class _KeyedDropout(nn.Dropout):
+    """Dropout whose mask follows from `key`, which its layer sets before every call."""
+
+    key: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Drop elements in training, as `nn.Dropout` does."""
+        if not self.training:
+            return x
+        kept: float = self._p_1
+        return mx.random.bernoulli(kept, x.shape, key=self.key) * x / kept
+
+
+def _keyed_dropouts(layer: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = [
+        m for m in layer.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1
+    ]
+    for dropout in found:
+        dropout.__class__ = _KeyedDropout
+    return found

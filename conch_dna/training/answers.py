@@ -14,10 +14,16 @@ import numpy as np
 
 from conch_dna.checkpoints import write_atomically
 from conch_dna.digests import content_digest
-from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
-from conch_dna.training.records import TOKENS, Record, plain_prompt, prompt_ids, prompt_messages
+from conch_dna.training.records import (
+    TOKENS,
+    Record,
+    plain_prompt,
+    prompt_ids,
+    prompt_messages,
+    require_room,
+)
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.vocabulary import vocabulary_digest
 
@@ -112,11 +118,23 @@ def cached_answer_batch(
     path = folder / f"{address[:32]}.json"
     try:
         kept: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        if _whole(kept, len(prompts)):
+            return kept
     except (OSError, ValueError):
-        answers = answer_batch(teacher.resident(), prompts, **draw)
-        write_atomically(path, json.dumps(answers))
-        return answers
+        pass
+    answers = answer_batch(teacher.resident(), prompts, **draw)
+    write_atomically(path, json.dumps(answers))
+    return answers
+
+
+def _whole(kept: Any, count: int) -> bool:
+    """Whether what was read is that many answers of at least one token."""
+    return (
+        isinstance(kept, list)
+        and len(kept) == count
+        and all(isinstance(answer, list) and answer for answer in kept)
+        and all(isinstance(token, int) for answer in kept for token in answer)
+    )
 
 
 def generate_answers(
@@ -145,9 +163,11 @@ def generate_answers(
     Raises:
         ConchError: A prompt leaves no room for an answer in the teacher's context.
     """
+    once = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+    longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
+    require_room(once, answer=config.max_tokens, longest=longest)
     wanted = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
-    encoded = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in wanted]
-    _require_room(encoded, teacher, config)
+    encoded = [ids for ids in once for _ in range(config.samples_per_prompt)]
     size = config.generation_batch_size
     vocabulary = vocabulary_digest(teacher.tokenizer)
     records: list[Record] = []
@@ -170,18 +190,6 @@ def generate_answers(
             tokens += len(answer)
         report("advance", {"by": len(batch), "note": f"{tokens:,} tokens"})
     return records
-
-
-def _require_room(encoded: Sequence[Sequence[int]], teacher: ModelSource, config: KDConfig) -> None:
-    longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
-    for number, ids in enumerate(encoded):
-        if len(ids) + config.max_tokens > longest:
-            prompt = number // config.samples_per_prompt + 1
-            raise ConchError(
-                f"prompt {prompt} has {len(ids)} tokens with its system prompt; with "
-                f"{config.max_tokens} for the answer it exceeds {longest}, the teacher's context "
-                "or --max-seq-length: shorten it, or lower --max-tokens"
-            )
 
 
 def _record(

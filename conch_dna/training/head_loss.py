@@ -12,7 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from conch_dna.language_model import LanguageModel
-from conch_dna.losses import LOSSES, forward_kl, kept_and_rest, token_cross_entropy
+from conch_dna.losses import (
+    LOSSES,
+    forward_kl,
+    kept_and_rest,
+    log_sum_exp,
+    sum_last,
+    token_cross_entropy,
+)
 
 Sums = dict[str, mx.array]
 LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
@@ -74,19 +81,19 @@ def forward_kl_and_gradient(
     scaled = logits / temperature
     kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
     others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
-    rest_max = others.max(axis=-1, keepdims=True)
+    others_max = others.max(axis=-1, keepdims=True)
     # Where everything is kept there are no others: their maximum is -inf and their share 0.
-    rest_max = mx.where(rest_max == -mx.inf, 0.0, rest_max)
+    rest_max = mx.where(others_max == -mx.inf, 0.0, others_max)
     rest_exp = mx.exp(others - rest_max)
-    rest_sum = rest_exp.sum(axis=-1, keepdims=True)
+    rest_sum = sum_last(rest_exp)
     outcomes = mx.concatenate([kept, rest_max + mx.log(rest_sum)], axis=-1)
-    student = outcomes - mx.logsumexp(outcomes, axis=-1, keepdims=True)
+    student = outcomes - log_sum_exp(outcomes)
     teacher = targets["teacher_log_probs"]
     kd = temperature**2 * (forward_kl(teacher, student) * weights).sum()
 
-    full_max = logits.max(axis=-1, keepdims=True)
+    full_max = temperature * mx.maximum(others_max, kept.max(axis=-1, keepdims=True))
     full_exp = mx.exp(logits - full_max)
-    full_sum = full_exp.sum(axis=-1, keepdims=True)
+    full_sum = sum_last(full_exp)
     gold = mx.take_along_axis(logits, labels, axis=-1)
     ce = ((full_max + mx.log(full_sum) - gold).squeeze(-1) * weights).sum()
 
@@ -138,7 +145,7 @@ def chunked_loss(
         chunk: Tokens per chunk; 0 takes all at once.
 
     Returns:
-        The summed sums.
+        The summed sums; only `loss` carries a gradient.
     """
     names = ("loss", "kd", "ce")
     size = chunk or hidden.shape[0]
@@ -149,8 +156,9 @@ def chunked_loss(
         for start in range(0, states.shape[0], size):
             part = states[start : start + size]
             if gradients:
-                # Without this order the graph may hold the logits of several chunks at a time.
-                part = mx.depends([part], [gradients[-1]])[0]
+                # Without this order the graph may hold the logits of several chunks at a time,
+                # for their gradient or for their sums.
+                part = mx.depends([part], [gradients[-1], *totals.values()])[0]
             logits = head(part)
             rows = {name: value[start : start + size] for name, value in targets.items()}
             sums, by_logits = loss_and_gradient(logits, rows)

@@ -14,12 +14,17 @@ from conch_dna.training.records import (
     Record,
     fitting,
     prompt_ids,
+    require_room,
     split_heldout,
     tokenize_records,
 )
 from conch_dna.training.settings import KDConfig, validate_domain
 from conch_dna.training.soft_targets import target_identity
-from conch_dna.training.vocabulary import require_same_tokenizer, vocabulary_table
+from conch_dna.training.vocabulary import (
+    require_same_tokenizer,
+    vocabulary_digest,
+    vocabulary_table,
+)
 
 
 def plan_domain(
@@ -51,7 +56,12 @@ def plan_domain(
         student=student.model_id,
     )
     if data is not None:
-        examples = tokenize_records(data, student.tokenizer, train_on_prompt=config.train_on_prompt)
+        examples = tokenize_records(
+            data,
+            student.tokenizer,
+            train_on_prompt=config.train_on_prompt,
+            vocabulary=vocabulary_digest(student.tokenizer),
+        )
         contexts = [c for c in (teacher.context_length, student.context_length) if c]
         kept = fitting(
             examples,
@@ -69,10 +79,13 @@ def plan_domain(
             assert known is not None
             prompts = known["examples"]
         system = known["system"] if known else ""
-        lengths = [len(prompt_ids(teacher.tokenizer, prompt, system)) for prompt in prompts]
-        count = len(prompts) * config.samples_per_prompt
-        heldout_count = max(1, round(config.val_fraction * count))
-        longest = max(lengths) + config.max_tokens
+        encoded = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+        longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
+        require_room(encoded, answer=config.max_tokens, longest=longest)
+        wanted = [{"text": prompt} for prompt in prompts for _ in range(config.samples_per_prompt)]
+        _, heldout = split_heldout(wanted, config.val_fraction, seed=config.seed)
+        count, heldout_count = len(wanted), len(heldout)
+        longest = max(len(ids) for ids in encoded) + config.max_tokens
         tokens = count * config.max_tokens
     if count - heldout_count < config.batch_size:
         raise ConchError(

@@ -20,7 +20,8 @@ TOKENS = "tokens"
 
 def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # -sig: a byte-order mark in front is no part of the first line.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConchError(f"cannot read {option} {path}: {error}") from error
     # Not str.splitlines, which would also cut at characters that JSON allows inside strings.
@@ -40,6 +41,12 @@ def read_records(path: Path) -> list[Record]:
         except ValueError as error:
             raise ConchError(f"{path}, line {number}: not JSON ({error})") from error
         _check_record(record, f"{path}, line {number}")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConchError(
+                f"{path}, line {number}: half a surrogate pair (\\ud800 to \\udfff) is no character"
+            ) from error
         records.append(record)
     if not records:
         raise ConchError(f"{path} is empty: give one JSON object a line")
@@ -137,10 +144,32 @@ def plain_prompt(prompt: str, system: str) -> str:
     return f"{system}\n\n{prompt}" if system else prompt
 
 
+def require_room(prompts: Sequence[Sequence[int]], *, answer: int, longest: int) -> None:
+    """Refuse prompts that leave too little room for their answers.
+
+    Args:
+        prompts: Token ids of each, system prompt included.
+        answer: Most tokens of an answer.
+        longest: Most tokens of both together.
+
+    Raises:
+        ConchError: A prompt is too long; names the first.
+    """
+    for number, ids in enumerate(prompts, 1):
+        if len(ids) + answer > longest:
+            raise ConchError(
+                f"prompt {number} has {len(ids)} tokens with its system prompt; with {answer} for "
+                f"the answer it exceeds {longest}, the teacher's context or --max-seq-length: "
+                "shorten it, or lower --max-tokens"
+            )
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text with what the tokenizer puts in front, without an end-of-sequence behind."""
     ids = list(tokenizer.encode(text))
-    while len(ids) > 1 and ids[-1] in tokenizer.eos_token_ids and not _spelled(tokenizer, text):
+    ends = tokenizer.eos_token_ids
+    spelled = _spelled(tokenizer, text)
+    while len(ids) > 1 and ids[-1] in ends and (not spelled or ids[-2] in ends):
         ids.pop()
     return ids
 
@@ -198,22 +227,23 @@ def tokenize_record(
         ConchError: The chat template does not keep an assistant turn apart, or nothing counts.
     """
     exact = record.get(TOKENS)
-    if exact and exact["vocabulary"] == vocabulary:
+    cut_off = record.get("finish_reason") == "length"
+    if vocabulary and isinstance(exact, dict) and exact.get("vocabulary") == vocabulary:
         ids = list(exact["ids"])
         spans = [(exact["prompt_length"], len(ids))]
     elif "messages" in record:
-        ids, spans = _conversation(record["messages"], tokenizer, name)
+        ids, spans = _conversation(record["messages"], tokenizer, name, cut_off=cut_off)
     elif "completion" in record and tokenizer.has_chat_template:
         turns = [
             *prompt_messages(tokenizer, record["prompt"], ""),
             {"role": "assistant", "content": record["completion"]},
         ]
-        ids, spans = _conversation(turns, tokenizer, name)
+        ids, spans = _conversation(turns, tokenizer, name, cut_off=cut_off)
     elif "completion" in record:
         ids = _encode(tokenizer, record["prompt"] + record["completion"])
         # Where a token straddles the border, it belongs to the completion.
         start = _common_prefix(_encode(tokenizer, record["prompt"]), ids)
-        if record.get("finish_reason") != "length":
+        if not cut_off:
             ids = _ended(ids, tokenizer)
         spans = [(start, len(ids))]
     else:
@@ -236,14 +266,19 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _conversation(
-    messages: Sequence[dict[str, str]], tokenizer: Any, name: str
+    messages: Sequence[dict[str, str]], tokenizer: Any, name: str, *, cut_off: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a whole conversation and the span of every assistant turn, its end token included."""
+    """Ids of a whole conversation and the span of every assistant turn, its end token included.
+
+    A last turn that was cut off has no end token.
+    """
     if not tokenizer.has_chat_template:
         raise ConchError(
             f"{name} has messages, but the student's tokenizer has no chat template: give prompt "
             "and completion, or text"
         )
+    if messages[0]["role"] == "assistant":
+        raise ConchError(f"{name} begins with an assistant turn: put what it answers before it")
     last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
     messages = messages[: last + 1]
     ids = _template(tokenizer, messages, generation_prompt=False)
@@ -253,22 +288,33 @@ def _conversation(
             continue
         before = _template(tokenizer, messages[:index], generation_prompt=True)
         start = _common_prefix(before, ids)
+        unasked = _template(tokenizer, messages[:index], generation_prompt=False)
         after = _template(tokenizer, messages[: index + 1], generation_prompt=False)
         end = _common_prefix(after, ids)
-        ends = [i for i in range(start, end) if ids[i] in tokenizer.eos_token_ids]
-        if ends:
-            end = ends[-1] + 1
-        elif index == last:
-            ids = _ended(ids[:end], tokenizer)
-            end = len(ids)
-        text = "".join(tokenizer.decode(ids[start:end]).split())
-        if "".join(turn["content"].split())[-20:] not in text:
+        # The text as the tokenizer gives it back, which may compose or lose characters.
+        content = tokenizer.encode(turn["content"], add_special_tokens=False)
+        tail = _squeezed(tokenizer, content)[-20:]
+        # A template may put more than one end behind a turn; the model stops at the first.
+        ends = [i + 1 for i in range(start, end) if ids[i] in tokenizer.eos_token_ids]
+        end = next((e for e in ends if tail in _squeezed(tokenizer, ids[start:e])), end)
+        if start < _common_prefix(unasked, ids) or tail not in _squeezed(tokenizer, ids[start:end]):
             raise ConchError(
                 f"{name}: the chat template changes or drops assistant turn {index + 1}, so the "
                 "tokens that count cannot be told; give prompt and completion instead"
             )
+        if index == last and cut_off:
+            end -= end in ends
+            ids = ids[:end]
+        elif index == last and not ends:
+            ids = _ended(ids[:end], tokenizer)
+            end = len(ids)
         spans.append((start, end))
     return ids, spans
+
+
+def _squeezed(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids without white space, which not every tokenizer gives back exactly."""
+    return "".join(tokenizer.decode(list(ids)).split())
 
 
 def tokenize_records(

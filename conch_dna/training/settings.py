@@ -108,18 +108,12 @@ class KDConfig:
 
     def __post_init__(self) -> None:
         problems = [problem for name in fields(self) for problem in self._problems(name)]
-        if problems:
-            raise ConchError("; ".join(problems))
-        if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
+        # A comparison of values whose types or ranges are wrong would say nothing.
+        if not problems and self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             problems.append(
                 f"samples_per_prompt is {self.samples_per_prompt} with sampling_temperature 0: "
                 "all answers would be the same; raise the temperature"
             )
-        if Path(self.adapter_subdir).name != self.adapter_subdir or self.adapter_subdir in (
-            "",
-            "..",
-        ):
-            problems.append(f"adapter_subdir is {self.adapter_subdir!r}: use one plain folder name")
         if problems:
             raise ConchError("; ".join(problems))
 
@@ -132,6 +126,10 @@ class KDConfig:
             return [f"{option.name} is {value!r}: it must be a {_type_name(option)}"]
         if limits["choices"] and value not in limits["choices"]:
             return [f"{option.name} is {value!r}: use one of {', '.join(limits['choices'])}"]
+        if option.name == "adapter_subdir" and (
+            value in ("", "..") or Path(str(value)).name != value
+        ):
+            return [f"adapter_subdir is {value!r}: use one plain folder name"]
         if isinstance(value, (bool, str)):
             return []
         number: float = value  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from conch_dna.checkpoints import remove_unfinished, save_arrays
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.losses import log_softmax
+from conch_dna.losses import log_softmax, log_sum_exp
 from conch_dna.training.batches import (
     Batch,
     Example,
@@ -130,17 +130,17 @@ def compress(
         others = None
     normalizers, rests = [], []
     for t in temperatures:
-        normalizer = mx.logsumexp(log_probs / t, axis=-1)
+        normalizer = log_sum_exp(log_probs / t)
         normalizers.append(normalizer)
         if others is None:
             rests.append(mx.full(normalizer.shape, -mx.inf))
         else:
-            rests.append(mx.logsumexp(others / t, axis=-1) - normalizer)
+            rests.append(log_sum_exp(others / t) - normalizer)
     return {
         "kept_ids": kept.astype(mx.uint32),
         "kept_log_probs": values,
-        "log_normalizer": mx.stack(normalizers, axis=-1),
-        "log_rest": mx.stack(rests, axis=-1),
+        "log_normalizer": mx.concatenate(normalizers, axis=-1),
+        "log_rest": mx.concatenate(rests, axis=-1),
         "gold_log_prob": mx.take_along_axis(log_probs, labels[:, None], axis=-1).squeeze(-1),
     }
 
@@ -262,11 +262,12 @@ class SoftTargetCache:
             [example.digest, end - example.count, end]
             for example, end in zip(examples, ends, strict=True)
         ]
+        listing = json.dumps(entries)
         metadata = {
             "format": FORMAT,
             "identity": self.identity.digest,
-            "entries": json.dumps(entries),
-            "digest": _data_digest(arrays),
+            "entries": listing,
+            "digest": _data_digest(listing, arrays),
         }
         path = self.folder / f"{content_digest(*(e.digest for e in examples))[:32]}.safetensors"
         save_arrays(path, {name: mx.array(value) for name, value in arrays.items()}, metadata)
@@ -285,7 +286,8 @@ class SoftTargetCache:
         Args:
             examples: In the batch's order.
             temperature: One of the identity's.
-            rows: Rows to pad to, see `batches.collate`; padding is a valid distribution.
+            rows: Rows to pad to, see `batches.collate`; padding repeats the first row, so that
+                its loss is finite before its weight of 0 takes it away.
 
         Returns:
             `kept_ids` int32 `[rows, K]`; `teacher_log_probs` float32 `[rows, K + 1]`, at the
@@ -294,16 +296,15 @@ class SoftTargetCache:
         column = self.identity.temperatures.index(float(temperature))
         parts = [self.read(example) for example in examples]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in TARGET_ARRAYS}
-        count, k = joined["kept_ids"].shape
-        kept_ids = np.tile(np.arange(k, dtype=np.int32), (rows, 1))
-        kept_ids[:count] = joined["kept_ids"]
-        teacher = np.full((rows, k + 1), -np.log(k + 1), np.float32)
-        normalizer = joined["log_normalizer"][:, column : column + 1]
-        teacher[:count, :k] = joined["kept_log_probs"] / np.float32(temperature) - normalizer
-        teacher[:count, k] = joined["log_rest"][:, column]
-        gold = np.zeros(rows, np.float32)
-        gold[:count] = joined["gold_log_prob"]
-        return {"kept_ids": kept_ids, "teacher_log_probs": teacher, "gold_log_prob": gold}
+        order = np.zeros(rows, np.int64)
+        order[: len(joined["kept_ids"])] = np.arange(len(joined["kept_ids"]))
+        normalizer, rest = (joined[n][:, column, None] for n in ("log_normalizer", "log_rest"))
+        kept = joined["kept_log_probs"] / np.float32(temperature) - normalizer
+        return {
+            "kept_ids": joined["kept_ids"][order].astype(np.int32),
+            "teacher_log_probs": np.concatenate([kept, rest], axis=1)[order],
+            "gold_log_prob": joined["gold_log_prob"][order],
+        }
 
     def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
         """A batch of examples with the teacher's outcomes beside each counted position."""
@@ -312,25 +313,26 @@ class SoftTargetCache:
         return Batch({**batch.arrays, **outcomes}, batch.count, batch.names)
 
 
-def _data_digest(arrays: dict[str, np.ndarray]) -> str:
-    return content_digest(*(np.ascontiguousarray(arrays[n]).tobytes() for n in TARGET_ARRAYS))
+def _data_digest(listing: str, arrays: dict[str, np.ndarray]) -> str:
+    parts = (part for n in TARGET_ARRAYS for part in (str(arrays[n].dtype), arrays[n].tobytes()))
+    return content_digest(listing, *parts)
 
 
 def _verified(path: Path) -> tuple[Any, list[tuple[str, int, int]]]:
-    """Open a shard by memory map and check its data against the digest in its header."""
+    """Open a shard by memory map; check its data and entries against the digest in its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         shard = safe_open(str(path), framework="numpy")
         metadata = shard.metadata() or {}
         arrays = {name: shard.get_tensor(name) for name in TARGET_ARRAYS}
-        entries = [tuple(entry) for entry in json.loads(metadata["entries"])]
-        whole = metadata["digest"] == _data_digest(arrays)
+        listing = metadata["entries"]
+        whole = metadata["digest"] == _data_digest(listing, arrays)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
     if not whole:
         raise NotWholeError(f"cache shard {path} was altered")
-    return shard, entries
+    return shard, [tuple(entry) for entry in json.loads(listing)]
 
 
 class TargetBatches(ExampleBatches):

@@ -169,6 +169,7 @@ class Trainer:
         self.best_loss = math.inf
         self.best_parameters: dict[str, mx.array] = {}
         self.history: list[dict[str, Any]] = []
+        self._unreported: dict[str, Any] = {"sums": {}, "tokens": 0, "seconds": 0.0}
         self._stop = False
         self._compiled_step = self._compile_step()
         self._compiled_loss = self._compile_evaluation()
@@ -244,28 +245,27 @@ class Trainer:
 
     def _train(self) -> None:
         settings = self.settings
-        totals: dict[str, float] = {}
-        tokens, seconds = 0, 0.0
         while self.step < settings.num_iters:
             began = time.perf_counter()
             sums, count, norm = self._take_step()
             self.step += 1
-            seconds += time.perf_counter() - began
-            tokens += count
+            since = self._unreported
+            since["seconds"] += time.perf_counter() - began
+            since["tokens"] += count
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
+                since["sums"][name] = since["sums"].get(name, 0.0) + value
             self.report("step", {"step": self.step, "loss": sums["loss"] / count})
             last = self.step == settings.num_iters
             if self.step % settings.steps_per_report == 0 or last:
                 self._record(
                     "train",
-                    {name: value / tokens for name, value in totals.items()},
+                    {name: value / since["tokens"] for name, value in since["sums"].items()},
                     learning_rate=self.optimizer.learning_rate.item(),
                     gradient_norm=norm,
-                    tokens_per_second=tokens / seconds,
+                    tokens_per_second=since["tokens"] / since["seconds"],
                     peak_memory_bytes=mx.get_peak_memory(),
                 )
-                totals, tokens, seconds = {}, 0, 0.0
+                self._unreported = {"sums": {}, "tokens": 0, "seconds": 0.0}
             if self.step % settings.steps_per_eval == 0 or last:
                 self._evaluate()
             if self.step % settings.steps_per_save == 0 or last or self._stop:
@@ -349,6 +349,7 @@ class Trainer:
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "history": self.history,
+            "unreported": self._unreported,
             "identity": self._identity(),
         }
         path = self.folder / f"{CHECKPOINT_PREFIX}{self.step}"
@@ -368,7 +369,7 @@ class Trainer:
 
     def _remove_checkpoints(self, keep: int) -> None:
         saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
-        for _, path in saved[: len(saved) - keep]:
+        for _, path in saved[: max(0, len(saved) - keep)]:
             shutil.rmtree(path)
 
     def _restore(self) -> bool:
@@ -396,6 +397,7 @@ class Trainer:
             self.best_parameters = arrays[BEST_FILE]
             self.step, self.best_step = step, state["best_step"]
             self.best_loss, self.history = state["best_loss"], state["history"]
+            self._unreported = state["unreported"]
             self.report("resumed", {"step": step, "path": str(path)})
             return True
         return False

@@ -38,8 +38,8 @@ def main() -> None:
                     num_iters=STEPS,
                     max_seq_length=352,
                     too_long="skip",
-                    # The held-out examples are the seed's own, so both kinds share targets.
-                    output_dir=str(Path(temporary) / f"seed{seed}"),
+                    # One folder for all, since the soft targets are the same.
+                    output_dir=temporary,
                     steps_per_save=STEPS,
                 )
                 distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)

@@ -1,0 +1,147 @@
+"""Held-out figures against NumPy from dense logits, one text at a time."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import oracle
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.metrics import TokenMetrics, gap_closed
+from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
+from conch_dna.training.soft_targets import SoftTargetCache, target_identity
+from models import random_examples
+
+TOP_K = 20
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher: Path) -> ModelSource:
+    return ModelSource(str(tiny_teacher))
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student: Path) -> LanguageModel:
+    return ModelSource(str(tiny_student)).load()
+
+
+@pytest.fixture(scope="module")
+def examples(teacher: ModelSource) -> list[Example]:
+    return random_examples(7, teacher.token_count, seed=3)
+
+
+@pytest.fixture(scope="module")
+def batches(
+    teacher: ModelSource, examples: list[Example], tmp_path_factory: pytest.TempPathFactory
+) -> list[Batch]:
+    identity = target_identity(teacher, top_k=TOP_K, temperature=2.0)
+    cache = SoftTargetCache(tmp_path_factory.mktemp("targets"), identity)
+    cache.fill(teacher, examples, batch_size=3)
+    return [
+        cache.collate([examples[i] for i in indices], 1.0)
+        for indices in sequential_batches(examples, 3)
+    ]
+
+
+def dense_logits(model: LanguageModel, examples: list[Example]) -> np.ndarray:
+    rows = []
+    for example in examples:
+        logits = np.asarray(model.model(mx.array(example.ids)[None])[0])
+        rows.append(logits[np.flatnonzero(example.counted) - 1])
+    return np.concatenate(rows)
+
+
+def expected_metrics(
+    model: LanguageModel, teacher: LanguageModel, examples: list[Example]
+) -> dict[str, Any]:
+    own, of_teacher = dense_logits(model, examples), dense_logits(teacher, examples)
+    labels = np.concatenate([example.ids[example.counted] for example in examples])
+    kept = oracle.likeliest(of_teacher, TOP_K)
+    entropy = oracle.cross_entropy(own, labels).mean()
+    return {
+        "kl_nats": oracle.kl(oracle.outcomes(of_teacher, kept), oracle.outcomes(own, kept)).mean(),
+        "cross_entropy": entropy,
+        "perplexity": math.exp(entropy),
+        "top1_agreement": (own.argmax(axis=-1) == of_teacher.argmax(axis=-1)).mean(),
+        "tokens": len(labels),
+    }
+
+
+def assert_metrics(found: TokenMetrics, expected: dict[str, Any]) -> None:
+    assert found.to_json() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 17, 1024])
+def test_figures_of_the_student(
+    student: LanguageModel,
+    teacher: ModelSource,
+    examples: list[Example],
+    batches: list[Batch],
+    chunk: int,
+) -> None:
+    """The batches differ in tokens, so a mean of the batches' means would be off."""
+    assert len({batch.count for batch in batches}) > 1
+    found = heldout_metrics(student, batches, chunk=chunk)
+    expected = expected_metrics(student, teacher.resident(), examples)
+    assert_metrics(found, expected)
+    assert found.kl_nats > 0.01 and found.top1_agreement < 1
+
+
+def test_figures_of_a_model_without_a_plain_head(
+    student: LanguageModel,
+    teacher: ModelSource,
+    examples: list[Example],
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(student.__dict__, "has_plain_head", False)
+    monkeypatch.setattr(student, "head", None)
+    expected = expected_metrics(student, teacher.resident(), examples)
+    assert_metrics(heldout_metrics(student, batches), expected)
+
+
+def test_the_teacher_measured_as_a_student_is_the_teacher(
+    teacher: ModelSource, examples: list[Example], batches: list[Batch]
+) -> None:
+    own = teacher_metrics(batches)
+    measured = heldout_metrics(teacher.resident(), batches)
+    assert own.kl_nats == 0.0 and own.top1_agreement == 1.0
+    assert measured.to_json() == pytest.approx(own.to_json(), rel=1e-5, abs=1e-6)
+    expected = expected_metrics(teacher.resident(), teacher.resident(), examples)
+    assert own.to_json() == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_of_a_batch_does_not_count(
+    student: LanguageModel, teacher: ModelSource, batches: list[Batch]
+) -> None:
+    alone = [batches[0]]
+    before = heldout_metrics(student, alone), teacher_metrics(alone)
+    arrays = {name: value.copy() for name, value in batches[0].arrays.items()}
+    padding = arrays["weights"] == 0
+    assert padding.any()
+    arrays["labels"][padding] = 5
+    arrays["positions"][padding] = 7
+    arrays["gold_log_prob"][padding] = -9.0
+    changed = [Batch(arrays, batches[0].count, batches[0].names)]
+    after = heldout_metrics(student, changed), teacher_metrics(changed)
+    for found, expected in zip(after, before, strict=True):
+        assert found.to_json() == pytest.approx(expected.to_json(), rel=1e-6)
+
+
+def test_no_batches_are_refused(student: LanguageModel) -> None:
+    for measure in (lambda: heldout_metrics(student, []), lambda: teacher_metrics([])):
+        with pytest.raises(ValueError, match="no held-out tokens"):
+            measure()
+
+
+def test_gap_between_a_student_and_its_teacher_is_closed_by_the_teacher(
+    student: LanguageModel, teacher: ModelSource, batches: list[Batch]
+) -> None:
+    before = heldout_metrics(student, batches).kl_nats
+    after = heldout_metrics(teacher.resident(), batches).kl_nats
+    assert gap_closed(before, after) == pytest.approx(1.0, abs=1e-4)
+    assert gap_closed(before, before) == 0.0

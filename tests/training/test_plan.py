@@ -1,0 +1,150 @@
+"""A plan says what a run would do, refuses what a run would refuse, and does nothing itself.
+
+Tiny random models; figures are counted here from the tokens themselves.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conch_dna.errors import ConchError
+from conch_dna.language_model import ModelSource
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.plan import plan_domain
+from conch_dna.training.records import prompt_ids
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.vocabulary import vocabulary_digest
+from models import make_model_folder
+
+DATA = [{"text": f"{number} dogs ran to the park." + " They ran." * number} for number in range(20)]
+OPENINGS = [f"Once upon a time there were {number} birds" for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher: Path) -> ModelSource:
+    return ModelSource(str(tiny_teacher))
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student: Path) -> ModelSource:
+    return ModelSource(str(tiny_student))
+
+
+def plan(teacher: ModelSource, student: ModelSource, **more: Any) -> dict[str, Any]:
+    config = KDConfig(**{"batch_size": 4, "max_tokens": 40, "top_k": 8, **more.pop("config", {})})
+    return plan_domain(teacher, student, config, more.pop("domain", "birds"), **more)
+
+
+def test_given_data_are_counted_exactly(teacher, student):
+    found = plan(teacher, student, data=DATA, config={"num_iters": 27, "accumulation_steps": 2})
+    lengths = [len(student.tokenizer.encode(record["text"])) + 1 for record in DATA]
+    assert found["domain"] == "birds" and found["data"] == "given"
+    assert found["examples"] == 20 and found["heldout_examples"] == 2
+    assert found["counted_tokens"] == sum(lengths) - 20
+    assert found["counted_tokens_exact"] is True
+    assert found["longest_example"] == max(lengths)
+    assert found["epochs"] == 27 * 4 * 2 / 18
+
+
+def test_exact_answers_of_the_teacher_are_counted_as_the_run_will_train_on_them(teacher, student):
+    tokens = {"ids": list(range(9)), "prompt_length": 2}
+    tokens["vocabulary"] = vocabulary_digest(student.tokenizer)
+    found = plan(
+        teacher,
+        student,
+        data=[*DATA, {"prompt": "a", "completion": "b", "tokens": tokens}],
+    )
+    assert found["counted_tokens"] - plan(teacher, student, data=DATA)["counted_tokens"] == 7
+
+
+def test_answers_to_come_are_bounded_from_above(teacher, student):
+    found = plan(teacher, student, prompts=OPENINGS, config={"samples_per_prompt": 2})
+    lengths = [len(prompt_ids(teacher.tokenizer, text, "")) for text in OPENINGS]
+    assert found["data"] == "answers of the teacher"
+    assert found["examples"] == 20 and found["heldout_examples"] == 2
+    assert found["counted_tokens"] == 20 * 40
+    assert found["counted_tokens_exact"] is False
+    assert found["longest_example"] == max(lengths) + 40
+
+
+def test_a_known_domain_needs_neither_data_nor_prompts(tmp_path):
+    folder = make_model_folder(tmp_path / "long", max_position_embeddings=4096)
+    source = ModelSource(str(folder))
+    found = plan(source, source, domain="thinking")
+    known = DOMAIN_PROMPTS["thinking"]
+    lengths = [len(prompt_ids(source.tokenizer, p, known["system"])) for p in known["examples"]]
+    assert found["examples"] == len(known["examples"])
+    assert found["longest_example"] == max(lengths) + 40
+
+
+def test_sizes_are_those_of_the_files_and_arrays(teacher, student):
+    found = plan(teacher, student, data=DATA, config={"head_chunk": 64, "temperature": 2.0})
+    assert found["teacher_bytes"] == (teacher.folder / "model.safetensors").stat().st_size
+    assert found["student_bytes"] == (student.folder / "model.safetensors").stat().st_size
+    assert found["logits_bytes"] == 4 * 64 * teacher.token_count
+    # Eight kept tokens: uint16 id and float32 log-probability each; at two temperatures a
+    # normaliser and a rest; the log-probability of the text's own token.
+    assert found["disk_bytes"] == found["counted_tokens"] * (8 * (2 + 4) + 2 * 2 * 4 + 4)
+    at_once = plan(teacher, student, data=DATA, config={"head_chunk": 0})
+    assert at_once["logits_bytes"] == 4 * 4 * at_once["longest_example"] * teacher.token_count
+
+
+def test_no_weights_have_to_be_there_and_nothing_is_written(tmp_path, tiny_teacher):
+    folder = shutil.copytree(tiny_teacher, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    source = ModelSource(str(folder))
+    found = plan(source, source, data=DATA, config={"output_dir": str(tmp_path / "out")})
+    assert found["teacher_bytes"] is None and found["student_bytes"] is None
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConchError, match="not complete"):
+        source.load()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"domain": "../birds", "data": DATA}, "becomes a folder's name"),
+        ({"domain": "birds"}, "is unknown"),
+        ({"data": DATA[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"data": DATA[:1]}, "give at least two"),
+        ({"data": DATA, "config": {"max_seq_length": 30}}, "longer than 30 tokens"),
+        ({"data": DATA, "config": {"top_k": 1600}}, "top_k is 1600"),
+        ({"prompts": OPENINGS[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"prompts": OPENINGS[:1] * 9}, "give at least two"),
+        ({"prompts": []}, "give at least two"),
+        (
+            {"prompts": [*OPENINGS, "The dog ran. " * 100]},
+            "prompt 11 has .* exceeds 256",
+        ),
+        ({"prompts": OPENINGS, "config": {"max_tokens": 256}}, "prompt 1 has .* exceeds 256"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would_refuse(teacher, student, arguments, message):
+    with pytest.raises(ConchError, match=message):
+        plan(teacher, student, **arguments)
+
+
+def test_examples_that_are_too_long_are_left_out_if_asked(teacher, student):
+    config = {"max_seq_length": 30, "too_long": "skip"}
+    lengths = [len(student.tokenizer.encode(record["text"])) + 1 for record in DATA]
+    fitting = [length for length in lengths if length <= 30]
+    assert 5 < len(fitting) < 20
+    found = plan(teacher, student, data=DATA, config=config)
+    assert found["examples"] == len(fitting)
+    assert found["counted_tokens"] == sum(fitting) - len(fitting)
+
+
+def test_the_smaller_context_of_both_models_counts(tmp_path, teacher):
+    folder = make_model_folder(tmp_path / "short", max_position_embeddings=30)
+    short = ModelSource(str(folder))
+    for pair in ((teacher, short), (short, teacher)):
+        with pytest.raises(ConchError, match="longer than 30 tokens"):
+            plan(*pair, data=DATA)
+
+
+def test_different_tokenizers_are_refused(teacher, shared_data):
+    other = ModelSource(str(shared_data / "models" / "stories260K"))
+    with pytest.raises(ConchError, match="have different tokenizers"):
+        plan(teacher, other, data=DATA)

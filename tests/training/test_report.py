@@ -1,0 +1,166 @@
+"""The table, the curve and the samples show the figures they are given, whole and unchanged.
+
+Rendered as people see them: the table in a console, the curve as a PNG, the samples as Markdown.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from conch_dna.training import report
+from conch_dna.training.report import draw_curve, evaluation_table, samples_text
+
+
+def figures(kl: float, cross_entropy: float, perplexity: float, top1: float) -> dict[str, Any]:
+    return {
+        "kl_nats": kl,
+        "cross_entropy": cross_entropy,
+        "perplexity": perplexity,
+        "top1_agreement": top1,
+        "tokens": 12345,
+    }
+
+
+EVALUATION = {
+    "before": figures(0.87654, 3.14159, 23.1404, 0.4321),
+    "after": figures(0.43219, 2.71828, 15.1541, 0.6789),
+    "teacher": figures(0.0, 2.0, 7.389, 1.0),
+    "gap_closed": 0.50694,
+}
+
+
+def rendered(evaluation: dict[str, Any]) -> list[str]:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(evaluation_table("thinking", evaluation))
+    return console.file.getvalue().splitlines()
+
+
+def test_the_table_shows_every_figure_in_its_row():
+    lines = rendered(EVALUATION)
+    text = "\n".join(lines)
+    assert "thinking: 50.7% of the gap closed" in text
+    assert "on 12,345 held-out tokens" in text
+    for heading in ("KL to teacher (nats)", "cross-entropy", "perplexity", "top-1 agreement"):
+        assert heading in text
+    rows = {
+        "student before": ["0.8765", "3.1416", "23.14", "43.2%"],
+        "student after": ["0.4322", "2.7183", "15.15", "67.9%"],
+        "teacher": ["0.0000", "2.0000", "7.39", "100.0%"],
+    }
+    found = [line.strip("│ ") for line in lines if "%" in line and "gap" not in line]
+    assert [row.split("│")[0].strip() for row in found] == list(rows)
+    for row, expected in zip(found, rows.values(), strict=True):
+        assert [cell.strip() for cell in row.split("│")[1:]] == expected
+
+
+def test_the_table_says_when_there_was_no_gap_or_it_grew():
+    assert any("no gap to close" in line for line in rendered({**EVALUATION, "gap_closed": None}))
+    assert any(
+        "-20.0% of the gap closed" in line for line in rendered({**EVALUATION, "gap_closed": -0.2})
+    )
+
+
+# The curve
+
+
+def history(*, kd: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for step in range(0, 30, 10):
+        parts = {"kd": 2.0 - step / 50, "ce": 3.0} if kd else {}
+        rows.append({"split": "heldout", "step": step, "loss": 2.5 - step / 100, **parts})
+        rows.append(
+            {"split": "train", "step": step + 5, "loss": 2.4, "gradient_norm": 9.0, **parts}
+        )
+    return rows
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were saved."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    save = Figure.savefig
+
+    def spy(self: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return saved
+
+
+def test_the_curve_holds_every_loss_of_both_splits(tmp_path, drawn):
+    path = tmp_path / "training_curve.png"
+    draw_curve(path, history(kd=True), title="thinking: losses", best=20)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    held = lines["KD (t² KL), held out"]
+    assert list(held.get_xdata()) == [0, 10, 20]
+    assert list(held.get_ydata()) == pytest.approx([2.0, 1.8, 1.6])
+    assert list(lines["combined, training"].get_xdata()) == [5, 15, 25]
+    assert list(lines["combined, held out"].get_ydata()) == pytest.approx([2.5, 2.4, 2.3])
+    assert list(lines["cross-entropy, training"].get_ydata()) == [3.0] * 3
+    assert list(lines["kept: step 20"].get_xdata()) == [20, 20]
+    assert axes.get_title() == "thinking: losses"
+    assert axes.get_xlabel() == "optimiser step" and axes.get_ylabel() == "nats per token"
+
+
+def test_a_figure_that_was_not_measured_is_no_fault(tmp_path):
+    """Cross-entropy alone has no KD rows; a run that broke off early may have none at all."""
+    draw_curve(tmp_path / "a.png", history(kd=False), title="a", best=0)
+    draw_curve(tmp_path / "b.png", [], title="b", best=0)
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_drawing_leaves_no_figure_open_and_takes_any_file_name(tmp_path):
+    from matplotlib import pyplot
+
+    path = tmp_path / ".writing-1-curve"
+    draw_curve(path, history(kd=True), title="a", best=0)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert pyplot.get_fignums() == []
+
+
+# The samples
+
+
+def test_samples_quote_each_prompt_and_every_models_text():
+    text = samples_text(
+        "stories",
+        ["Once upon a time", "The dog"],
+        {
+            "teacher": [" there was\n\na bird.", " ran."],
+            "student before": ["", "   "],
+            "student after": [" was.", "# not a heading"],
+        },
+        draw="temperature 0.7, seed 3",
+    )
+    lines = text.splitlines()
+    assert lines[0] == "# stories: continuations of held-out prompts"
+    assert "Drawn with temperature 0.7, seed 3." in lines
+    assert [line for line in lines if line.startswith("## ")] == ["## 1", "## 2"]
+    first, second = text.split("## 2")
+    assert "> Once upon a time\n" in first and "> The dog\n" in second
+    assert "**teacher**\n\n> there was\n>\n> a bird.\n" in first
+    assert "**student before**\n\n> (nothing)\n" in first
+    assert "**student before**\n\n> (nothing)\n" in second
+    assert "> # not a heading" in second
+    order = [first.index(f"**{name}**") for name in ("teacher", "student before", "student after")]
+    assert order == sorted(order)
+
+
+def test_a_text_of_another_number_than_the_prompts_is_a_fault():
+    with pytest.raises(IndexError):
+        samples_text("a", ["one", "two"], {"teacher": ["only one"]}, draw="")
+
+
+def test_the_module_imports_nothing_slow_by_itself():
+    source = Path(report.__file__).read_text()
+    top = source.split("def ")[0]
+    assert "matplotlib" not in top
