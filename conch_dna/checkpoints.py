@@ -274,7 +274,11 @@ class FolderLock:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        write_json(self._owner, owner)
+        try:
+            write_json(self._owner, owner)
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def _holder(self) -> str:

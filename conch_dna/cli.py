@@ -5,6 +5,7 @@ To add a command: a function here under `main`, with help, an example, and a lin
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -73,21 +74,29 @@ def config_options(command: F) -> F:
     return command
 
 
+def _example(*lines: str) -> str:
+    """The end of a help text; click keeps the lines of a paragraph that begins with a backspace."""
+    return "\n  ".join(["\b\nExample:", *lines])
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: conch-dna distill --domain thinking",
+    epilog=_example("conch-dna distill --domain thinking"),
 )
 @click.version_option(__version__, prog_name="conch_dna")
 def main() -> None:
-    r"""Distil what big language models know into small ones, with MLX.
-
-    \b
-    Example:
-      conch-dna distill --domain thinking
-    """
+    """Distil what big language models know into small ones, with MLX."""
 
 
-@main.command(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@main.command(
+    cls=OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_example(
+        "python -m conch_dna.training.true_kd --domain thinking",
+        "python -m conch_dna.training.true_kd --domain stories \\",
+        "  --teacher embedded:teacher --student embedded:student --prompts openings.txt",
+    ),
+)
 @click.option(
     "--domain",
     metavar="NAME",
@@ -137,14 +146,7 @@ def distill(
     dry_run: bool,
     **given: Any,
 ) -> None:
-    r"""Distil a teacher's distributions into a LoRA adapter of a student.
-
-    \b
-    Examples:
-      python -m conch_dna.training.true_kd --domain thinking
-      python -m conch_dna.training.true_kd --domain stories \
-        --teacher embedded:teacher --student embedded:student --prompts openings.txt
-    """
+    """Distil a teacher's distributions into a LoRA adapter of a student."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     named = {
         name: value
@@ -154,7 +156,13 @@ def distill(
     values = {name: value for name, value in given.items() if value is not None}
     if config_file:
         in_file = _read_yaml(Path(config_file))
-        named = {k: in_file.pop(k) for k in RUN_KEYS if k in in_file} | named
+        run_keys = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file}
+        wrong = [
+            f"{k} is {v!r}: it must be text" for k, v in run_keys.items() if type(v) is not str
+        ]
+        if wrong:
+            raise ConchError(f"{config_file}: {'; '.join(wrong)}")
+        named = run_keys | named
         config = KDConfig.from_json(in_file, source=config_file, overriding=values)
     else:
         config = KDConfig(**values)
@@ -194,8 +202,13 @@ def distill(
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-4, which YAML 1.1 takes for text, as the number it is in YAML 1.2."""
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConchError(f"cannot read --config {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -238,6 +251,9 @@ def _print_plan(
         plan = plan_domain(teacher, student, config, name, **source)
         bound = "" if plan["counted_tokens_exact"] else "at most "
         table = Table(title=f"{name}: dry run, nothing was done", show_header=False)
+        table.add_column()
+        # Folded, since a folder that ends in an ellipsis is of no use.
+        table.add_column(overflow="fold")
         rows = {
             "teacher": f"{plan['teacher']} ({_size(plan['teacher_bytes'])})",
             "student": f"{plan['student']} ({_size(plan['student_bytes'])})",

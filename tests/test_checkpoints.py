@@ -422,10 +422,12 @@ def test_a_second_lock_in_the_same_process_is_refused_too(tmp_path):
 
 
 def test_the_lock_goes_when_the_work_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), FolderLock(tmp_path):
+    lock = FolderLock(tmp_path)
+    with pytest.raises(ZeroDivisionError), lock:
         raise ZeroDivisionError
     with FolderLock(tmp_path):
         pass
+    assert not (tmp_path / "run.lock.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):

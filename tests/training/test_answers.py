@@ -357,8 +357,11 @@ def test_a_system_prompt_stands_above_the_prompt_without_a_template(tmp_path, ti
     assert records[0]["prompt"] == "Be brief.\n\nWhy?"
 
 
-def test_several_answers_to_a_prompt_stand_together_and_differ(tmp_path, tiny_teacher):
-    config = config_of(samples_per_prompt=3, sampling_temperature=1.0)
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_several_answers_to_a_prompt_stand_together_and_differ(tmp_path, tiny_teacher, batch_size):
+    config = config_of(
+        samples_per_prompt=3, sampling_temperature=1.0, generation_batch_size=batch_size
+    )
     records = generate(
         ModelSource(str(tiny_teacher)), tmp_path, prompts=["One", "Two"], config=config
     )

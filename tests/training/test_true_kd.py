@@ -4,6 +4,7 @@ Read-only tests share one finished run. Where results are compared, a guard says
 did change the adapter, since two untrained adapters are always equal.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -108,6 +109,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     records = distiller.generate_training_data(PROMPTS, "stories")
     result = distiller.train_with_kd(records, "stories")
     return Run(distiller, records, trained(result), output / "stories")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Spare the garbage collector, which every released model calls, the imported modules."""
+    import matplotlib.backends.backend_agg
+    import mlx_lm  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, which would take half of a tiny run's time."""
+    monkeypatch.setattr(domain_run, "draw_curve", lambda path, *a, **k: path.write_bytes(b"PNG"))
 
 
 @pytest.fixture
@@ -341,6 +360,7 @@ class TestMemory:
         assert size < result.metadata["peak_memory_bytes"] - base < 1.7 * size
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestReuse:
     def test_other_training_settings_need_no_teacher(
         self, tiny_teacher, tiny_student, tmp_path, loads
@@ -381,6 +401,7 @@ class TestReuse:
         assert len(adapters) == 2
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestResume:
     @pytest.mark.parametrize(
         ("event", "number"),
@@ -478,7 +499,7 @@ class TestResume:
         old, new = (TEXTS, TEXTS[1:]) if source == "data" else (PROMPTS, PROMPTS[1:])
         distiller = make(tiny_teacher, tiny_student, tmp_path)
         distiller.distill_domain("s", **{source: old})
-        with pytest.raises(ConchError, match="was made with other settings: data: was .*, now "):
+        with pytest.raises(ConchError, match=r"was made with other settings: data: was .*, now "):
             distiller.distill_domain("s", **{source: new}, resume=True)
 
 
@@ -530,6 +551,7 @@ def entries_altered(path: Path) -> None:
     path.write_bytes(content[:8] + text + content[8 + length :])
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestCacheOnDisk:
     @pytest.mark.parametrize("damage", [truncated, data_altered, entries_altered])
     def test_a_damaged_shard_is_computed_again_with_a_warning(
@@ -550,6 +572,7 @@ class TestCacheOnDisk:
         assert adapter_of(trained(again)) == adapter_of(result)
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestDomains:
     def test_no_domain_depends_on_the_others(
         self, two_domains, tiny_teacher, tiny_student, tmp_path
@@ -630,6 +653,7 @@ class TestDomains:
         assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestData:
     def test_prompt_and_completion(self, tiny_teacher, tiny_student, tmp_path):
         data = [{"prompt": prompt, "completion": " ran home."} for prompt in PROMPTS]
@@ -747,6 +771,7 @@ def test_without_a_chat_template_the_system_prompt_stands_above(
     assert record["prompt"] == "Be kind.\n\nHi"
 
 
+@pytest.mark.usefixtures("no_curve")
 class TestSettings:
     @pytest.mark.parametrize("divergence", sorted(LOSSES))
     def test_every_divergence_trains(self, divergence, tiny_teacher, tiny_student, tmp_path):
