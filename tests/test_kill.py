@@ -259,7 +259,7 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(clean, tmp_path):
             f"kill {number + 1:2}: aimed {target.after_s:4.2f} s after "
             f"{place(target.stage, target.step)}, hit after {place(killed.stage, killed.step)}"
         )
-    print("kills by stage:", ", ".join(f"{name} {hit[name]}" for name in names))
+    print(f"runs: {finished + 1}; kills by stage:", dict(hit))
     with Work([*clean.options(output), "--resume"]) as work:
         code, shown = work.end()
     assert code == 0, shown

@@ -30,14 +30,30 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
+def outer_names(model: nn.Module) -> list[str]:
+    """Full names of the embedding and the head, which lie outside the layers."""
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    inner = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and id(module) not in inner
+    )
+
+
 def _chosen_keys(choice: str, available: list[str]) -> list[str]:
-    if choice == "all":
-        return available
-    if choice == "attention":
-        keys = [name for name in available if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
-        # Some models have one matrix for query, key and value.
-        return keys or [name for name in available if "qkv" in name.rsplit(".", 1)[-1].lower()]
-    return [name.strip() for name in choice.split(",") if name.strip()]
+    keys: dict[str, None] = {}
+    for part in (name.strip() for name in choice.split(",")):
+        if part == "all":
+            names = available
+        elif part == "attention":
+            names = [name for name in available if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
+            # Some models have one matrix for query, key and value.
+            names = names or [n for n in available if "qkv" in n.rsplit(".", 1)[-1].lower()]
+        else:
+            names = [part] if part else []
+        keys |= dict.fromkeys(names)
+    return list(keys)
 
 
 def attach_lora(student: LanguageModel, config: KDConfig) -> dict[str, Any]:
@@ -63,11 +79,12 @@ def attach_lora(student: LanguageModel, config: KDConfig) -> dict[str, Any]:
         )
     available = linear_names(model)
     keys = _chosen_keys(config.lora_keys, available)
-    unknown = [key for key in keys if key not in available]
+    outer = outer_names(model)
+    unknown = [key for key in keys if key not in available and key not in outer]
     if unknown or not keys:
         raise ConchError(
             f"lora_keys {config.lora_keys!r} names no layers of {student.model_id}"
-            f"{': ' + ', '.join(unknown) if unknown else ''}. It has {', '.join(available)}"
+            f"{': ' + ', '.join(unknown) if unknown else ''}. It has {', '.join(available + outer)}"
         )
     total = len(model.layers)
     if config.lora_layers > total or config.lora_layers == 0:

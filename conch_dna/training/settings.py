@@ -14,6 +14,8 @@ from conch_dna.losses import LOSSES
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+# Folders that a run makes for itself beside the adapter's.
+RUN_FOLDERS = ("answers", "candidate", "soft_targets")
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
 
 
@@ -56,8 +58,8 @@ class KDConfig:
     lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
     lora_keys: str = _option(
         "attention",
-        "Which linear layers get LoRA: 'attention' (q and v), 'all', or names such as "
-        "'self_attn.q_proj,mlp.up_proj'.",
+        "Which layers get LoRA: 'attention' (q and v), 'all' linear ones, or names such as "
+        "'self_attn.q_proj'; several with commas, such as 'all,model.embed_tokens'.",
     )
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
@@ -99,7 +101,7 @@ class KDConfig:
         False, "Recompute activations in the backward pass: less memory, more time."
     )
     train_on_prompt: bool = _option(False, "Prompt tokens count as targets too.")
-    seed: int = _option(0, "Of sampling, data order, LoRA and dropout.", low=0)
+    seed: int = _option(0, "Of sampling, data order, LoRA and dropout.", low=0, high=10**9)
     output_dir: str = _option("models/distilled_neurons", "Folder of all domains' folders.")
     adapter_subdir: str = _option("adapters_kd", "Adapter's folder in its domain's folder.")
     trust_remote_code: bool = _option(
@@ -127,9 +129,10 @@ class KDConfig:
         if limits["choices"] and value not in limits["choices"]:
             return [f"{option.name} is {value!r}: use one of {', '.join(limits['choices'])}"]
         if option.name == "adapter_subdir" and (
-            value in ("", "..") or Path(str(value)).name != value
+            value in ("", "..", *RUN_FOLDERS) or Path(str(value)).name != value
         ):
-            return [f"adapter_subdir is {value!r}: use one plain folder name"]
+            taken = ", ".join(RUN_FOLDERS)
+            return [f"adapter_subdir is {value!r}: use one plain folder name, none of {taken}"]
         if isinstance(value, (bool, str)):
             return []
         number: float = value  # type: ignore[assignment]

@@ -114,7 +114,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """Spare the garbage collector, which every released model calls, the imported modules."""
-    import matplotlib.backends.backend_agg
     import mlx_lm  # noqa: F401
 
     gc.collect()
