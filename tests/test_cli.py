@@ -20,7 +20,9 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 
+from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import distill, main
+from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, kind_of
@@ -515,6 +517,14 @@ class TestFullDisk:
         finish("--resume", *pair.options(tmp_path))
         assert adapter_in(tmp_path) == adapter_in(clean)
         assert not [*tmp_path.rglob(".writing-*")]
+
+    def test_leaves_the_folder_unlocked_for_the_same_process(self, tmp_path):
+        with largest_file(16), pytest.raises(ConchError) as refusal, FolderLock(tmp_path):
+            pass
+        # The traceback, as a notebook keeps it, keeps the lock object alive.
+        assert refusal.tb
+        with FolderLock(tmp_path):
+            pass
 
 
 class TestDryRun:

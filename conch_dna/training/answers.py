@@ -221,13 +221,16 @@ def continuation_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[in
 
 
 def sample_prompts(examples: Sequence[Example]) -> list[list[int]]:
-    """Beginnings of up to three examples: their prompts, or their first tokens without one."""
-    prompts = []
-    for example in examples[:SAMPLES]:
+    """Beginnings of up to three examples, no two the same.
+
+    They are the examples' prompts, or their first tokens where there is no prompt to speak of.
+    """
+    prompts: dict[tuple[int, ...], None] = {}
+    for example in examples:
         first = int(np.flatnonzero(example.counted)[0])
         length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
-        prompts.append([int(token) for token in example.ids[: max(1, length)]])
-    return prompts
+        prompts[tuple(int(token) for token in example.ids[: max(1, length)])] = None
+    return [list(prompt) for prompt in prompts][:SAMPLES]
 
 
 def sample_draw(config: KDConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from conch_dna.training.adapters import (
     load_verified,
     save_adapter,
 )
+from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
 from models import make_model_folder
 
@@ -202,10 +203,44 @@ def test_dora_adds_magnitudes_and_at_first_changes_little(student):
     np.testing.assert_allclose(student.logits(IDS), before, atol=1e-4)
 
 
+def test_the_embedding_gets_an_adapter_and_the_loss_then_sees_the_head(student):
+    config = attach_lora(student, KDConfig(lora_keys="attention,model.embed_tokens"))
+    assert "model.embed_tokens" in config["lora_parameters"]["keys"]
+    train_a_little(student)
+    tensors = adapter_tensors(student.model)
+    assert mx.abs(tensors["model.embed_tokens.lora_b"]).max() > 0
+    loss = make_distillation_loss(student, temperature=2.0, alpha=0.5)
+    arrays = {
+        "inputs": IDS,
+        "positions": mx.arange(4),
+        "labels": mx.array([1, 2, 3, 4]),
+        "weights": mx.ones(4),
+        "kept_ids": mx.tile(mx.arange(6)[None], (4, 1)),
+        "teacher_log_probs": mx.full((4, 7), -np.log(7)),
+    }
+
+    def total(model: nn.Module) -> mx.array:
+        return loss(model, arrays)["loss"]
+
+    _, gradient = nn.value_and_grad(student.model, total)(student.model)
+    by_head = named_arrays(gradient)["model.embed_tokens.lora_a"]
+    # A token that is no input has a gradient through the tied head alone.
+    assert 200 not in IDS.reshape(-1).tolist()
+    assert mx.abs(by_head[200]).max() > 0
+
+
 # On disk
 
 
-@pytest.mark.parametrize("changes", [{}, {"dora": True}, {"lora_keys": "all", "lora_layers": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dora": True},
+        {"lora_keys": "all", "lora_layers": 1},
+        {"lora_keys": "all,model.embed_tokens"},
+    ],
+)
 def test_mlx_lm_opens_what_was_saved(tmp_path, tiny_student, student, changes):
     from mlx_lm import load
 

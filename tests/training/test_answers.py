@@ -426,9 +426,9 @@ def test_samples_begin_with_the_prompt_or_with_an_opening(length, prompt, expect
     assert all(isinstance(token, int) for token in ids)
 
 
-def test_three_samples_are_enough():
-    assert len(sample_prompts([example(20, 6)] * 5)) == 3
-    assert len(sample_prompts([example(20, 6)] * 2)) == 2
+def test_three_different_samples_are_enough():
+    assert len(sample_prompts([example(20, prompt) for prompt in (4, 5, 6, 7, 8)])) == 3
+    assert len(sample_prompts([example(20, prompt) for prompt in (6, 6, 6, 5)])) == 2
 
 
 def test_samples_are_drawn_apart_from_the_training_data(random_teacher: LanguageModel):

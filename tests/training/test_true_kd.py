@@ -781,6 +781,24 @@ class TestSettings:
         heldout = [row["kd"] for row in json.loads(path.read_text()) if row["split"] == "heldout"]
         assert 0 < result.final_kd_loss < heldout[0]
 
+    def test_the_adapter_of_the_step_with_the_best_kd_loss_is_kept(
+        self, tiny_teacher, tiny_student, tmp_path
+    ):
+        settings = {"alpha": 0.3, "num_iters": 12, "steps_per_eval": 6, "steps_per_save": 6}
+        distiller = make(tiny_teacher, tiny_student, tmp_path, **settings)
+        result = distiller.distill_domain("s", prompts=PROMPTS)
+        log = json.loads((Path(result.adapter_path) / "training_log.json").read_text())
+        heldout = [row for row in log if row["split"] == "heldout"]
+        best = {name: min(heldout, key=lambda row, n=name: row[n]) for name in ("kd", "loss")}
+        assert (best["kd"]["step"], best["loss"]["step"]) == (6, 12)
+        assert result.metadata["best_step"] == 6
+        assert result.final_kd_loss == best["kd"]["kd"]
+        saved = mx.load(str(tmp_path / "s" / "checkpoint_6" / "adapters.safetensors"))
+        assert isinstance(saved, dict)
+        kept = tensors_of(result)
+        assert saved.keys() == kept.keys()
+        assert all(mx.array_equal(saved[name], value) for name, value in kept.items())
+
     @pytest.mark.parametrize(("alpha", "other"), [(0.0, "final_ce_loss"), (1.0, "final_kd_loss")])
     def test_alpha_chooses_the_loss(self, alpha, other, finished, tmp_path):
         settings = {"alpha": alpha, "learning_rate": 5e-4}
