@@ -88,8 +88,8 @@ def save_arrays(
 
 def _unwritable(path: Path, error: Exception) -> ConchError:
     return ConchError(
-        f"cannot write {path}: {error}. Nothing half-written was left; free some disk space or "
-        "choose another --output-dir, then go on with --resume"
+        f"cannot write {path}: {str(error).rstrip('.')}. Nothing half-written was left; free some "
+        "disk space or choose another --output-dir, then go on with --resume"
     )
 
 

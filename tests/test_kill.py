@@ -128,7 +128,9 @@ def moment_at(moments: list[Moment], share: float) -> Moment:
         share -= weights[stage]
         stage += 1
     begin, end = (min(m.after_s for m in moments if m.stage >= s) for s in (stage, stage + 1))
-    second = begin + (end - begin) * min(1.0, share / weights[stage])
+    # The last stage ends with the process, some time after the last file was written.
+    length = (end - begin) * (0.8 if stage == len(weights) - 1 else 1.0)
+    second = begin + length * min(1.0, share / weights[stage])
     last = max(moment for moment in moments if moment.stage == stage and moment.after_s <= second)
     return last._replace(after_s=second - last.after_s)
 
