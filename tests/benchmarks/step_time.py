@@ -29,7 +29,7 @@ from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches, targ
 from conch_dna.training.trainer import Trainer, TrainerSettings
 from models import keep_layers
 
-ROUNDS = 30
+ROUNDS = 20
 WARM_UP = 4
 CONFIG = KDConfig(lora_keys="all")
 
