@@ -16,6 +16,7 @@ import click
 
 from conch_dna import __version__
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.training.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -199,6 +200,67 @@ def distill(
         sys.exit(1)
 
 
+@main.command(
+    cls=OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_example(
+        "conch-dna vocab Qwen/Qwen2.5-7B-Instruct HuggingFaceTB/SmolLM2-360M-Instruct",
+        "conch-dna vocab embedded:teacher embedded:student --text answers.txt",
+    ),
+)
+@click.argument("teacher", help="Hub id, folder (a tokenizer alone will do) or embedded name.")
+@click.argument("student", help="Likewise.")
+@click.option(
+    "--text",
+    "text_file",
+    metavar="FILE",
+    help="UTF-8 texts, one a line: also show how much of them could be aligned.",
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures there too.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
+def vocab(
+    teacher: str,
+    student: str,
+    text_file: str | None,
+    json_file: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Compare the tokenizers of two models."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from conch_dna.language_model import open_tokenizer
+    from conch_dna.training.aligned_records import text_coverage
+    from conch_dna.training.examples import resolve_alignment
+    from conch_dna.training.records import read_lines
+    from conch_dna.training.report import comparison_table
+    from conch_dna.training.vocabulary import DIFFERENT, compare_tokenizers
+
+    texts = read_lines(Path(text_file), "--text") if text_file else []
+    (first, first_rows), (second, second_rows) = (
+        open_tokenizer(name, trust_remote_code=trust_remote_code) for name in (teacher, student)
+    )
+    comparison = compare_tokenizers(
+        first, second, teacher_rows=first_rows, student_rows=second_rows
+    )
+    resolved = resolve_alignment("auto", same=comparison.verdict != DIFFERENT)
+    rows = {"--alignment auto": resolved}
+    figures: dict[str, Any] = {**asdict(comparison), "auto": resolved}
+    if texts:
+        covered = text_coverage(texts, first, second).to_json()
+        figures["coverage"] = covered
+        rows["student's tokens"] = ", ".join(
+            f"{covered[name]:.1%} {name.replace('_', ' ')}" for name in covered
+        )
+    Console(highlight=False).print(comparison_table(teacher, student, comparison, rows))
+    if json_file:
+        from conch_dna.checkpoints import write_json
+
+        write_json(Path(json_file), figures)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
@@ -250,6 +312,12 @@ def _print_plan(
     for name in [domain] if domain else DOMAIN_PROMPTS:
         plan = plan_domain(teacher, student, config, name, **source)
         bound = "" if plan["counted_tokens_exact"] else "at most "
+        aligned, counted = "by index, the tokenizers are the same", ""
+        if plan["alignment"] != INDEX:
+            aligned, counted = f"{plan['alignment']}, the tokenizers differ", " of the teacher"
+        if "coverage" in plan:
+            covered = 1 - plan["coverage"]["uncovered"]
+            aligned += f"; {covered:.1%} of the student's tokens are covered"
         table = Table(title=f"{name}: dry run, nothing was done", show_header=False)
         table.add_column()
         # Folded, since a folder that ends in an ellipsis is of no use.
@@ -259,7 +327,8 @@ def _print_plan(
             "student": f"{plan['student']} ({_size(plan['student_bytes'])})",
             "data": plan["data"],
             "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out",
-            "tokens that count": f"{bound}{plan['counted_tokens']:,}",
+            "alignment": aligned,
+            "tokens that count": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
             "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
@@ -279,7 +348,7 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]
     for name, result in results.items():
-        console.print(evaluation_table(name, result.evaluation))
+        console.print(evaluation_table(name, result.evaluation, width=console.width))
     for result in results.values():
         console.print(
             f"adapter: {result.adapter_path} (kept: step {result.metadata['best_step']} of "

@@ -106,12 +106,42 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
-    read_config(folder)
+    # A folder with a tokenizer alone is enough to look at it.
+    has_model = (folder / "config.json").is_file() or not _has_tokenizer(folder)
+    if has_model:
+        read_config(folder)
     try:
-        eos = load_config(folder).get("eos_token_id")
+        eos = load_config(folder).get("eos_token_id") if has_model else None
         return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # Broken files make the libraries below raise all kinds, tokenizers even Exception itself.
         raise ConchError(f"cannot read the tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+    """The tokenizer of a model, and how many rows its configuration gives the head.
+
+    Args:
+        model_id: See `resolve_model`; a folder with nothing but a tokenizer will do.
+        trust_remote_code: Let Python code that comes with it run.
+
+    Raises:
+        ConchError: There is none, or it cannot be read.
+    """
+    folder = Path(model_id).expanduser()
+    if not (folder.is_dir() and _has_tokenizer(folder)):
+        folder = resolve_model(model_id, weights=False)
+    rows = None
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        text = config.get("text_config")
+        rows = (text if isinstance(text, dict) else config).get("vocab_size")
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return tokenizer, rows if isinstance(rows, int) else None
 
 
 def _one_line(error: Exception) -> str:

@@ -214,6 +214,57 @@ def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return (log_sum_exp(logits) - gold).squeeze(-1)
 
 
+def likelihood_kl(
+    teacher_log_probs: mx.array, student_log_probs: mx.array, *, scale: float = 1.0
+) -> mx.array:
+    """How far two likelihoods of the same text are apart: `s KL(Bernoulli(P)‖Bernoulli(Q))`.
+
+    P = exp(l_teacher / s) and Q = exp(l_student / s). It is the binary cross-entropy of P and Q
+    less the entropy of P, which is constant, so it is 0 where the likelihoods agree; the factor
+    s keeps the gradient's size independent of s, as t² does for a temperature. At s = 1 it is
+    the divergence of the event "the text goes on so", a lower bound of the full KL.
+
+    Args:
+        teacher_log_probs: l_teacher, at most 0, float32, any shape; no gradient.
+        student_log_probs: l_student, same shape; differentiable.
+        scale: s, above 0.
+
+    Returns:
+        Nats, same shape, at least 0. Log-probabilities nearer to 0 than float32 can tell
+        (2⁻²⁴) count as that.
+
+    Source: approximate likelihood matching, Minixhofer, Vulić and Ponti (2025), "Universal
+        Cross-Tokenizer Distillation via Approximate Likelihood Matching", §3.
+
+    >>> round(likelihood_kl(mx.array(-1.0), mx.array(-2.0)).item(), 4)
+    0.1699
+    """
+    resolution = -(2.0**-24)
+    teacher = mx.minimum(mx.stop_gradient(teacher_log_probs), resolution) / scale
+    student = mx.minimum(student_log_probs, resolution) / scale
+    p, not_p = mx.exp(teacher), -mx.expm1(teacher)
+    differences = (mx.log(not_p) - mx.log(-mx.expm1(student)), teacher - student)
+    return scale * (not_p * differences[0] + p * differences[1])
+
+
+def sorted_distance(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
+    """L1 distance of two distributions whose outcomes were sorted: between 0 and 2.
+
+    It compares shapes only, whatever the outcomes stand for: a baseline, not a divergence.
+
+    Args:
+        teacher_log_probs: `[..., K]`, likeliest first.
+        student_log_probs: Same shape and order; differentiable.
+
+    Returns:
+        `[...]`, without unit.
+
+    Source: Boizard et al. (2024), "Towards Cross-Tokenizer Distillation: the Universal Logit
+        Distillation Loss for LLMs", eq. 5.
+    """
+    return 2 * total_variation(teacher_log_probs, student_log_probs)
+
+
 def compute_ce_loss(logits: mx.array, targets: mx.array, ignore_index: int = -100) -> mx.array:
     """Mean cross-entropy over the targets that count.
 

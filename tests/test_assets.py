@@ -9,15 +9,15 @@ from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.training.batches import collate, sequential_batches
 from conch_dna.training.head_loss import cross_entropy_sums
 from conch_dna.training.records import fitting, read_prompts, tokenize_records
-from conch_dna.training.vocabulary import require_same_tokenizer, vocabulary_table
+from conch_dna.training.vocabulary import SAME, compare_tokenizers
 
 PAIR = ("embedded:teacher", "embedded:student")
 
 
 def test_the_pair_shares_a_tokenizer_of_one_to_two_thousand_tokens():
-    tables = [vocabulary_table(ModelSource(name).tokenizer) for name in PAIR]
-    require_same_tokenizer(*tables, teacher=PAIR[0], student=PAIR[1])
-    assert 1000 <= len(tables[0]) <= 2000
+    comparison = compare_tokenizers(*(ModelSource(name).tokenizer for name in PAIR))
+    assert comparison.verdict == SAME
+    assert 1000 <= comparison.teacher_tokens <= 2000
 
 
 def test_the_pair_is_small_and_the_student_about_a_quarter():

@@ -258,13 +258,19 @@ class TestRefused:
         message = refused(*pair.options(tmp_path / "out", student=tmp_path / "empty"))
         assert message.endswith("empty has no config.json: it is not a model folder")
 
-    def test_different_tokenizers(self, shared_data, pair, tmp_path):
-        teacher, student = (shared_data / "models" / n for n in ("stories260K", "babyllama105"))
-        message = refused(*pair.options(tmp_path / "out", teacher=teacher, student=student))
-        assert "have different tokenizers" in message
-        assert f"teacher {teacher} (512 tokens)" in message
-        assert message.endswith("Choose models of one family")
-        assert not (tmp_path / "out").exists()
+    def test_tokenizers_that_hardly_meet(self, shared_data, pair, tmp_path):
+        """A character model without bytes cannot spell a text that is not English."""
+        teacher, student = (shared_data / "models" / n for n in ("babyllama105", "stories260K"))
+        text = "日本語のテキストです。" * 3
+        lines = "".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(6))
+        data = written(tmp_path / "data.jsonl", lines)
+        message = refused(
+            *pair.options(
+                tmp_path / "out", teacher=teacher, student=student, prompts=None, data=data
+            )
+        )
+        assert re.search(r"only \d+\.\d% of the student's tokens could be aligned", message)
+        assert "conch-dna vocab" in message
 
     def test_an_output_folder_that_is_a_file(self, pair, tmp_path):
         output = written(tmp_path / "file", "")
@@ -654,7 +660,8 @@ class TestHelp:
             assert result.exit_code == 0
             _, found, example = result.output.partition("\n  Example:\n    ")
             assert found
-            start = "conch-dna distill" if not names else "python -m conch_dna.training.true_kd"
+            starts = {"distill": "python -m conch_dna.training.true_kd", "vocab": "conch-dna vocab"}
+            start = starts[names[-1]] if names else "conch-dna distill"
             assert example.startswith(start)
             assert "\\b" not in result.output
 

@@ -221,16 +221,22 @@ def continuation_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[in
 
 
 def sample_prompts(examples: Sequence[Example]) -> list[list[int]]:
-    """Beginnings of up to three examples, no two the same.
+    """Beginnings of up to three examples, no two the same; see `openings`."""
+    return [example.ids[:length].tolist() for example, length in openings(examples)]
+
+
+def openings(examples: Sequence[Example]) -> list[tuple[Example, int]]:
+    """Up to three examples, and how many tokens of each make its beginning; no two the same.
 
     They are the examples' prompts, or their first tokens where there is no prompt to speak of.
     """
-    prompts: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[int, ...], tuple[Example, int]] = {}
     for example in examples:
         first = int(np.flatnonzero(example.counted)[0])
         length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
-        prompts[tuple(int(token) for token in example.ids[: max(1, length)])] = None
-    return [list(prompt) for prompt in prompts][:SAMPLES]
+        length = max(1, length)
+        found[tuple(example.ids[:length].tolist())] = (example, length)
+    return list(found.values())[:SAMPLES]
 
 
 def sample_draw(config: KDConfig) -> dict[str, Any]:

@@ -27,11 +27,13 @@ class Example:
         counted: `[T]`, bool: whether the token counts *as a target*. The first never does,
             since nothing predicts it.
         name: Where it came from, for messages.
+        text_bytes: UTF-8 bytes of the text that its answers are; the same in every tokenizer.
     """
 
     ids: np.ndarray
     counted: np.ndarray
     name: str
+    text_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.counted.shape:
@@ -60,11 +62,13 @@ class Batch:
             `weights` float32 `[N]`, 1, or 0 for the padding of N. A source may add more `[N, …]`.
         count: Tokens that count, the sum of the weights.
         names: The examples in it, for messages.
+        text_bytes: Of all of them, see `Example`.
     """
 
     arrays: dict[str, np.ndarray]
     count: int
     names: tuple[str, ...]
+    text_bytes: int = 0
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -100,7 +104,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels[start:end] = example.ids[targets]
         start = end
     arrays = {"inputs": inputs, "positions": positions, "labels": labels, "weights": weights}
-    return Batch(arrays, count, names)
+    return Batch(arrays, count, names, sum(example.text_bytes for example in examples))
 
 
 def bucketed_batches(

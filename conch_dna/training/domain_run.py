@@ -29,7 +29,7 @@ from conch_dna.checkpoints import (
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.metrics import gap_closed
+from conch_dna.metrics import closed_gap
 from conch_dna.training.adapters import (
     adapter_tensors,
     attach_lora,
@@ -37,30 +37,32 @@ from conch_dna.training.adapters import (
     load_verified,
     save_adapter,
 )
+from conch_dna.training.aligned_loss import make_aligned_loss
+from conch_dna.training.aligned_targets import AlignedTargets
 from conch_dna.training.answers import (
     cached_answer_batch,
     generate_answers,
     sample_draw,
-    sample_prompts,
     sample_texts,
     texts_of,
 )
-from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.batches import Batch, sequential_batches
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
+from conch_dna.training.examples import Examples
 from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.records import Record, fitting, split_heldout, tokenize_records
+from conch_dna.training.records import Record, split_heldout
 from conch_dna.training.report import draw_curve, samples_text
 from conch_dna.training.settings import KDConfig, KDResult, domain_folder, get_kd_adapter_path
-from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches, target_identity
+from conch_dna.training.soft_targets import TargetBatches, Targets
 from conch_dna.training.trainer import (
     CHECKPOINT_PREFIX,
+    Loss,
     Report,
     Trainer,
     TrainerSettings,
     TrainingResult,
 )
-from conch_dna.training.vocabulary import vocabulary_digest
 
 RUN_FILE = "run.json"
 RESULT_FILE = "kd_result.json"
@@ -78,15 +80,15 @@ class Prepared:
     Attributes:
         train: Training examples.
         heldout: Held-out examples.
-        cache: The teacher's targets for all of them.
-        prompts: Token ids of a few held-out prompts.
+        targets: The teacher's, for all of them.
+        prompts: The student's token ids of a few held-out prompts.
         teacher_texts: What the teacher made of them.
         finish_reasons: How many records ended how.
     """
 
-    train: list[Example]
-    heldout: list[Example]
-    cache: SoftTargetCache
+    train: list[Any]
+    heldout: list[Any]
+    targets: Targets
     prompts: list[list[int]]
     teacher_texts: list[str]
     finish_reasons: dict[str, int]
@@ -105,7 +107,7 @@ class Trained:
         peak_memory_bytes: The highest so far in this process.
     """
 
-    before: dict[str, float]
+    before: dict[str, float | None]
     before_texts: list[str]
     adapter_config: dict[str, Any]
     training: TrainingResult
@@ -139,6 +141,7 @@ class DomainRun:
         self.report = report
         self.folder = domain_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
+        self.examples = Examples(teacher, student, config, report=report)
         self._resume = False
 
     def lock(self) -> FolderLock:
@@ -239,51 +242,31 @@ class DomainRun:
         The teacher is loaded only if something is missing; the caller releases it.
         """
         config = self.config
-        records, examples = self._examples(records)
+        kept, examples = self.examples.make(records)
+        records = [records[index] for index in kept]
         train, heldout = (
             [examples[index] for index in part]
             for part in split_heldout(records, config.val_fraction, seed=config.seed)
         )
-        identity = target_identity(self.teacher, top_k=config.top_k, temperature=config.temperature)
-        cache = SoftTargetCache(self.folder / "soft_targets", identity, report=self.report)
-        missing = cache.missing(examples)
+        targets = self.examples.targets(self.folder / "soft_targets")
+        missing = targets.missing(examples)
         if missing:
             tokens = sum(example.count for example in missing)
             self._phase("the teacher's targets", tokens, "tokens")
-        cache.fill(self.teacher, examples, batch_size=config.batch_size)
-        prompts = sample_prompts(heldout)
+        targets.fill(self.teacher, examples, batch_size=config.batch_size)
+        teacher_prompts, prompts = self.examples.prompts(heldout)
         answers = cached_answer_batch(
-            self.teacher, self.folder / "answers", prompts, **sample_draw(config)
+            self.teacher, self.folder / "answers", teacher_prompts, **sample_draw(config)
         )
-        texts = texts_of(self.teacher.tokenizer, prompts, answers)
+        texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in records))
-        return Prepared(train, heldout, cache, prompts, texts, reasons)
-
-    def _examples(self, records: Sequence[Record]) -> tuple[list[Record], list[Example]]:
-        """The records that fit the models' contexts, and their tokens."""
-        config = self.config
-        contexts = (self.teacher.context_length, self.student.context_length)
-        longest = min([config.max_seq_length, *(c for c in contexts if c)])
-        examples = tokenize_records(
-            records,
-            self.student.tokenizer,
-            train_on_prompt=config.train_on_prompt,
-            vocabulary=vocabulary_digest(self.student.tokenizer),
-        )
-        kept = fitting(examples, longest, skip=config.too_long == "skip")
-        if len(kept) < len(examples):
-            left_out = len(examples) - len(kept)
-            message = f"{left_out} of {len(examples)} examples exceed {longest} tokens: left out"
-            self.report("warning", {"message": message})
-        return [records[index] for index in kept], [examples[index] for index in kept]
+        return Prepared(train, heldout, targets, prompts, texts, reasons)
 
     def train(self, prepared: Prepared) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
         self._phase("evaluating the student")
         student = self.student.load()
-        before = heldout_metrics(
-            student, self._heldout(prepared, 1.0), chunk=self.config.head_chunk
-        )
+        before = heldout_metrics(student, self._evaluated(prepared), chunk=self.config.head_chunk)
         before_texts = sample_texts(student, prepared.prompts, self.config)
         adapter_config = attach_lora(student, self.config)
         if self.config.grad_checkpoint:
@@ -297,18 +280,11 @@ class DomainRun:
 
     def _fit(self, student: LanguageModel, prepared: Prepared) -> TrainingResult:
         config = self.config
-        loss = make_distillation_loss(
-            student,
-            temperature=config.temperature,
-            alpha=config.alpha,
-            divergence=config.divergence,
-            chunk=config.head_chunk,
-        )
         stream = TargetBatches(
             prepared.train,
             config.batch_size,
-            prepared.cache,
-            temperature=config.temperature,
+            prepared.targets,
+            temperature=self.examples.temperature,
             seed=config.seed,
         )
         settings = TrainerSettings(
@@ -325,9 +301,9 @@ class DomainRun:
         )
         trainer = Trainer(
             student.model,
-            loss,
+            self._loss(student, prepared.targets),
             stream,
-            list(self._heldout(prepared, config.temperature, config.val_batches)),
+            list(self._heldout(prepared, self.examples.temperature, config.val_batches)),
             settings,
             self.folder,
             # Cross-entropy alone is judged by cross-entropy.
@@ -336,9 +312,36 @@ class DomainRun:
         )
         return trainer.run(resume=self._resume)
 
+    def _loss(self, student: LanguageModel, targets: Targets) -> Loss:
+        config = self.config
+        if isinstance(targets, AlignedTargets):
+            return make_aligned_loss(
+                student,
+                alignment=targets.alignment,
+                temperature=self.examples.temperature,
+                alpha=config.alpha,
+                divergence=config.divergence,
+                soft_weight=config.soft_weight,
+                chunk_weight=config.chunk_weight,
+                chunk_scale=config.chunk_scale,
+                roots=targets.student_roots,
+                chunk=config.head_chunk,
+            )
+        return make_distillation_loss(
+            student,
+            temperature=config.temperature,
+            alpha=config.alpha,
+            divergence=config.divergence,
+            chunk=config.head_chunk,
+        )
+
+    def _evaluated(self, prepared: Prepared) -> Iterator[Batch]:
+        for indices in sequential_batches(prepared.heldout, self.config.batch_size):
+            yield prepared.targets.evaluation_batch([prepared.heldout[i] for i in indices])
+
     def _heldout(self, prepared: Prepared, temperature: float, limit: int = -1) -> Iterator[Batch]:
         for indices in sequential_batches(prepared.heldout, self.config.batch_size, limit):
-            yield prepared.cache.collate([prepared.heldout[i] for i in indices], temperature)
+            yield prepared.targets.collate([prepared.heldout[i] for i in indices], temperature)
 
     def finish(self, prepared: Prepared, trained: Trained) -> KDResult:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
@@ -352,14 +355,15 @@ class DomainRun:
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
-        after = heldout_metrics(student, self._heldout(prepared, 1.0), chunk=self.config.head_chunk)
+        after = heldout_metrics(student, self._evaluated(prepared), chunk=self.config.head_chunk)
         after_texts = sample_texts(student, prepared.prompts, self.config)
         student.release()
         evaluation = {
             "before": trained.before,
             "after": after.to_json(),
-            "teacher": teacher_metrics(self._heldout(prepared, 1.0)).to_json(),
-            "gap_closed": gap_closed(trained.before["kl_nats"], after.kl_nats),
+            "teacher": teacher_metrics(prepared.heldout, prepared.targets).to_json(),
+            "gap_closed": closed_gap(trained.before, after.to_json()),
+            "alignment": self.examples.alignment,
         }
         result = self._result(prepared, trained, evaluation, provenance)
         columns = {
@@ -411,7 +415,8 @@ class DomainRun:
             "heldout_tokens": sum(example.count for example in prepared.heldout),
             "data_digest": content_digest(*(example.digest for example in prepared.train)),
             "finish_reasons": prepared.finish_reasons,
-            "cache_bytes_per_token": prepared.cache.identity.bytes_per_token,
+            "cache_bytes_per_token": prepared.targets.identity.bytes_per_token,
+            **self.examples.described([*prepared.train, *prepared.heldout]),
             "peak_memory_bytes": trained.peak_memory_bytes,
             "resumed": training.steps_run < self.config.num_iters,
         }

@@ -16,6 +16,7 @@ from conch_dna.losses import (
     LOSSES,
     forward_kl,
     kept_and_rest,
+    log_softmax,
     log_sum_exp,
     sum_last,
     token_cross_entropy,
@@ -23,6 +24,7 @@ from conch_dna.losses import (
 
 Sums = dict[str, mx.array]
 LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
+RowLoss = Callable[[mx.array, Sums], tuple[mx.array, mx.array]]
 
 
 def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
@@ -125,12 +127,47 @@ def _autodiff(*, temperature: float, alpha: float, divergence: str) -> LogitLoss
     return loss_and_gradient
 
 
+def gold_log_probs(logits: mx.array, labels: mx.array) -> mx.array:
+    """Log-probability of each row's own next token: logits `[n, V]` to float32 nats `[n]`."""
+    return -token_cross_entropy(logits, labels)
+
+
+def gold_and_gradient(logits: mx.array, targets: Sums) -> tuple[mx.array, mx.array]:
+    """Log-probability of each row's own next token, and its gradient by the row's logits.
+
+    Returns:
+        Nats `[n]`, and `[n, V]`: 1 at the token less the softmax. float32.
+    """
+    labels = targets["labels"]
+    gradient = -mx.exp(log_softmax(logits))
+    own = mx.take_along_axis(gradient, labels[:, None], axis=-1) + 1
+    gradient = mx.put_along_axis(gradient, labels[:, None], own, axis=-1)
+    return gold_log_probs(logits, labels), gradient
+
+
+def with_nothing(logits: mx.array, size: int) -> mx.array:
+    """Logits with columns of probability 0 behind them, up to and with number `size`.
+
+    A kept token that the student does not have points at the last of them.
+    """
+    missing = size + 1 - logits.shape[-1]
+    return mx.concatenate([logits, mx.full((*logits.shape[:-1], missing), -mx.inf)], axis=-1)
+
+
+def chunk_log_probs(gold: mx.array, arrays: Sums) -> mx.array:
+    """The student's log-probability of every chunk `[C]`, the sum over its tokens."""
+    count = arrays["chunk_weights"].shape[0]
+    return mx.zeros(count + 1).at[arrays["chunk_index"]].add(gold)[:count]
+
+
 def chunked_loss(
     head: Callable[[mx.array], mx.array],
     hidden: mx.array,
     targets: Sums,
-    loss_and_gradient: LogitLoss,
+    loss_and_gradient: LogitLoss | None,
     chunk: int,
+    *,
+    row_and_gradient: RowLoss | None = None,
 ) -> Sums:
     """Sums of a loss over logits, whose gradient flows to the hidden states only.
 
@@ -143,37 +180,58 @@ def chunked_loss(
         targets: Arrays `[N, …]`.
         loss_and_gradient: Logits and targets of a chunk to sums and the gradient of `loss`.
         chunk: Tokens per chunk; 0 takes all at once.
+        row_and_gradient: Logits and targets of a chunk to a figure of every row `[n]` and its
+            gradient by the row's logits, for losses that put the rows together afterwards.
 
     Returns:
-        The summed sums; only `loss` carries a gradient.
+        The summed sums, of which only `loss` carries a gradient, and `rows` `[N]`, which does
+        too; each only where its function is given.
     """
-    names = ("loss", "kd", "ce")
     size = chunk or hidden.shape[0]
+    names: list[str] = []
 
     def evaluate(states: mx.array) -> tuple[mx.array, ...]:
-        totals = {name: mx.array(0.0) for name in names}
+        totals: Sums = {}
         gradients: list[mx.array] = []
+        rows: list[mx.array] = []
+        row_gradients: list[mx.array] = []
         for start in range(0, states.shape[0], size):
             part = states[start : start + size]
-            if gradients:
+            if start:
                 # Without this order the graph may hold the logits of several chunks at a time,
                 # for their gradient or for their sums.
-                part = mx.depends([part], [gradients[-1], *totals.values()])[0]
+                last = [*gradients[-1:], *row_gradients[-1:], *rows[-1:], *totals.values()]
+                part = mx.depends([part], last)[0]
             logits = head(part)
-            rows = {name: value[start : start + size] for name, value in targets.items()}
-            sums, by_logits = loss_and_gradient(logits, rows)
-            _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
-            gradients.append(by_states[0])
-            totals = {name: totals[name] + sums[name] for name in names}
-        return (*(totals[name] for name in names), mx.concatenate(gradients))
+            given = {name: value[start : start + size] for name, value in targets.items()}
+            if loss_and_gradient is not None:
+                sums, by_logits = loss_and_gradient(logits, given)
+                _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
+                gradients.append(by_states[0])
+                totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+            if row_and_gradient is not None:
+                values, by_logits = row_and_gradient(logits, given)
+                _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
+                rows.append(values)
+                row_gradients.append(by_states[0])
+        names[:] = sorted(totals, key=lambda name: name != "loss")
+        outputs = [totals[name] for name in names]
+        outputs += [mx.concatenate(parts) for parts in (gradients, rows, row_gradients) if parts]
+        return tuple(outputs)
 
     def pull_back(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
-        return cotangents[0].astype(outputs[-1].dtype) * outputs[-1]
+        gradient = mx.zeros_like(hidden)
+        if loss_and_gradient is not None:
+            gradient += cotangents[0].astype(hidden.dtype) * outputs[len(names)]
+        if row_and_gradient is not None:
+            gradient += cotangents[-2].astype(hidden.dtype)[:, None] * outputs[-1]
+        return gradient
 
     custom: Any = mx.custom_function(evaluate)
     custom.vjp(pull_back)
-    *values, _ = custom(hidden)
-    return dict(zip(names, values, strict=True))
+    outputs = custom(hidden)
+    sums = dict(zip(names, outputs, strict=False))
+    return {**sums, "rows": outputs[-2]} if row_and_gradient is not None else sums
 
 
 def make_distillation_loss(
@@ -223,7 +281,12 @@ def make_distillation_loss(
             divergence=divergence,
         )
 
-    return chunked if student.has_plain_head and not _head_is_trained(student) else dense
+    return chunked if takes_chunks(student) else dense
+
+
+def takes_chunks(student: LanguageModel) -> bool:
+    """Whether a student's head can be taken apart from its body and is frozen."""
+    return student.has_plain_head and not _head_is_trained(student)
 
 
 def _head_is_trained(student: LanguageModel) -> bool:

@@ -10,21 +10,14 @@ from typing import Any
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.examples import Examples
 from conch_dna.training.records import (
     Record,
-    fitting,
     prompt_ids,
     require_room,
     split_heldout,
-    tokenize_records,
 )
 from conch_dna.training.settings import KDConfig, validate_domain
-from conch_dna.training.soft_targets import target_identity
-from conch_dna.training.vocabulary import (
-    require_same_tokenizer,
-    vocabulary_digest,
-    vocabulary_table,
-)
 
 
 def plan_domain(
@@ -39,39 +32,25 @@ def plan_domain(
     """Work out what `distill_domain` would do with the same arguments.
 
     Returns:
-        `examples`, `heldout_examples`, `counted_tokens` (a number, or an upper bound where the
-        teacher has yet to answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
+        `examples`, `heldout_examples`, `counted_tokens` of the teacher (or an upper bound where it
+        has yet to answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
         `disk_bytes` of the soft targets, `teacher_bytes` and `student_bytes` of the weights
         (None where they are still on the hub and their size is unknown) and
-        `logits_bytes` of one chunk of the loss.
+        `logits_bytes` of one chunk of the loss; `alignment` and, with another tokenizer and
+        given data, its `coverage`.
 
     Raises:
         ConchError: As the run itself would.
     """
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
-    require_same_tokenizer(
-        vocabulary_table(teacher.tokenizer),
-        vocabulary_table(student.tokenizer),
-        teacher=teacher.model_id,
-        student=student.model_id,
-    )
+    pair = Examples(teacher, student, config)
+    aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
-        examples = tokenize_records(
-            data,
-            student.tokenizer,
-            train_on_prompt=config.train_on_prompt,
-            vocabulary=vocabulary_digest(student.tokenizer),
-        )
-        contexts = [c for c in (teacher.context_length, student.context_length) if c]
-        kept = fitting(
-            examples,
-            min([config.max_seq_length, *contexts]),
-            skip=config.too_long == "skip",
-        )
-        examples, data = [examples[i] for i in kept], [data[i] for i in kept]
-        _, heldout = split_heldout(data, config.val_fraction, seed=config.seed)
+        kept, examples = pair.make(data)
+        _, heldout = split_heldout([data[i] for i in kept], config.val_fraction, seed=config.seed)
         count, heldout_count = len(examples), len(heldout)
-        tokens = sum(example.count for example in examples)
+        tokens = sum(getattr(example, "teacher", example).count for example in examples)
+        aligned = pair.described(examples)
         longest = max(len(example.ids) for example in examples)
     else:
         known = DOMAIN_PROMPTS.get(domain)
@@ -93,9 +72,7 @@ def plan_domain(
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
     # The digests are not needed for the size, so no weights have to be there.
-    identity = target_identity(
-        teacher, top_k=config.top_k, temperature=config.temperature, with_digests=False
-    )
+    identity = pair.identity(with_digests=False)
     drawn = config.num_iters * config.batch_size * config.accumulation_steps
     chunk = config.head_chunk or config.batch_size * longest
     return {
@@ -112,5 +89,6 @@ def plan_domain(
         "disk_bytes": tokens * identity.bytes_per_token,
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
-        "logits_bytes": 4 * chunk * teacher.token_count,
+        "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
+        **aligned,
     }

@@ -28,6 +28,22 @@ def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
+def read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Args:
+        path: The file, UTF-8.
+        option: Which option named it, for the message.
+
+    Raises:
+        ConchError: The file cannot be read or has no such line.
+    """
+    lines = [line.rstrip("\r") for _, line in _lines(path, option)]
+    if not lines:
+        raise ConchError(f"{path} is empty: give one text a line")
+    return lines
+
+
 def read_records(path: Path) -> list[Record]:
     """Read a JSONL file of training records.
 
@@ -202,6 +218,59 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
+def record_tokens(
+    record: Record, tokenizer: Any, *, name: str, vocabulary: str = ""
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a record, and the ranges of them that its answers take.
+
+    An answer is a completion or an assistant turn, with the end-of-sequence token after it; a
+    plain text is one answer. See `tokenize_record`.
+
+    Returns:
+        Ids, and for every text of `record_texts` its first token and one after its last.
+    """
+    exact = record.get(TOKENS)
+    cut_off = record.get("finish_reason") == "length"
+    if vocabulary and isinstance(exact, dict) and exact.get("vocabulary") == vocabulary:
+        ids = list(exact["ids"])
+        return ids, [(exact["prompt_length"], len(ids))]
+    if "messages" in record and not tokenizer.has_chat_template:
+        record = _without_template(record, name)
+    if "messages" in record:
+        return _conversation(record["messages"], tokenizer, name, cut_off=cut_off)
+    if "completion" in record and tokenizer.has_chat_template:
+        turns = [
+            *prompt_messages(tokenizer, record["prompt"], ""),
+            {"role": "assistant", "content": record["completion"]},
+        ]
+        return _conversation(turns, tokenizer, name, cut_off=cut_off)
+    if "completion" in record:
+        ids = _encode(tokenizer, record["prompt"] + record["completion"])
+        # Where a token straddles the border, it belongs to the completion.
+        start = _common_prefix(_encode(tokenizer, record["prompt"]), ids)
+        if not cut_off:
+            ids = _ended(ids, tokenizer)
+        return ids, [(start, len(ids))]
+    ids = _ended(_encode(tokenizer, record["text"]), tokenizer)
+    return ids, [(0, len(ids))]
+
+
+def record_texts(record: Record) -> list[str]:
+    """The texts of a record's answers; see `record_tokens`."""
+    if "messages" in record:
+        return [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
+    return [str(record["completion"] if "completion" in record else record["text"])]
+
+
+def plain_text(record: Record, *tokenizers: Any) -> str | None:
+    """The whole text of a record that no chat template is put around; None where one is."""
+    if "messages" in record and not any(t.has_chat_template for t in tokenizers):
+        record = _without_template(record, "")
+    if "completion" in record and not any(t.has_chat_template for t in tokenizers):
+        return str(record["prompt"] + record["completion"])
+    return str(record["text"]) if "text" in record else None
+
+
 def tokenize_record(
     record: Record,
     tokenizer: Any,
@@ -226,36 +295,15 @@ def tokenize_record(
     Raises:
         ConchError: The chat template does not keep an assistant turn apart, or nothing counts.
     """
-    exact = record.get(TOKENS)
-    cut_off = record.get("finish_reason") == "length"
-    if vocabulary and isinstance(exact, dict) and exact.get("vocabulary") == vocabulary:
-        ids = list(exact["ids"])
-        spans = [(exact["prompt_length"], len(ids))]
-    elif "messages" in record:
-        ids, spans = _conversation(record["messages"], tokenizer, name, cut_off=cut_off)
-    elif "completion" in record and tokenizer.has_chat_template:
-        turns = [
-            *prompt_messages(tokenizer, record["prompt"], ""),
-            {"role": "assistant", "content": record["completion"]},
-        ]
-        ids, spans = _conversation(turns, tokenizer, name, cut_off=cut_off)
-    elif "completion" in record:
-        ids = _encode(tokenizer, record["prompt"] + record["completion"])
-        # Where a token straddles the border, it belongs to the completion.
-        start = _common_prefix(_encode(tokenizer, record["prompt"]), ids)
-        if not cut_off:
-            ids = _ended(ids, tokenizer)
-        spans = [(start, len(ids))]
-    else:
-        ids = _ended(_encode(tokenizer, record["text"]), tokenizer)
-        spans = [(0, len(ids))]
+    ids, spans = record_tokens(record, tokenizer, name=name, vocabulary=vocabulary)
     counted = np.zeros(len(ids), bool)
     for start, end in [(0, len(ids))] if train_on_prompt else spans:
         counted[start:end] = True
     counted[0] = False
     if not counted.any():
         raise ConchError(f"{name}: no token counts, nothing could be learned")
-    return Example(np.asarray(ids, np.int32), counted, name)
+    text_bytes = sum(len(text.encode()) for text in record_texts(record))
+    return Example(np.asarray(ids, np.int32), counted, name, text_bytes)
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
@@ -265,6 +313,21 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+def _without_template(record: Record, name: str) -> Record:
+    """A conversation with one answer as prompt and completion, its turns a blank line apart."""
+    turns = record["messages"]
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if len(answers) > 1 or turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise ConchError(
+            f"{name} has messages, but the tokenizer has no chat template, and without one only "
+            "a prompt with a single answer at its end has a plain form: give prompt and "
+            "completion, or text"
+        )
+    prompt = "\n\n".join([*(turn["content"] for turn in turns[:-1]), ""])
+    plain = {key: value for key, value in record.items() if key != "messages"}
+    return {**plain, "prompt": prompt, "completion": turns[-1]["content"]}
+
+
 def _conversation(
     messages: Sequence[dict[str, str]], tokenizer: Any, name: str, *, cut_off: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -272,11 +335,6 @@ def _conversation(
 
     A last turn that was cut off has no end token.
     """
-    if not tokenizer.has_chat_template:
-        raise ConchError(
-            f"{name} has messages, but the student's tokenizer has no chat template: give prompt "
-            "and completion, or text"
-        )
     if messages[0]["role"] == "assistant":
         raise ConchError(f"{name} begins with an assistant turn: put what it answers before it")
     last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")

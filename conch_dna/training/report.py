@@ -8,39 +8,114 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.training.alignments import INDEX
+from conch_dna.training.token_bytes import KINDS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from conch_dna.training.vocabulary import TokenizerComparison
 
-def evaluation_table(domain: str, evaluation: dict[str, Any]) -> "Table":
+
+def evaluation_table(
+    domain: str, evaluation: dict[str, Any], *, width: int | None = None
+) -> "Table":
     """The before/after table of one domain, for a rich console.
 
     Args:
         domain: Its name.
         evaluation: The content of evaluation.json.
+        width: Of the console: where headings in one line do not fit, each word gets its own.
     """
     from rich.table import Table
 
     closed = evaluation["gap_closed"]
     share = "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
-    tokens = evaluation["before"]["tokens"]
-    table = Table(title=f"{domain}: {share}", caption=f"on {tokens:,} held-out tokens")
-    table.add_column("")
-    for name in ("KL to teacher (nats)", "cross-entropy", "perplexity", "top-1 agreement"):
-        table.add_column(name, justify="right")
+    before = evaluation["before"]
+    caption = f"on {before['tokens']:,} held-out tokens"
+    if evaluation.get("alignment", INDEX) != INDEX:
+        caption += (
+            f"; KL and agreement at the {before['compared_tokens']:,} that are one token of the "
+            f"teacher too, chunk KL on {before['chunks']:,} chunks; the teacher's cross-entropy "
+            "is of its own tokens"
+        )
+    table = Table(title=f"{domain}: {share}", caption=caption)
+    table.add_column("", no_wrap=True)
+    figures = {
+        "KL to teacher (nats)": ("kl_nats", ".4f"),
+        "chunk KL (nats)": ("chunk_kl_nats", ".4f"),
+        "cross-entropy": ("cross_entropy", ".4f"),
+        "perplexity": ("perplexity", ".2f"),
+        "bits per byte": ("bits_per_byte", ".4f"),
+        "top-1 agreement": ("top1_agreement", ".1%"),
+    }
+    if evaluation.get("alignment", INDEX) == INDEX:
+        # With one tokenizer a chunk is a token, whose full KL says more.
+        del figures["chunk KL (nats)"]
+    else:
+        # The perplexities of two tokenizers cannot be compared.
+        del figures["perplexity"]
     rows = {
         "student before": evaluation["before"],
         "student after": evaluation["after"],
         "teacher": evaluation["teacher"],
     }
-    for label, figures in rows.items():
-        table.add_row(
-            label,
-            f"{figures['kl_nats']:.4f}",
-            f"{figures['cross_entropy']:.4f}",
-            f"{figures['perplexity']:.2f}",
-            f"{figures['top1_agreement']:.1%}",
-        )
+    columns = {}
+    for heading, (name, form) in figures.items():
+        told = [row.get(name) for row in rows.values()]
+        columns[heading] = ["–" if value is None else f"{value:{form}}" for value in told]
+    lengths = [max(map(len, (heading, *column))) for heading, column in columns.items()]
+    whole = 1 + sum(length + 3 for length in (max(map(len, rows)), *lengths))
+    for heading, column in columns.items():
+        # Rich itself would shrink the widest columns, whatever words stand in them, and cut off
+        # what then still does not fit.
+        narrow = max(map(len, (*heading.split(), *column)))
+        fits = width is None or whole <= width
+        table.add_column(heading, justify="right", width=None if fits else narrow)
+    for label, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(label, *cells)
+    return table
+
+
+def comparison_table(
+    teacher: str, student: str, comparison: "TokenizerComparison", rows: dict[str, str]
+) -> "Table":
+    """The table of `conch-dna vocab`.
+
+    Args:
+        teacher: What the user called it.
+        student: Likewise.
+        comparison: See `vocabulary.compare_tokenizers`.
+        rows: Further lines over both columns.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    def number(count: int | None) -> str:
+        return "unknown" if count is None else f"{count:,}"
+
+    table = Table(title=f"the tokenizers are {comparison.verdict}")
+    table.add_column("")
+    table.add_column(escape(teacher), overflow="fold")
+    table.add_column(escape(student), overflow="fold")
+    c = comparison
+    shared = c.shared_tokens
+    lines = {
+        "written as": (KINDS[c.teacher_kind], KINDS[c.student_kind]),
+        "tokens": (number(c.teacher_tokens), number(c.student_tokens)),
+        "rows of the head": (number(c.teacher_rows), number(c.student_rows)),
+        "shared tokens": tuple(
+            f"{shared:,} ({shared / max(1, count):.1%})"
+            for count in (c.teacher_tokens, c.student_tokens)
+        ),
+        "with the same id": (number(c.same_ids),) * 2,
+        "such as": (" ".join(c.shared_examples),) * 2,
+        "only here": (" ".join(c.teacher_examples), " ".join(c.student_examples)),
+        **{f"id {index}": (first, second) for index, first, second in c.id_examples},
+        **{name: (text, "") for name, text in rows.items()},
+    }
+    for name, (first, second) in lines.items():
+        table.add_row(name, escape(first), escape(second))
     return table
 
 

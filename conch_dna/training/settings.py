@@ -11,6 +11,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.losses import LOSSES
+from conch_dna.training.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
@@ -53,6 +54,20 @@ class KDConfig:
         "forward_kl", "Divergence of the KD loss.", choices=tuple(sorted(LOSSES))
     )
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    alignment: str = _option(
+        AUTO,
+        "How a teacher with another tokenizer teaches; auto finds out whether it has one.",
+        choices=(AUTO, *sorted(ALIGNMENTS)),
+    )
+    soft_weight: float = _option(
+        1.0, "Weight of distributions compared across tokenizers, within the KD loss.", low=0
+    )
+    chunk_weight: float = _option(
+        1.0, "Weight of likelihoods of chunks compared across tokenizers, likewise.", low=0
+    )
+    chunk_scale: float = _option(
+        100.0, "Scale s of these likelihoods, which are compared as exp(log P / s).", above=0
+    )
     lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
     lora_scale: float = _option(10.0, "Factor on the LoRA update, y = Wx + scale(xa)b.", above=0)
     lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
@@ -115,6 +130,11 @@ class KDConfig:
             problems.append(
                 f"samples_per_prompt is {self.samples_per_prompt} with sampling_temperature 0: "
                 "all answers would be the same; raise the temperature"
+            )
+        if not problems and self.soft_weight == 0 and self.chunk_weight == 0:
+            problems.append(
+                "soft_weight and chunk_weight are both 0: a teacher with another tokenizer would "
+                "teach nothing; raise one, or use alpha 0 for fine-tuning"
             )
         if problems:
             raise ConchError("; ".join(problems))

@@ -6,9 +6,9 @@ figure per position: an array in `compute_targets`, its line in TARGET_ARRAYS, a
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -42,8 +42,9 @@ class TargetIdentity:
         teacher: Digest of configuration and weights.
         tokenizer: Digest of the tokenizer.
         vocabulary_size: Real tokens of the teacher.
-        top_k: Kept tokens per position.
-        temperatures: At which the rest is exact, ascending; 1 is always among them.
+        top_k: Kept tokens per position; with 0 only the text's own log-probability is stored.
+        temperatures: At which the rest is exact, ascending; 1 is always among them, unless
+            nothing is kept.
     """
 
     teacher: str
@@ -57,6 +58,11 @@ class TargetIdentity:
         """Content address of all of it and of the storage format."""
         numbers = json.dumps([self.vocabulary_size, self.top_k, self.temperatures])
         return content_digest(FORMAT, self.teacher, self.tokenizer, numbers)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of what is stored."""
+        return TARGET_ARRAYS if self.top_k else TARGET_ARRAYS[-1:]
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,7 +83,7 @@ def target_identity(
 
     Args:
         teacher: The model's source.
-        top_k: Kept tokens per position.
+        top_k: Kept tokens per position, or 0.
         temperature: Of the loss.
         with_digests: Read the weight files for their digest; without, only sizes are right.
 
@@ -94,7 +100,7 @@ def target_identity(
         tokenizer=teacher.tokenizer_digest,
         vocabulary_size=teacher.token_count,
         top_k=top_k,
-        temperatures=tuple(sorted({1.0, float(temperature)})),
+        temperatures=tuple(sorted({1.0, float(temperature)})) if top_k else (),
     )
 
 
@@ -109,13 +115,16 @@ def compress(
         top_k: K, at most V.
         temperatures: At which the rest is stored.
 
-    Returns:
+    Returns (with K = 0 only the last):
         `kept_ids` `[N, K]`, likeliest first; `kept_log_probs` `[N, K]` at temperature 1;
         `log_normalizer` `[N, n]`, L_t = log Σ exp(log p / t), so that log p at t is
         (log p) / t − L_t; `log_rest` `[N, n]`, log-probability at t of all that is not kept
         (-inf where nothing is left); `gold_log_prob` `[N]` at temperature 1. float32, nats.
     """
     log_probs = log_softmax(logits)
+    gold = mx.take_along_axis(log_probs, labels[:, None], axis=-1).squeeze(-1)
+    if top_k == 0:
+        return {"gold_log_prob": gold}
     size = log_probs.shape[-1]
     if top_k < size:
         kept = mx.argpartition(-log_probs, top_k - 1, axis=-1)[:, :top_k]
@@ -141,7 +150,7 @@ def compress(
         "kept_log_probs": values,
         "log_normalizer": mx.concatenate(normalizers, axis=-1),
         "log_rest": mx.concatenate(rests, axis=-1),
-        "gold_log_prob": mx.take_along_axis(log_probs, labels[:, None], axis=-1).squeeze(-1),
+        "gold_log_prob": gold,
     }
 
 
@@ -181,13 +190,15 @@ def compute_targets(
             )
             mx.eval(part)
             parts.append({name: np.asarray(value) for name, value in part.items()})
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in TARGET_ARRAYS}
-        if not np.isfinite(arrays["kept_log_probs"]).all():
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in identity.arrays}
+        told = arrays.get("kept_log_probs", arrays["gold_log_prob"])
+        if not np.isfinite(told).all():
             raise ConchError(
                 f"teacher {teacher.model_id} gives non-finite log-probabilities on "
                 f"{', '.join(batch.names)}: its weights or its precision are broken"
             )
-        arrays["kept_ids"] = arrays["kept_ids"].astype(identity.id_type)
+        if identity.top_k:
+            arrays["kept_ids"] = arrays["kept_ids"].astype(identity.id_type)
         start = 0
         for i, example in zip(indices, chosen, strict=True):
             results[i] = {name: arrays[name][start : start + example.count] for name in arrays}
@@ -230,6 +241,11 @@ class SoftTargetCache:
         for key, start, end in entries:
             self._places[key] = (shard, start, end)
 
+    @property
+    def digest(self) -> str:
+        """Content address of what the targets depend on besides the text."""
+        return self.identity.digest
+
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """The examples whose targets are not there, each once."""
         absent = {e.digest: e for e in examples if e.digest not in self._places}
@@ -256,7 +272,7 @@ class SoftTargetCache:
         results = compute_targets(
             teacher, examples, self.identity, batch_size=batch_size, report=self.report
         )
-        arrays = {name: np.concatenate([r[name] for r in results]) for name in TARGET_ARRAYS}
+        arrays = {name: np.concatenate([r[name] for r in results]) for name in self.identity.arrays}
         ends = np.cumsum([example.count for example in examples]).tolist()
         entries = [
             [example.digest, end - example.count, end]
@@ -276,7 +292,11 @@ class SoftTargetCache:
     def read(self, example: Example) -> dict[str, np.ndarray]:
         """The stored arrays of one example; see `compress`."""
         shard, start, end = self._places[example.digest]
-        return {name: shard.get_slice(name)[start:end] for name in TARGET_ARRAYS}
+        return {name: shard.get_slice(name)[start:end] for name in self.identity.arrays}
+
+    def gold(self, example: Example) -> np.ndarray:
+        """The teacher's log-probabilities of the counted tokens `[N]`, at temperature 1."""
+        return self.read(example)["gold_log_prob"]
 
     def outcomes(
         self, examples: Sequence[Example], temperature: float, rows: int
@@ -310,11 +330,24 @@ class SoftTargetCache:
         """A batch of examples with the teacher's outcomes beside each counted position."""
         batch = collate(examples)
         outcomes = self.outcomes(examples, temperature, len(batch.arrays["labels"]))
-        return Batch({**batch.arrays, **outcomes}, batch.count, batch.names)
+        return replace(batch, arrays={**batch.arrays, **outcomes})
+
+    def evaluation_batch(self, examples: Sequence[Example]) -> Batch:
+        """A batch at temperature 1 in which every counted token is a chunk of its own."""
+        batch = self.collate(examples, 1.0)
+        rows = len(batch.arrays["labels"])
+        chunks = {
+            "chunk_index": np.arange(rows, dtype=np.int32),
+            "chunk_log_probs": batch.arrays["gold_log_prob"],
+            "chunk_weights": batch.arrays["weights"],
+            "best_ids": batch.arrays["kept_ids"][:, 0],
+            "soft_weights": batch.arrays["weights"],
+        }
+        return replace(batch, arrays={**batch.arrays, **chunks})
 
 
 def _data_digest(listing: str, arrays: dict[str, np.ndarray]) -> str:
-    parts = (part for n in TARGET_ARRAYS for part in (str(arrays[n].dtype), arrays[n].tobytes()))
+    parts = (part for a in arrays.values() for part in (str(a.dtype), a.tobytes()))
     return content_digest(listing, *parts)
 
 
@@ -325,7 +358,8 @@ def _verified(path: Path) -> tuple[Any, list[tuple[str, int, int]]]:
     try:
         shard = safe_open(str(path), framework="numpy")
         metadata = shard.metadata() or {}
-        arrays = {name: shard.get_tensor(name) for name in TARGET_ARRAYS}
+        stored = set(shard.keys())
+        arrays = {name: shard.get_tensor(name) for name in TARGET_ARRAYS if name in stored}
         listing = metadata["entries"]
         whole = metadata["digest"] == _data_digest(listing, arrays)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -335,6 +369,31 @@ def _verified(path: Path) -> tuple[Any, list[tuple[str, int, int]]]:
     return shard, [tuple(entry) for entry in json.loads(listing)]
 
 
+class Targets(Protocol):
+    """What a stream of batches and a run need of a teacher's targets."""
+
+    identity: TargetIdentity
+
+    @property
+    def digest(self) -> str:
+        """Content address of the targets."""
+
+    def missing(self, examples: Sequence[Any]) -> list[Example]:
+        """The examples whose targets are not there."""
+
+    def fill(self, teacher: ModelSource, examples: Sequence[Any], *, batch_size: int) -> int:
+        """Compute what is missing."""
+
+    def collate(self, examples: Sequence[Any], temperature: float) -> Batch:
+        """A batch of examples with their targets."""
+
+    def evaluation_batch(self, examples: Sequence[Any]) -> Batch:
+        """A batch for `evaluation.heldout_metrics`."""
+
+    def gold(self, example: Any) -> np.ndarray:
+        """The teacher's log-probabilities of its own tokens of a text."""
+
+
 class TargetBatches(ExampleBatches):
     """A seeded stream of batches that carry the teacher's outcomes."""
 
@@ -342,7 +401,7 @@ class TargetBatches(ExampleBatches):
         self,
         examples: Sequence[Example],
         batch_size: int,
-        cache: SoftTargetCache,
+        cache: "Targets",
         *,
         temperature: float,
         seed: int,
@@ -354,7 +413,7 @@ class TargetBatches(ExampleBatches):
     @property
     def digest(self) -> str:
         """Content address of the stream and of the targets in it."""
-        return content_digest(super().digest, self.cache.identity.digest, str(self.temperature))
+        return content_digest(super().digest, self.cache.digest, str(self.temperature))
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream with its targets."""

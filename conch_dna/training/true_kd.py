@@ -27,11 +27,7 @@ from conch_dna.training.settings import (
     validate_domain,
 )
 from conch_dna.training.trainer import Report
-from conch_dna.training.vocabulary import (
-    align_vocab_sizes,
-    require_same_tokenizer,
-    vocabulary_table,
-)
+from conch_dna.training.vocabulary import align_vocab_sizes
 
 __all__ = [
     "KDConfig",
@@ -53,7 +49,7 @@ class TrueKnowledgeDistiller:
 
     Args:
         teacher_model_id: Hub id, local folder or embedded name.
-        student_model_id: Likewise; its tokenizer must be the teacher's.
+        student_model_id: Likewise; it may have another tokenizer.
         config: See `KDConfig`.
         report: Gets `(event, row)` of all progress, see `conch_dna.progress.Progress`.
     """
@@ -73,7 +69,7 @@ class TrueKnowledgeDistiller:
 
     @property
     def teacher(self) -> ModelSource:
-        """The teacher, found on disk or downloaded, its tokenizer checked against the student's."""
+        """The teacher, found on disk or downloaded."""
         return self._models[0]
 
     @property
@@ -86,12 +82,6 @@ class TrueKnowledgeDistiller:
         trust = self.config.trust_remote_code
         teacher = ModelSource(self.teacher_model_id, trust_remote_code=trust)
         student = ModelSource(self.student_model_id, trust_remote_code=trust)
-        require_same_tokenizer(
-            vocabulary_table(teacher.tokenizer),
-            vocabulary_table(student.tokenizer),
-            teacher=self.teacher_model_id,
-            student=self.student_model_id,
-        )
         return teacher, student
 
     def generate_training_data(self, prompts: Sequence[str], domain: str) -> list[Record]:

@@ -22,10 +22,13 @@ from conch_dna.training.batches import Example
 from conch_dna.training.records import (
     fitting,
     plain_prompt,
+    plain_text,
     prompt_ids,
     prompt_messages,
     read_prompts,
     read_records,
+    record_texts,
+    record_tokens,
     split_heldout,
     tokenize_record,
     tokenize_records,
@@ -432,9 +435,8 @@ def test_any_text_is_marked_exactly(tokenizers, answers, user):
             for a in answers
         ]
         found = runs(example, tokenizer)
-        assert [text.removeprefix("\n") for text in found] == [
-            text.removeprefix("\n") for text in given_back
-        ]
+        # A line break in front may be one token with the template's, which then counts.
+        assert [text.lstrip("\n") for text in found] == [text.lstrip("\n") for text in given_back]
 
 
 def test_text_that_the_tokenizer_composes_is_not_taken_for_a_change(tokenizers):
@@ -465,9 +467,55 @@ def test_a_template_without_end_tokens_gets_one_after_the_last_turn(tokenizers):
     assert example.ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
-def test_without_a_template_messages_are_refused_with_the_remedy(plain):
+def test_without_a_template_several_answers_are_refused_with_the_remedy(plain):
     with pytest.raises(ConchError, match=r"example 3 has messages, .* give prompt and completion"):
-        tokenize_record(chat("Yes."), plain, name="example 3")
+        tokenize_record(chat("Yes.", "No."), plain, name="example 3")
+
+
+def test_without_a_template_a_single_answer_follows_its_prompt(plain):
+    """Turns stand a blank line apart, and the rest of the record stays."""
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Is it?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    example = tokenize_record({"messages": messages}, plain, name="a")
+    pair = {"prompt": "Be kind.\n\nIs it?\n\n", "completion": "Yes."}
+    assert example.digest == tokenize_record(pair, plain, name="a").digest
+    cut = {"messages": messages, "finish_reason": "length"}
+    assert len(tokenize_record(cut, plain, name="a").ids) == len(example.ids) - 1
+
+
+@pytest.mark.parametrize(
+    ("record", "texts", "whole"),
+    [
+        ({"text": "Once."}, ["Once."], "Once."),
+        ({"prompt": "A", "completion": " b."}, [" b."], "A b."),
+        (chat("Yes."), ["Yes."], None),
+    ],
+)
+def test_the_texts_of_a_record(plain, tokenizers, record, texts, whole):
+    """The whole text is told only where no template is put around it."""
+    assert record_texts(record) == texts
+    if whole is not None:
+        assert plain_text(record, plain, plain) == whole
+    with_template = tokenizers("smollm2")
+    assert plain_text(record, plain, with_template) == (whole if "text" in record else None)
+
+
+def test_ranges_of_a_record_are_those_of_its_texts(tokenizers):
+    tokenizer = tokenizers("smollm2")
+    record = chat("Yes, it is.", "No, never.")
+    ids, ranges = record_tokens(record, tokenizer, name="a")
+    said = [tokenizer.decode(ids[a:b], skip_special_tokens=True).strip() for a, b in ranges]
+    assert said == record_texts(record)
+    example = tokenize_record(record, tokenizer, name="a")
+    assert example.counted.sum() == sum(b - a for a, b in ranges)
+    assert example.text_bytes == len("Yes, it is.No, never.")
+
+
+def test_text_bytes_are_utf8(plain):
+    assert tokenize_record({"text": "Café"}, plain, name="a").text_bytes == 5
 
 
 STRIPS_THOUGHTS = (

@@ -20,7 +20,11 @@ def figures(kl: float, cross_entropy: float, perplexity: float, top1: float) -> 
         "cross_entropy": cross_entropy,
         "perplexity": perplexity,
         "top1_agreement": top1,
+        "bits_per_byte": cross_entropy / 2,
+        "chunk_kl_nats": kl / 2,
         "tokens": 12345,
+        "compared_tokens": 678,
+        "chunks": 910,
     }
 
 
@@ -45,15 +49,30 @@ def test_the_table_shows_every_figure_in_its_row():
     assert "on 12,345 held-out tokens" in text
     for heading in ("KL to teacher (nats)", "cross-entropy", "perplexity", "top-1 agreement"):
         assert heading in text
+    assert "bits per byte" in text
+    assert "chunk" not in text, "with one tokenizer a chunk is a token"
     rows = {
-        "student before": ["0.8765", "3.1416", "23.14", "43.2%"],
-        "student after": ["0.4322", "2.7183", "15.15", "67.9%"],
-        "teacher": ["0.0000", "2.0000", "7.39", "100.0%"],
+        "student before": ["0.8765", "3.1416", "23.14", "1.5708", "43.2%"],
+        "student after": ["0.4322", "2.7183", "15.15", "1.3591", "67.9%"],
+        "teacher": ["0.0000", "2.0000", "7.39", "1.0000", "100.0%"],
     }
     found = [line.strip("│ ") for line in lines if "%" in line and "gap" not in line]
     assert [row.split("│")[0].strip() for row in found] == list(rows)
     for row, expected in zip(found, rows.values(), strict=True):
         assert [cell.strip() for cell in row.split("│")[1:]] == expected
+
+
+def test_across_tokenizers_the_table_says_what_its_figures_stand_on():
+    nothing = {**EVALUATION["before"], "kl_nats": None, "top1_agreement": None}
+    lines = rendered({**EVALUATION, "before": nothing, "alignment": "alm"})
+    text = " ".join(" ".join(lines).split())
+    assert "chunk KL (nats)" in text
+    assert "KL and agreement at the 678 that are one token of the teacher too" in text
+    assert "chunk KL on 910 chunks" in text
+    (row,) = [line for line in lines if "student before" in line]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert cells[1:3] == ["–", "0.4383"]
+    assert cells[-1] == "–"
 
 
 def test_the_table_says_when_there_was_no_gap_or_it_grew():

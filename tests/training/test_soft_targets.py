@@ -601,7 +601,7 @@ def test_what_64_kept_tokens_lose_of_the_full_divergence(tmp_path: Path) -> None
     found = {}
     for k in (4, 64, teacher.token_count):
         cache = filled(tmp_path, teacher, examples, top_k=k)
-        metrics = heldout_metrics(student.resident(), [cache.collate(examples, 1.0)])
+        metrics = heldout_metrics(student.resident(), [cache.evaluation_batch(examples)])
         found[k] = metrics.kl_nats
     loss = 1 - found[64] / full
     print(f"\nKL in nats: all {len(logits[0][0])} tokens {full:.4f}, " + json.dumps(found))

@@ -693,8 +693,8 @@ class TestData:
         assert tokens == per_record * len(PROMPTS)
 
     def test_messages_need_a_chat_template(self, tiny_teacher, tiny_student, tmp_path):
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-        with pytest.raises(ConchError, match="no chat template: give prompt and completion"):
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}] * 2
+        with pytest.raises(ConchError, match=r"no chat template, .* give prompt and completion"):
             make(tiny_teacher, tiny_student, tmp_path).train_with_kd([{"messages": turns}], "s")
 
     def test_examples_that_are_too_long_are_left_out_on_request(

@@ -1,0 +1,103 @@
+"""Teachers with another tokenizer: every alignment against cross-entropy alone, three seeds.
+
+Pairs that nobody here trained: babyllama361 (characters and bytes) into stories260K's layers 0,
+2, 4 (BPE), and stories260K into babyllama105's layers 0 and 4 (characters). TinyStories cut to
+240 bytes, since the BabyLlamas see 256 tokens; LoRA on all linear layers; equal steps and data.
+"""
+
+import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from _setting import print_setting, shared_data, spread, stories
+
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from models import keep_layers
+
+SEEDS = (0, 1, 2)
+STEPS = 200
+LONGEST = 240
+PAIRS = {
+    "characters-to-bpe": ("babyllama361", "stories260K", [0, 2, 4]),
+    "bpe-to-characters": ("stories260K", "babyllama105", [0, 4]),
+}
+KINDS = {
+    "cross-entropy only": {"alignment": "alm", "alpha": 0.0},
+    "uld": {"alignment": "uld"},
+    "truncate": {"alignment": "truncate"},
+    "alm": {"alignment": "alm"},
+    "project": {"alignment": "project"},
+    "bytes": {"alignment": "bytes"},
+    "auto (roots)": {"alignment": "auto"},
+}
+
+
+def short_stories(count: int) -> list[dict[str, str]]:
+    """Beginnings of stories as three words of prompt and the rest, cut between words."""
+    records = []
+    for record in stories("train", 4 * count):
+        text = " ".join(record["text"].split())[:LONGEST].rsplit(" ", 1)[0]
+        if LONGEST - 90 < len(text.encode()) <= LONGEST:
+            words = text.split(" ")
+            prompt, rest = " ".join(words[:3]), " " + " ".join(words[3:])
+            records.append({"prompt": prompt, "completion": rest, "finish_reason": "length"})
+    return records[:count]
+
+
+def main() -> None:
+    data = shared_data()
+    chosen = sys.argv[1:] or list(PAIRS)
+    records = short_stories(600)
+    for name in chosen:
+        teacher_name, student_name, layers = PAIRS[name]
+        print_setting(
+            f"{teacher_name} into layers {layers} of {student_name}: {len(records)} texts, "
+            f"{STEPS} steps of 8, seeds {SEEDS}"
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            teacher = data / "models" / teacher_name
+            student = keep_layers(data / "models" / student_name, Path(temporary) / "s", layers)
+            figures: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+            for seed in SEEDS:
+                for kind, settings in KINDS.items():
+                    config = KDConfig(
+                        **settings,
+                        seed=seed,
+                        temperature=1.0,
+                        batch_size=8,
+                        lora_keys="all",
+                        learning_rate=2e-3,
+                        num_iters=STEPS,
+                        max_tokens=8,
+                        # One folder for all, since the teacher's targets are the same.
+                        output_dir=temporary,
+                        steps_per_eval=STEPS // 2,
+                        steps_per_save=STEPS,
+                    )
+                    distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
+                    result = distiller.distill_domain("stories", data=records, overwrite=True)
+                    before, after = result.evaluation["before"], result.evaluation["after"]
+                    figures[kind].append(after)
+                    print(
+                        f"  seed {seed}, {kind}: bits per byte {before['bits_per_byte']:.4f} to "
+                        f"{after['bits_per_byte']:.4f}, chunk KL {before['chunk_kl_nats']:.4f} to "
+                        f"{after['chunk_kl_nats']:.4f}, kept step {result.metadata['best_step']}, "
+                        f"{result.metadata['cache_bytes_per_token']} bytes a teacher's token",
+                        flush=True,
+                    )
+            print(f"  teacher: {result.evaluation['teacher']['bits_per_byte']:.4f} bits per byte")
+            print(f"  coverage: {json.dumps(result.metadata['coverage'])}")
+            for kind, rows in figures.items():
+                bits = spread([row["bits_per_byte"] for row in rows])
+                print(
+                    f"  {kind}: bits per byte {bits}, chunk KL "
+                    f"{spread([row['chunk_kl_nats'] for row in rows])}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""The teacher's targets laid over another tokenizer's tokens, against float64 from full logits."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as numpy_arrays
+
+from conch_dna.language_model import ModelSource
+from conch_dna.training.aligned_records import AlignedExample, RecordAligner
+from conch_dna.training.aligned_targets import AlignedTargets
+from conch_dna.training.alignments import ALIGNMENTS
+from conch_dna.training.class_targets import merged
+from conch_dna.training.soft_targets import SoftTargetCache, target_identity
+from conch_dna.training.token_boundaries import TokenBoundaries
+from conch_dna.training.token_bytes import token_bytes
+from conch_dna.training.vocabulary import build_vocab_projection, common_roots, shared_tokens
+from models import make_model_folder
+from tokenizers_made import character_tokenizer
+
+TEXTS = [
+    {"prompt": "Once upon a time", "completion": " there was a little cat who was very happy."},
+    {"prompt": "The dog", "completion": " ran to the park. It saw a big red ball!"},
+    {"text": "Tom and Sue went home because it was late."},
+]
+TEMPERATURE = 2.0
+
+
+@pytest.fixture(scope="module", params=["characters teach BPE", "BPE teaches characters"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path
+) -> tuple[ModelSource, ModelSource]:
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = character_tokenizer(folder / "tokenizer")
+    other = make_model_folder(folder / "other", seed=5, tokenizer=tokenizer)
+    models = ModelSource(str(other)), ModelSource(str(tiny_teacher))
+    return models if request.param == "characters teach BPE" else (models[1], models[0])
+
+
+def made(
+    pair: tuple[ModelSource, ModelSource], folder: Path, alignment: str, top_k: int = 16
+) -> tuple[list[AlignedExample], AlignedTargets]:
+    teacher, student = pair
+    aligner = RecordAligner(teacher, student)
+    examples = [aligner.align(record, f"example {n}") for n, record in enumerate(TEXTS, 1)]
+    kept = top_k if ALIGNMENTS[alignment].soft != "nowhere" else 0
+    identity = target_identity(teacher, top_k=kept, temperature=TEMPERATURE)
+    targets = AlignedTargets(SoftTargetCache(folder, identity), teacher, student, alignment)
+    targets.fill(teacher, examples, batch_size=2)
+    return examples, targets
+
+
+def teacher_log_probs(teacher: ModelSource, ids: np.ndarray, temperature: float) -> np.ndarray:
+    """float64 `[T - 1, V]`: what the teacher says about the token behind each."""
+    logits = np.asarray(teacher.resident().logits(mx.array(ids)[None]), np.float64)[0, :-1]
+    scaled = logits / temperature
+    shifted = scaled - scaled.max(-1, keepdims=True)
+    log_probs: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return log_probs
+
+
+@pytest.mark.parametrize("alignment", sorted(set(ALIGNMENTS) - {"alm"}))
+def test_every_row_keeps_all_of_the_teachers_probability(
+    alignment: str, pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    examples, targets = made(pair, tmp_path, alignment)
+    batch = targets.collate(examples, TEMPERATURE)
+    told = batch.arrays["soft_weights"] > 0
+    assert told.sum() > 3
+    mass = np.exp(batch.arrays["teacher_log_probs"].astype(np.float64)).sum(-1)
+    np.testing.assert_allclose(mass[told], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("alignment", ["bytes", "project", "truncate"])
+def test_the_outcomes_are_the_teachers_full_distribution_coarsened(
+    alignment: str, pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    """Each kept token of the student gets what the teacher gives the tokens that map to it."""
+    teacher, student = pair
+    examples, targets = made(pair, tmp_path, alignment)
+    tables = token_bytes(teacher.tokenizer), token_bytes(student.tokenizer)
+    if alignment == "project":
+        maps = build_vocab_projection(teacher.tokenizer, student.tokenizer).targets
+    elif alignment == "bytes":
+        maps = shared_tokens(*tables)
+    else:
+        maps = np.where(np.arange(len(tables[0].pieces)) < len(tables[1].pieces), 1, 0)
+        maps = np.where(maps, np.arange(len(maps)), -1)
+    batch = targets.collate(examples, TEMPERATURE)
+    row = 0
+    checked = 0
+    for example in examples:
+        dense = teacher_log_probs(teacher, example.teacher.ids, TEMPERATURE)
+        counted = np.flatnonzero(example.counted)
+        for (first, last), (own, own_last) in zip(
+            example.chunks.teacher, example.chunks.student, strict=True
+        ):
+            single = last - first == 1 and own_last - own == 1
+            if ALIGNMENTS[alignment].soft == "one-to-one" and not single:
+                continue
+            at = row + int(np.searchsorted(counted, own))
+            assert batch.arrays["soft_weights"][at] == 1
+            top = np.argsort(-dense[first - 1], kind="stable")[:16]
+            expected: dict[int, float] = {}
+            for token in top:
+                if maps[token] >= 0:
+                    p = float(np.exp(dense[first - 1, token]))
+                    expected[int(maps[token])] = expected.get(int(maps[token]), 0.0) + p
+            ids = batch.arrays["kept_ids"][at]
+            probabilities = np.exp(batch.arrays["teacher_log_probs"][at].astype(np.float64))
+            got = {
+                int(i): float(p)
+                for i, p in zip(ids, probabilities, strict=False)
+                if i != student.token_count
+            }
+            assert got.keys() == expected.keys()
+            for token, p in expected.items():
+                assert got[token] == pytest.approx(p, rel=1e-3, abs=1e-6)
+            assert probabilities[-1] == pytest.approx(1 - sum(expected.values()), abs=1e-4)
+            checked += 1
+        row += example.count
+    assert checked > 3
+    assert batch.arrays["soft_weights"].sum() == checked
+
+
+def test_classes_hold_every_token_that_begins_with_their_root(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    """With everything kept, before what cannot follow is taken away."""
+    teacher, student = pair
+    examples, targets = made(pair, tmp_path, "roots", top_k=teacher.token_count)
+    roots, _ = common_roots(teacher.tokenizer, student.tokenizer)
+    stored = [targets.cache.read(example.teacher) for example in examples]
+    rows = targets._rows(examples)[0]
+    ids, log_probs, _ = targets._soft(stored, rows, TEMPERATURE, "roots")
+    dense = np.concatenate(
+        [
+            teacher_log_probs(teacher, e.teacher.ids, TEMPERATURE)[e.teacher.counted[1:]]
+            for e in examples
+        ]
+    )[rows]
+    for row in range(0, len(rows), 7):
+        for column in np.flatnonzero(ids[row] >= 0):
+            members = roots == ids[row, column]
+            expected = np.exp(dense[row, members]).sum()
+            assert np.exp(log_probs[row, column]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_likelihoods_of_chunks_are_sums_over_the_teachers_tokens(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    teacher, _ = pair
+    examples, targets = made(pair, tmp_path, "alm")
+    batch = targets.collate(examples, 1.0)
+    expected, spans, row = [], [], 0
+    for example in examples:
+        dense = teacher_log_probs(teacher, example.teacher.ids, 1.0)
+        counted = np.flatnonzero(example.counted)
+        for (first, last), (own, own_last) in zip(
+            example.chunks.teacher, example.chunks.student, strict=True
+        ):
+            tokens = range(first, last)
+            expected.append(sum(dense[t - 1, example.teacher.ids[t]] for t in tokens))
+            spans.append(row + np.searchsorted(counted, np.arange(own, own_last)))
+        row += example.count
+    count = len(expected)
+    np.testing.assert_allclose(batch.arrays["chunk_log_probs"][:count], expected, rtol=1e-4)
+    assert batch.arrays["chunk_weights"].sum() == count
+    for number, rows in enumerate(spans):
+        assert (batch.arrays["chunk_index"][rows] == number).all()
+    outside = np.ones(len(batch.arrays["labels"]), bool)
+    outside[np.concatenate(spans)] = False
+    assert (batch.arrays["chunk_index"][outside] == len(batch.arrays["chunk_weights"])).all()
+
+
+def test_likelihoods_alone_take_four_bytes_a_token(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    examples, targets = made(pair, tmp_path, "alm")
+    assert targets.identity.bytes_per_token == 4
+    data = sum(example.teacher.count for example in examples) * 4
+    (shard,) = targets.cache.folder.glob("*.safetensors")
+    assert data <= shard.stat().st_size < data + 2000, "the listing of three examples is small"
+    assert set(targets.cache.read(examples[0].teacher)) == {"gold_log_prob"}
+
+
+def test_the_cache_serves_every_alignment_that_keeps_as_much(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    made(pair, tmp_path, "bytes")
+    teacher, student = pair
+    for alignment in ("project", "roots", "uld", "truncate"):
+        identity = target_identity(teacher, top_k=16, temperature=TEMPERATURE)
+        targets = AlignedTargets(SoftTargetCache(tmp_path, identity), teacher, student, alignment)
+        aligner = RecordAligner(teacher, student)
+        assert targets.missing([aligner.align(record, "example") for record in TEXTS]) == []
+
+
+def test_the_stream_digest_tells_alignments_apart(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    digests = {made(pair, tmp_path / name, name)[1].digest for name in ("bytes", "roots", "uld")}
+    assert len(digests) == 3
+
+
+def test_evaluation_means_the_same_whatever_was_trained(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    batches = []
+    for alignment in ("bytes", "roots", "uld"):
+        examples, targets = made(pair, tmp_path, alignment)
+        batches.append(targets.evaluation_batch(examples).arrays)
+    for other in batches[1:]:
+        assert batches[0].keys() == other.keys()
+        for name, value in batches[0].items():
+            np.testing.assert_array_equal(value, other[name])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_merging_adds_what_goes_to_one_id_and_what_goes_nowhere(data: Any) -> None:
+    rows, kept = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    ids = data.draw(numpy_arrays(np.int64, (rows, kept), elements=st.integers(-1, 4)))
+    weights = data.draw(numpy_arrays(np.float64, (rows, kept + 1), elements=st.floats(0.001, 1.0)))
+    probabilities = weights / weights.sum(1, keepdims=True)
+    log_probs = np.log(probabilities)
+    got_ids, got, rest = merged(ids, log_probs[:, :-1], log_probs[:, -1])
+    for row in range(rows):
+        expected: dict[int, float] = {}
+        for token, p in zip(ids[row], probabilities[row], strict=False):
+            expected[int(token)] = expected.get(int(token), 0.0) + p
+        nowhere = expected.pop(-1, 0.0)
+        found = {int(i): np.exp(v) for i, v in zip(got_ids[row], got[row], strict=True) if i >= 0}
+        assert found == pytest.approx(expected)
+        assert np.isneginf(got[row][got_ids[row] < 0]).all()
+        assert np.exp(rest[row]) == pytest.approx(probabilities[row, -1] + nowhere)
+
+
+def test_what_the_tokenizer_would_have_joined_cannot_follow(tiny_teacher: Path) -> None:
+    """Behind a token only what leaves it as it is; everything behind a special one."""
+    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
+    table = token_bytes(tokenizer)
+    size = len(table.pieces)
+    boundaries = TokenBoundaries(tokenizer, table, np.arange(size), size)
+    joined = next(
+        (a, b)
+        for piece in table.ids
+        if len(piece) > 3 and piece.isascii()
+        for cut in range(1, len(piece))
+        if (a := table.ids.get(piece[:cut])) is not None
+        and (b := table.ids.get(piece[cut:])) is not None
+        and tokenizer.encode("\n" + piece.decode(), add_special_tokens=False)[-1]
+        == table.ids[piece]
+    )
+    cat, space_dog = table.ids[b"."], table.ids[b" "]
+    end = table.end_id
+    assert end is not None
+    previous = np.array([joined[0], cat, end])
+    following = np.array([joined[1], space_dog, joined[1]])
+    assert boundaries.possible(previous, following).tolist() == [False, True, True]
+
+
+def test_a_class_can_follow_when_one_of_its_members_can(tiny_teacher: Path) -> None:
+    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
+    table = token_bytes(tokenizer)
+    size = len(table.pieces)
+    alone = TokenBoundaries(tokenizer, table, np.arange(size), size)
+    tokens = np.array([index for piece, index in table.ids.items() if piece.isascii()])
+    before = table.ids[b"t"]
+    possible = alone.possible(np.full(len(tokens), before), tokens)
+    assert possible.any() and not possible.all()
+    root, member = tokens[~possible][0], tokens[possible][0]
+    roots = np.full(size, -1)
+    roots[[root, member]] = root
+    together = TokenBoundaries(tokenizer, table, roots, size)
+    assert together.possible(np.array([before]), np.array([root])).tolist() == [True]
+
+
+def test_conditioning_takes_only_what_the_teachers_boundary_does_not_say(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path
+) -> None:
+    """Rows stay distributions; a teacher with the student's own tokens loses nothing."""
+    teacher, _ = pair
+    examples, targets = made((teacher, teacher), tmp_path, "roots")
+    stored = [targets.cache.read(example.teacher) for example in examples]
+    rows = targets._rows(examples)[0]
+    ids, log_probs, _ = targets._soft(stored, rows, TEMPERATURE, "roots")
+    conditioned, told = targets.classes.possible(examples, ids, log_probs)
+    assert told.all()
+    np.testing.assert_allclose(conditioned, log_probs, atol=1e-5)
+
+
+def test_inside_a_teachers_token_its_longer_tokens_say_what_comes_next(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    """With everything kept: of all tokens that begin with what was read, by their next byte."""
+    tokenizer = character_tokenizer(tmp_path / "tokenizer")
+    reader = ModelSource(str(make_model_folder(tmp_path / "reader", tokenizer=tokenizer)))
+    teacher = ModelSource(str(tiny_teacher))
+    examples, targets = made((teacher, reader), tmp_path, "roots", top_k=teacher.token_count)
+    stored = [targets.cache.read(example.teacher) for example in examples]
+    rows, ids, log_probs, _, told = targets.classes.inside(examples, stored, TEMPERATURE)
+    assert told.all() and len(rows) > 20
+    pieces = token_bytes(teacher.tokenizer).texts
+    own = token_bytes(reader.tokenizer)
+    found = {int(row): number for number, row in enumerate(rows)}
+    checked = offset = 0
+    for example in examples:
+        dense = teacher_log_probs(teacher, example.teacher.ids, TEMPERATURE)
+        number = np.cumsum(example.counted) - 1 + offset
+        for (first, last), (start, end) in zip(
+            example.chunks.teacher, example.chunks.student, strict=True
+        ):
+            for at in range(start + 1, end) if last - first == 1 else ():
+                read = b"".join(own.texts[i] for i in example.ids[start:at])
+                expected: dict[int, float] = {}
+                exact = 0.0
+                for token, piece in enumerate(pieces):
+                    p = float(np.exp(dense[first - 1, token]))
+                    if piece == read:
+                        exact += p
+                    elif piece.startswith(read) and "\ufffd" not in piece.decode(errors="replace"):
+                        letter = own.ids[piece[len(read) : len(read) + 1]]
+                        expected[letter] = expected.get(letter, 0.0) + p
+                total = exact + sum(expected.values())
+                row = found[int(number[at])]
+                got = dict(zip(ids[row].tolist(), np.exp(log_probs[row]).tolist(), strict=False))
+                for letter, p in expected.items():
+                    assert got[letter] == pytest.approx(p / total, rel=1e-3, abs=1e-6)
+                assert np.exp(log_probs[row, -1]) == pytest.approx(exact / total, abs=1e-4)
+                checked += 1
+        offset += example.count
+    assert checked == len(rows)
+
+
+def test_inside_a_token_nothing_is_told_where_too_much_was_not_kept(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    """A random teacher's mass lies outside a few kept tokens; it may begin as the text did."""
+    tokenizer = character_tokenizer(tmp_path / "tokenizer")
+    reader = ModelSource(str(make_model_folder(tmp_path / "reader", tokenizer=tokenizer)))
+    examples, targets = made((ModelSource(str(tiny_teacher)), reader), tmp_path, "roots", top_k=4)
+    stored = [targets.cache.read(example.teacher) for example in examples]
+    *_, told = targets.classes.inside(examples, stored, TEMPERATURE)
+    assert not told.any()
+    batch = targets.collate(examples, TEMPERATURE)
+    chunks = sum(len(example.chunks) for example in examples)
+    assert 0 < batch.arrays["soft_weights"].sum() <= chunks
+
+
+def test_with_larger_tokens_there_is_no_inside(tmp_path: Path, tiny_student: Path) -> None:
+    tokenizer = character_tokenizer(tmp_path / "tokenizer")
+    speller = ModelSource(str(make_model_folder(tmp_path / "speller", tokenizer=tokenizer)))
+    examples, targets = made((speller, ModelSource(str(tiny_student))), tmp_path, "roots")
+    stored = [targets.cache.read(example.teacher) for example in examples]
+    assert [len(part) for part in targets.classes.inside(examples, stored, TEMPERATURE)] == [0] * 5
+
+
+def test_inside_a_students_token_the_teacher_says_how_its_tokens_go_on(
+    tmp_path: Path, tiny_student: Path
+) -> None:
+    """Against an enumeration of the student's tokens by the text they begin with.
+
+    The teacher reads characters and keeps all of them, so a class is a first character and every
+    outcome a next one; a token that ends is the rest, and where none can, the rest is left out.
+    """
+    tokenizer = character_tokenizer(tmp_path / "tokenizer")
+    speller = ModelSource(str(make_model_folder(tmp_path / "speller", tokenizer=tokenizer)))
+    student = ModelSource(str(tiny_student))
+    top_k = speller.token_count
+    examples, targets = made((speller, student), tmp_path / "cache", "roots", top_k=top_k)
+    batch = targets.collate(examples, TEMPERATURE).arrays
+    letters = token_bytes(speller.tokenizer)
+    pieces = token_bytes(student.tokenizer).texts
+    ordinary = [i for i, piece in enumerate(pieces) if piece]
+    checked = offset = 0
+    for example in examples:
+        dense = np.exp(teacher_log_probs(speller, example.teacher.ids, TEMPERATURE))
+        number = np.cumsum(example.counted) - 1 + offset
+        offset += example.count
+        for (first, _), (start, end) in zip(
+            example.chunks.teacher, example.chunks.student, strict=True
+        ):
+            own = pieces[example.ids[start]]
+            if end - start > 1 or not own.isascii():
+                continue
+            row = number[start]
+            for place in range(batch["inner_blank"].shape[1]):
+                of_place = batch["outcome_places"][row] == place
+                entries = batch["inner_places"][row] == place
+                if not np.isfinite(batch["inner_log_probs"][row][of_place]).any():
+                    continue
+                read = own[: place + 1]
+                after = dense[first + place]
+                expected: dict[Any, float] = {}
+                for token in ordinary:
+                    piece = pieces[token]
+                    if piece == read:
+                        expected["rest"] = 0.0
+                    elif piece.startswith(read) and "\ufffd" not in piece.decode(errors="replace"):
+                        key = letters.ids[piece[len(read) : len(read) + 1]]
+                        # <0x61> and a are both an a.
+                        same = [i for i, t in enumerate(letters.texts) if t == letters.texts[key]]
+                        expected[key] = float(after[same].sum())
+                known = sum(expected.values())
+                if "rest" in expected:
+                    expected["rest"] = 1 - known
+                else:
+                    expected = {key: p / known for key, p in expected.items()}
+                got: dict[Any, float] = {}
+                for member, outcome in zip(
+                    batch["inner_tokens"][row][entries],
+                    batch["inner_outcomes"][row][entries],
+                    strict=True,
+                ):
+                    assert pieces[member].startswith(read)
+                    rest = pieces[member][len(read) :]
+                    key = letters.ids[rest[:1]] if rest else "rest"
+                    got[key] = float(np.exp(batch["inner_log_probs"][row, outcome]))
+                assert got.keys() == expected.keys()
+                assert got == pytest.approx(expected, rel=1e-2, abs=1e-5)
+                checked += 1
+    assert checked > 20
