@@ -15,7 +15,13 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.batches import Example
 from conch_dna.training.byte_alignment import Alignment, align_spans
-from conch_dna.training.records import Record, plain_text, record_texts, record_tokens
+from conch_dna.training.records import (
+    Record,
+    counted_bytes,
+    plain_text,
+    record_texts,
+    record_tokens,
+)
 from conch_dna.training.token_bytes import (
     TokenBytes,
     TokenSpans,
@@ -36,10 +42,13 @@ class AlignedExample(Example):
         teacher: The text as the teacher's tokens.
         chunks: Which of its tokens cover the same text as which of the student's; indices into
             both `ids`; only tokens that count on both sides.
+        to_cover: How many of its counted tokens are of texts that both sides have; a template's
+            are not.
     """
 
     teacher: Example
     chunks: Alignment
+    to_cover: int
 
     @property
     def digest(self) -> str:
@@ -52,7 +61,7 @@ class AlignedExample(Example):
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How much of a data set is aligned, in tokens of the student that count.
+    """How much of the texts that both models read is aligned, in the student's counted tokens.
 
     Attributes:
         one_to_one: Tokens that are one on both sides.
@@ -87,9 +96,7 @@ def coverage(examples: Sequence[AlignedExample]) -> Coverage:
         lengths = example.chunks.student[:, 1] - example.chunks.student[:, 0]
         single += int(one_to_one.sum())
         chunked += int(lengths[~one_to_one].sum())
-    return Coverage(
-        one_to_one=single, in_chunks=chunked, counted=sum(example.count for example in examples)
-    )
+    return Coverage(one_to_one=single, in_chunks=chunked, counted=sum(e.to_cover for e in examples))
 
 
 def text_coverage(texts: Sequence[str], teacher: Any, student: Any) -> Coverage:
@@ -187,8 +194,11 @@ class RecordAligner:
             student.ids,
             student.counted,
             name,
-            sum(len(text.encode()) for text in record_texts(record)),
+            counted_bytes(record, train_on_prompt=self.train_on_prompt),
             teacher=teacher,
+            to_cover=sum(
+                int(student.counted[answer.start : answer.end].sum()) for answer in second
+            ),
             chunks=Alignment(teacher_ranges[keep], student_ranges[keep]),
         )
 

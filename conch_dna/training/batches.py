@@ -27,7 +27,7 @@ class Example:
         counted: `[T]`, bool: whether the token counts *as a target*. The first never does,
             since nothing predicts it.
         name: Where it came from, for messages.
-        text_bytes: UTF-8 bytes of the text that its answers are; the same in every tokenizer.
+        text_bytes: UTF-8 bytes of the text whose tokens count; the same in every tokenizer.
     """
 
     ids: np.ndarray

@@ -262,6 +262,18 @@ def record_texts(record: Record) -> list[str]:
     return [str(record["completion"] if "completion" in record else record["text"])]
 
 
+def counted_bytes(record: Record, *, train_on_prompt: bool) -> int:
+    """UTF-8 bytes of the text whose tokens count: of the answers, or of the prompts too."""
+    texts = record_texts(record)
+    if train_on_prompt and "messages" in record:
+        turns = record["messages"]
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        texts = [turn["content"] for turn in turns[: last + 1]]
+    elif train_on_prompt and "completion" in record:
+        texts = [record["prompt"], *texts]
+    return sum(len(text.encode()) for text in texts)
+
+
 def plain_text(record: Record, *tokenizers: Any) -> str | None:
     """The whole text of a record that no chat template is put around; None where one is."""
     if "messages" in record and not any(t.has_chat_template for t in tokenizers):
@@ -302,7 +314,7 @@ def tokenize_record(
     counted[0] = False
     if not counted.any():
         raise ConchError(f"{name}: no token counts, nothing could be learned")
-    text_bytes = sum(len(text.encode()) for text in record_texts(record))
+    text_bytes = counted_bytes(record, train_on_prompt=train_on_prompt)
     return Example(np.asarray(ids, np.int32), counted, name, text_bytes)
 
 

@@ -198,3 +198,14 @@ def test_no_text_at_all_covers_nothing(tmp_path: Path) -> None:
         "in_chunks": 0,
         "uncovered": 1,
     }
+
+
+def test_trained_prompts_in_templates_are_nothing_to_cover(tmp_path: Path) -> None:
+    """Silent failure: a long template made a fully aligned conversation look rewritten."""
+    teacher, student = models(tmp_path, templates=(True, True))
+    aligner = RecordAligner(teacher, student, train_on_prompt=True)
+    example = aligner.align(CONVERSATION, "example 1")
+    assert example.count == len(example.ids) - 1
+    assert coverage([example]).share == 1
+    said = sum(len(turn["content"]) for turn in CONVERSATION["messages"])
+    assert example.text_bytes == said

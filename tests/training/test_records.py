@@ -518,6 +518,24 @@ def test_text_bytes_are_utf8(plain):
     assert tokenize_record({"text": "Café"}, plain, name="a").text_bytes == 5
 
 
+@pytest.mark.parametrize(
+    ("record", "answers", "everything"),
+    [
+        ({"text": "Café"}, 5, 5),
+        ({"prompt": "Née", "completion": " oui."}, 5, 9),
+        (chat("Yes.", "No.", user="Is it?"), 7, 7 + 2 * len("Is it?")),
+    ],
+)
+def test_the_bytes_are_those_of_the_text_whose_tokens_count(
+    tokenizers, record, answers, everything
+):
+    """Bits per byte divide the nats of trained prompts by the prompts' bytes too."""
+    tokenizer = tokenizers("smollm2")
+    assert tokenize_record(record, tokenizer, name="a").text_bytes == answers
+    whole = tokenize_record(record, tokenizer, name="a", train_on_prompt=True)
+    assert whole.text_bytes == everything
+
+
 STRIPS_THOUGHTS = (
     "{% for m in messages %}"
     "{% set c = m['content'] %}"
