@@ -236,6 +236,11 @@ class ClassTargets:
         kept_ids, kept, unknown = self.kept(stored, teacher_rows, temperature)
         following, ended = self._insides[0].behind(read, own, kept_ids)
         roots = np.where(following >= 0, self.roots[1][following], -1)
+        # A class that can begin behind the token that ended there is heard in both cases.
+        row, at = np.nonzero((roots >= 0) & ended.any(axis=1, keepdims=True))
+        end = kept_ids[row, ended.argmax(axis=1)[row]]
+        joint = self._boundaries[0].possible(end, roots[row, at])
+        roots[row[joint], at[joint]] = -1
         said = (following >= 0) | ended
         log_probs = np.where(said, kept, -np.inf)
         mass = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
@@ -267,10 +272,10 @@ class ClassTargets:
         kept_ids, kept, rest = self.kept(stored, teacher_rows, temperature)
         ids, kept, rest = merged(self.roots[0][kept_ids], kept, rest)
         found = [self._members(*pair) for pair in zip(own.tolist(), read.tolist(), strict=True)]
-        count = np.array([len(tokens) for tokens, _ in found], np.int64)
+        count = np.array([len(tokens) for tokens, _, _ in found], np.int64)
         place = np.repeat(np.arange(len(found)), count)
-        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in found)])
-        classes = np.concatenate([np.zeros(0, np.int64), *(classes for _, classes in found)])
+        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _, _ in found)])
+        classes = np.concatenate([np.zeros(0, np.int64), *(classes for _, classes, _ in found)])
         # Outcomes of a place: its classes that were kept, and -1, the rest.
         width = len(self.tables[1].pieces) + 1
         keys = np.arange(len(ids))[:, None] * width + ids + 1
@@ -294,7 +299,8 @@ class ClassTargets:
         total = np.bincount(outcome_place, probability, minlength=len(found))
         outcomes = np.bincount(outcome_place, minlength=len(found))
         told = (total >= LEAST_POSSIBLE) & (outcomes > 1)
-        settled = told | (count == 1)
+        clear = np.array([clear for _, _, clear in found], bool)
+        settled = (told | (count == 1)) & clear
         with np.errstate(divide="ignore", invalid="ignore"):
             log_probs = np.log(probability / total[outcome_place])
         return _by_row(
@@ -307,13 +313,18 @@ class ClassTargets:
         )
 
     @cached_property
-    def _known(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+    def _known(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, bool]]:
         return {}
 
-    def _members(self, own: int, read: int) -> tuple[np.ndarray, np.ndarray]:
+    def _members(self, own: int, read: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Tokens of a token's class that begin with its first bytes, and what class follows.
 
-        -1 follows in the token that ends there. None where there are more than 512.
+        -1 follows in the token that ends there, and for a class that can begin behind that token
+        as well, so that hearing it says nothing of whether the token ended. None where there are
+        more than 512.
+
+        Returns:
+            Both, and whether every class says that the token did not end.
         """
         if (own, read) not in self._known:
             insides = self._insides[1]
@@ -326,7 +337,13 @@ class ClassTargets:
             possible = ended | (classes >= 0)
             if possible.sum() > MOST_BEGINNERS:
                 possible[:] = False
-            self._known[own, read] = tokens[possible], classes[possible]
+            clear = True
+            for end in tokens[ended & possible]:
+                follow = np.flatnonzero(classes >= 0)
+                joint = follow[self._boundaries[1].possible(end + 0 * follow, classes[follow])]
+                classes[joint] = -1
+                clear = not len(joint)
+            self._known[own, read] = tokens[possible], classes[possible], clear
         return self._known[own, read]
 
     def _inner(

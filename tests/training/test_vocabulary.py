@@ -304,6 +304,14 @@ def test_without_an_end_on_both_sides_none_is_joined() -> None:
     assert shared_tokens(second, first).tolist() == [0]
 
 
+def test_a_special_token_is_no_text_with_the_same_characters() -> None:
+    """Also at the same id."""
+    special = token_bytes(byte_level("a", end=None, pad_token="<x>"))
+    text = token_bytes(byte_level("a", "<x>", end=None))
+    assert special.pieces == text.pieces
+    assert shared_tokens(special, text).tolist() == shared_tokens(text, special).tolist() == [0, -1]
+
+
 def test_of_two_tokens_for_a_byte_the_one_in_texts_is_shared() -> None:
     """Also where the other one stands at the other tokenizer's id."""
     first = token_bytes(sentencepiece("<0x61>", "a", end=None))
@@ -363,6 +371,14 @@ def test_what_the_student_would_join_to_a_text_before_is_asked_behind_others() -
     teacher = byte_level("Ċ", "a", "ĊĊĊ", end=None)
     student = byte_level(*EVERY_BYTE, "ĊĊ", end=None)
     assert build_vocab_projection(teacher, student).targets.tolist() == [10, 97, 256]
+
+
+def test_the_first_piece_need_not_be_the_longest_beginning() -> None:
+    """The student joins `b c` before `a b`, and behind a line break has no token that begins."""
+    teacher = byte_level("a", "b", "c", "ab", "abc", end=None)
+    student = byte_level(*EVERY_BYTE, "bc", "ab", "Ċa", end=None)
+    assert student.encode("\nabc") == [258, 256]
+    assert build_vocab_projection(teacher, student).targets.tolist() == [97, 98, 99, 257, 97]
 
 
 def test_pieces_of_characters_go_to_the_longest_token_they_begin_with() -> None:
