@@ -236,11 +236,6 @@ class ClassTargets:
         kept_ids, kept, unknown = self.kept(stored, teacher_rows, temperature)
         following, ended = self._insides[0].behind(read, own, kept_ids)
         roots = np.where(following >= 0, self.roots[1][following], -1)
-        # A class that can begin behind the token that ended there is heard in both cases.
-        row, at = np.nonzero((roots >= 0) & ended.any(axis=1, keepdims=True))
-        end = kept_ids[row, ended.argmax(axis=1)[row]]
-        joint = self._boundaries[0].possible(end, roots[row, at])
-        roots[row[joint], at[joint]] = -1
         said = (following >= 0) | ended
         log_probs = np.where(said, kept, -np.inf)
         mass = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
