@@ -34,7 +34,6 @@ FLOORS = {
     "training.head_loss": 2,
     "training.records": 2,
     "training.soft_targets": 2,
-    "training.token_boundaries": 2,
     "training.token_insides": 2,
     "training.vocabulary": 2,
     "training.aligned_loss": 3,

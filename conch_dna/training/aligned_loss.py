@@ -16,6 +16,7 @@ from conch_dna.losses import (
     kept_and_rest,
     likelihood_kl,
     log_softmax,
+    log_sum_exp,
     sorted_distance,
     token_cross_entropy,
 )
@@ -41,6 +42,9 @@ ROWS = (
     "outcome_places",
     "inner_told",
     "inner_blank",
+    "over_tokens",
+    "over_columns",
+    "over_own",
     "labels",
     "weights",
 )
@@ -86,7 +90,8 @@ def soft_sum(
     For "roots" with `untold_sum`.
 
     Args:
-        logits: Student's `[n, V]` over the real tokens.
+        logits: Student's `[n, V]` over the real tokens, for "roots" of the row before as well
+            where there is one: `[n + 1, V]`.
         rows: See `AlignedTargets.collate`.
         alignment: A key of ALIGNMENTS.
         temperature: t.
@@ -95,6 +100,19 @@ def soft_sum(
         roots: For "roots", see `vocabulary.common_roots`.
     """
     teacher = rows["teacher_log_probs"]
+    if alignment == "roots":
+        scaled = logits.astype(mx.float32) / temperature
+        own = scaled[-len(teacher) :]
+        classes = with_nothing(gather_roots(own, roots), nothing)
+        student = kept_and_rest(classes, rows["kept_ids"])
+        student = with_reaching(scaled, student, rows, nothing=nothing)
+        between = LOSSES[divergence](teacher, student) * rows["soft_weights"]
+        # Each divergence is a sum over outcomes, so that of all places of a row is one sum.
+        inner = inner_log_probs(own, rows, nothing=nothing)
+        inside = LOSSES[divergence](rows["inner_log_probs"], inner)
+        return temperature**2 * (between + inside).sum() + untold_sum(
+            logits[-len(teacher) :], rows, roots
+        )
     if alignment == "uld":
         kept = teacher.shape[-1] - 1
         log_probs = log_softmax(logits, temperature)
@@ -106,17 +124,44 @@ def soft_sum(
         losses = sorted_distance(teacher[:, :-1], student)
     else:
         scaled = logits.astype(mx.float32) / temperature
-        if alignment == "roots":
-            scaled = gather_roots(scaled, roots)
         student = kept_and_rest(with_nothing(scaled, nothing), rows["kept_ids"])
         losses = LOSSES[divergence](teacher, student)
-    total = temperature**2 * (losses * rows["soft_weights"]).sum()
-    if alignment != "roots":
-        return total
-    student = inner_log_probs(logits.astype(mx.float32) / temperature, rows, nothing=nothing)
-    # Each divergence is a sum over outcomes, so that of all places of a row is one sum.
-    inner = temperature**2 * LOSSES[divergence](rows["inner_log_probs"], student).sum()
-    return total + inner + untold_sum(logits, rows, roots)
+    return temperature**2 * (losses * rows["soft_weights"]).sum()
+
+
+def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: int) -> mx.array:
+    """What the student says comes next at a boundary that its tokens may also reach over.
+
+    Behind `th` a student with a token `the` says little of an e: it would have said so a token
+    earlier. So its distribution at the boundary counts as far as it had ended its token there,
+    and beside it the longer tokens that begin with that one, each for what follows in it.
+
+    Args:
+        logits: `[n, V]` or, with the row before, `[n + 1, V]`, float32, already over the
+            temperature; differentiable.
+        student: Log-probabilities of the outcomes `[n, K + 1]`, as if no token reached over.
+        rows: See `ClassTargets.reaching`.
+        nothing: The id that stands for no token.
+
+    Returns:
+        Log-probabilities of the outcomes `[n, K + 1]`.
+    """
+    previous = logits[:-1] if len(logits) > len(student) else mx.concatenate([logits[:1], logits])
+    previous = with_nothing(previous[: len(student)], nothing)
+    ended = mx.take_along_axis(previous, rows["over_own"][:, None], axis=-1)
+    over = mx.take_along_axis(previous, rows["over_tokens"], axis=-1)
+    # Where nothing reaches over, the token has surely ended.
+    ended = mx.where(rows["over_own"][:, None] == nothing, 0.0, ended)
+    total = log_sum_exp(mx.concatenate([over, ended], axis=-1))
+    row = mx.arange(len(student))[:, None]
+    reached = mx.zeros(student.shape).at[row, rows["over_columns"]].add(mx.exp(over - total))
+    there = reached > 0
+    # The inner where keeps the gradient finite where no token reaches over to an outcome.
+    reached = mx.where(there, mx.log(mx.where(there, reached, 1.0)), -mx.inf)
+    student = student + ended - total
+    nowhere = (student == -mx.inf) & ~there
+    both = mx.logaddexp(mx.where(nowhere, 0.0, student), reached)
+    return mx.where(nowhere, -mx.inf, both)
 
 
 def inner_log_probs(logits: mx.array, rows: Sums, *, nothing: int) -> mx.array:
@@ -277,6 +322,7 @@ def make_aligned_loss(
             soft_and_gradient if "kept_ids" in arrays else None,
             chunk,
             row_and_gradient=gold_and_gradient,
+            before=1 if alignment == "roots" else 0,
         )
         return combine(sums.get("loss", mx.array(0.0)), sums["rows"], arrays, **weights)
 

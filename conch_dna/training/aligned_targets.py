@@ -15,7 +15,7 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.aligned_records import AlignedExample
 from conch_dna.training.alignments import ALIGNMENTS
 from conch_dna.training.batches import Batch, Example, collate, round_up
-from conch_dna.training.class_targets import ClassTargets, kept_and_rest, merged
+from conch_dna.training.class_targets import ClassTargets, kept_and_rest, merged, stacked
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.token_bytes import TokenBytes, token_bytes
 from conch_dna.training.vocabulary import build_vocab_projection, shared_tokens
@@ -148,19 +148,35 @@ class AlignedTargets:
         }
         if parts.soft != "nowhere":
             at = single if parts.soft == "one-to-one" else all_chunks
-            kept, log_probs, best = self._soft(stored, teacher_rows[at], temperature, alignment)
-            own_rows, told = student_rows[at], np.ones(len(kept), bool)
+            own_rows, teacher_rows = student_rows[at], teacher_rows[at]
             if alignment == "roots":
-                log_probs, told = self.classes.possible(examples, kept, log_probs)
-                inner = self.classes.inside(examples, stored, temperature)
-                own_rows = np.concatenate([own_rows, inner[0]])
-                kept, log_probs, best, told = (
-                    np.concatenate(both)
-                    for both in zip((kept, log_probs, best, told), inner[1:], strict=True)
-                )
-                arrays |= self.classes.within(examples, stored, temperature, rows)
-            arrays |= self._laid(kept, log_probs, best, own_rows, told, rows)
+                arrays |= self._classed(examples, stored, own_rows, teacher_rows, rows)
+            else:
+                kept = self._soft(stored, teacher_rows, temperature, alignment)
+                arrays |= self._laid(*kept, own_rows, np.ones(len(own_rows), bool), rows)
         return replace(batch, arrays=arrays)
+
+    def _classed(
+        self,
+        examples: Sequence[AlignedExample],
+        stored: Sequence[dict[str, np.ndarray]],
+        own_rows: np.ndarray,
+        teacher_rows: np.ndarray,
+        rows: int,
+    ) -> dict[str, np.ndarray]:
+        """Arrays of the alignment "roots": at common boundaries, then inside either's tokens."""
+        same = self.classes.same_before(examples, teacher_rows, own_rows)
+        between = self.classes.at_boundaries(examples, stored, teacher_rows, same)
+        same_rows = np.zeros(rows, bool)
+        same_rows[own_rows] = same
+        inner_rows, *inner, told = self.classes.inside(examples, stored)
+        ids, log_probs = stacked(between, (inner[0], inner[1]))
+        best = np.concatenate([between[0][:, 0], np.full(len(inner_rows), -1)])
+        told = np.concatenate([np.ones(len(own_rows), bool), told])
+        own_rows = np.concatenate([own_rows, inner_rows])
+        arrays = self._laid(ids, log_probs, best, own_rows, told, rows)
+        arrays |= self.classes.within(examples, stored, rows)
+        return arrays | self.classes.reaching(examples, arrays, same_rows)
 
     def _rows(
         self, examples: Sequence[AlignedExample]

@@ -11,21 +11,21 @@ import numpy as np
 
 from conch_dna.language_model import ModelSource
 from conch_dna.training.aligned_records import AlignedExample
-from conch_dna.training.batches import round_up
+from conch_dna.training.batches import Example, round_up
 from conch_dna.training.soft_targets import TargetIdentity
-from conch_dna.training.token_boundaries import TokenBoundaries
 from conch_dna.training.token_bytes import TokenBytes
 from conch_dna.training.token_insides import TokenInsides
-from conch_dna.training.vocabulary import common_roots
+from conch_dna.training.vocabulary import common_roots, shared_tokens
 
 LEAST_POSSIBLE = 0.5
 MOST_UNKNOWN = 0.1
-NEGLIGIBLE = 1e-3
 MOST_BEGINNERS = 512
 INNER_MULTIPLE = 64
+KEPT_MULTIPLE = 32
 PLACES_MULTIPLE = 4
 
 Stored = Sequence[dict[str, np.ndarray]]
+NO_MEMBERS = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def kept_and_rest(
@@ -129,6 +129,63 @@ def merged(
     return np.where(keep, ids, -1), kept, np.logaddexp(rest, nowhere)
 
 
+def trimmed(ids: np.ndarray, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the columns that no row needs, up to a multiple of 32.
+
+    Args:
+        ids: `[n, K]`, -1 for none.
+        log_probs: `[n, K + 1]`, the rest last.
+
+    Returns:
+        Both with the ids of each row in front, likeliest first.
+    """
+    keys = np.where(ids < 0, np.inf, -log_probs[:, :-1])
+    order = np.argsort(keys, axis=1, kind="stable")
+    width = min(ids.shape[1], round_up(int((ids >= 0).sum(1).max(initial=1)), KEPT_MULTIPLE))
+    order = order[:, :width]
+    kept = np.take_along_axis(log_probs, order, axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.concatenate([kept, log_probs[:, -1:]], axis=1)
+
+
+def stacked(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows below each other, ids `[n, K]` filled up with -1 and log-probabilities with -inf."""
+    width = max(ids.shape[1] for ids, _ in (first, second))
+    parts = []
+    for ids, log_probs in (first, second):
+        missing = width - ids.shape[1]
+        empty = np.full((len(ids), missing), -np.inf, log_probs.dtype)
+        parts.append(
+            (
+                np.pad(ids, ((0, 0), (0, missing)), constant_values=-1),
+                np.concatenate([log_probs[:, :-1], empty, log_probs[:, -1:]], axis=1),
+            )
+        )
+    (ids, log_probs), (more_ids, more) = parts
+    return np.concatenate([ids, more_ids]), np.concatenate([log_probs, more])
+
+
+def token_before(examples: Sequence[Example]) -> np.ndarray:
+    """Of every counted token of all examples the token before it, -1 where that is not counted."""
+    parts = [np.zeros(0, np.int64)]
+    for example in examples:
+        at = np.flatnonzero(example.counted)
+        parts.append(np.where(example.counted[at - 1], example.ids[at - 1], -1).astype(np.int64))
+    return np.concatenate(parts)
+
+
+def _columns(kept_ids: np.ndarray, rows: np.ndarray, ids: np.ndarray, nothing: int) -> np.ndarray:
+    """The column of `kept_ids` `[N, K]` in which each row has an id; K for `nothing` or none."""
+    width = nothing + 1
+    keys = (np.arange(len(kept_ids))[:, None] * width + kept_ids).ravel()
+    order = np.argsort(keys, kind="stable")
+    wanted = rows * width + ids
+    at = order[np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)]
+    found = (keys[at] == wanted) & (ids != nothing)
+    return np.where(found, at % kept_ids.shape[1], kept_ids.shape[1])
+
+
 class ClassTargets:
     """The teacher's targets of a batch in classes of tokens; see `vocabulary.common_roots`.
 
@@ -156,57 +213,82 @@ class ClassTargets:
         """The class of each of the teacher's tokens and of each of the student's."""
         return common_roots(self.teacher.tokenizer, self.student.tokenizer)
 
-    def kept(
-        self, stored: Stored, rows: np.ndarray, temperature: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See `kept_and_rest`."""
-        return kept_and_rest(stored, rows, self.identity, temperature)
+    def _kept(self, stored: Stored, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `kept_and_rest`; a temperature acts on tokens, so classes have none but 1."""
+        return kept_and_rest(stored, rows, self.identity, 1.0)
 
     @cached_property
-    def _boundaries(self) -> tuple[TokenBoundaries, TokenBoundaries]:
-        classes = len(self.tables[1].pieces)
-        models = (self.teacher, self.student)
-        first, second = (
-            TokenBoundaries(model.tokenizer, table, roots, classes)
-            for model, table, roots in zip(models, self.tables, self.roots, strict=True)
-        )
-        return first, second
+    def _shared(self) -> np.ndarray:
+        """The student's id of each of the teacher's tokens that both have, or -1."""
+        return shared_tokens(*self.tables)
 
-    def possible(
-        self, examples: Sequence[AlignedExample], ids: np.ndarray, log_probs: np.ndarray
+    @cached_property
+    def _both(self) -> np.ndarray:
+        """Whether the teacher has each of the student's tokens."""
+        has = np.zeros(len(self.tables[1].pieces), bool)
+        has[self._shared[self._shared >= 0]] = True
+        return has
+
+    def same_before(
+        self, examples: Sequence[AlignedExample], rows: np.ndarray, own_rows: np.ndarray
+    ) -> np.ndarray:
+        """Whether both read the same token before a boundary that both have.
+
+        What a longer token that both have would have said there both said a token earlier.
+
+        Args:
+            examples: Of the batch.
+            rows: Of the teacher, `[n]`.
+            own_rows: Of the student, `[n]`.
+        """
+        first = token_before([example.teacher for example in examples])[rows]
+        second = token_before(examples)[own_rows]
+        return (first >= 0) & (second >= 0) & (self._shared[first] == second)
+
+    def at_boundaries(
+        self,
+        examples: Sequence[AlignedExample],
+        stored: Stored,
+        rows: np.ndarray,
+        same: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Condition the teacher on what the student's boundary says and its own does not.
+        """What the teacher says comes next, at boundaries of its own, in classes.
 
-        A teacher with other tokens does not know that the student's last token ended where it
-        did; what can therefore not follow is taken from its distribution, and the rest scaled up.
+        A teacher that reads `th` says little of an e, if it has a token `the`: it would have said
+        so a token earlier. So what it says at the boundary counts as far as it had ended its
+        token there, and beside it the longer tokens that begin with that one, each for the class
+        of what follows in it. Where the token before was not cached, none reaches over.
+
+        Args:
+            examples: Of the batch.
+            stored: What the cache holds of each.
+            rows: Counted over the teacher's counted tokens of all of them, `[n]`.
+            same: See `same_before`, `[n]`: where it is so, tokens that both have do not count.
 
         Returns:
-            Log-probabilities `[n, K + 1]`, and for each row whether at least half of the
-            teacher's probability was possible: less says that the boundary is the news.
+            Ids of classes `[n, K]`, each once in its row and -1 elsewhere, and log-probabilities
+            `[n, K + 1]`, the rest last.
         """
-        before_teacher, before_student = (
-            np.concatenate(parts).astype(np.int64)
-            for parts in zip(
-                *(
-                    (e.teacher.ids[e.chunks.teacher[:, 0] - 1], e.ids[e.chunks.student[:, 0] - 1])
-                    for e in examples
-                ),
-                strict=True,
-            )
+        kept_ids, kept, rest = self._kept(stored, rows)
+        own = token_before([example.teacher for example in examples])[rows]
+        told = np.concatenate([part["gold_log_prob"] for part in stored]).astype(np.float32)
+        before = np.maximum(rows - 1, 0)
+        over_ids, over, _ = self._kept(stored, before)
+        insides = self._insides[0]
+        following, goes_on, _ = insides.behind(insides.lengths[own], own, over_ids)
+        counts = goes_on & (own >= 0)[:, None]
+        if same is not None:
+            counts &= ~(same[:, None] & (self._shared[over_ids] >= 0))
+        over = np.where(counts, over, -np.inf)
+        ended = np.where(own >= 0, told[before], 0)
+        total = np.logaddexp(ended, np.logaddexp.reduce(over, axis=1))
+        classes = np.where(following >= 0, self.roots[1][following], -1)
+        ids, log_probs, rest = merged(
+            np.concatenate([self.roots[0][kept_ids], classes], axis=1),
+            np.concatenate([kept + (ended - total)[:, None], over - total[:, None]], axis=1),
+            rest + ended - total,
         )
-        teacher, student = self._boundaries
-        asked = (ids >= 0) & (log_probs[:, :-1] > np.log(NEGLIGIBLE))
-        row, column = np.nonzero(asked)
-        ruled_out = ~student.possible(before_student[row], ids[row, column])
-        row, column = row[ruled_out], column[ruled_out]
-        news = teacher.possible(before_teacher[row], ids[row, column])
-        impossible = np.zeros(log_probs.shape, bool)
-        impossible[row[news], column[news]] = True
-        log_probs = np.where(impossible, -np.inf, log_probs)
-        mass = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
-        told = mass[:, 0] >= np.log(LEAST_POSSIBLE)
-        # A row that is not told keeps finite numbers; its weight is 0.
-        return np.where(told[:, None], log_probs - mass, log_probs), told
+        return trimmed(ids, np.concatenate([log_probs, rest[:, None]], axis=1))
 
     @cached_property
     def _insides(self) -> tuple[TokenInsides, TokenInsides]:
@@ -221,7 +303,6 @@ class ClassTargets:
         self,
         examples: Sequence[AlignedExample],
         stored: Stored,
-        temperature: float,
     ) -> tuple[np.ndarray, ...]:
         """What the teacher said about the inside of its tokens, where the student has several.
 
@@ -230,11 +311,11 @@ class ClassTargets:
         Where what was not kept could be more than a tenth of that, nothing is told.
 
         Returns:
-            Rows of the student, and for each what `_soft` and `_possible` give.
+            Rows of the student `[n]`; for each what `at_boundaries` gives; and whether it is told.
         """
         own_rows, teacher_rows, read, own = self._inner(examples, of_teacher=True)
-        kept_ids, kept, unknown = self.kept(stored, teacher_rows, temperature)
-        following, ended = self._insides[0].behind(read, own, kept_ids)
+        kept_ids, kept, unknown = self._kept(stored, teacher_rows)
+        following, _, ended = self._insides[0].behind(read, own, kept_ids)
         roots = np.where(following >= 0, self.roots[1][following], -1)
         said = (following >= 0) | ended
         log_probs = np.where(said, kept, -np.inf)
@@ -242,18 +323,17 @@ class ClassTargets:
         told = unknown <= mass[:, 0] + np.log(MOST_UNKNOWN)
         log_probs = np.where(told[:, None], log_probs - np.where(told[:, None], mass, 0), -np.inf)
         ids, log_probs, rest = merged(roots, log_probs, np.full(len(kept), -np.inf, np.float32))
-        best = np.full(len(ids), -1)
-        return own_rows, ids, np.concatenate([log_probs, rest[:, None]], axis=1), best, told
+        return own_rows, *trimmed(ids, np.concatenate([log_probs, rest[:, None]], axis=1)), told
 
     def within(
-        self, examples: Sequence[AlignedExample], stored: Stored, temperature: float, rows: int
+        self, examples: Sequence[AlignedExample], stored: Stored, rows: int
     ) -> dict[str, np.ndarray]:
         """What the teacher says inside the student's tokens, at the boundaries of its own.
 
         The student's tokens of the same class that begin with what the teacher has read so far
-        say what comes next as well: each for the class of what follows in it, the one that ends
-        there, and what the teacher did not keep, for the rest. Where none is for the rest, the
-        teacher's rest is news and left out.
+        say what comes next as well: each for the class of what follows in it; the one that ends
+        there, those with no boundary of the teacher's there, and what the teacher did not keep,
+        for the rest. Where none is for the rest, the teacher's rest is news and left out.
 
         Returns:
             For each row, the outcomes of all places in its token beside each other:
@@ -264,13 +344,13 @@ class ClassTargets:
             `[N, J]`, which is 0.
         """
         own_rows, teacher_rows, read, own = self._inner(examples, of_teacher=False)
-        kept_ids, kept, rest = self.kept(stored, teacher_rows, temperature)
-        ids, kept, rest = merged(self.roots[0][kept_ids], kept, rest)
-        found = [self._members(*pair) for pair in zip(own.tolist(), read.tolist(), strict=True)]
-        count = np.array([len(tokens) for tokens, _, _ in found], np.int64)
+        ids, kept = self.at_boundaries(examples, stored, teacher_rows)
+        kept = kept[:, :-1]
+        found = [self._inner_members(*x) for x in zip(own.tolist(), read.tolist(), strict=True)]
+        count = np.array([len(tokens) for tokens, _ in found], np.int64)
         place = np.repeat(np.arange(len(found)), count)
-        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _, _ in found)])
-        classes = np.concatenate([np.zeros(0, np.int64), *(classes for _, classes, _ in found)])
+        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in found)])
+        classes = np.concatenate([np.zeros(0, np.int64), *(classes for _, classes in found)])
         # Outcomes of a place: its classes that were kept, and -1, the rest.
         width = len(self.tables[1].pieces) + 1
         keys = np.arange(len(ids))[:, None] * width + ids + 1
@@ -294,8 +374,7 @@ class ClassTargets:
         total = np.bincount(outcome_place, probability, minlength=len(found))
         outcomes = np.bincount(outcome_place, minlength=len(found))
         told = (total >= LEAST_POSSIBLE) & (outcomes > 1)
-        clear = np.array([clear for _, _, clear in found], bool)
-        settled = (told | (count == 1)) & clear
+        settled = told | (count == 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             log_probs = np.log(probability / total[outcome_place])
         return _by_row(
@@ -307,46 +386,101 @@ class ClassTargets:
             nothing=self.student.token_count,
         )
 
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, bool]]:
-        return {}
+    def reaching(
+        self,
+        examples: Sequence[AlignedExample],
+        arrays: dict[str, np.ndarray],
+        same: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """The student's tokens that reach over each of its boundaries; see `with_reaching`.
 
-    def _members(self, own: int, read: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Tokens of a token's class that begin with its first bytes, and what class follows.
-
-        -1 follows in the token that ends there, and for a class that can begin behind that token
-        as well, so that hearing it says nothing of whether the token ended. None where there are
-        more than 512.
+        Args:
+            examples: Of the batch.
+            arrays: Of the batch, with what `within` gives.
+            same: See `same_before`; for every row of the student, `[N]`.
 
         Returns:
-            Both, and whether every class says that the token did not end.
+            `over_own` int32 `[N]`, the token that ended at the boundary; `over_tokens` int32
+            `[N, E]`, the longer ones that begin with it; `over_columns` int32 `[N, E]`, the
+            outcome of what follows in each, a column of `kept_ids` or K for the rest (the
+            student's number of tokens stands for no token). And anew: `soft_weights`, 0 at
+            boundaries that more than 512 tokens reach over, and `inner_told`, 0 where no
+            boundary tells whether the token ends.
+        """
+        kept_ids, told, inner_told = (
+            arrays[name].copy() for name in ("kept_ids", "soft_weights", "inner_told")
+        )
+        rows, kept = kept_ids.shape
+        nothing = self.student.token_count
+        own = np.full(rows, -1)
+        before = token_before(examples)
+        own[: len(before)] = before
+        lengths = self._insides[1].lengths
+        found = [
+            self._over(token, int(lengths[token]), known) if token >= 0 else NO_MEMBERS
+            for token, known in zip(own.tolist(), same.tolist(), strict=True)
+        ]
+        count = np.array([len(tokens) for tokens, _ in found])
+        told[count > MOST_BEGINNERS] = 0
+        # The end of a token is told at the row behind it, or there is nothing else it could be.
+        behind = np.flatnonzero(own >= 0)
+        ends = np.zeros(rows, bool)
+        ends[behind - 1] = (told[behind] > 0) | (count[behind] <= 1)
+        inner_told[~ends] = 0
+        count[(told == 0) | (count > MOST_BEGINNERS)] = 0
+        row = np.repeat(np.arange(rows), count)
+        chosen = [part for part, wanted in zip(found, count, strict=True) if wanted]
+        tokens = np.concatenate([np.zeros(0, np.int64), *(tokens for tokens, _ in chosen)])
+        classes = np.concatenate([np.zeros(0, np.int64), *(classes for _, classes in chosen)])
+        column = _columns(kept_ids, row, np.where(classes >= 0, classes, nothing), nothing)
+        longer = tokens != own[row]
+        row, tokens, column = row[longer], tokens[longer], column[longer]
+        number = np.arange(len(row)) - np.searchsorted(row, row)
+        size = round_up(int(number.max(initial=0)) + 1, INNER_MULTIPLE)
+        over = {
+            "over_own": np.where(np.isin(np.arange(rows), row), own, nothing).astype(np.int32),
+            "over_tokens": np.full((rows, size), nothing, np.int32),
+            "over_columns": np.full((rows, size), kept, np.int32),
+        }
+        over["over_tokens"][row, number] = tokens
+        over["over_columns"][row, number] = column
+        return {**over, "soft_weights": told, "inner_told": inner_told}
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def _members(self, own: int, read: int) -> tuple[np.ndarray, np.ndarray]:
+        """The student's tokens that begin with a token's first bytes, and what class follows.
+
+        -1 follows in the token that ends there, and where the teacher has no boundary there.
         """
         if (own, read) not in self._known:
             insides = self._insides[1]
             tokens = insides.beginning(own, read)
-            tokens = tokens[self.roots[1][tokens] == self.roots[1][own]]
             following = insides.following[tokens, read] if len(tokens) else tokens
-            ended = insides.lengths[tokens] == read
-            follows = (following >= 0) & ~ended
-            classes = np.where(follows, self.roots[0][following], -1)
-            possible = ended | (classes >= 0)
-            if possible.sum() > MOST_BEGINNERS:
-                possible[:] = False
-            clear = True
-            for end in tokens[ended & possible]:
-                follow = np.flatnonzero(classes >= 0)
-                joint = follow[self._boundaries[1].possible(end + 0 * follow, classes[follow])]
-                classes[joint] = -1
-                clear = not len(joint)
-            self._known[own, read] = tokens[possible], classes[possible], clear
+            classes = np.where(following >= 0, self.roots[0][following], -1)
+            self._known[own, read] = tokens, classes
         return self._known[own, read]
+
+    def _over(self, own: int, read: int, same: bool) -> tuple[np.ndarray, np.ndarray]:
+        """A token and those that reach over it, those only that the teacher does not have."""
+        tokens, classes = self._members(own, read)
+        if same:
+            counts = ~self._both[tokens] | (tokens == own)
+            tokens, classes = tokens[counts], classes[counts]
+        return tokens, classes
+
+    def _inner_members(self, own: int, read: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the token's own class; none where there are more than 512."""
+        tokens, classes = self._members(own, read)
+        same = self.roots[1][tokens] == self.roots[1][own]
+        return (tokens[same], classes[same]) if same.sum() <= MOST_BEGINNERS else NO_MEMBERS
 
     def _inner(
         self, examples: Sequence[AlignedExample], *, of_teacher: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The places inside single tokens of one side, at boundaries of the other.
-
-        Of the student's tokens the place behind them too, since not ending there was possible.
 
         Returns:
             Of each place the student's row, the teacher's row, the bytes of the token before
@@ -367,13 +501,10 @@ class ClassTargets:
             # A space that only one side puts in front would shift all places by one.
             same = lengths[0][whole[0].ids[whole[1][:, 0]]] == np.diff(before[split[1]])[:, 0]
             single = (np.diff(whole[1])[:, 0] == 1) & same
-            first, count = split[1][single, 0], np.diff(split[1])[single, 0] - of_teacher
+            first, count = split[1][single, 0], np.diff(split[1])[single, 0] - 1
             step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + 1
             at = np.repeat(first, count) + step
             token = np.repeat(whole[1][single, 0], count)
-            # The place behind a token may be no place of its text any more.
-            here = np.append(split[0].counted, False)[np.minimum(at, len(split[0].ids))]
-            step, at, token = step[here], at[here], token[here]
             own, other = (token, at) if of_teacher else (at, token)
             parts.append(
                 (

@@ -168,6 +168,7 @@ def chunked_loss(
     chunk: int,
     *,
     row_and_gradient: RowLoss | None = None,
+    before: int = 0,
 ) -> Sums:
     """Sums of a loss over logits, whose gradient flows to the hidden states only.
 
@@ -182,6 +183,8 @@ def chunked_loss(
         chunk: Tokens per chunk; 0 takes all at once.
         row_and_gradient: Logits and targets of a chunk to a figure of every row `[n]` and its
             gradient by the row's logits, for losses that put the rows together afterwards.
+        before: Rows before a chunk's own whose logits `loss_and_gradient` gets as well (fewer at
+            the beginning); its gradient is by these too, its targets are those of its own.
 
     Returns:
         The summed sums, of which only `loss` carries a gradient, and `rows` `[N]`, which does
@@ -196,7 +199,8 @@ def chunked_loss(
         rows: list[mx.array] = []
         row_gradients: list[mx.array] = []
         for start in range(0, states.shape[0], size):
-            part = states[start : start + size]
+            shared = min(before, start)
+            part = states[start - shared : start + size]
             if start:
                 # Without this order the graph may hold the logits of several chunks at a time,
                 # for their gradient or for their sums.
@@ -207,11 +211,14 @@ def chunked_loss(
             if loss_and_gradient is not None:
                 sums, by_logits = loss_and_gradient(logits, given)
                 _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
-                gradients.append(by_states[0])
+                if shared:
+                    last_rows = gradients[-1][-shared:] + by_states[0][:shared]
+                    gradients[-1] = mx.concatenate([gradients[-1][:-shared], last_rows])
+                gradients.append(by_states[0][shared:])
                 totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
             if row_and_gradient is not None:
-                values, by_logits = row_and_gradient(logits, given)
-                _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
+                values, by_logits = row_and_gradient(logits[shared:], given)
+                _, by_states = mx.vjp(head, [part[shared:]], [by_logits.astype(logits.dtype)])
                 rows.append(values)
                 row_gradients.append(by_states[0])
         names[:] = sorted(totals, key=lambda name: name != "loss")

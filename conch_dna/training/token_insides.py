@@ -75,7 +75,7 @@ class TokenInsides:
 
     def behind(
         self, read: np.ndarray, own: np.ndarray, kept: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What kept tokens say about a text of which the reader has read a part of one token.
 
         Args:
@@ -84,13 +84,15 @@ class TokenInsides:
             kept: Tokens that the teacher gave a probability `[n, K]`.
 
         Returns:
-            `[n, K]`: the student's next token if the text goes on as the kept token does, or -1;
-            and whether the kept token is exactly what was read, `[n, K]`, bool.
+            `[n, K]`: the student's next token if the text goes on as the kept token does, or -1
+            where it has no boundary there; whether the kept token goes on behind what was read,
+            and whether it is exactly that, `[n, K]`, bool.
         """
         inside = (read >= 1) & (read <= LONGEST_PREFIX)
         place = np.where(inside, read, 0)
         wanted = self.prefixes[own, place]
         same = (self.prefixes[kept, place[:, None]] == wanted[:, None]) & (wanted > 0)[:, None]
         ended = same & (self.lengths[kept] == read[:, None])
-        following = np.where(same & ~ended, self.following[kept, place[:, None]], -1)
-        return following, ended
+        goes_on = same & ~ended
+        following = np.where(goes_on, self.following[kept, place[:, None]], -1)
+        return following, goes_on, ended

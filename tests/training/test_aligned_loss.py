@@ -20,6 +20,7 @@ from conch_dna.training.aligned_loss import (
     make_aligned_loss,
     soft_sum,
     untold_sum,
+    with_reaching,
 )
 from conch_dna.training.aligned_records import RecordAligner
 from conch_dna.training.aligned_targets import AlignedTargets
@@ -80,8 +81,10 @@ def test_with_one_tokenizer_every_alignment_but_uld_is_the_loss_by_index(
 ) -> None:
     """By the code for different tokenizers itself, not only by what a run resolves it to.
 
-    alm compares no distributions; with one tokenizer a run compares by index instead.
+    alm compares no distributions; with one tokenizer a run compares by index instead. Classes
+    are compared at temperature 1.
     """
+    temperature = 1.0 if alignment == "roots" else 2.0
     teacher, source = same_pair
     assert resolve_alignment(alignment, same=True) == INDEX
     if ALIGNMENTS[alignment].soft == "nowhere":
@@ -89,17 +92,18 @@ def test_with_one_tokenizer_every_alignment_but_uld_is_the_loss_by_index(
     student = source.load()
     examples, targets = targets_of(teacher, source, tmp_path, alignment)
     of_teacher = [example.teacher for example in examples]
-    by_index = targets.cache.collate(of_teacher, 2.0)
+    by_index = targets.cache.collate(of_teacher, temperature)
     arrays = {name: mx.array(value) for name, value in by_index.arrays.items()}
-    expected = make_distillation_loss(student, temperature=2.0, alpha=0.7)(student.model, arrays)
+    by_index_loss = make_distillation_loss(student, temperature=temperature, alpha=0.7)
+    expected = by_index_loss(student.model, arrays)
     loss = make_aligned_loss(
         student,
         alignment=alignment,
         roots=targets.student_roots,
         chunk=16,
-        **SETTINGS,
+        **{**SETTINGS, "temperature": temperature},
     )
-    got = loss(student.model, arrays_of(targets, examples))
+    got = loss(student.model, arrays_of(targets, examples, temperature))
     count = by_index.count
     for name in ("loss", "kd", "ce"):
         assert got[name].item() / count == pytest.approx(
@@ -276,6 +280,48 @@ def test_inside_a_token_the_student_is_what_its_tokens_add_up_to() -> None:
         *(second / second.sum()),
     ]
     np.testing.assert_allclose(np.exp(got[0]), expected, rtol=1e-4)
+
+
+def test_a_boundary_that_longer_tokens_reach_over_counts_as_far_as_the_token_ended() -> None:
+    """Against probabilities in float64; in the second row nothing reaches over."""
+    random = np.random.default_rng(6)
+    logits = random.normal(size=(3, 5))
+    student = log_softmax(random.normal(size=(2, 3)))
+    rows = {
+        "over_own": mx.array([1, 5]),
+        "over_tokens": mx.array([[0, 3, 4], [5, 5, 5]]),
+        "over_columns": mx.array([[1, 1, 2], [2, 2, 2]]),
+    }
+    before = np.exp(logits[0])
+    total = before[[0, 1, 3, 4]].sum()
+    expected = np.exp(student)
+    expected[0] *= before[1] / total
+    expected[0, 1] += (before[0] + before[3]) / total
+    expected[0, 2] += before[4] / total
+    both = [mx.array(x.astype(np.float32)) for x in (logits, student)]
+    got = np.exp(np.asarray(with_reaching(*both, rows, nothing=5)))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_boundaries_keep_a_finite_gradient_where_nothing_can_follow() -> None:
+    """A column that stands for no token, and a token that reaches over to nothing kept."""
+    rows = {
+        "over_own": mx.array([1, 2]),
+        "over_tokens": mx.array([[0, 3], [3, 3]]),
+        "over_columns": mx.array([[2, 2], [2, 2]]),
+    }
+    student = mx.array([[0.0, -mx.inf, -1.0], [-mx.inf, -0.5, -mx.inf]])
+    logits = mx.array([[200.0, 0.0, -300.0]] * 3)
+
+    def total(x: mx.array) -> mx.array:
+        found = with_reaching(x, student, rows, nothing=3)
+        return mx.where(found == -mx.inf, 0.0, found).sum()
+
+    gradient = mx.grad(total)(logits)
+    assert mx.isfinite(gradient).all().item()
+    found = with_reaching(logits, student, rows, nothing=3)
+    assert not mx.isnan(found).any().item()
+    assert np.isneginf(np.asarray(found)[[0, 1], [1, 0]]).all()
 
 
 def test_what_classes_leave_open_is_taught_by_the_text() -> None:

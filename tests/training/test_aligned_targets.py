@@ -16,8 +16,7 @@ from conch_dna.training.aligned_targets import AlignedTargets
 from conch_dna.training.alignments import ALIGNMENTS
 from conch_dna.training.class_targets import merged
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
-from conch_dna.training.token_boundaries import TokenBoundaries
-from conch_dna.training.token_bytes import token_bytes
+from conch_dna.training.token_bytes import token_bytes, token_spans
 from conch_dna.training.vocabulary import build_vocab_projection, common_roots, shared_tokens
 from models import make_model_folder
 from tokenizers_made import character_tokenizer
@@ -127,27 +126,60 @@ def test_the_outcomes_are_the_teachers_full_distribution_coarsened(
     assert batch.arrays["soft_weights"].sum() == checked
 
 
-def test_classes_hold_every_token_that_begins_with_their_root(
+def test_at_a_boundary_the_teacher_says_what_comes_next_in_both_of_its_ways(
     pair: tuple[ModelSource, ModelSource], tmp_path: Path
 ) -> None:
-    """With everything kept, before what cannot follow is taken away."""
+    """With everything kept: tokens that begin there, and longer ones for the token that ended.
+
+    Against an enumeration in float64; what follows in a token that reaches over is read from the
+    student's own tokenization of it.
+    """
     teacher, student = pair
     examples, targets = made(pair, tmp_path, "roots", top_k=teacher.token_count)
-    roots, _ = common_roots(teacher.tokenizer, student.tokenizer)
+    roots, own_roots = common_roots(teacher.tokenizer, student.tokenizer)
     stored = [targets.cache.read(example.teacher) for example in examples]
     rows = targets._rows(examples)[0]
-    ids, log_probs, _ = targets._soft(stored, rows, TEMPERATURE, "roots")
-    dense = np.concatenate(
-        [
-            teacher_log_probs(teacher, e.teacher.ids, TEMPERATURE)[e.teacher.counted[1:]]
-            for e in examples
-        ]
-    )[rows]
-    for row in range(0, len(rows), 7):
-        for column in np.flatnonzero(ids[row] >= 0):
-            members = roots == ids[row, column]
-            expected = np.exp(dense[row, members]).sum()
-            assert np.exp(log_probs[row, column]) == pytest.approx(expected, rel=1e-3)
+    ids, log_probs = targets.classes.at_boundaries(examples, stored, rows)
+    texts, table = token_bytes(teacher.tokenizer).texts, token_bytes(student.tokenizer)
+    probabilities, tokens = [], []
+    for example in examples:
+        dense = np.exp(teacher_log_probs(teacher, example.teacher.ids, 1.0))
+        counted = np.flatnonzero(example.teacher.counted)
+        probabilities += [(dense[at - 1], dense[at - 2]) for at in counted]
+        joined = example.teacher.counted[counted - 1]
+        tokens += np.where(joined, example.teacher.ids[counted - 1], -1).tolist()
+    reaching = 0
+    for number in range(0, len(rows), 2):
+        here, before = probabilities[rows[number]]
+        own = tokens[rows[number]]
+        over: dict[int, float] = {}
+        for token, piece in enumerate(texts) if own >= 0 and texts[own] else ():
+            if piece.startswith(texts[own]) and piece != texts[own]:
+                root = -1
+                try:
+                    read = student.tokenizer.encode("\n" + piece.decode(), add_special_tokens=False)
+                except UnicodeDecodeError:
+                    read = []
+                spans = token_spans(b"\n" + piece, read, table) if read else None
+                for at in np.flatnonzero(spans.starts == len(texts[own]) + 1) if spans else ():
+                    root = int(own_roots[read[at]])
+                over[root] = over.get(root, 0.0) + float(before[token])
+        ended = float(before[own]) if own >= 0 else 1.0
+        expected = {
+            int(root): ended * float(here[roots == root].sum()) for root in set(roots.tolist())
+        }
+        for root, p in over.items():
+            expected[root] = expected.get(root, 0.0) + p
+        reaching += len(over) > 0
+        total = ended + sum(over.values())
+        got = np.exp(log_probs[number].astype(np.float64))
+        assert set(ids[number][ids[number] >= 0].tolist()) >= {r for r in over if r >= 0}
+        for column in np.flatnonzero(ids[number] >= 0):
+            assert got[column] == pytest.approx(
+                expected[int(ids[number, column])] / total, rel=2e-3, abs=1e-6
+            )
+        assert got[-1] == pytest.approx(expected.get(-1, 0.0) / total, abs=1e-4)
+    assert (reaching > 0) == (len(texts) > 1000), "only words reach over a boundary"
 
 
 def test_likelihoods_of_chunks_are_sums_over_the_teachers_tokens(
@@ -240,60 +272,6 @@ def test_merging_adds_what_goes_to_one_id_and_what_goes_nowhere(data: Any) -> No
         assert np.exp(rest[row]) == pytest.approx(probabilities[row, -1] + nowhere)
 
 
-def test_what_the_tokenizer_would_have_joined_cannot_follow(tiny_teacher: Path) -> None:
-    """Behind a token only what leaves it as it is; everything behind a special one."""
-    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
-    table = token_bytes(tokenizer)
-    size = len(table.pieces)
-    boundaries = TokenBoundaries(tokenizer, table, np.arange(size), size)
-    joined = next(
-        (a, b)
-        for piece in table.ids
-        if len(piece) > 3 and piece.isascii()
-        for cut in range(1, len(piece))
-        if (a := table.ids.get(piece[:cut])) is not None
-        and (b := table.ids.get(piece[cut:])) is not None
-        and tokenizer.encode("\n" + piece.decode(), add_special_tokens=False)[-1]
-        == table.ids[piece]
-    )
-    cat, space_dog = table.ids[b"."], table.ids[b" "]
-    end = table.end_id
-    assert end is not None
-    previous = np.array([joined[0], cat, end])
-    following = np.array([joined[1], space_dog, joined[1]])
-    assert boundaries.possible(previous, following).tolist() == [False, True, True]
-
-
-def test_a_class_can_follow_when_one_of_its_members_can(tiny_teacher: Path) -> None:
-    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
-    table = token_bytes(tokenizer)
-    size = len(table.pieces)
-    alone = TokenBoundaries(tokenizer, table, np.arange(size), size)
-    tokens = np.array([index for piece, index in table.ids.items() if piece.isascii()])
-    before = table.ids[b"t"]
-    possible = alone.possible(np.full(len(tokens), before), tokens)
-    assert possible.any() and not possible.all()
-    root, member = tokens[~possible][0], tokens[possible][0]
-    roots = np.full(size, -1)
-    roots[[root, member]] = root
-    together = TokenBoundaries(tokenizer, table, roots, size)
-    assert together.possible(np.array([before]), np.array([root])).tolist() == [True]
-
-
-def test_conditioning_takes_only_what_the_teachers_boundary_does_not_say(
-    pair: tuple[ModelSource, ModelSource], tmp_path: Path
-) -> None:
-    """Rows stay distributions; a teacher with the student's own tokens loses nothing."""
-    teacher, _ = pair
-    examples, targets = made((teacher, teacher), tmp_path, "roots")
-    stored = [targets.cache.read(example.teacher) for example in examples]
-    rows = targets._rows(examples)[0]
-    ids, log_probs, _ = targets._soft(stored, rows, TEMPERATURE, "roots")
-    conditioned, told = targets.classes.possible(examples, ids, log_probs)
-    assert told.all()
-    np.testing.assert_allclose(conditioned, log_probs, atol=1e-5)
-
-
 def test_inside_a_teachers_token_its_longer_tokens_say_what_comes_next(
     tmp_path: Path, tiny_teacher: Path
 ) -> None:
@@ -303,14 +281,14 @@ def test_inside_a_teachers_token_its_longer_tokens_say_what_comes_next(
     teacher = ModelSource(str(tiny_teacher))
     examples, targets = made((teacher, reader), tmp_path, "roots", top_k=teacher.token_count)
     stored = [targets.cache.read(example.teacher) for example in examples]
-    rows, ids, log_probs, _, told = targets.classes.inside(examples, stored, TEMPERATURE)
+    rows, ids, log_probs, told = targets.classes.inside(examples, stored)
     assert told.all() and len(rows) > 20
     pieces = token_bytes(teacher.tokenizer).texts
     own = token_bytes(reader.tokenizer)
     found = {int(row): number for number, row in enumerate(rows)}
     checked = offset = 0
     for example in examples:
-        dense = teacher_log_probs(teacher, example.teacher.ids, TEMPERATURE)
+        dense = teacher_log_probs(teacher, example.teacher.ids, 1.0)
         number = np.cumsum(example.counted) - 1 + offset
         for (first, last), (start, end) in zip(
             example.chunks.teacher, example.chunks.student, strict=True
@@ -345,9 +323,9 @@ def test_inside_a_token_nothing_is_told_where_too_much_was_not_kept(
     reader = ModelSource(str(make_model_folder(tmp_path / "reader", tokenizer=tokenizer)))
     examples, targets = made((ModelSource(str(tiny_teacher)), reader), tmp_path, "roots", top_k=4)
     stored = [targets.cache.read(example.teacher) for example in examples]
-    *_, told = targets.classes.inside(examples, stored, TEMPERATURE)
+    *_, told = targets.classes.inside(examples, stored)
     assert not told.any()
-    batch = targets.collate(examples, TEMPERATURE)
+    batch = targets.collate(examples, 1.0)
     chunks = sum(len(example.chunks) for example in examples)
     assert 0 < batch.arrays["soft_weights"].sum() <= chunks
 
@@ -357,7 +335,7 @@ def test_with_larger_tokens_there_is_no_inside(tmp_path: Path, tiny_student: Pat
     speller = ModelSource(str(make_model_folder(tmp_path / "speller", tokenizer=tokenizer)))
     examples, targets = made((speller, ModelSource(str(tiny_student))), tmp_path, "roots")
     stored = [targets.cache.read(example.teacher) for example in examples]
-    assert [len(part) for part in targets.classes.inside(examples, stored, TEMPERATURE)] == [0] * 5
+    assert [len(part) for part in targets.classes.inside(examples, stored)] == [0] * 4
 
 
 def test_inside_a_students_token_the_teacher_says_how_its_tokens_go_on(
@@ -373,14 +351,13 @@ def test_inside_a_students_token_the_teacher_says_how_its_tokens_go_on(
     student = ModelSource(str(tiny_student))
     top_k = speller.token_count
     examples, targets = made((speller, student), tmp_path / "cache", "roots", top_k=top_k)
-    batch = targets.collate(examples, TEMPERATURE).arrays
+    batch = targets.collate(examples, 1.0).arrays
     letters = token_bytes(speller.tokenizer)
     pieces = token_bytes(student.tokenizer).texts
     ordinary = [i for i, piece in enumerate(pieces) if piece]
-    own_tokens = token_bytes(student.tokenizer).ids
     checked = offset = 0
     for example in examples:
-        dense = np.exp(teacher_log_probs(speller, example.teacher.ids, TEMPERATURE))
+        dense = np.exp(teacher_log_probs(speller, example.teacher.ids, 1.0))
         number = np.cumsum(example.counted) - 1 + offset
         offset += example.count
         for (first, _), (start, end) in zip(
@@ -407,17 +384,6 @@ def test_inside_a_students_token_the_teacher_says_how_its_tokens_go_on(
                         # <0x61> and a are both an a.
                         same = [i for i, t in enumerate(letters.texts) if t == letters.texts[key]]
                         expected[key] = float(after[same].sum())
-                end = own_tokens.get(read)
-                joint = [
-                    key
-                    for key in expected
-                    if end is not None
-                    and key != "rest"
-                    and targets.classes._boundaries[1].possible(
-                        np.array([end]), np.array([own_tokens[letters.texts[key]]])
-                    )[0]
-                ]
-                expected = {key: p for key, p in expected.items() if key not in joint}
                 known = sum(expected.values())
                 if "rest" in expected:
                     expected["rest"] = 1 - known
@@ -432,9 +398,66 @@ def test_inside_a_students_token_the_teacher_says_how_its_tokens_go_on(
                     assert pieces[member].startswith(read)
                     rest = pieces[member][len(read) :]
                     key = letters.ids[rest[:1]] if rest else "rest"
-                    key = "rest" if key in joint else key
                     got[key] = float(np.exp(batch["inner_log_probs"][row, outcome]))
                 assert got.keys() == expected.keys()
                 assert got == pytest.approx(expected, rel=1e-2, abs=1e-5)
                 checked += 1
     assert checked > 20
+
+
+def test_of_a_students_longer_tokens_each_counts_for_what_follows_in_it(
+    tmp_path: Path, tiny_student: Path
+) -> None:
+    """Against an enumeration by text, for a teacher that reads characters."""
+    tokenizer = character_tokenizer(tmp_path / "tokenizer")
+    speller = ModelSource(str(make_model_folder(tmp_path / "speller", tokenizer=tokenizer)))
+    student = ModelSource(str(tiny_student))
+    examples, targets = made(
+        (speller, student), tmp_path / "cache", "roots", top_k=speller.token_count
+    )
+    batch = targets.collate(examples, 1.0).arrays
+    letters, texts = token_bytes(speller.tokenizer), token_bytes(student.tokenizer).texts
+    rest = batch["kept_ids"].shape[1]
+    row = checked = 0
+    for example in examples:
+        for at in np.flatnonzero(example.counted):
+            own = texts[example.ids[at - 1]]
+            longer = {t for t, text in enumerate(texts) if own and text.startswith(own)}
+            longer -= {t for t in longer if texts[t] == own}
+            told = batch["soft_weights"][row] and example.counted[at - 1]
+            # One that both have would have been said a token earlier by both.
+            longer = {t for t in longer if len(own) > 1 or texts[t] not in letters.ids}
+            columns = batch["over_columns"][row]
+            got = dict(zip(batch["over_tokens"][row].tolist(), columns.tolist(), strict=True))
+            got.pop(student.token_count, None)
+            assert got.keys() == (longer if told else set())
+            for token, column in got.items():
+                if column < rest:
+                    root = batch["kept_ids"][row, column]
+                    assert texts[token][len(own) :].startswith(texts[root])
+                else:
+                    assert not texts[token].isascii()
+            checked += len(got)
+            row += 1
+    assert checked > 100
+
+
+def test_a_boundary_that_too_many_tokens_reach_over_is_left_to_the_text(
+    pair: tuple[ModelSource, ModelSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples, targets = made(pair, tmp_path, "roots")
+    whole = targets.collate(examples, 1.0).arrays
+    monkeypatch.setattr("conch_dna.training.class_targets.MOST_BEGINNERS", 3)
+    cut = targets.collate(examples, 1.0).arrays
+    reached = (whole["over_tokens"] != targets.student.token_count).sum(1) >= 3
+    assert (cut["soft_weights"][reached] == 0).all()
+    np.testing.assert_array_equal(cut["soft_weights"][~reached], whole["soft_weights"][~reached])
+    assert ((cut["over_tokens"] != targets.student.token_count).sum(1) < 3).all()
+
+
+def test_with_the_same_tokens_none_reaches_over(tmp_path: Path, tiny_teacher: Path) -> None:
+    source = ModelSource(str(tiny_teacher))
+    examples, targets = made((source, source), tmp_path, "roots")
+    batch = targets.collate(examples, 1.0).arrays
+    assert (batch["over_tokens"] == source.token_count).all()
+    assert (batch["over_own"] == source.token_count).all()
