@@ -134,7 +134,9 @@ def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: i
 
     Behind `th` a student with a token `the` says little of an e: it would have said so a token
     earlier. So its distribution at the boundary counts as far as it had ended its token there,
-    and beside it the longer tokens that begin with that one, each for what follows in it.
+    and beside it the longer tokens that begin with that one, each for what follows in it. Of all
+    ways to cover a text (Phan et al. 2024, arXiv 2410.09303) these are the text's own tokens and
+    one longer token behind them.
 
     Args:
         logits: `[n, V]` or, with the row before, `[n + 1, V]`, float32, already over the

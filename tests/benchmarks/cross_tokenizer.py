@@ -1,5 +1,7 @@
 """Teachers with another tokenizer: every alignment against cross-entropy alone, three seeds.
 
+    python tests/benchmarks/cross_tokenizer.py [--pair PAIR] [--kind KIND] [--steps 200]
+
 Pairs that nobody here trained: babyllama361 (characters and bytes) into stories260K's layers 0,
 2, 4 (BPE), and stories260K into babyllama105's layers 0 and 4 (characters). TinyStories cut to
 240 bytes, since the BabyLlamas see 256 tokens; LoRA on all linear layers; equal steps and data.
@@ -7,8 +9,8 @@ Pairs that nobody here trained: babyllama361 (characters and bytes) into stories
 
 import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import keep_layers
 
 SEEDS = (0, 1, 2)
-STEPS = 200
 LONGEST = 240
 PAIRS = {
     "characters-to-bpe": ("babyllama361", "stories260K", [0, 2, 4]),
@@ -49,34 +50,39 @@ def short_stories(count: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Every alignment against cross-entropy alone.")
+    parser.add_argument("--pair", action="append", choices=list(PAIRS))
+    parser.add_argument("--kind", action="append", choices=list(KINDS))
+    parser.add_argument("--steps", type=int, default=200)
+    arguments = parser.parse_args()
+    kinds = arguments.kind or list(KINDS)
     data = shared_data()
-    chosen = sys.argv[1:] or list(PAIRS)
     records = short_stories(600)
-    for name in chosen:
+    for name in arguments.pair or PAIRS:
         teacher_name, student_name, layers = PAIRS[name]
         print_setting(
             f"{teacher_name} into layers {layers} of {student_name}: {len(records)} texts, "
-            f"{STEPS} steps of 8, seeds {SEEDS}"
+            f"{arguments.steps} steps of 8, seeds {SEEDS}"
         )
         with tempfile.TemporaryDirectory() as temporary:
             teacher = data / "models" / teacher_name
             student = keep_layers(data / "models" / student_name, Path(temporary) / "s", layers)
-            figures: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+            figures: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
             for seed in SEEDS:
-                for kind, settings in KINDS.items():
+                for kind in kinds:
                     config = KDConfig(
-                        **settings,
+                        **KINDS[kind],
                         seed=seed,
                         temperature=1.0,
                         batch_size=8,
                         lora_keys="all",
                         learning_rate=2e-3,
-                        num_iters=STEPS,
+                        num_iters=arguments.steps,
                         max_tokens=8,
                         # One folder for all, since the teacher's targets are the same.
                         output_dir=temporary,
-                        steps_per_eval=STEPS // 2,
-                        steps_per_save=STEPS,
+                        steps_per_eval=100,
+                        steps_per_save=arguments.steps,
                     )
                     distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
                     result = distiller.distill_domain("stories", data=records, overwrite=True)
