@@ -41,6 +41,7 @@ FLOORS = {
     "training.answers": 3,
     "training.evaluation": 3,
     "training.report": 3,
+    "training.outcome_rows": 3,
     "training.trainer": 3,
     "training.class_targets": 4,
     "training.aligned_targets": 5,

@@ -15,7 +15,8 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.aligned_records import AlignedExample
 from conch_dna.training.alignments import ALIGNMENTS
 from conch_dna.training.batches import Batch, Example, collate, round_up
-from conch_dna.training.class_targets import ClassTargets, kept_and_rest, merged, stacked
+from conch_dna.training.class_targets import ClassTargets
+from conch_dna.training.outcome_rows import kept_and_rest, merged, stacked
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.token_bytes import TokenBytes, token_bytes
 from conch_dna.training.vocabulary import build_vocab_projection, shared_tokens

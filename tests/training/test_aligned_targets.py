@@ -14,7 +14,8 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.aligned_records import AlignedExample, RecordAligner
 from conch_dna.training.aligned_targets import AlignedTargets
 from conch_dna.training.alignments import ALIGNMENTS
-from conch_dna.training.class_targets import merged
+from conch_dna.training.batches import Example
+from conch_dna.training.outcome_rows import columns_of, merged, stacked, token_before, trimmed
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
 from conch_dna.training.token_bytes import token_bytes, token_spans
 from conch_dna.training.vocabulary import build_vocab_projection, common_roots, shared_tokens
@@ -124,6 +125,39 @@ def test_the_outcomes_are_the_teachers_full_distribution_coarsened(
         row += example.count
     assert checked > 3
     assert batch.arrays["soft_weights"].sum() == checked
+
+
+def test_rows_are_trimmed_to_what_some_row_needs_likeliest_first() -> None:
+    ids = np.full((2, 70), -1)
+    log_probs = np.full((2, 71), -np.inf)
+    ids[0, [3, 50]], log_probs[0, [3, 50, 70]] = [7, 8], [-2.0, -1.0, -3.0]
+    ids[1, 69], log_probs[1, [69, 70]] = 9, [-0.5, -0.7]
+    found, logs = trimmed(ids, log_probs)
+    assert found.shape == (2, 32) and logs.shape == (2, 33)
+    assert found[:, :2].tolist() == [[8, 7], [9, -1]]
+    assert logs[:, :2].tolist() == [[-1.0, -2.0], [-0.5, -np.inf]]
+    assert logs[:, -1].tolist() == [-3.0, -0.7]
+
+
+def test_stacked_rows_keep_their_rest_last() -> None:
+    narrow = np.array([[1]]), np.array([[-1.0, -2.0]])
+    wide = np.array([[2, 3]]), np.array([[-3.0, -4.0, -5.0]])
+    ids, log_probs = stacked(narrow, wide)
+    assert ids.tolist() == [[1, -1], [2, 3]]
+    assert log_probs.tolist() == [[-1.0, -np.inf, -2.0], [-3.0, -4.0, -5.0]]
+
+
+def test_the_token_before_counts_only_where_it_is_taught_as_well() -> None:
+    """Behind a prompt, and behind a question within a conversation, there is none."""
+    counted = np.array([False, False, True, True, False, True])
+    example = Example(np.arange(10, 16, dtype=np.int32), counted, "a conversation")
+    assert token_before([example, example]).tolist() == [-1, 12, -1] * 2
+
+
+def test_a_column_is_found_by_its_id_in_its_own_row() -> None:
+    kept = np.array([[4, 2, 9], [1, 9, 9]])
+    rows, ids = np.array([0, 0, 1, 1, 1]), np.array([2, 1, 1, 9, 4])
+    assert columns_of(kept, rows, ids, 9).tolist() == [1, 3, 0, 3, 3]
 
 
 def test_at_a_boundary_the_teacher_says_what_comes_next_in_both_of_its_ways(
