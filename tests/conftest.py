@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import conch_dna  # noqa: F401  (loads OpenBLAS before anything imports mlx)
 from models import SHARED, keep_layers, make_model_folder
+
+# A shell ignores Ctrl-C in what it starts in the background, and everything below inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
