@@ -25,6 +25,7 @@ FLOORS = {
     "training.alignments": 0,
     "training.distillation": 0,
     "checkpoints": 1,
+    "generations.blending": 1,
     "language_model": 1,
     "training.batches": 1,
     "training.settings": 1,
