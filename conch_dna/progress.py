@@ -67,7 +67,7 @@ class Progress:
             self._start(row["name"], row.get("total", 0), row.get("unit", ""))
         elif event == "advance":
             self._advance(self._done + row["by"], row.get("note", ""))
-        elif event == "step":
+        elif event in ("step", "skipped"):
             self._advance(row["step"], self._note)
         elif event == "train":
             self._note = f"{_figures(row)}, {row['tokens_per_second']:,.0f} tokens/s"

@@ -29,6 +29,7 @@ FLOORS = {
     "language_model": 1,
     "training.batches": 1,
     "training.settings": 1,
+    "training.ema": 2,
     "training.token_bytes": 1,
     "training.adapters": 2,
     "training.byte_alignment": 2,

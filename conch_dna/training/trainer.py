@@ -32,12 +32,14 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
 from conch_dna.language_model import named_arrays
 from conch_dna.training.batches import Batch
+from conch_dna.training.ema import EMA
 
 CHECKPOINT_PREFIX = "checkpoint_"
 ADAPTER_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 BEST_FILE = "best.safetensors"
+EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 
 Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
@@ -73,6 +75,8 @@ class TrainerSettings:
         steps_per_eval: Steps between held-out evaluations.
         steps_per_save: Steps between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
+        ema_decay: Of an average of the parameters (see `EMA`) that is evaluated and kept instead
+            of them; 0 for none.
         seed: Of dropout.
     """
 
@@ -86,6 +90,7 @@ class TrainerSettings:
     steps_per_eval: int = 50
     steps_per_save: int = 50
     keep_checkpoints: int = 3
+    ema_decay: float = 0.0
     seed: int = 0
 
 
@@ -101,6 +106,7 @@ class TrainingResult:
         history: Every reported and held-out row, for a plot.
         seconds: Spent in the loop by this process.
         steps_run: Steps taken by this process (fewer than all after a resume).
+        skipped_steps: Steps, of all, whose batches had no counted token: they moved nothing.
     """
 
     best_step: int
@@ -110,6 +116,7 @@ class TrainingResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     steps_run: int = 0
+    skipped_steps: int = 0
 
 
 def learning_rate_schedule(settings: TrainerSettings) -> Callable[[mx.array], mx.array]:
@@ -169,6 +176,8 @@ class Trainer:
         self.best_loss = math.inf
         self.best_parameters: dict[str, mx.array] = {}
         self.history: list[dict[str, Any]] = []
+        self.ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
+        self.skipped_steps = 0
         self._unreported: dict[str, Any] = {"sums": {}, "tokens": 0, "seconds": 0.0}
         self._stop = False
         self._compiled_step = self._compile_step()
@@ -229,7 +238,7 @@ class Trainer:
         with self._stop_on_interrupt():
             self._train()
         final = self.history[-1]
-        if self.best_step != self.settings.num_iters:
+        if self.ema or self.best_step != self.settings.num_iters:
             self.model.update(tree_unflatten(list(self.best_parameters.items())))
         mx.eval(self.model.parameters())
         self.model.eval()
@@ -241,6 +250,7 @@ class Trainer:
             history=self.history,
             seconds=time.perf_counter() - started,
             steps_run=self.step - first,
+            skipped_steps=self.skipped_steps,
         )
 
     def _train(self) -> None:
@@ -254,9 +264,10 @@ class Trainer:
             since["tokens"] += count
             for name, value in sums.items():
                 since["sums"][name] = since["sums"].get(name, 0.0) + value
-            self.report("step", {"step": self.step, "loss": sums["loss"] / count})
+            if count:
+                self.report("step", {"step": self.step, "loss": sums["loss"] / count})
             last = self.step == settings.num_iters
-            if self.step % settings.steps_per_report == 0 or last:
+            if since["tokens"] and (self.step % settings.steps_per_report == 0 or last):
                 self._record(
                     "train",
                     {name: value / since["tokens"] for name, value in since["sums"].items()},
@@ -281,6 +292,11 @@ class Trainer:
         start = self.step * accumulation
         batches = [self.train_batches.batch(start + micro) for micro in range(accumulation)]
         count = sum(batch.count for batch in batches)
+        if not count:
+            # An optimiser would still move by its momentum and decay.
+            self.skipped_steps += 1
+            self.report("skipped", {"step": self.step + 1})
+            return {}, 0, 0.0
         scale = mx.array(1.0 / count)
         self.model.train()
         gradients = None
@@ -301,10 +317,22 @@ class Trainer:
                 f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. Lower the learning "
                 "rate, or look at these examples"
             )
+        if self.ema:
+            self.ema.update()
         return totals, count, norm.item()
 
     def _evaluate(self) -> None:
         """Held-out figures per token; remembers the parameters when they are the best so far."""
+        if self.ema:
+            self.ema.apply_shadow()
+            try:
+                self._evaluate_parameters()
+            finally:
+                self.ema.restore()
+        else:
+            self._evaluate_parameters()
+
+    def _evaluate_parameters(self) -> None:
         self.model.eval()
         totals: dict[str, float] = {}
         for batch in self.heldout_batches:
@@ -350,6 +378,7 @@ class Trainer:
             "best_loss": self.best_loss,
             "history": self.history,
             "unreported": self._unreported,
+            "skipped_steps": self.skipped_steps,
             "identity": self._identity(),
         }
         path = self.folder / f"{CHECKPOINT_PREFIX}{self.step}"
@@ -361,6 +390,7 @@ class Trainer:
                 OPTIMIZER_FILE: named_arrays(self.optimizer.state),
                 RANDOM_FILE: {"state": random_state[0]},
                 BEST_FILE: self.best_parameters,
+                **({EMA_FILE: self.ema.shadow} if self.ema else {}),
             },
             documents={STATE_FILE: state},
         )
@@ -398,6 +428,9 @@ class Trainer:
             self.step, self.best_step = step, state["best_step"]
             self.best_loss, self.history = state["best_loss"], state["history"]
             self._unreported = state["unreported"]
+            self.skipped_steps = state["skipped_steps"]
+            if self.ema:
+                self.ema.load(arrays[EMA_FILE], step - self.skipped_steps)
             self.report("resumed", {"step": step, "path": str(path)})
             return True
         return False
