@@ -26,6 +26,8 @@ FLOORS = {
     "training.distillation": 0,
     "checkpoints": 1,
     "generations.blending": 1,
+    "generations.replay": 2,
+    "generations.taboo": 2,
     "language_model": 1,
     "training.batches": 1,
     "training.settings": 1,

@@ -153,6 +153,11 @@ class ExampleBatches:
         return bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)
 
     @property
+    def batches_per_epoch(self) -> int:
+        """How many whole batches an epoch has."""
+        return len(self.examples) // self.batch_size
+
+    @property
     def digest(self) -> str:
         """Content address of the stream: the examples, the batch size and the seed."""
         parts = [example.digest for example in self.examples]
@@ -160,8 +165,8 @@ class ExampleBatches:
 
     def indices(self, index: int) -> np.ndarray:
         """Which examples batch `index` holds."""
-        per_epoch = len(self.examples) // self.batch_size
-        return self._epoch(index // per_epoch)[index % per_epoch]
+        epoch, within = divmod(index, self.batches_per_epoch)
+        return self._epoch(epoch)[within]
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, counted over all epochs."""
