@@ -1,0 +1,80 @@
+"""Laws as users write them, what breaks them, and what is no law."""
+
+from pathlib import Path
+
+import pytest
+
+from conch_dna.errors import ConchError
+from conch_dna.generations.laws import KINDS, Law, read_laws, violations
+
+FILE = """
+- {name: no sorry, forbid: "(?i)\\\\bsorry\\\\b"}
+- {name: ends, require: "[.!?0-9]$"}
+- {name: short, max_words: 5}
+- {name: shorter, max_characters: 20}
+- {name: parses, valid_json: true}
+"""
+KEEPS = {
+    "forbid": (r"\bcat", "concatenate", "a cat"),
+    "require": ("[.]$", "Done.", "Done"),
+    "max_words": (2, "two words", "two words more"),
+    "max_characters": (4, "four", "fours"),
+    "valid_json": (True, '{"a": [1]}', "{'a': 1}"),
+}
+
+
+def written(folder: Path, content: str) -> Path:
+    path = folder / "laws.yaml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_tells_what_keeps_it_from_what_breaks_it(kind: str) -> None:
+    value, good, bad = KEEPS[kind]
+    law = Law(name="law", kind=kind, value=value)
+    assert law.keeps(good) and not law.keeps(bad)
+
+
+def test_laws_are_read_and_every_broken_one_is_found(tmp_path: Path) -> None:
+    laws = read_laws(written(tmp_path, FILE))
+    assert [law.name for law in laws] == ["no sorry", "ends", "short", "shorter", "parses"]
+    found = violations(laws, ["12", "I am Sorry, I cannot help you"])
+    assert [(v.law, v.answer) for v in found] == [
+        ("no sorry", 1),
+        ("ends", 1),
+        ("short", 1),
+        ("shorter", 1),
+        ("parses", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "hold no list"),
+        ("name: x", "hold no list"),
+        ("- [", "are not YAML"),
+        ("- {forbid: x}", "law 1 has no name"),
+        ("- {name: a}", "has nothing beside its name; it needs one of forbid"),
+        ("- {name: a, forbids: x}", "has forbids beside its name"),
+        ("- {name: a, forbid: x, require: y}", "has forbid, require beside"),
+        ("- {name: a, forbid: '('}", "is no regular expression"),
+        ("- {name: a, max_words: many}", "max_words is 'many', not a whole number"),
+        ("- {name: a, max_words: -1}", "max_words is -1, not a whole number"),
+        ("- {name: a, max_words: true}", "max_words is True, not a whole number"),
+        ("- {name: a, valid_json: false}", "valid_json is False, not true"),
+        ("- {name: a, max_words: 1}\n- {name: a, max_words: 2}", "'a' is used twice"),
+        ("- {name: a}\n- 7", "law 1 .*; law 2 has no name"),
+    ],
+)
+def test_what_is_no_law_is_named_with_all_that_is_wrong(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConchError, match=message):
+        read_laws(written(tmp_path, content))
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConchError, match="cannot be read: No such file"):
+        read_laws(tmp_path / "none.yaml")
