@@ -28,6 +28,7 @@ FLOORS = {
     "generations.blending": 1,
     "generations.laws": 1,
     "generations.promotion": 1,
+    "generations.line": 2,
     "generations.replay": 2,
     "generations.taboo": 2,
     "language_model": 1,

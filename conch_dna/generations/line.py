@@ -1,0 +1,365 @@
+"""A model line on disk: its generations, which one is current, and what happened in what order.
+
+Knows folders and JSON; nothing of models, training or gates. A generation's folder is whole or
+absent; HEAD names one that is there. `log.jsonl` is a chain: each entry holds the digest of the
+one before it and of the folder it speaks of, so an altered ancestor is found.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from conch_dna.checkpoints import (
+    DIGESTS,
+    FolderLock,
+    remove_unfinished,
+    verify_folder,
+    write_atomically,
+)
+from conch_dna.digests import content_digest, file_digest
+from conch_dna.errors import ConchError, NotWholeError
+
+HEAD_FILE = "HEAD"
+LOG_FILE = "log.jsonl"
+MANIFEST_FILE = "manifest.json"
+CANDIDATE = "CANDIDATE-"
+GENERATION = re.compile(r"G(\d{3,})")
+FAILED = re.compile(r"FAILED-(G\d{3,})-\S+")
+EVENTS = ("init", "promoted", "failed", "rollback")
+
+
+def generation_name(number: int) -> str:
+    """`G007` for 7."""
+    return f"G{number:03d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the log.
+
+    Attributes:
+        event: One of EVENTS.
+        folder: The generation's folder that it speaks of.
+        head: What HEAD names from then on.
+        folder_digest: Content address of that folder.
+        time: UTC, ISO 8601.
+        previous: Digest of the entry before, empty for the first.
+    """
+
+    event: str
+    folder: str
+    head: str
+    folder_digest: str
+    time: str
+    previous: str
+
+    @property
+    def text(self) -> str:
+        """As it stands in the log."""
+        return json.dumps(vars(self), ensure_ascii=False, sort_keys=True)
+
+    @property
+    def digest(self) -> str:
+        """Content address of the entry and, through it, of all before it."""
+        return content_digest(self.text)
+
+
+class Line:
+    """A line of generations in a folder.
+
+    Args:
+        root: The folder of all lines.
+        name: The line's, which becomes a folder's name.
+
+    Raises:
+        ConchError: The name is not a plain one.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        plain = name.replace("_", "").replace("-", "")
+        if not (plain.isascii() and plain.isalnum() and len(name) <= 64):
+            raise ConchError(
+                f"line {name!r} becomes a folder's name: use up to 64 letters, digits, - and _"
+            )
+        self.name = name
+        self.folder = root / name
+
+    def lock(self) -> FolderLock:
+        """Held while the line is changed; see `FolderLock`."""
+        return FolderLock(self.folder)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a line, with a first generation."""
+        return (self.folder / HEAD_FILE).is_file()
+
+    @property
+    def head(self) -> str:
+        """The current generation.
+
+        Raises:
+            ConchError: There is no line, or HEAD names what is not there.
+        """
+        try:
+            name = (self.folder / HEAD_FILE).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConchError(
+                f"there is no line {self.name!r} in {self.folder.parent}: make one with "
+                "'conch-dna generations init'"
+            ) from error
+        if not GENERATION.fullmatch(name) or not (self.folder / name).is_dir():
+            raise ConchError(
+                f"{self.folder / HEAD_FILE} names {name!r}, which is no generation here: write "
+                f"one of {', '.join(self.generations()) or 'none'} into it"
+            )
+        return name
+
+    def generations(self) -> list[str]:
+        """The generations that were current once, lowest number first."""
+        return self._folders(GENERATION)
+
+    def failed(self) -> list[str]:
+        """Children that were refused, in the order of their names."""
+        return self._folders(FAILED)
+
+    def _folders(self, pattern: re.Pattern[str]) -> list[str]:
+        if not self.folder.is_dir():
+            return []
+        found = [p.name for p in self.folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)]
+        return sorted(found, key=lambda name: (len(name.split("-")[0]), name))
+
+    def path(self, name: str) -> Path:
+        """The folder of a generation or of a refused child.
+
+        Raises:
+            ConchError: There is none of that name.
+        """
+        if name not in (*self.generations(), *self.failed()):
+            raise ConchError(
+                f"{self.folder} has no generation {name!r}; it has "
+                f"{', '.join([*self.generations(), *self.failed()]) or 'none'}"
+            )
+        return self.folder / name
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What was written down of a generation; its folder is verified first.
+
+        Raises:
+            NotWholeError: The folder was altered.
+        """
+        path = self.path(name)
+        verify_folder(path)
+        document: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return document
+
+    def parent(self, name: str) -> str | None:
+        """Which generation a generation grew from; None for the first."""
+        found: str | None = self.manifest(name).get("parent")
+        return found
+
+    def ancestors(self, name: str) -> list[str]:
+        """Parent, grandparent and so on, up to the first generation."""
+        found: list[str] = []
+        parent = self.parent(name)
+        while parent is not None:
+            if parent in found:
+                raise NotWholeError(f"{self.folder}: {parent} is its own ancestor")
+            found.append(parent)
+            parent = self.parent(parent)
+        return found
+
+    @property
+    def next_name(self) -> str:
+        """Of the next child; a number that was current once is never used again."""
+        numbers = [int(name[1:]) for name in self.generations()]
+        return generation_name(max(numbers, default=-1) + 1)
+
+    @property
+    def candidate(self) -> Path:
+        """Where the next child is written, whole or not at all, before it is judged."""
+        return self.folder / f"{CANDIDATE}{self.next_name}"
+
+    # What changes the line; the caller holds the lock.
+
+    def promote(self, candidate: Path, *, event: str = "promoted") -> str:
+        """Make a candidate the current generation: its folder, then HEAD, then the log.
+
+        Killed in between, the line is whole; `recover` does what was left.
+
+        Raises:
+            ConchError: The candidate is not whole, or the line has changed since it was made.
+        """
+        verify_folder(candidate)
+        name = candidate.name.removeprefix(CANDIDATE)
+        if name != self.next_name or not candidate.name.startswith(CANDIDATE):
+            raise ConchError(f"{candidate} is not the next generation {self.next_name} of the line")
+        self._rename(candidate, self.folder / name)
+        self._set_head(name)
+        self._append(event, name)
+        return name
+
+    def archive(self, candidate: Path) -> str:
+        """Keep a refused candidate as `FAILED-<name>-<time>`; HEAD stays.
+
+        Raises:
+            ConchError: The candidate is not whole.
+        """
+        verify_folder(candidate)
+        name = (
+            f"FAILED-{candidate.name.removeprefix(CANDIDATE)}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+        )
+        self._rename(candidate, self.folder / name)
+        self._append("failed", name)
+        return name
+
+    def rollback(self, to: str | None = None) -> str:
+        """Let HEAD name an ancestor again, by default the parent; nothing is deleted.
+
+        Raises:
+            ConchError: The generation is no ancestor of the current one.
+        """
+        head = self.head
+        ancestors = self.ancestors(head)
+        target = to or (ancestors[0] if ancestors else None)
+        if target is None:
+            raise ConchError(
+                f"{head} is the first generation of {self.name!r}: nothing is before it"
+            )
+        if target not in ancestors:
+            raise ConchError(
+                f"{target} is no ancestor of {head}; its ancestors are "
+                f"{', '.join(ancestors) or 'none'}"
+            )
+        verify_folder(self.folder / target)
+        self._set_head(target)
+        self._append("rollback", target)
+        return target
+
+    def recover(self) -> list[str]:
+        """Finish what a killed process left undone, and say what that was.
+
+        Returns:
+            A line for each thing that was done; none where nothing was left.
+        """
+        done = []
+        remove_unfinished(self.folder)
+        logged = {entry.folder for entry in self.log()}
+        for name in self.generations():
+            if name not in logged:
+                parent = self.parent(name)
+                if parent is None or (self.exists and self.head == parent):
+                    self._set_head(name)
+                self._append("init" if parent is None else "promoted", name)
+                done.append(f"finished the promotion of {name}")
+        for name in self.failed():
+            if name not in logged:
+                self._append("failed", name)
+                done.append(f"finished the archive of {name}")
+        entries = self.log()
+        if entries and self.exists and entries[-1].head != self.head:
+            # HEAD is written before the log, so it is what was wanted.
+            self._append("rollback", self.head)
+            done.append(f"finished the return to {self.head}")
+        return done
+
+    def _rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _set_head(self, name: str) -> None:
+        write_atomically(self.folder / HEAD_FILE, name + "\n")
+
+    def _append(self, event: str, name: str) -> None:
+        entries = self.log()
+        entry = Entry(
+            event=event,
+            folder=name,
+            head=self.head,
+            folder_digest=folder_digest(self.folder / name),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            previous=entries[-1].digest if entries else "",
+        )
+        text = "".join(f"{each.text}\n" for each in [*entries, entry])
+        write_atomically(self.folder / LOG_FILE, text)
+
+    def log(self) -> list[Entry]:
+        """What happened, oldest first.
+
+        Raises:
+            NotWholeError: A line of the log is none.
+        """
+        path = self.folder / LOG_FILE
+        if not path.is_file():
+            return []
+        found = []
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found.append(Entry(**json.loads(text)))
+            except (ValueError, TypeError) as error:
+                raise NotWholeError(f"{path} is not whole: line {number} is no entry") from error
+        return found
+
+    def problems(self) -> list[str]:
+        """Everything about the line that is not as it was written; none for a whole line."""
+        found: list[str] = []
+        try:
+            entries = self.log()
+        except NotWholeError as error:
+            return [str(error)]
+        previous = ""
+        for number, entry in enumerate(entries, 1):
+            if entry.previous != previous:
+                found.append(f"{LOG_FILE} line {number} does not follow the one before it")
+            previous = entry.digest
+        recorded = {entry.folder: entry.folder_digest for entry in entries}
+        present = [*self.generations(), *self.failed()]
+        found += [f"{name} is in the log and gone" for name in recorded if name not in present]
+        for name in present:
+            found += self._folder_problems(name, recorded)
+        try:
+            head = self.head
+            if entries and entries[-1].head != head:
+                found.append(f"{HEAD_FILE} names {head}, the log's last entry {entries[-1].head}")
+        except ConchError as error:
+            found.append(str(error))
+        return found
+
+    def _folder_problems(self, name: str, recorded: Mapping[str, str]) -> Sequence[str]:
+        path = self.folder / name
+        try:
+            verify_folder(path)
+            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        except (NotWholeError, OSError, ValueError) as error:
+            return [str(error)]
+        found = []
+        if name not in recorded:
+            found.append(f"{name} is not in the log")
+        elif folder_digest(path) != recorded[name]:
+            found.append(f"{name} is another than when it entered the log")
+        for ancestor, digest in manifest.get("digests", {}).get("parents", {}).items():
+            if ancestor not in self.generations():
+                found.append(f"{name} grew from {ancestor}, which is gone")
+            elif folder_digest(self.folder / ancestor) != digest:
+                found.append(f"{name} grew from another {ancestor} than the one that is there")
+        return found
+
+
+def folder_digest(path: Path) -> str:
+    """Content address of a folder that `checkpoints.write_folder` made: of all its files.
+
+    Raises:
+        NotWholeError: It has no list of digests.
+    """
+    try:
+        return file_digest(path / DIGESTS)
+    except OSError as error:
+        raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole") from error
