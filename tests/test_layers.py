@@ -31,6 +31,7 @@ FLOORS = {
     "generations.line": 2,
     "generations.replay": 2,
     "generations.taboo": 2,
+    "generations.two_teachers": 4,
     "language_model": 1,
     "training.batches": 1,
     "training.settings": 1,

@@ -4,7 +4,7 @@ Knows a model's body and head and the kept targets of a batch; nothing of files 
 A divergence added to `losses.LOSSES` works here at once; only forward KL has a closed form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,30 +44,54 @@ def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
 
 
 def distillation_sums(
-    logits: mx.array, targets: Sums, *, temperature: float, alpha: float, divergence: str
+    logits: mx.array,
+    targets: Sums,
+    *,
+    temperature: float,
+    alpha: float,
+    divergence: str,
+    hard: float | None = None,
 ) -> Sums:
     """`alpha t² D + (1 - alpha) CE`, summed over tokens, from logits; differentiable.
 
     Args:
         logits: Student's `[N, V]` over the real tokens.
         targets: `kept_ids` `[N, K]`, `teacher_log_probs` `[N, K + 1]` at the temperature,
-            `labels` `[N]` and `weights` `[N]`.
+            `labels` `[N]` and `weights` `[N]`; where tokens are not taught alike, `kd_weights`
+            and `ce_weights` `[N]` instead of the weights.
         temperature: t.
         alpha: Share of the divergence.
         divergence: A key of LOSSES.
+        hard: Share of the cross-entropy where it is not `1 - alpha`.
 
     Returns:
         `loss`, `kd` (with its t²) and `ce`: sums in nats, scalars.
     """
     student = kept_and_rest(logits, targets["kept_ids"], temperature)
     divergences = LOSSES[divergence](targets["teacher_log_probs"], student)
-    kd = temperature**2 * (divergences * targets["weights"]).sum()
-    ce = (token_cross_entropy(logits, targets["labels"]) * targets["weights"]).sum()
-    return {"loss": alpha * kd + (1 - alpha) * ce, "kd": kd, "ce": ce}
+    kd_weights, ce_weights = row_weights(targets)
+    kd = temperature**2 * (divergences * kd_weights).sum()
+    ce = (token_cross_entropy(logits, targets["labels"]) * ce_weights).sum()
+    return {"loss": alpha * kd + _hard(alpha, hard) * ce, "kd": kd, "ce": ce}
+
+
+def row_weights(targets: Sums) -> tuple[mx.array, mx.array]:
+    """Weights `[N]` of each token's divergence and of its cross-entropy."""
+    weights = targets["weights"]
+    return targets.get("kd_weights", weights), targets.get("ce_weights", weights)
+
+
+def _hard(alpha: float, hard: float | None) -> float:
+    return 1 - alpha if hard is None else hard
 
 
 def forward_kl_and_gradient(
-    logits: mx.array, targets: Sums, *, temperature: float, alpha: float
+    logits: mx.array,
+    targets: Sums,
+    *,
+    temperature: float,
+    alpha: float,
+    hard: float | None = None,
 ) -> tuple[Sums, mx.array]:
     """`distillation_sums` for forward KL with the gradient by logits in closed form.
 
@@ -79,7 +103,9 @@ def forward_kl_and_gradient(
         The sums, and the gradient of `loss` by the logits `[N, V]`, float32.
     """
     logits = logits.astype(mx.float32)
-    kept_ids, labels, weights = targets["kept_ids"], targets["labels"][:, None], targets["weights"]
+    kept_ids, labels = targets["kept_ids"], targets["labels"][:, None]
+    kd_weights, ce_weights = row_weights(targets)
+    hard_share = _hard(alpha, hard)
     scaled = logits / temperature
     kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
     others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
@@ -91,34 +117,38 @@ def forward_kl_and_gradient(
     outcomes = mx.concatenate([kept, rest_max + mx.log(rest_sum)], axis=-1)
     student = outcomes - log_sum_exp(outcomes)
     teacher = targets["teacher_log_probs"]
-    kd = temperature**2 * (forward_kl(teacher, student) * weights).sum()
+    kd = temperature**2 * (forward_kl(teacher, student) * kd_weights).sum()
 
     full_max = temperature * mx.maximum(others_max, kept.max(axis=-1, keepdims=True))
     full_exp = mx.exp(logits - full_max)
     full_sum = sum_last(full_exp)
     gold = mx.take_along_axis(logits, labels, axis=-1)
-    ce = ((full_max + mx.log(full_sum) - gold).squeeze(-1) * weights).sum()
+    ce = ((full_max + mx.log(full_sum) - gold).squeeze(-1) * ce_weights).sum()
 
-    soft = weights[:, None] * (alpha * temperature)
-    hard = weights[:, None] * (1 - alpha)
+    soft = kd_weights[:, None] * (alpha * temperature)
+    gold_scale = ce_weights[:, None] * hard_share
     excess = soft * (mx.exp(student) - mx.exp(teacher))
     rest_scale = excess[:, -1:] / mx.where(rest_sum == 0, 1.0, rest_sum)
-    hard_scale = hard / full_sum
+    hard_scale = gold_scale / full_sum
     gradient = rest_exp * rest_scale + full_exp * hard_scale
     # exp(-inf) made the rest's part 0 at the kept tokens, so theirs is added to what is there.
     kept_gradient = mx.take_along_axis(gradient, kept_ids, axis=-1) + excess[:, :-1]
     gradient = mx.put_along_axis(gradient, kept_ids, kept_gradient, axis=-1)
-    gold_gradient = mx.take_along_axis(gradient, labels, axis=-1) - hard
+    gold_gradient = mx.take_along_axis(gradient, labels, axis=-1) - gold_scale
     gradient = mx.put_along_axis(gradient, labels, gold_gradient, axis=-1)
-    return {"loss": alpha * kd + (1 - alpha) * ce, "kd": kd, "ce": ce}, gradient
+    return {"loss": alpha * kd + hard_share * ce, "kd": kd, "ce": ce}, gradient
 
 
-def _autodiff(*, temperature: float, alpha: float, divergence: str) -> LogitLoss:
+def autodiff(sums_of: Callable[[mx.array, Sums], Sums]) -> LogitLoss:
+    """A loss that is differentiated by MLX, as `chunked_loss` wants it.
+
+    Args:
+        sums_of: Logits and targets to sums, of which `loss` is differentiated.
+    """
+
     def loss_and_gradient(logits: mx.array, targets: Sums) -> tuple[Sums, mx.array]:
         def total(x: mx.array) -> tuple[mx.array, Sums]:
-            sums = distillation_sums(
-                x, targets, temperature=temperature, alpha=alpha, divergence=divergence
-            )
+            sums = sums_of(x, targets)
             return sums["loss"], sums
 
         (_, sums), gradient = mx.value_and_grad(total)(logits.astype(mx.float32))
@@ -265,28 +295,42 @@ def make_distillation_loss(
         `loss(model, arrays)` as `trainer.Loss` wants it, with sums `loss`, `kd` and `ce`.
     """
     names = ("kept_ids", "teacher_log_probs", "labels", "weights")
-    loss_and_gradient: LogitLoss
-    if divergence == "forward_kl":
-        loss_and_gradient = partial(forward_kl_and_gradient, temperature=temperature, alpha=alpha)
-    else:
-        loss_and_gradient = _autodiff(temperature=temperature, alpha=alpha, divergence=divergence)
+    sums_of = partial(
+        distillation_sums, temperature=temperature, alpha=alpha, divergence=divergence
+    )
+    closed = partial(forward_kl_and_gradient, temperature=temperature, alpha=alpha)
+    rule: LogitLoss = closed if divergence == "forward_kl" else autodiff(sums_of)
+    return make_logit_loss(student, names, sums_of, rule, chunk=chunk)
+
+
+def make_logit_loss(
+    student: LanguageModel,
+    names: Sequence[str],
+    sums_of: Callable[[mx.array, Sums], Sums],
+    rule: LogitLoss,
+    *,
+    chunk: int,
+) -> Callable[[nn.Module, Sums], Sums]:
+    """A loss of logits as the trainer wants it, in chunks where the student's head allows it.
+
+    Args:
+        student: Loaded model, adapter attached.
+        names: The arrays of a batch with a row for each counted token that the loss needs.
+        sums_of: Logits `[N, V]` and these arrays to sums.
+        rule: The same with the gradient of `loss` by the logits.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+    """
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
         hidden = student.body(arrays["inputs"])
         hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
         targets = {name: arrays[name] for name in names}
-        return chunked_loss(student.head, hidden, targets, loss_and_gradient, chunk)
+        return chunked_loss(student.head, hidden, targets, rule, chunk)
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
         logits = student.logits(arrays["inputs"])
         logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
-        return distillation_sums(
-            logits,
-            {name: arrays[name] for name in names},
-            temperature=temperature,
-            alpha=alpha,
-            divergence=divergence,
-        )
+        return sums_of(logits, {name: arrays[name] for name in names})
 
     return chunked if takes_chunks(student) else dense
 
