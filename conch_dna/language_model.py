@@ -20,6 +20,7 @@ from conch_dna.errors import ConchError
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
 EMBEDDED_HINT = "embedded:teacher and embedded:student run without a network"
+ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -158,6 +159,7 @@ class ModelSource:
         model_id: See `resolve_model`.
         trust_remote_code: Let Python code that comes with the model run.
         weights: Download the weights too, where the model comes from the hub.
+        adapter: Folder of an adapter that belongs to it and is applied whenever it is loaded.
 
     Attributes:
         model_id: What the user called it.
@@ -168,9 +170,15 @@ class ModelSource:
     """
 
     def __init__(
-        self, model_id: str, *, trust_remote_code: bool = False, weights: bool = True
+        self,
+        model_id: str,
+        *,
+        trust_remote_code: bool = False,
+        weights: bool = True,
+        adapter: Path | None = None,
     ) -> None:
         self.model_id = model_id
+        self.adapter = adapter
         self.trust_remote_code = trust_remote_code
         self.folder = resolve_model(model_id, weights=weights)
         self._resident: LanguageModel | None = None
@@ -198,8 +206,10 @@ class ModelSource:
 
     @cached_property
     def weights_digest(self) -> str:
-        """Content address of configuration and weights."""
+        """Content address of configuration and weights, its adapter's among them."""
         files = [self.folder / "config.json", *weight_files(self.folder)]
+        if self.adapter:
+            files += [self.adapter / name for name in ADAPTER_FILES]
         return content_digest(*(file_digest(file) for file in files))
 
     @cached_property
@@ -220,7 +230,7 @@ class ModelSource:
         """Load the weights anew, through mlx_lm.
 
         Args:
-            adapter_path: Folder of an adapter to apply.
+            adapter_path: Folder of an adapter to apply, instead of its own.
 
         Raises:
             ConchError: The model is not complete, broken, or of a kind mlx_lm does not know.
@@ -239,8 +249,8 @@ class ModelSource:
         read_config(self.folder)
         try:
             model, _ = load_model(self.folder, trust_remote_code=self.trust_remote_code)
-            if adapter_path is not None:
-                model = load_adapters(model, str(adapter_path))
+            if adapter := adapter_path or self.adapter:
+                model = load_adapters(model, str(adapter))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ConchError(f"cannot load {self.model_id}: {_one_line(error)}") from error
         model.eval()

@@ -9,14 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
-from conch_dna.checkpoints import write_folder
+from conch_dna.checkpoints import differences, write_folder
 from conch_dna.errors import ConchError
-from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
 from conch_dna.training.settings import KDConfig
 
-ADAPTER_FILE = "adapters.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_FILE = ADAPTER_FILES
 _ADAPTER_LEAVES = {"lora_a", "lora_b", "m"}
 
 
@@ -56,18 +56,22 @@ def _chosen_keys(choice: str, available: list[str]) -> list[str]:
     return list(keys)
 
 
-def attach_lora(student: LanguageModel, config: KDConfig) -> dict[str, Any]:
+def attach_lora(
+    student: LanguageModel, config: KDConfig, *, start: dict[str, mx.array] | None = None
+) -> dict[str, Any]:
     """Freeze a pristine student and put fresh LoRA (or DoRA) layers on it.
 
     Args:
         student: Loaded from its folder, never trained.
         config: Rank, scale, dropout, keys, layers, DoRA and seed.
+        start: Tensors of an adapter to go on from, instead of one that changes nothing.
 
     Returns:
         What `adapter_config.json` must hold for mlx_lm.
 
     Raises:
-        ConchError: The student already carries an adapter, or has no layer of such a name.
+        ConchError: The student already carries an adapter, has no layer of such a name, or the
+            adapter to go on from is of another shape.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -102,12 +106,28 @@ def attach_lora(student: LanguageModel, config: KDConfig) -> dict[str, Any]:
     model.freeze()
     mx.random.seed(config.seed)
     linear_to_lora_layers(model, layers, parameters, use_dora=config.dora)
+    if start is not None:
+        _go_on_from(model, start)
     mx.eval(model.parameters())
     return {
         "fine_tune_type": "dora" if config.dora else "lora",
         "num_layers": layers,
         "lora_parameters": parameters,
     }
+
+
+def _go_on_from(model: nn.Module, start: dict[str, mx.array]) -> None:
+    changed = differences(
+        {name: list(value.shape) for name, value in start.items()},
+        {name: list(value.shape) for name, value in adapter_tensors(model).items()},
+    )
+    if changed:
+        raise ConchError(
+            f"the adapter to go on from has other tensors than these settings make, "
+            f"{len(changed)} in all: {changed[0]}. Give the rank, keys, layers and DoRA of the "
+            "generation before"
+        )
+    model.update(tree_unflatten(list(start.items())))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:

@@ -225,8 +225,8 @@ def sample_prompts(examples: Sequence[Example]) -> list[list[int]]:
     return [example.ids[:length].tolist() for example, length in openings(examples)]
 
 
-def openings(examples: Sequence[Example]) -> list[tuple[Example, int]]:
-    """Up to three examples, and how many tokens of each make its beginning; no two the same.
+def openings(examples: Sequence[Example], most: int = SAMPLES) -> list[tuple[Example, int]]:
+    """A few examples, and how many tokens of each make its beginning; no two the same.
 
     They are the examples' prompts, or their first tokens where there is no prompt to speak of.
     """
@@ -236,7 +236,7 @@ def openings(examples: Sequence[Example]) -> list[tuple[Example, int]]:
         length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
         length = max(1, length)
         found[tuple(example.ids[:length].tolist())] = (example, length)
-    return list(found.values())[:SAMPLES]
+    return list(found.values())[:most]
 
 
 def sample_draw(config: KDConfig) -> dict[str, Any]:

@@ -4,9 +4,7 @@ Ties the floors below together for one domain; knows what is in memory when, and
 domains. Each stage leaves on disk what the next one needs, so any of them can be interrupted.
 """
 
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from conch_dna import __version__
 from conch_dna.checkpoints import (
     FolderLock,
     differences,
@@ -30,6 +27,7 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import closed_gap
+from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
     adapter_tensors,
     attach_lora,
@@ -450,10 +448,5 @@ class DomainRun:
             "teacher_digest": self.teacher.weights_digest,
             "student_digest": self.student.weights_digest,
             "config": self.config.to_json(),
-            "versions": {
-                "conch_dna": __version__,
-                "mlx": mx.__version__,  # type: ignore[attr-defined]
-                "mlx-lm": importlib.metadata.version("mlx-lm"),
-            },
-            "platform": platform.platform(),
+            **provenance(),
         }

@@ -1,0 +1,653 @@
+"""One generation: learn from two frozen teachers, be measured, and be promoted or archived.
+
+Ties the floors below together for a line; knows what is in memory when. Three models are never
+resident together: each teacher answers and leaves before the next one comes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from conch_dna.checkpoints import (
+    differences,
+    numbered_folders,
+    remove_unfinished,
+    write_folder,
+    write_json,
+)
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.generations.laws import violations
+from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest, generation_name
+from conch_dna.generations.measures import Scores, text_scores
+from conch_dna.generations.promotion import Verdict, judge, tone_drift
+from conch_dna.generations.replay import ReplayBatches, create_replay_buffer
+from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.taboo import TabooTokens
+from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.provenance import provenance
+from conch_dna.training.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapter_tensors,
+    attach_lora,
+    checkpoint_layers,
+    load_verified,
+    save_adapter,
+)
+from conch_dna.training.answers import answer_batch, openings, sample_draw, texts_of
+from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.examples import Examples
+from conch_dna.training.records import Record, read_records, split_heldout
+from conch_dna.training.trainer import (
+    CHECKPOINT_PREFIX,
+    Report,
+    Trainer,
+    TrainerSettings,
+    TrainingResult,
+)
+
+FORMAT = "generation 1"
+DATA_FILE = "data.jsonl"
+HELDOUT_FILE = "heldout.jsonl"
+METRICS_FILE = "metrics.json"
+SAMPLES_FILE = "samples.json"
+LOG_FILE = "training_log.json"
+RUN_FILE = "run.json"
+WORK = "work-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a generation came to.
+
+    Attributes:
+        name: Its folder, `G011` or `FAILED-G011-<time>`.
+        promoted: Whether HEAD names it now.
+        verdicts: What every gate said.
+        metrics: Figures of child and parent.
+    """
+
+    name: str
+    promoted: bool
+    verdicts: list[Verdict]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The tokenized data of a generation.
+
+    Attributes:
+        train: New examples to learn from.
+        heldout: New ones to be judged by.
+        replay: Earlier ones to learn from again.
+        recall: Earlier ones to be judged by.
+        records: The new records of `train` and of `heldout`.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    replay: list[Example]
+    recall: list[Example]
+    records: tuple[list[Record], list[Record]]
+
+    @property
+    def taught(self) -> list[Example]:
+        """All that needs the teachers' targets."""
+        return [*self.train, *self.heldout, *self.replay]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One model's measures.
+
+    Attributes:
+        recall: On earlier held-out data.
+        generalize: On the new held-out data.
+        answers: To the same prompts as the other's.
+    """
+
+    recall: Scores
+    generalize: Scores
+    answers: list[str]
+
+
+class TwoTeacherBatches(ReplayBatches):
+    """A seeded stream of new and replayed examples that carry the target of two teachers."""
+
+    def __init__(
+        self,
+        material: Material,
+        targets: TwoTeacherTargets,
+        config: EvolveConfig,
+    ) -> None:
+        super().__init__(
+            material.train,
+            material.replay,
+            config.training.batch_size,
+            share=config.replay_share if material.replay else 0.0,
+            seed=config.training.seed,
+        )
+        self.targets = targets
+        self.temperature = config.training.temperature
+
+    @property
+    def digest(self) -> str:
+        """Content address of the stream and of the targets in it."""
+        return content_digest(super().digest, self.targets.digest, str(self.temperature))
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` of the stream with its targets."""
+        examples = [self.examples[i] for i in self.indices(index)]
+        return self.targets.collate(examples, self.temperature)
+
+
+def init_line(
+    line: Line,
+    model_id: str,
+    records: Sequence[Record],
+    *,
+    config: EvolveConfig | None = None,
+    adapter: Path | None = None,
+) -> str:
+    """Begin a line with a model as generation 0.
+
+    Args:
+        line: It must not exist yet.
+        model_id: The base of all generations; see `resolve_model`.
+        records: What it was trained on, or should not forget: later generations replay these and
+            are measured on a part of them.
+        config: For the split.
+        adapter: An adapter that belongs to the model.
+
+    Returns:
+        The generation's name.
+
+    Raises:
+        ConchError: The line exists, or the records cannot be split.
+    """
+    config = config or EvolveConfig()
+    folder = Path(model_id).expanduser()
+    model_id = str(folder.resolve()) if folder.is_dir() else model_id
+    base = ModelSource(model_id)
+    train, heldout = split_heldout(records, config.training.val_fraction, seed=config.training.seed)
+    with line.lock():
+        remove_unfinished(line.folder)
+        if line.generations():
+            raise ConchError(
+                f"line {line.name!r} has generations already: evolve it, or choose another name"
+            )
+        documents: dict[str, Any] = {
+            MANIFEST_FILE: {
+                "format": FORMAT,
+                "line": line.name,
+                "generation": generation_name(0),
+                "parent": None,
+                "grandparent": None,
+                "base": {"model": model_id, **_base_digests(base)},
+                "digests": {"parents": {}, "data": _data_digest(records)},
+                **provenance(),
+                "seed": config.training.seed,
+                "created": _now(),
+            },
+            DATA_FILE: _lines([records[index] for index in train]),
+            HELDOUT_FILE: _lines([records[index] for index in heldout]),
+        }
+        writers = {}
+        if adapter is not None:
+            writers = {
+                name: lambda path, name=name: shutil.copyfile(adapter / name, path)
+                for name in (ADAPTER_CONFIG, ADAPTER_FILE)
+            }
+        write_folder(line.candidate, documents=documents, writers=writers)
+        return line.promote(line.candidate, event="init")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _lines(records: Sequence[Record]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _data_digest(records: Sequence[Record]) -> str:
+    return content_digest(json.dumps(list(records), sort_keys=True))
+
+
+def _base_digests(base: ModelSource) -> dict[str, str]:
+    return {"weights": base.weights_digest, "tokenizer": base.tokenizer_digest}
+
+
+class Evolution:
+    """The stages of one generation; `run` calls them, holding the line's lock.
+
+    Args:
+        line: An existing one.
+        records: New data.
+        config: See `EvolveConfig`.
+        report: See `trainer.Report`.
+    """
+
+    def __init__(
+        self, line: Line, records: Sequence[Record], config: EvolveConfig, report: Report
+    ) -> None:
+        self.line = line
+        self.records = list(records)
+        self.config = config
+        self.report = report
+
+    def run(self, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+        """The whole step, from data to HEAD.
+
+        Args:
+            resume: Go on with an unfinished run of the same data and settings.
+            overwrite: Start again over an unfinished one.
+
+        Raises:
+            ConchError: The line was altered, the data are of no use, or an unfinished run lies
+                there that is neither to be resumed nor overwritten.
+            Interrupted: Ctrl-C in training; its state was saved.
+        """
+        line = self.line
+        with line.lock():
+            for text in line.recover():
+                self._message(text)
+            self.parent = line.head
+            self._require_whole()
+            ancestors = line.ancestors(self.parent)
+            self.grandparent = ancestors[0] if ancestors and self.config.critic else None
+            self.chain = [self.parent, *ancestors]
+            self._read_base()
+            if (judged := self._judged()) is not None:
+                return judged
+            self.work = line.folder / f"{WORK}{line.next_name}"
+            self._begin(resume=resume, overwrite=overwrite)
+            if self.grandparent is None:
+                why = "is the first generation" if not ancestors else "teaches alone, as was asked"
+                self._message(f"{self.parent} {why}: there is one teacher")
+            return self._finish(*self._train())
+
+    def _message(self, text: str) -> None:
+        self.report("message", {"message": text})
+
+    def _phase(self, name: str, total: int = 0, unit: str = "") -> None:
+        self.report("phase", {"name": name, "total": total, "unit": unit})
+
+    def _require_whole(self) -> None:
+        problems = self.line.problems()
+        if problems:
+            raise NotWholeError(
+                f"line {self.line.name!r} is not as it was written: {'; '.join(problems)}. "
+                "Nothing grows from it until that is mended"
+            )
+
+    def _read_base(self) -> None:
+        first = self.line.manifest(self.chain[-1])
+        self.base = ModelSource(
+            first["base"]["model"], trust_remote_code=self.config.training.trust_remote_code
+        )
+        changed = differences(
+            {key: value for key, value in first["base"].items() if key != "model"},
+            _base_digests(self.base),
+        )
+        if changed:
+            raise NotWholeError(
+                f"the base model {self.base.model_id} is another than the line began with: "
+                f"{'; '.join(changed)}"
+            )
+
+    def _source(self, name: str) -> ModelSource:
+        path = self.line.path(name)
+        return ModelSource(
+            self.base.model_id,
+            trust_remote_code=self.base.trust_remote_code,
+            adapter=path if (path / ADAPTER_FILE).is_file() else None,
+        )
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        names = {"output_dir", "adapter_subdir", "trust_remote_code"}
+        settings = self.config.to_json()
+        training = {k: v for k, v in settings.pop("training").items() if k not in names}
+        # As JSON gives it back, where there are no tuples.
+        plain: dict[str, Any] = json.loads(json.dumps({**settings, **training}))
+        return {
+            "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
+            "data": _data_digest(self.records),
+            **plain,
+        }
+
+    def _judged(self) -> Outcome | None:
+        """A candidate that a killed run had judged: its promotion or archive is done now.
+
+        Returns:
+            Its outcome where it is of the same data and settings; else none, and the line's next
+            generation grows from what is HEAD then.
+        """
+        candidate = self.line.candidate
+        if not candidate.is_dir():
+            return None
+        manifest = json.loads((candidate / MANIFEST_FILE).read_text(encoding="utf-8"))
+        metrics = json.loads((candidate / METRICS_FILE).read_text(encoding="utf-8"))
+        same = manifest["digests"]["request"] == content_digest(json.dumps(self._identity))
+        outcome = self._decide(manifest, metrics)
+        self._message(f"finished what was judged before: {outcome.name}")
+        if same:
+            return outcome
+        raise ConchError(
+            f"a child of other data or settings was judged and is now {outcome.name}: run the "
+            "same command again to evolve from what is HEAD now"
+        )
+
+    def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.work)
+        path = self.work / RUN_FILE
+        identity = self._identity
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = None
+        checkpoints = numbered_folders(self.work, CHECKPOINT_PREFIX)
+        if before and resume and (changed := differences(before, identity)):
+            raise ConchError(
+                f"{self.work} was begun with other settings: {'; '.join(changed)}. Resume with the "
+                "same ones, or start again with --overwrite"
+            )
+        if checkpoints and not (resume or overwrite):
+            raise ConchError(
+                f"{self.work} holds an unfinished generation: add --resume to go on with it, or "
+                "--overwrite to start again"
+            )
+        if not (resume and before):
+            for _, folder in checkpoints:
+                shutil.rmtree(folder)
+        write_json(path, identity)
+        self.resume = resume
+
+    def _earlier(self, file: str) -> Mapping[str, list[Record]]:
+        """The records of every ancestor, by its name; none for one that kept none."""
+        found = {}
+        for name in self.chain:
+            path = self.line.path(name) / file
+            has_some = path.is_file() and path.stat().st_size > 0
+            found[name] = read_records(path) if has_some else []
+        return found
+
+    def _material(self) -> Material:
+        config = self.config.training
+        examples = Examples(self._source(self.parent), self.base, config, report=self.report)
+        kept, made = examples.make(self.records)
+        records = [self.records[index] for index in kept]
+        train, heldout = split_heldout(records, config.val_fraction, seed=config.seed)
+        earlier = self._earlier(HELDOUT_FILE)
+        recall = create_replay_buffer(earlier, self.config.measured, seed=config.seed)
+        replay: list[Record] = []
+        if self.config.replay_share:
+            replay = create_replay_buffer(
+                self._earlier(DATA_FILE), self.config.replay_size, seed=config.seed
+            )
+        return Material(
+            [made[index] for index in train],
+            [made[index] for index in heldout],
+            examples.make(replay)[1] if replay else [],
+            examples.make(recall)[1],
+            ([records[index] for index in train], [records[index] for index in heldout]),
+        )
+
+    def _teach(self, material: Material) -> tuple[TwoTeacherTargets, Measured]:
+        """Both teachers' targets, one after the other, and the parent's measures."""
+        config = self.config.training
+        caches = []
+        measured = None
+        for name in filter(None, (self.parent, self.grandparent)):
+            source = self._source(name)
+            examples = Examples(source, self.base, config)
+            cache = examples.targets(self.line.folder / "soft_targets")
+            missing = cache.missing(material.taught)
+            if missing:
+                tokens = sum(example.count for example in missing)
+                self._phase(f"targets of {name}", tokens, "tokens")
+            cache.fill(source, material.taught, batch_size=config.batch_size)
+            if name == self.parent:
+                self._phase(f"measuring {name}")
+                measured = self._measure(source.resident(), material)
+            source.release()
+            caches.append(cache)
+        taboo = TabooTokens(self.base.tokenizer, self.config.taboo_words, self.config.taboo_ids)
+        second = caches[1] if len(caches) > 1 else None
+        assert measured is not None
+        return (
+            TwoTeacherTargets(caches[0], second, self.base, self.config.blend, taboo),
+            measured,
+        )
+
+    def _measure(self, model: LanguageModel, material: Material) -> Measured:
+        config = self.config.training
+        recall, generalize = (
+            text_scores(model, part, batch_size=config.batch_size, chunk=config.head_chunk)
+            for part in (material.recall, material.heldout)
+        )
+        prompts = self._prompts(material)
+        answers = answer_batch(model, prompts, **sample_draw(config))
+        return Measured(recall, generalize, texts_of(model.tokenizer, prompts, answers))
+
+    def _prompts(self, material: Material) -> list[list[int]]:
+        both = [*material.heldout, *material.recall]
+        found = openings(both, self.config.answers)
+        return [example.ids[:length].tolist() for example, length in found]
+
+    def _train(
+        self,
+    ) -> tuple[Material, TwoTeacherTargets, Measured, TrainingResult, dict[str, Any], Any]:
+        material = self._material()
+        targets, parent = self._teach(material)
+        config = self.config.training
+        student = self.base.load()
+        start = None
+        source = self._source(self.parent)
+        if source.adapter:
+            loaded = mx.load(str(source.adapter / ADAPTER_FILE))
+            assert isinstance(loaded, dict)
+            start = loaded
+        adapter_config = attach_lora(student, config, start=start)
+        if config.grad_checkpoint:
+            checkpoint_layers(student.model)
+        self._phase("training", config.num_iters, "steps")
+        settings = TrainerSettings(
+            num_iters=config.num_iters,
+            learning_rate=config.learning_rate,
+            warmup_iters=config.warmup_iters,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            accumulation_steps=config.accumulation_steps,
+            steps_per_report=config.steps_per_report,
+            steps_per_eval=config.steps_per_eval,
+            steps_per_save=config.steps_per_save,
+            ema_decay=self.config.ema_decay,
+            seed=config.seed,
+        )
+        heldout = [
+            targets.collate([material.heldout[i] for i in indices], config.temperature)
+            for indices in sequential_batches(
+                material.heldout, config.batch_size, config.val_batches
+            )
+        ]
+        if not any(batch.count for batch in heldout):
+            raise ConchError(
+                "every held-out token would be skipped, so the best step could not be chosen: "
+                "fewer taboo words, or other thresholds"
+            )
+        trainer = Trainer(
+            student.model,
+            make_two_teacher_loss(
+                student,
+                temperature=config.temperature,
+                alpha=self.config.alpha,
+                beta=self.config.beta,
+                gamma=self.config.gamma,
+                divergence=config.divergence,
+                with_taboo=targets.taboo is not None,
+                chunk=config.head_chunk,
+            ),
+            TwoTeacherBatches(material, targets, self.config),
+            heldout,
+            settings,
+            self.work,
+            report=self.report,
+        )
+        result = trainer.run(resume=self.resume)
+        tensors = adapter_tensors(student.model)
+        student.release()
+        return material, targets, parent, result, adapter_config, tensors
+
+    def _finish(
+        self,
+        material: Material,
+        targets: TwoTeacherTargets,
+        parent: Measured,
+        training: TrainingResult,
+        adapter_config: dict[str, Any],
+        tensors: dict[str, mx.array],
+    ) -> Outcome:
+        self._phase("measuring the child")
+        adapter_config = {**adapter_config, "model": self.base.model_id}
+        save_adapter(self.work / "candidate", tensors, adapter_config)
+        model = load_verified(self.base, self.work / "candidate", tensors)
+        child = self._measure(model, material)
+        model.release()
+        reference = self._reference(material)
+        broken = violations(self.config.laws, child.answers)
+        answers_that_break = len({violation.answer for violation in broken})
+        child_metrics = {
+            "recall": child.recall.top1,
+            "generalize": child.generalize.top1,
+            "tone_drift": tone_drift(child.answers, parent.answers, reference),
+            "law_violations": answers_that_break,
+        }
+        parent_metrics = {"recall": parent.recall.top1, "generalize": parent.generalize.top1}
+        verdicts = judge(child_metrics, parent_metrics, self.config.gates)
+        taboo = targets.taboo
+        metrics = {
+            "child": _figures(child, taboo, self.base),
+            "parent": _figures(parent, taboo, self.base),
+            "tone_drift": child_metrics["tone_drift"],
+            "law_violations": [asdict(violation) for violation in broken],
+            "best_step": training.best_step,
+            "skipped_steps": training.skipped_steps,
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        passed = all(verdict.passed for verdict in verdicts)
+        manifest = self._manifest(verdicts, passed, material)
+        write_folder(
+            self.line.candidate,
+            arrays={ADAPTER_FILE: tensors},
+            documents={
+                ADAPTER_CONFIG: adapter_config,
+                MANIFEST_FILE: manifest,
+                METRICS_FILE: metrics,
+                SAMPLES_FILE: {"child": child.answers, "parent": parent.answers},
+                LOG_FILE: training.history,
+                DATA_FILE: _lines(material.records[0]),
+                HELDOUT_FILE: _lines(material.records[1]),
+            },
+        )
+        # The candidate holds all that is needed from here on; see `_judged`.
+        shutil.rmtree(self.work)
+        return self._decide(manifest, metrics)
+
+    def _decide(self, manifest: dict[str, Any], metrics: dict[str, Any]) -> Outcome:
+        passed = manifest["decision"] == "promoted"
+        act = self.line.promote if passed else self.line.archive
+        return Outcome(
+            name=act(self.line.candidate),
+            promoted=passed,
+            verdicts=[Verdict(**verdict) for verdict in manifest["verdicts"]],
+            metrics=metrics,
+        )
+
+    def _reference(self, material: Material) -> list[str]:
+        decode = self.base.tokenizer.decode
+        both = [*material.heldout, *material.recall]
+        return [decode(example.ids[example.counted].tolist()) for example in both]
+
+    def _manifest(
+        self, verdicts: Sequence[Verdict], passed: bool, material: Material
+    ) -> dict[str, Any]:
+        config = self.config
+        teachers = [("parent", self.parent), ("grandparent", self.grandparent)]
+        settings = config.to_json()
+        return {
+            "format": FORMAT,
+            "line": self.line.name,
+            "generation": self.line.next_name,
+            "parent": self.parent,
+            "grandparent": self.grandparent,
+            "evolution_request": {
+                "records": len(self.records),
+                "train": len(material.train),
+                "heldout": len(material.heldout),
+                "recall": len(material.recall),
+            },
+            "teachers": [{"role": role, "path": name} for role, name in teachers if name],
+            "training_params": {
+                **{name: settings[name] for name in ("alpha", "beta", "gamma", "blend")},
+                **settings["training"],
+            },
+            "stabilizers": {
+                "ema_decay": config.ema_decay,
+                "replay_share": config.replay_share,
+                "replay_records": len(material.replay),
+                "taboo_words": list(config.taboo_words),
+                "taboo_ids": list(config.taboo_ids),
+            },
+            "gates": settings["gates"],
+            "laws": settings["laws"],
+            "verdicts": [asdict(verdict) for verdict in verdicts],
+            "decision": "promoted" if passed else "failed",
+            "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
+            "digests": {
+                "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
+                "data": _data_digest(self.records),
+                "settings": content_digest(json.dumps(settings, sort_keys=True)),
+                "request": content_digest(json.dumps(self._identity)),
+            },
+            **provenance(),
+            "seed": config.training.seed,
+            "created": _now(),
+        }
+
+
+def _figures(measured: Measured, taboo: TabooTokens | None, base: ModelSource) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "recall": measured.recall.to_json(),
+        "generalize": measured.generalize.to_json(),
+    }
+    if taboo:
+        ids = [base.tokenizer.encode(text, add_special_tokens=False) for text in measured.answers]
+        spelled = [bool(taboo.spelled(tokens).any()) for tokens in ids]
+        found["answers_with_taboo_words"] = sum(spelled)
+    return found
+
+
+def evolve(
+    line: Line,
+    records: Sequence[Record],
+    config: EvolveConfig | None = None,
+    *,
+    report: Report = lambda event, row: None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Outcome:
+    """Grow one generation on a line; see `Evolution`."""
+    evolution = Evolution(line, records, config or EvolveConfig(), report)
+    return evolution.run(resume=resume, overwrite=overwrite)

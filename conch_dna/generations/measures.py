@@ -1,0 +1,73 @@
+"""What gates are decided on: how well a model writes given texts, and what it answers.
+
+Knows loaded models and tokenized examples; nothing of thresholds, lines or files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from conch_dna.language_model import LanguageModel
+from conch_dna.training.batches import Example, collate, sequential_batches
+from conch_dna.training.head_loss import gold_log_probs
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How well a model writes texts, one figure for each.
+
+    Attributes:
+        top1: Share of a text's counted tokens that the model holds likeliest `[n]`, 0 to 1.
+        nats: Cross-entropy of its counted tokens, in nats per token `[n]`.
+        tokens: How many tokens count `[n]`.
+    """
+
+    top1: np.ndarray
+    nats: np.ndarray
+    tokens: np.ndarray
+
+    def to_json(self) -> dict[str, float | int]:
+        """Means over texts of `top1`, and over tokens of `nats`."""
+        return {
+            "texts": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+            "top1": float(self.top1.mean()) if len(self.top1) else 0.0,
+            "nats_per_token": float((self.nats * self.tokens).sum() / max(1, self.tokens.sum())),
+        }
+
+
+def text_scores(
+    model: LanguageModel, examples: Sequence[Example], *, batch_size: int, chunk: int = 1024
+) -> Scores:
+    """Score every text under a model.
+
+    Args:
+        model: Loaded.
+        examples: With at least one counted token each.
+        batch_size: Texts at once.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+    """
+    agreeing, nats = np.zeros(len(examples)), np.zeros(len(examples))
+    tokens = np.array([example.count for example in examples], np.int64)
+    plain = model.has_plain_head
+    for indices in sequential_batches(examples, batch_size):
+        batch = collate([examples[index] for index in indices])
+        arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
+        states = model.body(arrays["inputs"]) if plain else model.logits(arrays["inputs"])
+        states = states.reshape(-1, states.shape[-1])[arrays["positions"]]
+        right, losses = [], []
+        size = chunk or states.shape[0]
+        for start in range(0, states.shape[0], size):
+            part = states[start : start + size]
+            logits = model.head(part) if plain else part
+            labels = arrays["labels"][start : start + size]
+            right.append(mx.argmax(logits, axis=-1) == labels)
+            losses.append(-gold_log_probs(logits, labels))
+            mx.eval(right[-1], losses[-1])
+        owner = np.repeat(indices, tokens[indices])
+        real = batch.count
+        np.add.at(agreeing, owner, np.asarray(mx.concatenate(right))[:real].astype(np.float64))
+        np.add.at(nats, owner, np.asarray(mx.concatenate(losses))[:real].astype(np.float64))
+    return Scores(agreeing / tokens, nats / tokens, tokens)

@@ -1,0 +1,287 @@
+"""A real line: the embedded student learns new texts, keeps old ones, and is refused bad ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conch_dna.errors import ConchError, Interrupted, NotWholeError
+from conch_dna.generations.evolve import WORK, evolve, init_line
+from conch_dna.generations.laws import Law
+from conch_dna.generations.line import Line, folder_digest
+from conch_dna.generations.promotion import GateSettings
+from conch_dna.generations.settings import EvolveConfig
+from conch_dna.training.adapters import adapter_tensors
+from conch_dna.training.settings import KDConfig
+
+NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")
+THINGS = ("ball", "cat", "hat", "dog", "car", "cup")
+PLACES = ("park", "house", "garden", "shop")
+
+
+def stories(seed: int, count: int = 40) -> list[dict[str, str]]:
+    """Little stories of one pattern, such as the model knows."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        name, thing, place = (str(random.choice(x)) for x in (NAMES, THINGS, PLACES))
+        text = f"{name} had a little {thing}. {name} took the {thing} to the {place}."
+        found.append({"prompt": f"Once upon a time, {name}", "completion": f" went out. {text}"})
+    return found
+
+
+def sums(seed: int, count: int = 40) -> list[dict[str, str]]:
+    """A pattern that it does not know."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        name, thing = (str(random.choice(x)) for x in (NAMES, THINGS))
+        number = int(random.integers(2, 9))
+        text = f" {name} sells {number} {thing}s. Answer: {name} sold {number} {thing}s in all."
+        found.append({"prompt": f"Question {number}:", "completion": text})
+    return found
+
+
+def garbage(seed: int, count: int = 40) -> list[dict[str, str]]:
+    """The old pattern with all its words in another order each time: there is nothing to learn."""
+    random = np.random.default_rng(seed)
+    found = []
+    for record in stories(seed, count):
+        words = record["completion"].split()
+        random.shuffle(words)
+        letters = ["".join(random.permutation(list(word))) for word in words]
+        found.append({"prompt": record["prompt"], "completion": " " + " ".join(letters)})
+    return found
+
+
+def config_of(**changes: Any) -> EvolveConfig:
+    training = {
+        "num_iters": 40,
+        "learning_rate": 3e-3,
+        "warmup_iters": 2,
+        "batch_size": 8,
+        "lora_keys": "all",
+        "lora_rank": 8,
+        "max_tokens": 12,
+        "steps_per_eval": 20,
+        "steps_per_save": 20,
+        "steps_per_report": 10,
+        "val_fraction": 0.2,
+        **changes.pop("training", {}),
+    }
+    # A few tokens of samples of different topics say nothing of tone.
+    gates = {"max_tone_drift": 0.5, **changes.pop("gates", {})}
+    return EvolveConfig(
+        training=KDConfig(**training),
+        gates=GateSettings(**gates),
+        **{"answers": 4, "ema_decay": 0.9, "replay_share": 0.3, **changes},
+    )
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Line, list[Any]]:
+    """A line of three generations, and the outcomes of the last two."""
+    line = Line(tmp_path_factory.mktemp("lines"), "tales")
+    init_line(line, "embedded:student", stories(0), config=config_of())
+    messages: list[str] = []
+
+    def report(event: str, row: dict[str, Any]) -> None:
+        if event == "message":
+            messages.append(row["message"])
+
+    outcomes = [
+        evolve(line, sums(1), config_of(), report=report),
+        evolve(line, stories(2) + sums(3), config_of(gates={"generalize_gain": -0.05})),
+    ]
+    return line, [*outcomes, messages]
+
+
+def test_a_generation_that_learned_and_did_not_forget_is_promoted(
+    grown: tuple[Line, list[Any]],
+) -> None:
+    line, (first, second, messages) = grown
+    assert first.promoted, [v.reason for v in first.verdicts]
+    assert second.promoted, [v.reason for v in second.verdicts]
+    assert (line.head, first.name, second.name) == ("G002", "G001", "G002")
+    assert line.problems() == []
+    child, parent = (first.metrics[who]["generalize"] for who in ("child", "parent"))
+    assert child["nats_per_token"] < 0.7 * parent["nats_per_token"]
+    assert "G000 is the first generation: there is one teacher" in messages
+    assert not list(line.folder.glob(f"{WORK}*"))
+
+
+def test_the_manifest_says_what_it_grew_from(grown: tuple[Line, list[Any]]) -> None:
+    line, _ = grown
+    manifest = line.manifest("G002")
+    assert manifest["teachers"] == [
+        {"role": "parent", "path": "G001"},
+        {"role": "grandparent", "path": "G000"},
+    ]
+    assert manifest["digests"]["parents"] == {
+        name: folder_digest(line.path(name)) for name in ("G001", "G000")
+    }
+    assert manifest.keys() >= {
+        "evolution_request",
+        "teachers",
+        "training_params",
+        "stabilizers",
+        "verdicts",
+        "decision",
+        "versions",
+        "seed",
+    }
+    assert manifest["stabilizers"]["replay_records"] > 0
+    assert manifest["training_params"]["beta"] == 0.9
+
+
+def test_two_teachers_are_logged_by_their_strategies(grown: tuple[Line, list[Any]]) -> None:
+    line, _ = grown
+    rows = json.loads((line.path("G002") / "training_log.json").read_text())
+    for row in rows:
+        shares = [row[name] / row["tokens"] for name in ("blended", "t1_only", "gold_fallback")]
+        assert sum(shares) == pytest.approx(1)
+        assert 0 <= row["js"] / row["tokens"] <= 1
+    assert any(0 < row["blended"] < row["tokens"] for row in rows), "they agree on some tokens"
+    alone = json.loads((line.path("G001") / "training_log.json").read_text())
+    assert all(row["blended"] == row["tokens"] for row in alone)
+
+
+def test_mlx_lm_opens_a_generation(grown: tuple[Line, list[Any]]) -> None:
+    from mlx_lm import load
+
+    from conch_dna.language_model import resolve_model
+
+    line, _ = grown
+    model, tokenizer = load(
+        str(resolve_model("embedded:student")), adapter_path=str(line.path("G002"))
+    )
+    assert adapter_tensors(model)
+    assert tokenizer.encode("Tom")
+
+
+def copied(line: Line, folder: Path) -> Line:
+    import shutil
+
+    shutil.copytree(line.folder, folder / line.name)
+    return Line(folder, line.name)
+
+
+def test_poisoned_data_are_refused_by_the_gates(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    line = copied(grown[0], tmp_path)
+    outcome = evolve(line, garbage(5), config_of(replay_share=0.0))
+    failed = [verdict.gate for verdict in outcome.verdicts if not verdict.passed]
+    assert not outcome.promoted
+    assert "recall" in failed
+    assert line.head == "G002" and line.failed() == [outcome.name]
+    assert outcome.name.startswith("FAILED-G003-")
+    manifest = line.manifest(outcome.name)
+    assert manifest["decision"] == "failed"
+    assert [reason.split(":")[0] for reason in manifest["reasons"]] == failed
+    assert line.problems() == []
+
+
+def test_laws_are_run_over_what_the_child_answers(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    line = copied(grown[0], tmp_path)
+    config = config_of(
+        laws=(Law(name="silent", kind="max_characters", value=0),),
+        training={"num_iters": 2},
+        gates={"generalize_gain": -1.0, "recall_margin": 1.0},
+    )
+    outcome = evolve(line, sums(4), config)
+    assert [v.gate for v in outcome.verdicts if not v.passed] == ["law_violations"]
+    assert {v["law"] for v in outcome.metrics["law_violations"]} == {"silent"}
+
+
+def test_an_altered_ancestor_stops_the_line(grown: tuple[Line, list[Any]], tmp_path: Path) -> None:
+    line = copied(grown[0], tmp_path)
+    (line.path("G000") / "data.jsonl").write_text("")
+    with pytest.raises(NotWholeError, match=r"G000 is not whole: data.jsonl was truncated"):
+        evolve(line, sums(4), config_of())
+
+
+def test_a_line_without_earlier_data_promotes_nothing(tmp_path: Path) -> None:
+    """Recall has no evidence, and a replay would be empty: said before anything is trained."""
+    line = Line(tmp_path, "bare")
+    with pytest.raises(ConchError, match="0 examples with 0 different prompts"):
+        init_line(line, "embedded:student", [])
+
+
+def test_a_line_is_begun_once(grown: tuple[Line, list[Any]]) -> None:
+    with pytest.raises(ConchError, match="'tales' has generations already"):
+        init_line(grown[0], "embedded:student", stories(0))
+
+
+def test_an_interrupted_generation_goes_on_where_it_was(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    """Stopped in the middle and resumed, it is the generation that was never stopped."""
+    import signal
+
+    config = config_of(training={"num_iters": 20, "steps_per_save": 5, "steps_per_eval": 5})
+    whole = copied(grown[0], tmp_path / "whole")
+    expected = evolve(whole, sums(6), config)
+    line = copied(grown[0], tmp_path / "stopped")
+
+    def stop(event: str, row: dict[str, Any]) -> None:
+        if event == "step" and row["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        evolve(line, sums(6), config, report=stop)
+    assert line.head == "G002"
+    with pytest.raises(ConchError, match="holds an unfinished generation: add --resume"):
+        evolve(line, sums(6), config)
+    with pytest.raises(ConchError, match=r"was begun with other settings: .*beta"):
+        evolve(line, sums(6), config_of(beta=0.5), resume=True)
+    got = evolve(line, sums(6), config, resume=True)
+    assert (got.promoted, got.name.split("-2")[0]) == (
+        expected.promoted,
+        expected.name.split("-2")[0],
+    )
+    for name in ("recall", "generalize"):
+        assert got.metrics["child"][name] == expected.metrics["child"][name]
+
+
+def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
+    grown: tuple[Line, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(training={"num_iters": 4}, gates={"generalize_gain": -1.0})
+    line = copied(grown[0], tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any, **more: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Line, "promote", killed)
+        with pytest.raises(Killed):
+            evolve(line, sums(6), config)
+    assert line.head == "G002" and line.candidate.is_dir()
+    outcome = evolve(line, sums(6), config)
+    assert (outcome.name, line.head) == ("G003", "G003")
+    assert line.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": -1.0}, "alpha is -1: it must be 0 or more"),
+        ({"alpha": 0.0, "beta": 0.0}, "nothing would be learned"),
+        (
+            {"ema_decay": 1.0, "answers": 0},
+            "ema_decay is 1: .*; answers is 0: it must be 1 or more",
+        ),
+        ({"replay_share": 1.0}, "replay_share is 1"),
+    ],
+)
+def test_settings_out_of_range_are_named_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConchError, match=message):
+        EvolveConfig(**settings)
