@@ -226,11 +226,15 @@ class ModelSource:
         files = weight_files(self.folder)
         return sum(file.stat().st_size for file in files) if files else None
 
-    def load(self, *, adapter_path: Path | None = None) -> "LanguageModel":
+    def load(
+        self, *, adapter_path: Path | None = None, share: "LanguageModel | None" = None
+    ) -> "LanguageModel":
         """Load the weights anew, through mlx_lm.
 
         Args:
             adapter_path: Folder of an adapter to apply, instead of its own.
+            share: The same model in memory, without an adapter: its arrays are used, so that only
+                the adapter takes memory of its own.
 
         Raises:
             ConchError: The model is not complete, broken, or of a kind mlx_lm does not know.
@@ -248,7 +252,11 @@ class ModelSource:
             )
         read_config(self.folder)
         try:
-            model, _ = load_model(self.folder, trust_remote_code=self.trust_remote_code)
+            model, _ = load_model(
+                self.folder, lazy=share is not None, trust_remote_code=self.trust_remote_code
+            )
+            if share is not None:
+                model.update(share.model.parameters())
             if adapter := adapter_path or self.adapter:
                 model = load_adapters(model, str(adapter))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -6,10 +6,8 @@ resident together: each teacher answers and leaves before the next one comes.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,10 +22,21 @@ from conch_dna.checkpoints import (
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.laws import violations
-from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest, generation_name
-from conch_dna.generations.measures import Scores, text_scores
+from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
+from conch_dna.generations.material import (
+    DATA_FILE,
+    FORMAT,
+    HELDOUT_FILE,
+    Material,
+    TwoTeacherBatches,
+    base_digests,
+    data_digest,
+    gather,
+    json_lines,
+    now,
+)
+from conch_dna.generations.measures import Measured, measure
 from conch_dna.generations.promotion import Verdict, judge, tone_drift
-from conch_dna.generations.replay import ReplayBatches, create_replay_buffer
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
@@ -42,10 +51,10 @@ from conch_dna.training.adapters import (
     load_verified,
     save_adapter,
 )
-from conch_dna.training.answers import answer_batch, openings, sample_draw, texts_of
-from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.answers import openings
+from conch_dna.training.batches import sequential_batches
 from conch_dna.training.examples import Examples
-from conch_dna.training.records import Record, read_records, split_heldout
+from conch_dna.training.records import Record
 from conch_dna.training.trainer import (
     CHECKPOINT_PREFIX,
     Report,
@@ -54,9 +63,6 @@ from conch_dna.training.trainer import (
     TrainingResult,
 )
 
-FORMAT = "generation 1"
-DATA_FILE = "data.jsonl"
-HELDOUT_FILE = "heldout.jsonl"
 METRICS_FILE = "metrics.json"
 SAMPLES_FILE = "samples.json"
 LOG_FILE = "training_log.json"
@@ -79,152 +85,6 @@ class Outcome:
     promoted: bool
     verdicts: list[Verdict]
     metrics: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """The tokenized data of a generation.
-
-    Attributes:
-        train: New examples to learn from.
-        heldout: New ones to be judged by.
-        replay: Earlier ones to learn from again.
-        recall: Earlier ones to be judged by.
-        records: The new records of `train` and of `heldout`.
-    """
-
-    train: list[Example]
-    heldout: list[Example]
-    replay: list[Example]
-    recall: list[Example]
-    records: tuple[list[Record], list[Record]]
-
-    @property
-    def taught(self) -> list[Example]:
-        """All that needs the teachers' targets."""
-        return [*self.train, *self.heldout, *self.replay]
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One model's measures.
-
-    Attributes:
-        recall: On earlier held-out data.
-        generalize: On the new held-out data.
-        answers: To the same prompts as the other's.
-    """
-
-    recall: Scores
-    generalize: Scores
-    answers: list[str]
-
-
-class TwoTeacherBatches(ReplayBatches):
-    """A seeded stream of new and replayed examples that carry the target of two teachers."""
-
-    def __init__(
-        self,
-        material: Material,
-        targets: TwoTeacherTargets,
-        config: EvolveConfig,
-    ) -> None:
-        super().__init__(
-            material.train,
-            material.replay,
-            config.training.batch_size,
-            share=config.replay_share if material.replay else 0.0,
-            seed=config.training.seed,
-        )
-        self.targets = targets
-        self.temperature = config.training.temperature
-
-    @property
-    def digest(self) -> str:
-        """Content address of the stream and of the targets in it."""
-        return content_digest(super().digest, self.targets.digest, str(self.temperature))
-
-    def batch(self, index: int) -> Batch:
-        """Batch `index` of the stream with its targets."""
-        examples = [self.examples[i] for i in self.indices(index)]
-        return self.targets.collate(examples, self.temperature)
-
-
-def init_line(
-    line: Line,
-    model_id: str,
-    records: Sequence[Record],
-    *,
-    config: EvolveConfig | None = None,
-    adapter: Path | None = None,
-) -> str:
-    """Begin a line with a model as generation 0.
-
-    Args:
-        line: It must not exist yet.
-        model_id: The base of all generations; see `resolve_model`.
-        records: What it was trained on, or should not forget: later generations replay these and
-            are measured on a part of them.
-        config: For the split.
-        adapter: An adapter that belongs to the model.
-
-    Returns:
-        The generation's name.
-
-    Raises:
-        ConchError: The line exists, or the records cannot be split.
-    """
-    config = config or EvolveConfig()
-    folder = Path(model_id).expanduser()
-    model_id = str(folder.resolve()) if folder.is_dir() else model_id
-    base = ModelSource(model_id)
-    train, heldout = split_heldout(records, config.training.val_fraction, seed=config.training.seed)
-    with line.lock():
-        remove_unfinished(line.folder)
-        if line.generations():
-            raise ConchError(
-                f"line {line.name!r} has generations already: evolve it, or choose another name"
-            )
-        documents: dict[str, Any] = {
-            MANIFEST_FILE: {
-                "format": FORMAT,
-                "line": line.name,
-                "generation": generation_name(0),
-                "parent": None,
-                "grandparent": None,
-                "base": {"model": model_id, **_base_digests(base)},
-                "digests": {"parents": {}, "data": _data_digest(records)},
-                **provenance(),
-                "seed": config.training.seed,
-                "created": _now(),
-            },
-            DATA_FILE: _lines([records[index] for index in train]),
-            HELDOUT_FILE: _lines([records[index] for index in heldout]),
-        }
-        writers = {}
-        if adapter is not None:
-            writers = {
-                name: lambda path, name=name: shutil.copyfile(adapter / name, path)
-                for name in (ADAPTER_CONFIG, ADAPTER_FILE)
-            }
-        write_folder(line.candidate, documents=documents, writers=writers)
-        return line.promote(line.candidate, event="init")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _lines(records: Sequence[Record]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _data_digest(records: Sequence[Record]) -> str:
-    return content_digest(json.dumps(list(records), sort_keys=True))
-
-
-def _base_digests(base: ModelSource) -> dict[str, str]:
-    return {"weights": base.weights_digest, "tokenizer": base.tokenizer_digest}
 
 
 class Evolution:
@@ -297,7 +157,7 @@ class Evolution:
         )
         changed = differences(
             {key: value for key, value in first["base"].items() if key != "model"},
-            _base_digests(self.base),
+            base_digests(self.base),
         )
         if changed:
             raise NotWholeError(
@@ -322,7 +182,7 @@ class Evolution:
         plain: dict[str, Any] = json.loads(json.dumps({**settings, **training}))
         return {
             "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
-            "data": _data_digest(self.records),
+            "data": data_digest(self.records),
             **plain,
         }
 
@@ -374,36 +234,6 @@ class Evolution:
         write_json(path, identity)
         self.resume = resume
 
-    def _earlier(self, file: str) -> Mapping[str, list[Record]]:
-        """The records of every ancestor, by its name; none for one that kept none."""
-        found = {}
-        for name in self.chain:
-            path = self.line.path(name) / file
-            has_some = path.is_file() and path.stat().st_size > 0
-            found[name] = read_records(path) if has_some else []
-        return found
-
-    def _material(self) -> Material:
-        config = self.config.training
-        examples = Examples(self._source(self.parent), self.base, config, report=self.report)
-        kept, made = examples.make(self.records)
-        records = [self.records[index] for index in kept]
-        train, heldout = split_heldout(records, config.val_fraction, seed=config.seed)
-        earlier = self._earlier(HELDOUT_FILE)
-        recall = create_replay_buffer(earlier, self.config.measured, seed=config.seed)
-        replay: list[Record] = []
-        if self.config.replay_share:
-            replay = create_replay_buffer(
-                self._earlier(DATA_FILE), self.config.replay_size, seed=config.seed
-            )
-        return Material(
-            [made[index] for index in train],
-            [made[index] for index in heldout],
-            examples.make(replay)[1] if replay else [],
-            examples.make(recall)[1],
-            ([records[index] for index in train], [records[index] for index in heldout]),
-        )
-
     def _teach(self, material: Material) -> tuple[TwoTeacherTargets, Measured]:
         """Both teachers' targets, one after the other, and the parent's measures."""
         config = self.config.training
@@ -432,14 +262,13 @@ class Evolution:
         )
 
     def _measure(self, model: LanguageModel, material: Material) -> Measured:
-        config = self.config.training
-        recall, generalize = (
-            text_scores(model, part, batch_size=config.batch_size, chunk=config.head_chunk)
-            for part in (material.recall, material.heldout)
+        return measure(
+            model,
+            recall=material.recall,
+            generalize=material.heldout,
+            prompts=self._prompts(material),
+            config=self.config.training,
         )
-        prompts = self._prompts(material)
-        answers = answer_batch(model, prompts, **sample_draw(config))
-        return Measured(recall, generalize, texts_of(model.tokenizer, prompts, answers))
 
     def _prompts(self, material: Material) -> list[list[int]]:
         both = [*material.heldout, *material.recall]
@@ -449,7 +278,10 @@ class Evolution:
     def _train(
         self,
     ) -> tuple[Material, TwoTeacherTargets, Measured, TrainingResult, dict[str, Any], Any]:
-        material = self._material()
+        examples = Examples(
+            self._source(self.parent), self.base, self.config.training, report=self.report
+        )
+        material = gather(self.line, self.chain, examples, self.records, self.config)
         targets, parent = self._teach(material)
         config = self.config.training
         student = self.base.load()
@@ -538,8 +370,8 @@ class Evolution:
         verdicts = judge(child_metrics, parent_metrics, self.config.gates)
         taboo = targets.taboo
         metrics = {
-            "child": _figures(child, taboo, self.base),
-            "parent": _figures(parent, taboo, self.base),
+            "child": child.to_json(taboo, self.base.tokenizer),
+            "parent": parent.to_json(taboo, self.base.tokenizer),
             "tone_drift": child_metrics["tone_drift"],
             "law_violations": [asdict(violation) for violation in broken],
             "best_step": training.best_step,
@@ -557,8 +389,8 @@ class Evolution:
                 METRICS_FILE: metrics,
                 SAMPLES_FILE: {"child": child.answers, "parent": parent.answers},
                 LOG_FILE: training.history,
-                DATA_FILE: _lines(material.records[0]),
-                HELDOUT_FILE: _lines(material.records[1]),
+                DATA_FILE: json_lines(material.records[0]),
+                HELDOUT_FILE: json_lines(material.records[1]),
             },
         )
         # The candidate holds all that is needed from here on; see `_judged`.
@@ -617,26 +449,14 @@ class Evolution:
             "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
             "digests": {
                 "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
-                "data": _data_digest(self.records),
+                "data": data_digest(self.records),
                 "settings": content_digest(json.dumps(settings, sort_keys=True)),
                 "request": content_digest(json.dumps(self._identity)),
             },
             **provenance(),
             "seed": config.training.seed,
-            "created": _now(),
+            "created": now(),
         }
-
-
-def _figures(measured: Measured, taboo: TabooTokens | None, base: ModelSource) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "recall": measured.recall.to_json(),
-        "generalize": measured.generalize.to_json(),
-    }
-    if taboo:
-        ids = [base.tokenizer.encode(text, add_special_tokens=False) for text in measured.answers]
-        spelled = [bool(taboo.spelled(tokens).any()) for tokens in ids]
-        found["answers_with_taboo_words"] = sum(spelled)
-    return found
 
 
 def evolve(

@@ -5,13 +5,17 @@ Knows loaded models and tokenized examples; nothing of thresholds, lines or file
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel
+from conch_dna.training.answers import sample_texts
 from conch_dna.training.batches import Example, collate, sequential_batches
 from conch_dna.training.head_loss import gold_log_probs
+from conch_dna.training.settings import KDConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,3 +75,53 @@ def text_scores(
         np.add.at(agreeing, owner, np.asarray(mx.concatenate(right))[:real].astype(np.float64))
         np.add.at(nats, owner, np.asarray(mx.concatenate(losses))[:real].astype(np.float64))
     return Scores(agreeing / tokens, nats / tokens, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One model's measures.
+
+    Attributes:
+        recall: On earlier held-out data.
+        generalize: On the new held-out data.
+        answers: To the same prompts as the other model's.
+    """
+
+    recall: Scores
+    generalize: Scores
+    answers: list[str]
+
+    def to_json(self, taboo: TabooTokens | None, tokenizer: Any) -> dict[str, Any]:
+        """The figures, with how many answers hold a taboo word where there are some."""
+        found: dict[str, Any] = {
+            "recall": self.recall.to_json(),
+            "generalize": self.generalize.to_json(),
+        }
+        if taboo:
+            ids = [tokenizer.encode(text, add_special_tokens=False) for text in self.answers]
+            found["answers_with_taboo_words"] = sum(bool(taboo.spelled(i).any()) for i in ids)
+        return found
+
+
+def measure(
+    model: LanguageModel,
+    *,
+    recall: Sequence[Example],
+    generalize: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    config: KDConfig,
+) -> Measured:
+    """Score a model on two sets of texts and let it answer prompts.
+
+    Args:
+        model: Loaded.
+        recall: Earlier held-out texts.
+        generalize: New held-out ones.
+        prompts: Token ids.
+        config: Batch size, and how answers are drawn.
+    """
+    scores = [
+        text_scores(model, part, batch_size=config.batch_size, chunk=config.head_chunk)
+        for part in (recall, generalize)
+    ]
+    return Measured(scores[0], scores[1], sample_texts(model, prompts, config))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
-from conch_dna.generations.evolve import WORK, evolve, init_line
+from conch_dna.generations.evolve import WORK, evolve
 from conch_dna.generations.laws import Law
 from conch_dna.generations.line import Line, folder_digest
+from conch_dna.generations.material import init_line
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.training.adapters import adapter_tensors
