@@ -5,17 +5,16 @@ To add a command: a function here under `main`, with help, an example, and a lin
 """
 
 import os
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from conch_dna import __version__
-from conch_dna.errors import ConchError, Interrupted
+from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
+from conch_dna.errors import ConchError
+from conch_dna.generations.cli import generations
 from conch_dna.training.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
@@ -23,66 +22,17 @@ from conch_dna.training.settings import (
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
-    kind_of,
-    range_text,
 )
 
 if TYPE_CHECKING:
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
-F = TypeVar("F", bound=Callable[..., Any])
 RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
-INTERRUPTED_EXIT = 130
-
-
-class OneLineErrors(click.Command):
-    """A command whose user errors are one line on standard error and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except Interrupted as error:
-            click.echo(str(error), err=True)
-            sys.exit(INTERRUPTED_EXIT)
-        except ConchError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command with --resume goes on", err=True)
-            sys.exit(INTERRUPTED_EXIT)
-
-
-def config_options(command: F) -> F:
-    """Give a command one option per field of KDConfig; those not given are None."""
-    for option in reversed(fields(KDConfig)):
-        name = option.name.replace("_", "-")
-        limits = range_text(option)
-        default = option.default if option.default != "" else "none"
-        described = f"{option.metadata['help']} [default: {str(default).lower()}"
-        described += f"; {limits}]" if limits else "]"
-        if kind_of(option) == "bool":
-            decorate = click.option(
-                f"--{name}/--no-{name}", option.name, default=None, help=described
-            )
-        else:
-            kind: Any = {"float": float, "int": int, "str": str}[kind_of(option)]
-            if option.metadata["choices"]:
-                kind = click.Choice(option.metadata["choices"])
-            names = ["--num-iters", "--iters"] if option.name == "num_iters" else [f"--{name}"]
-            decorate = click.option(*names, option.name, type=kind, default=None, help=described)
-        command = decorate(command)
-    return command
-
-
-def _example(*lines: str) -> str:
-    """The end of a help text; click keeps the lines of a paragraph that begins with a backspace."""
-    return "\n  ".join(["\b\nExample:", *lines])
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_example("conch-dna distill --domain thinking"),
+    context_settings=HELP,
+    epilog=example("conch-dna distill --domain thinking"),
 )
 @click.version_option(__version__, prog_name="conch_dna")
 def main() -> None:
@@ -91,8 +41,8 @@ def main() -> None:
 
 @main.command(
     cls=OneLineErrors,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_example(
+    context_settings=HELP,
+    epilog=example(
         "python -m conch_dna.training.true_kd --domain thinking",
         "python -m conch_dna.training.true_kd --domain stories \\",
         "  --teacher embedded:teacher --student embedded:student --prompts openings.txt",
@@ -156,7 +106,7 @@ def distill(
     }
     values = {name: value for name, value in given.items() if value is not None}
     if config_file:
-        in_file = _read_yaml(Path(config_file))
+        in_file = read_yaml(Path(config_file))
         run_keys = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file}
         wrong = [
             f"{k} is {v!r}: it must be text" for k, v in run_keys.items() if type(v) is not str
@@ -202,8 +152,8 @@ def distill(
 
 @main.command(
     cls=OneLineErrors,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_example(
+    context_settings=HELP,
+    epilog=example(
         "conch-dna vocab Qwen/Qwen2.5-7B-Instruct HuggingFaceTB/SmolLM2-360M-Instruct",
         "conch-dna vocab embedded:teacher embedded:student --text answers.txt",
     ),
@@ -261,23 +211,7 @@ def vocab(
         write_json(Path(json_file), figures)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads 1e-4, which YAML 1.1 takes for text, as the number it is in YAML 1.2."""
-
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConchError(f"cannot read --config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConchError(f"{path} is not a mapping of option names to values")
-    return {str(name): value for name, value in values.items()}
+main.add_command(generations)
 
 
 def _read_source(named: dict[str, str]) -> dict[str, Any]:

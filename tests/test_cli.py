@@ -660,7 +660,11 @@ class TestHelp:
             assert result.exit_code == 0
             _, found, example = result.output.partition("\n  Example:\n    ")
             assert found
-            starts = {"distill": "python -m conch_dna.training.true_kd", "vocab": "conch-dna vocab"}
+            starts = {
+                "distill": "python -m conch_dna.training.true_kd",
+                "vocab": "conch-dna vocab",
+                "generations": "conch-dna generations init",
+            }
             start = starts[names[-1]] if names else "conch-dna distill"
             assert example.startswith(start)
             assert "\\b" not in result.output

@@ -26,16 +26,20 @@ FLOORS = {
     "training.alignments": 0,
     "training.distillation": 0,
     "checkpoints": 1,
+    "command_parts": 2,
     "generations.blending": 1,
+    "generations.cli": 10,
     "generations.laws": 1,
     "generations.promotion": 1,
     "generations.ensemble": 4,
-    "generations.evolve": 8,
+    "generations.evolve": 9,
+    "generations.manifest": 8,
     "generations.material": 7,
     "generations.line": 2,
     "generations.measures": 4,
     "generations.settings": 5,
     "generations.replay": 2,
+    "generations.tables": 3,
     "generations.taboo": 2,
     "generations.two_teachers": 4,
     "language_model": 1,
@@ -63,10 +67,10 @@ FLOORS = {
     "training.domain_run": 7,
     "training.plan": 7,
     "training.true_kd": 8,
-    "cli": 9,
+    "cli": 11,
 }
 # These name or start other modules, and nothing imports from them but the version.
-EXEMPT = {"", "__main__"}
+EXEMPT = {"", "__main__", "generations.__main__"}
 # Each may use the modules at the top of the package and training's lower floors, not each other.
 WINGS = {"generations", "sedimentation"}
 # Slow to import, or not there on every machine.

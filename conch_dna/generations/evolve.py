@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from conch_dna.checkpoints import (
     differences,
@@ -23,9 +24,9 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.laws import violations
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
+from conch_dna.generations.manifest import make_manifest
 from conch_dna.generations.material import (
     DATA_FILE,
-    FORMAT,
     HELDOUT_FILE,
     Material,
     TwoTeacherBatches,
@@ -33,7 +34,6 @@ from conch_dna.generations.material import (
     data_digest,
     gather,
     json_lines,
-    now,
 )
 from conch_dna.generations.measures import Measured, measure
 from conch_dna.generations.promotion import Verdict, judge, tone_drift
@@ -41,7 +41,6 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -374,12 +373,23 @@ class Evolution:
             "parent": parent.to_json(taboo, self.base.tokenizer),
             "tone_drift": child_metrics["tone_drift"],
             "law_violations": [asdict(violation) for violation in broken],
+            "scores": {
+                "child": {n: _plain(value) for n, value in child_metrics.items()},
+                "parent": {n: _plain(value) for n, value in parent_metrics.items()},
+            },
             "best_step": training.best_step,
             "skipped_steps": training.skipped_steps,
             "peak_memory_bytes": mx.get_peak_memory(),
         }
-        passed = all(verdict.passed for verdict in verdicts)
-        manifest = self._manifest(verdicts, passed, material)
+        manifest = make_manifest(
+            self.line,
+            (self.parent, self.grandparent),
+            self.config,
+            material,
+            verdicts,
+            request=self._identity,
+            data=data_digest(self.records),
+        )
         write_folder(
             self.line.candidate,
             arrays={ADAPTER_FILE: tensors},
@@ -412,54 +422,42 @@ class Evolution:
         both = [*material.heldout, *material.recall]
         return [decode(example.ids[example.counted].tolist()) for example in both]
 
-    def _manifest(
-        self, verdicts: Sequence[Verdict], passed: bool, material: Material
-    ) -> dict[str, Any]:
-        config = self.config
-        teachers = [("parent", self.parent), ("grandparent", self.grandparent)]
-        settings = config.to_json()
-        return {
-            "format": FORMAT,
-            "line": self.line.name,
-            "generation": self.line.next_name,
-            "parent": self.parent,
-            "grandparent": self.grandparent,
-            "evolution_request": {
-                "records": len(self.records),
-                "train": len(material.train),
-                "heldout": len(material.heldout),
-                "recall": len(material.recall),
-            },
-            "teachers": [{"role": role, "path": name} for role, name in teachers if name],
-            "training_params": {
-                **{name: settings[name] for name in ("alpha", "beta", "gamma", "blend")},
-                **settings["training"],
-            },
-            "stabilizers": {
-                "ema_decay": config.ema_decay,
-                "replay_share": config.replay_share,
-                "replay_records": len(material.replay),
-                "taboo_words": list(config.taboo_words),
-                "taboo_ids": list(config.taboo_ids),
-            },
-            "gates": settings["gates"],
-            "laws": settings["laws"],
-            "verdicts": [asdict(verdict) for verdict in verdicts],
-            "decision": "promoted" if passed else "failed",
-            "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
-            "digests": {
-                "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
-                "data": data_digest(self.records),
-                "settings": content_digest(json.dumps(settings, sort_keys=True)),
-                "request": content_digest(json.dumps(self._identity)),
-            },
-            **provenance(),
-            "seed": config.training.seed,
-            "created": now(),
-        }
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def evolve(
+class TeacherStudentTrainer:
+    """Grows generations with the same settings.
+
+    Args:
+        config: See `EvolveConfig`.
+        report: See `trainer.Report`.
+    """
+
+    def __init__(
+        self,
+        config: EvolveConfig | None = None,
+        *,
+        report: Report = lambda event, row: None,
+    ) -> None:
+        self.config = config or EvolveConfig()
+        self.report = report
+
+    def train(
+        self,
+        line: Line,
+        records: Sequence[Record],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Outcome:
+        """Grow one generation on a line; see `Evolution.run`."""
+        evolution = Evolution(line, records, self.config, self.report)
+        return evolution.run(resume=resume, overwrite=overwrite)
+
+
+def train_generation_with_teachers(
     line: Line,
     records: Sequence[Record],
     config: EvolveConfig | None = None,
@@ -468,6 +466,18 @@ def evolve(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Outcome:
-    """Grow one generation on a line; see `Evolution`."""
-    evolution = Evolution(line, records, config or EvolveConfig(), report)
-    return evolution.run(resume=resume, overwrite=overwrite)
+    """One generation, from data to HEAD or the archive.
+
+    Args:
+        line: Begun with `material.init_line`.
+        records: New data, as `distill` takes them.
+        config: See `EvolveConfig`.
+        report: See `trainer.Report`.
+        resume: Go on with an unfinished run of the same data and settings.
+        overwrite: Start again over an unfinished one.
+
+    Raises:
+        ConchError: See `Evolution.run`.
+    """
+    trainer = TeacherStudentTrainer(config, report=report)
+    return trainer.train(line, records, resume=resume, overwrite=overwrite)

@@ -4,7 +4,7 @@ Knows names, defaults and ranges; nothing of how they are used. A default stands
 `KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from conch_dna.errors import ConchError
@@ -75,6 +75,63 @@ class EvolveConfig:
         if problems:
             raise ConchError("; ".join(problems))
 
+    @classmethod
+    def from_json(
+        cls,
+        values: dict[str, Any],
+        *,
+        source: str,
+        training: dict[str, Any] | None = None,
+        overriding: dict[str, Any] | None = None,
+    ) -> "EvolveConfig":
+        """Make settings from a mapping, refusing names that do not exist.
+
+        Args:
+            values: Field names to values; `training`, `blend` and `gates` are mappings.
+            source: Where they come from, for the message.
+            training: Fields of KDConfig that win over those in `values`.
+            overriding: Fields of this class that do.
+
+        Raises:
+            ConchError: A name is unknown, a mapping is none, or a value is out of its range.
+        """
+        plain = {str(name).replace("-", "_"): value for name, value in values.items()}
+        nested: dict[str, Any] = {}
+        for name in ("training", "blend", "gates"):
+            inner = plain.pop(name, {})
+            if not isinstance(inner, dict):
+                raise ConchError(f"{source}: {name} is {inner!r}, not a mapping of names to values")
+            nested[name] = inner
+        kinds = {"blend": BlendSettings, "gates": GateSettings}
+        _refuse_unknown(plain, cls, source, without=("laws", *nested))
+        for name, kind in kinds.items():
+            _refuse_unknown(nested[name], kind, f"{source}, {name},")
+        for holder in (plain, nested["gates"]):
+            for name, value in holder.items():
+                holder[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(
+                training=KDConfig.from_json(
+                    nested["training"], source=f"{source}, training,", overriding=training
+                ),
+                blend=BlendSettings(**nested["blend"]),
+                gates=GateSettings(**nested["gates"]),
+                **{**plain, **(overriding or {})},
+            )
+        except TypeError as error:
+            raise ConchError(f"{source}: a value is not of its kind: {error}") from error
+
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+def _refuse_unknown(
+    values: dict[str, Any], kind: Any, source: str, *, without: tuple[str, ...] = ()
+) -> None:
+    known = {each.name for each in fields(kind)} - set(without)
+    if unknown := sorted(set(values) - known):
+        raise ConchError(
+            f"{source} names unknown settings: {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
-from conch_dna.generations.evolve import WORK, evolve
+from conch_dna.generations.evolve import WORK
+from conch_dna.generations.evolve import train_generation_with_teachers as evolve
 from conch_dna.generations.laws import Law
 from conch_dna.generations.line import Line, folder_digest
 from conch_dna.generations.material import init_line

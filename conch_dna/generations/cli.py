@@ -1,0 +1,346 @@
+"""The commands of model lines: begin, evolve, look, go back, and answer together.
+
+Parses, calls, prints; decides nothing. To add a command: a function here under `generations`, with
+help, an example, and a line in README.md.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
+from conch_dna.errors import ConchError
+
+if TYPE_CHECKING:
+    from conch_dna.generations.line import Line
+    from conch_dna.generations.settings import EvolveConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+# What two teachers of one line have no use for.
+UNUSED = (
+    "alpha",
+    "alignment",
+    "soft_weight",
+    "chunk_weight",
+    "chunk_scale",
+    "samples_per_prompt",
+    "generation_batch_size",
+    "output_dir",
+    "adapter_subdir",
+)
+
+
+@click.group(
+    context_settings=HELP,
+    epilog=example(
+        "conch-dna generations init tales --model embedded:student --data stories.jsonl",
+        "conch-dna generations evolve tales --data sums.jsonl",
+    ),
+)
+def generations() -> None:
+    """Grow a line of models, in which a child must earn its place."""
+
+
+def _command(*lines: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command of the group, on a line, whose help ends with an example."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        root = click.option(
+            "--root",
+            metavar="DIR",
+            default="generations",
+            show_default=True,
+            help="Folder of all lines.",
+        )
+        name = click.argument("name", help="The line's.")
+        made = generations.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
+        command: click.Command = made(name(root(function)))
+        return command
+
+    return decorate
+
+
+def _line(name: str, root: str) -> "Line":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.generations.line import Line
+
+    return Line(Path(root).expanduser(), name)
+
+
+@_command("conch-dna generations init tales --model embedded:student --data stories.jsonl")
+@click.option("--model", required=True, metavar="MODEL", help="Hub id, folder or embedded name.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE",
+    help="JSONL of what it can do: later generations replay it and are measured on it.",
+)
+@click.option("--adapter", metavar="DIR", help="Folder of an adapter that belongs to the model.")
+def init(name: str, root: str, model: str, data: str, adapter: str | None) -> None:
+    """Begin a line with a model as generation 0."""
+    line = _line(name, root)
+    from conch_dna.generations.material import init_line
+    from conch_dna.training.records import read_records
+
+    records = read_records(Path(data))
+    first = init_line(line, model, records, adapter=Path(adapter) if adapter else None)
+    click.echo(f"{name}: {first} is {model}, with {len(records)} records, in {line.folder}")
+
+
+def _evolve_config(
+    config_file: str | None, laws: str | None, given: dict[str, Any], own: dict[str, Any]
+) -> "EvolveConfig":
+    from conch_dna.generations.laws import read_laws
+    from conch_dna.generations.settings import EvolveConfig
+
+    values = read_yaml(Path(config_file)) if config_file else {}
+    training = {name: value for name, value in given.items() if value is not None}
+    if laws:
+        own["laws"] = tuple(read_laws(Path(laws)))
+    named = {name: value for name, value in own.items() if value not in (None, ())}
+    return EvolveConfig.from_json(
+        values, source=config_file or "the command line", training=training, overriding=named
+    )
+
+
+@_command(
+    "conch-dna generations evolve tales --data sums.jsonl --iters 200",
+    "conch-dna generations evolve tales --data sums.jsonl --config evolve.yaml --resume",
+)
+@click.option("--data", required=True, metavar="FILE", help="JSONL of the new data.")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML: alpha, beta, gamma, ema_decay, replay_share and others, and the mappings "
+    "training, blend and gates.",
+)
+@click.option("--laws", metavar="FILE", help="YAML of what every answer must keep to.")
+@click.option(
+    "--taboo", "taboo_words", multiple=True, metavar="WORD", help="Taught by nobody; repeatable."
+)
+@click.option("--replay-share", type=float, help="Of earlier data in an epoch. [default: 0.1]")
+@click.option("--ema-decay", type=float, help="Of the averaged adapter. [default: 0.999]")
+@click.option(
+    "--critic/--no-critic", default=None, help="The grandparent teaches too. [default: true]"
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the verdicts there too.")
+@click.option("--resume", is_flag=True, help="Go on with a stopped run.")
+@click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
+@partial(config_options, leave_out=UNUSED)
+def evolve(
+    name: str,
+    root: str,
+    data: str,
+    config_file: str | None,
+    laws: str | None,
+    taboo_words: tuple[str, ...],
+    replay_share: float | None,
+    ema_decay: float | None,
+    critic: bool | None,
+    json_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    **given: Any,
+) -> None:
+    """Learn from parent and grandparent; replace the parent if every gate passes.
+
+    Exit code 1 says that the child was refused and archived.
+    """
+    if resume and overwrite:
+        raise ConchError("give either --resume to go on or --overwrite to start again")
+    line = _line(name, root)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from conch_dna.checkpoints import write_json
+    from conch_dna.generations.evolve import train_generation_with_teachers
+    from conch_dna.generations.tables import verdict_table
+    from conch_dna.progress import Progress
+    from conch_dna.training.records import read_records
+
+    own = {
+        "taboo_words": taboo_words,
+        "replay_share": replay_share,
+        "ema_decay": ema_decay,
+        "critic": critic,
+    }
+    config = _evolve_config(config_file, laws, given, own)
+    _ = line.head
+    records = read_records(Path(data))
+    with Progress() as progress:
+        outcome = train_generation_with_teachers(
+            line, records, config, report=progress, resume=resume, overwrite=overwrite
+        )
+    Console(highlight=False).print(
+        verdict_table(outcome.name, [asdict(verdict) for verdict in outcome.verdicts])
+    )
+    if json_file:
+        write_json(Path(json_file), asdict(outcome))
+    click.echo(f"HEAD of {name} is {line.head}; the child is in {line.path(outcome.name)}")
+    if not outcome.promoted:
+        sys.exit(1)
+
+
+@_command("conch-dna generations validate tales", "conch-dna generations validate tales G002")
+@click.argument("generation", required=False, help="Default: the current one.")
+@click.option("--config", "config_file", metavar="FILE", help="YAML with other gates.")
+def validate(name: str, root: str, generation: str | None, config_file: str | None) -> None:
+    """Judge a generation again by its stored measures, with its own or with other gates.
+
+    Exit code 1 says that a gate fails.
+    """
+    line = _line(name, root)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from conch_dna.generations.evolve import METRICS_FILE
+    from conch_dna.generations.promotion import GateSettings, judge
+    from conch_dna.generations.tables import verdict_table
+
+    chosen = generation or line.head
+    manifest = line.manifest(chosen)
+    if "verdicts" not in manifest:
+        raise ConchError(f"{chosen} is the first generation: it was not judged")
+    if config_file:
+        gates = _evolve_config(config_file, None, {}, {}).gates
+    else:
+        stored = manifest["gates"]
+        gates = GateSettings(**{**stored, "by_lower_bound": tuple(stored["by_lower_bound"])})
+    metrics = json.loads((line.path(chosen) / METRICS_FILE).read_text(encoding="utf-8"))
+    scores = metrics["scores"]
+    verdicts = judge(scores["child"], scores["parent"], gates)
+    Console(highlight=False).print(verdict_table(chosen, [asdict(verdict) for verdict in verdicts]))
+    if not all(verdict.passed for verdict in verdicts):
+        sys.exit(1)
+
+
+@_command("conch-dna generations show tales G002")
+@click.argument("generation", required=False, help="Default: the current one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest instead.")
+def show(name: str, root: str, generation: str | None, as_json: bool) -> None:
+    """Show what a generation grew from, what it was taught, and how it was judged."""
+    line = _line(name, root)
+    from rich.console import Console
+
+    from conch_dna.checkpoints import json_text
+    from conch_dna.generations.tables import manifest_table, verdict_table
+
+    chosen = generation or line.head
+    manifest = line.manifest(chosen)
+    if as_json:
+        click.echo(json_text(manifest), nl=False)
+        return
+    console = Console(highlight=False)
+    console.print(manifest_table(chosen, manifest))
+    if "verdicts" in manifest:
+        console.print(verdict_table(chosen, manifest["verdicts"]))
+
+
+@_command("conch-dna generations log tales --picture tales.png")
+@click.option("--picture", metavar="FILE", help="Draw the line there, as PNG, PDF or SVG.")
+def log(name: str, root: str, picture: str | None) -> None:
+    """Show the line as a tree: what grew from what, what was refused, and what is current."""
+    line = _line(name, root)
+    from rich.console import Console
+
+    from conch_dna.checkpoints import write_atomically
+    from conch_dna.generations.tables import draw_line, line_tree, nodes_of
+
+    head = line.head
+    nodes = nodes_of(line)
+    Console(highlight=False).print(line_tree(name, nodes, head))
+    if picture:
+        path = Path(picture)
+        write_atomically(path, partial(draw_line, title=name, nodes=nodes, head=head))
+        click.echo(f"drawn in {path}")
+
+
+@_command("conch-dna generations verify tales")
+def verify(name: str, root: str) -> None:
+    """Check every generation and the log against what was written."""
+    line = _line(name, root)
+    _ = line.head
+    problems = line.problems()
+    if problems:
+        raise ConchError(f"line {name!r} is not as it was written: {'; '.join(problems)}")
+    count = len(line.generations())
+    click.echo(f"{name}: {count} generations and {len(line.log())} log entries are whole")
+
+
+@_command("conch-dna generations rollback tales", "conch-dna generations rollback tales --to G001")
+@click.option("--to", metavar="GENERATION", help="An ancestor. [default: the parent]")
+def rollback(name: str, root: str, to: str | None) -> None:
+    """Let an ancestor be current again; nothing is deleted."""
+    line = _line(name, root)
+    _ = line.head
+    with line.lock():
+        for text in line.recover():
+            click.echo(text)
+        before = line.head
+        target = line.rollback(to)
+    click.echo(f"HEAD of {name} was {before} and is {target}")
+
+
+@_command('conch-dna generations ensemble tales --prompt "Once upon a time"')
+@click.option("--prompt", required=True, help="What to answer.")
+@click.option(
+    "--use",
+    "names",
+    metavar="G001,G002",
+    help="Which generations. [default: the current one and its parent]",
+)
+@click.option("--weights", metavar="W,W", help="Of each. [default: each token's confidence]")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def ensemble(
+    name: str,
+    root: str,
+    prompt: str,
+    names: str | None,
+    weights: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Let several generations answer a prompt together."""
+    line = _line(name, root)
+    from conch_dna.generations.ensemble import ensemble_answer, load_generations
+    from conch_dna.language_model import ModelSource
+    from conch_dna.training.adapters import ADAPTER_FILE
+    from conch_dna.training.answers import continuation_text
+    from conch_dna.training.records import prompt_ids
+
+    head = line.head
+    chosen = names.split(",") if names else [head, *line.ancestors(head)[:1]]
+    shares = _numbers(weights) if weights else None
+    first = line.manifest([head, *line.ancestors(head)][-1])
+    base = ModelSource(first["base"]["model"], trust_remote_code=trust_remote_code)
+    folders = [line.path(each.strip()) for each in chosen]
+    adapters = [path if (path / ADAPTER_FILE).is_file() else None for path in folders]
+    models = load_generations(base, adapters)
+    ids = prompt_ids(base.tokenizer, prompt, "")
+    answer = ensemble_answer(
+        ids, models, shares, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )
+    if answer[-1] in base.tokenizer.eos_token_ids:
+        answer = answer[:-1]
+    click.echo(continuation_text(base.tokenizer, ids, answer).strip())
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConchError(f"--weights {text} are no numbers with commas, such as 2,1") from error

@@ -1,0 +1,82 @@
+"""What is written down of a generation: what it was asked, taught, judged and made by.
+
+Knows settings, verdicts and a line's folders; decides nothing. To record another fact: a field
+here; fields are added and never change their meaning, since older generations keep their own.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from conch_dna.digests import content_digest
+from conch_dna.generations.line import Line, folder_digest
+from conch_dna.generations.material import FORMAT, Material, now
+from conch_dna.generations.promotion import Verdict
+from conch_dna.generations.settings import EvolveConfig
+from conch_dna.provenance import provenance
+
+
+def make_manifest(
+    line: Line,
+    parents: tuple[str, str | None],
+    config: EvolveConfig,
+    material: Material,
+    verdicts: Sequence[Verdict],
+    *,
+    request: dict[str, Any],
+    data: str,
+) -> dict[str, Any]:
+    """The manifest of a line's next generation.
+
+    Args:
+        line: As it is before the child enters it.
+        parents: Parent and grandparent.
+        config: What it was trained and judged with.
+        material: What it learned from.
+        verdicts: What the gates said.
+        request: What must be the same for the same generation.
+        data: Digest of the new records.
+    """
+    roles = zip(("parent", "grandparent"), parents, strict=True)
+    settings = config.to_json()
+    passed = all(verdict.passed for verdict in verdicts)
+    return {
+        "format": FORMAT,
+        "line": line.name,
+        "generation": line.next_name,
+        "parent": parents[0],
+        "grandparent": parents[1],
+        "evolution_request": {
+            "records": sum(map(len, material.records)),
+            "train": len(material.train),
+            "heldout": len(material.heldout),
+            "recall": len(material.recall),
+        },
+        "teachers": [{"role": role, "path": name} for role, name in roles if name],
+        "training_params": {
+            **settings["training"],
+            **{name: settings[name] for name in ("alpha", "beta", "gamma", "blend")},
+        },
+        "stabilizers": {
+            "ema_decay": config.ema_decay,
+            "replay_share": config.replay_share,
+            "replay_records": len(material.replay),
+            "taboo_words": list(config.taboo_words),
+            "taboo_ids": list(config.taboo_ids),
+        },
+        "gates": settings["gates"],
+        "laws": settings["laws"],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "decision": "promoted" if passed else "failed",
+        "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
+        "digests": {
+            "parents": {name: folder_digest(line.path(name)) for name in parents if name},
+            "data": data,
+            "settings": content_digest(json.dumps(settings, sort_keys=True)),
+            "request": content_digest(json.dumps(request)),
+        },
+        **provenance(),
+        "seed": config.training.seed,
+        "created": now(),
+    }

@@ -1,0 +1,152 @@
+"""What people look at of a line: verdicts, a generation's origin, and the line as a tree.
+
+Knows manifests and names; draws and formats, decides nothing. To show another figure: a row in
+`manifest_table`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conch_dna.generations.line import FAILED, Line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.tree import Tree
+
+
+def verdict_table(name: str, verdicts: Sequence[dict[str, Any]]) -> "Table":
+    """Every gate with its reason, the failed ones first.
+
+    Args:
+        name: Of the child.
+        verdicts: As a manifest holds them.
+    """
+    from rich.table import Table
+
+    passed = all(verdict["passed"] for verdict in verdicts)
+    table = Table(title=f"{name}: {'every gate passed' if passed else 'refused'}")
+    table.add_column("gate", no_wrap=True)
+    table.add_column("")
+    table.add_column("why")
+    for verdict in sorted(verdicts, key=lambda each: bool(each["passed"])):
+        reason = str(verdict["reason"]).removeprefix(f"{verdict['gate']}: ")
+        table.add_row(verdict["gate"], "passed" if verdict["passed"] else "FAILED", reason)
+    return table
+
+
+def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
+    """What a generation grew from and how it was taught."""
+    from rich.table import Table
+
+    table = Table(title=name, show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("")
+    rows: dict[str, Any] = {"created": manifest["created"]}
+    if "base" in manifest:
+        rows["base"] = manifest["base"]["model"]
+    if "teachers" in manifest:
+        request, training = manifest["evolution_request"], manifest["training_params"]
+        stabilizers = manifest["stabilizers"]
+        rows |= {
+            "teachers": ", ".join(f"{t['path']} ({t['role']})" for t in manifest["teachers"]),
+            "data": f"{request['train']} to learn, {request['heldout']} held out, "
+            f"{request['recall']} earlier ones to recall",
+            "loss": f"{training['alpha']:g} CE + {training['beta']:g} KL + "
+            f"{training['gamma']:g} R at temperature {training['temperature']:g}",
+            "steps": f"{training['num_iters']} of {training['batch_size']}",
+            "stabilizers": f"EMA {stabilizers['ema_decay']:g}, replay "
+            f"{stabilizers['replay_share']:.0%} of {stabilizers['replay_records']} records, "
+            f"{len(stabilizers['taboo_words'])} taboo words",
+            "decision": manifest["decision"],
+        }
+    versions = manifest["versions"]
+    rows["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A generation or a refused child, as the tree shows it."""
+
+    name: str
+    parent: str | None
+    created: str
+    note: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was refused."""
+        return bool(FAILED.fullmatch(self.name))
+
+
+def nodes_of(line: Line) -> list[Node]:
+    """Every generation and refused child of a line, parents before their children."""
+    found = []
+    for name in [*line.generations(), *line.failed()]:
+        manifest = line.manifest(name)
+        verdicts = manifest.get("verdicts", [])
+        reasons = [each["gate"] for each in verdicts if not each["passed"]]
+        note = f"refused by {', '.join(reasons)}" if reasons else ""
+        if not note and verdicts:
+            gained = next(each for each in verdicts if each["gate"] == "generalize")
+            note = f"generalize {gained['figures'].get('difference', 0):+.3f}"
+        found.append(
+            Node(name=name, parent=manifest["parent"], created=manifest["created"], note=note)
+        )
+    return found
+
+
+def line_tree(title: str, nodes: Sequence[Node], head: str) -> "Tree":
+    """A line as a tree for the terminal."""
+    from rich.tree import Tree
+
+    tree = Tree(title)
+    branches: dict[str | None, Tree] = {None: tree}
+    for node in nodes:
+        mark = " ← HEAD" if node.name == head else ""
+        text = f"{node.name}{mark}  {node.created}  {node.note}".rstrip()
+        branches[node.name] = branches[node.parent].add(text)
+    return tree
+
+
+def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> None:
+    """Draw a line as a tree, oldest left; refused children are crosses.
+
+    Args:
+        path: Where to; its ending decides the format.
+        title: The line's name.
+        nodes: See `nodes_of`.
+        head: The current generation.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    depth: dict[str | None, int] = {None: -1}
+    for node in nodes:
+        depth[node.name] = depth[node.parent] + 1
+    places = {node.name: (depth[node.name], -row) for row, node in enumerate(nodes)}
+    height = max(2.0, 0.6 * len(nodes) + 1)
+    figure, axes = plt.subplots(figsize=(2.5 + 2 * max(depth.values()), height))
+    for node in nodes:
+        x, y = places[node.name]
+        if node.parent is not None:
+            axes.plot(*zip(places[node.parent], (x, y), strict=True), color="0.7", zorder=1)
+        marker, color = ("x", "tab:red") if node.failed else ("o", "tab:blue")
+        size = 140 if node.name == head else 60
+        axes.scatter([x], [y], marker=marker, color=color, s=size, zorder=2)
+        label = f"{node.name.rsplit('-', 1)[0] if node.failed else node.name}  {node.note}"
+        bold = "bold" if node.name == head else "normal"
+        axes.annotate(
+            label.rstrip(), (x, y), xytext=(9, -3), textcoords="offset points", weight=bold
+        )
+    axes.set_title(f"{title} (HEAD is {head})")
+    axes.margins(x=0.25, y=0.15)
+    axes.axis("off")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
