@@ -299,9 +299,21 @@ def rollback(name: str, root: str, to: str | None) -> None:
     help="Which generations. [default: the current one and its parent]",
 )
 @click.option("--weights", metavar="W,W", help="Of each. [default: each token's confidence]")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Longest answer.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Of the draw; 0 takes the likeliest token.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def ensemble(
     name: str,
