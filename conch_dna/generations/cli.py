@@ -202,7 +202,7 @@ def validate(name: str, root: str, generation: str | None, config_file: str | No
 
     from rich.console import Console
 
-    from conch_dna.generations.evolve import METRICS_FILE
+    from conch_dna.generations.manifest import METRICS_FILE
     from conch_dna.generations.promotion import GateSettings, judge
     from conch_dna.generations.tables import verdict_table
 

@@ -7,7 +7,7 @@ resident together: each teacher answers and leaves before the next one comes.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +24,13 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.laws import violations
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
-from conch_dna.generations.manifest import make_manifest
+from conch_dna.generations.manifest import (
+    METRICS_FILE,
+    Outcome,
+    make_manifest,
+    outcome_of,
+    settings_digest,
+)
 from conch_dna.generations.material import (
     DATA_FILE,
     HELDOUT_FILE,
@@ -36,7 +42,7 @@ from conch_dna.generations.material import (
     json_lines,
 )
 from conch_dna.generations.measures import Measured, measure
-from conch_dna.generations.promotion import Verdict, judge, tone_drift
+from conch_dna.generations.promotion import judge, tone_drift
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
@@ -62,28 +68,10 @@ from conch_dna.training.trainer import (
     TrainingResult,
 )
 
-METRICS_FILE = "metrics.json"
 SAMPLES_FILE = "samples.json"
 LOG_FILE = "training_log.json"
 RUN_FILE = "run.json"
 WORK = "work-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a generation came to.
-
-    Attributes:
-        name: Its folder, `G011` or `FAILED-G011-<time>`.
-        promoted: Whether HEAD names it now.
-        verdicts: What every gate said.
-        metrics: Figures of child and parent.
-    """
-
-    name: str
-    promoted: bool
-    verdicts: list[Verdict]
-    metrics: dict[str, Any]
 
 
 class Evolution:
@@ -126,6 +114,8 @@ class Evolution:
             self.grandparent = ancestors[0] if ancestors and self.config.critic else None
             self.chain = [self.parent, *ancestors]
             self._read_base()
+            if resume and (finished := self._finished()) is not None:
+                return finished
             if (judged := self._judged()) is not None:
                 return judged
             self.work = line.folder / f"{WORK}{line.next_name}"
@@ -185,6 +175,20 @@ class Evolution:
             **plain,
         }
 
+    def _finished(self) -> Outcome | None:
+        """The outcome of the same request, where it was the last thing that happened."""
+        name = self.line.log()[-1].folder
+        manifest = self.line.manifest(name)
+        digests = manifest["digests"]
+        same = (digests.get("data"), digests.get("settings")) == (
+            data_digest(self.records),
+            settings_digest(self.config),
+        )
+        if "decision" not in manifest or not same:
+            return None
+        self._message(f"{name} is already finished")
+        return outcome_of(self.line.path(name))
+
     def _judged(self) -> Outcome | None:
         """A candidate that a killed run had judged: its promotion or archive is done now.
 
@@ -196,9 +200,8 @@ class Evolution:
         if not candidate.is_dir():
             return None
         manifest = json.loads((candidate / MANIFEST_FILE).read_text(encoding="utf-8"))
-        metrics = json.loads((candidate / METRICS_FILE).read_text(encoding="utf-8"))
         same = manifest["digests"]["request"] == content_digest(json.dumps(self._identity))
-        outcome = self._decide(manifest, metrics)
+        outcome = self._decide(manifest)
         self._message(f"finished what was judged before: {outcome.name}")
         if same:
             return outcome
@@ -334,6 +337,8 @@ class Evolution:
             heldout,
             settings,
             self.work,
+            # A teacher that is its own parent would choose the child that did not move.
+            select_by="hard" if self.config.alpha > 0 else "loss",
             report=self.report,
         )
         result = trainer.run(resume=self.resume)
@@ -405,17 +410,11 @@ class Evolution:
         )
         # The candidate holds all that is needed from here on; see `_judged`.
         shutil.rmtree(self.work)
-        return self._decide(manifest, metrics)
+        return self._decide(manifest)
 
-    def _decide(self, manifest: dict[str, Any], metrics: dict[str, Any]) -> Outcome:
-        passed = manifest["decision"] == "promoted"
-        act = self.line.promote if passed else self.line.archive
-        return Outcome(
-            name=act(self.line.candidate),
-            promoted=passed,
-            verdicts=[Verdict(**verdict) for verdict in manifest["verdicts"]],
-            metrics=metrics,
-        )
+    def _decide(self, manifest: dict[str, Any]) -> Outcome:
+        act = self.line.promote if manifest["decision"] == "promoted" else self.line.archive
+        return outcome_of(self.line.path(act(self.line.candidate)))
 
     def _reference(self, material: Material) -> list[str]:
         decode = self.base.tokenizer.decode

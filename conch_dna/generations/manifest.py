@@ -6,15 +6,54 @@ here; fields are added and never change their meaning, since older generations k
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from conch_dna.digests import content_digest
-from conch_dna.generations.line import Line, folder_digest
+from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.material import FORMAT, Material, now
 from conch_dna.generations.promotion import Verdict
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.provenance import provenance
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a generation came to.
+
+    Attributes:
+        name: Its folder, `G011` or `FAILED-G011-<time>`.
+        promoted: Whether HEAD names it now.
+        verdicts: What every gate said.
+        metrics: Figures of child and parent.
+    """
+
+    name: str
+    promoted: bool
+    verdicts: list[Verdict]
+    metrics: dict[str, Any]
+
+
+def outcome_of(path: Path) -> Outcome:
+    """What a judged generation came to, from its folder."""
+    manifest, metrics = (
+        json.loads((path / name).read_text(encoding="utf-8"))
+        for name in (MANIFEST_FILE, METRICS_FILE)
+    )
+    return Outcome(
+        name=path.name,
+        promoted=manifest["decision"] == "promoted",
+        verdicts=[Verdict(**verdict) for verdict in manifest["verdicts"]],
+        metrics=metrics,
+    )
+
+
+def settings_digest(config: EvolveConfig) -> str:
+    """Content address of all settings of a generation."""
+    return content_digest(json.dumps(config.to_json(), sort_keys=True))
 
 
 def make_manifest(
@@ -73,7 +112,7 @@ def make_manifest(
         "digests": {
             "parents": {name: folder_digest(line.path(name)) for name in parents if name},
             "data": data,
-            "settings": content_digest(json.dumps(settings, sort_keys=True)),
+            "settings": settings_digest(config),
             "request": content_digest(json.dumps(request)),
         },
         **provenance(),

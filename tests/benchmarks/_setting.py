@@ -15,6 +15,7 @@ sys.path.insert(0, str(TESTS))
 
 import conch_dna  # noqa: E402  (loads OpenBLAS before mlx)
 
+LONGEST = 240
 SHARED = TESTS.parents[1] / "shared" / "data"
 
 
@@ -54,3 +55,15 @@ def stories(name: str, count: int) -> list[dict[str, str]]:
     path = shared_data() / "text" / "tinystories" / f"{name}.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for _, line in zip(range(count), file, strict=False)]
+
+
+def short_stories(count: int) -> list[dict[str, str]]:
+    """Beginnings of stories as three words of prompt and the rest, cut between words."""
+    records = []
+    for record in stories("train", 4 * count):
+        text = " ".join(record["text"].split())[:LONGEST].rsplit(" ", 1)[0]
+        if LONGEST - 90 < len(text.encode()) <= LONGEST:
+            words = text.split(" ")
+            prompt, rest = " ".join(words[:3]), " " + " ".join(words[3:])
+            records.append({"prompt": prompt, "completion": rest, "finish_reason": "length"})
+    return records[:count]

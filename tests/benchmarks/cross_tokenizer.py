@@ -14,14 +14,13 @@ import json
 import tempfile
 from pathlib import Path
 
-from _setting import print_setting, shared_data, spread, stories
+from _setting import print_setting, shared_data, short_stories, spread
 
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import keep_layers
 
 SEEDS = (0, 1, 2)
-LONGEST = 240
 PAIRS = {
     "characters-to-bpe": ("babyllama361", "stories260K", [0, 2, 4]),
     "bpe-to-characters": ("stories260K", "babyllama105", [0, 4]),
@@ -35,18 +34,6 @@ KINDS = {
     "bytes": {"alignment": "bytes"},
     "auto (roots)": {"alignment": "auto"},
 }
-
-
-def short_stories(count: int) -> list[dict[str, str]]:
-    """Beginnings of stories as three words of prompt and the rest, cut between words."""
-    records = []
-    for record in stories("train", 4 * count):
-        text = " ".join(record["text"].split())[:LONGEST].rsplit(" ", 1)[0]
-        if LONGEST - 90 < len(text.encode()) <= LONGEST:
-            words = text.split(" ")
-            prompt, rest = " ".join(words[:3]), " " + " ".join(words[3:])
-            records.append({"prompt": prompt, "completion": rest, "finish_reason": "length"})
-    return records[:count]
 
 
 def main() -> None:

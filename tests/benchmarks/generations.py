@@ -2,8 +2,8 @@
 
     python tests/benchmarks/generations.py [--kind KIND] [--steps 200]
 
-Generation 0 is stories260K cut to layers 0, 2 and 4 and healed by the whole model on half of the
-TinyStories texts; generation 1 learns the other half; the ablated one learns gsm8k questions.
+Generation 0 is stories260K cut to layers 0, 2 and 4 and healed by the whole model on beginnings of
+TinyStories; generation 1 learns others of them; the ablated one learns gsm8k questions.
 Figures are of held-out texts: the new ones, and those of both earlier generations.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from _setting import print_setting, shared_data, spread, stories
+from _setting import LONGEST, print_setting, shared_data, short_stories, spread
 
 from conch_dna.generations.evolve import train_generation_with_teachers
 from conch_dna.generations.line import Line
@@ -33,7 +33,7 @@ from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import keep_layers
 
 SEEDS = (0, 1, 2)
-TEXTS = 400
+TEXTS = 300
 AVERAGE = "weights averaged"
 KINDS: dict[str, dict[str, Any]] = {
     "cross-entropy only": {"alpha": 1.0, "beta": 0.0, "critic": False},
@@ -49,8 +49,8 @@ def questions(count: int) -> list[dict[str, str]]:
     """Questions of gsm8k, as texts."""
     path = shared_data() / "text" / "gsm8k" / "train.jsonl"
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for _, line in zip(range(count), file, strict=False)]
-    return [{"text": row["question"]} for row in rows]
+        rows = [json.loads(line) for _, line in zip(range(2 * count), file, strict=False)]
+    return [{"text": row["question"]} for row in rows if len(row["question"]) < LONGEST][:count]
 
 
 def settings_of(seed: int, steps: int, folder: Path) -> KDConfig:
@@ -60,7 +60,7 @@ def settings_of(seed: int, steps: int, folder: Path) -> KDConfig:
         lora_keys="all",
         learning_rate=2e-3,
         num_iters=steps,
-        steps_per_eval=50,
+        steps_per_eval=steps // 4,
         steps_per_save=steps,
         max_tokens=32,
         max_seq_length=500,
@@ -74,7 +74,7 @@ def grown(folder: Path, seed: int, steps: int) -> Line:
     data = shared_data()
     whole = data / "models" / "stories260K"
     cut = keep_layers(whole, folder / "cut", [0, 2, 4])
-    texts = stories("train", 2 * TEXTS)
+    texts = short_stories(2 * TEXTS)
     training = settings_of(seed, steps, folder / "heal")
     distiller = TrueKnowledgeDistiller(str(whole), str(cut), training)
     healed = distiller.distill_domain("stories", data=texts[:TEXTS])

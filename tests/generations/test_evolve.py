@@ -272,6 +272,20 @@ def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
     assert line.problems() == []
 
 
+def test_what_is_finished_is_not_done_again_when_resumed(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    """A process may be killed when all is done but to say so."""
+    line = copied(grown[0], tmp_path)
+    config = config_of(training={"num_iters": 2}, gates={"generalize_gain": -1.0})
+    first = evolve(line, sums(6), config)
+    again = evolve(line, sums(6), config, resume=True)
+    assert (again.name, again.verdicts) == (first.name, first.verdicts)
+    assert line.head == "G003" and len(line.log()) == 4
+    other = evolve(line, sums(7), config, resume=True)
+    assert other.name == line.head == "G004"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
