@@ -64,8 +64,8 @@ from conch_dna.training.trainer import (
     CHECKPOINT_PREFIX,
     Report,
     Trainer,
-    TrainerSettings,
     TrainingResult,
+    trainer_settings,
 )
 
 SAMPLES_FILE = "samples.json"
@@ -297,19 +297,7 @@ class Evolution:
         if config.grad_checkpoint:
             checkpoint_layers(student.model)
         self._phase("training", config.num_iters, "steps")
-        settings = TrainerSettings(
-            num_iters=config.num_iters,
-            learning_rate=config.learning_rate,
-            warmup_iters=config.warmup_iters,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            accumulation_steps=config.accumulation_steps,
-            steps_per_report=config.steps_per_report,
-            steps_per_eval=config.steps_per_eval,
-            steps_per_save=config.steps_per_save,
-            ema_decay=self.config.ema_decay,
-            seed=config.seed,
-        )
+        settings = trainer_settings(config, ema_decay=self.config.ema_decay)
         heldout = [
             targets.collate([material.heldout[i] for i in indices], config.temperature)
             for indices in sequential_batches(

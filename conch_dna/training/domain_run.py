@@ -58,8 +58,8 @@ from conch_dna.training.trainer import (
     Loss,
     Report,
     Trainer,
-    TrainerSettings,
     TrainingResult,
+    trainer_settings,
 )
 
 RUN_FILE = "run.json"
@@ -285,18 +285,7 @@ class DomainRun:
             temperature=self.examples.temperature,
             seed=config.seed,
         )
-        settings = TrainerSettings(
-            num_iters=config.num_iters,
-            learning_rate=config.learning_rate,
-            warmup_iters=config.warmup_iters,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            accumulation_steps=config.accumulation_steps,
-            steps_per_report=config.steps_per_report,
-            steps_per_eval=config.steps_per_eval,
-            steps_per_save=config.steps_per_save,
-            seed=config.seed,
-        )
+        settings = trainer_settings(config)
         trainer = Trainer(
             student.model,
             self._loss(student, prepared.targets),

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWho
 from conch_dna.language_model import named_arrays
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
+from conch_dna.training.settings import KDConfig
 
 CHECKPOINT_PREFIX = "checkpoint_"
 ADAPTER_FILE = "adapters.safetensors"
@@ -92,6 +93,19 @@ class TrainerSettings:
     keep_checkpoints: int = 3
     ema_decay: float = 0.0
     seed: int = 0
+
+
+def trainer_settings(config: KDConfig, **more: Any) -> TrainerSettings:
+    """The settings of a run that the loop needs, by their names.
+
+    Args:
+        config: See `KDConfig`.
+        **more: Fields of TrainerSettings that it does not have.
+    """
+    shared = {option.name for option in fields(TrainerSettings)} & {
+        option.name for option in fields(KDConfig)
+    }
+    return TrainerSettings(**{name: getattr(config, name) for name in shared}, **more)
 
 
 @dataclass(kw_only=True)
