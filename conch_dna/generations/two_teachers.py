@@ -37,7 +37,7 @@ from conch_dna.training.head_loss import (
     make_logit_loss,
     with_nothing,
 )
-from conch_dna.training.soft_targets import TargetIdentity, Targets
+from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import Loss
 
 EXCLUDED_MULTIPLE = 16
@@ -120,11 +120,6 @@ class TwoTeacherTargets:
         self.nothing = student.token_count
 
     @property
-    def identity(self) -> TargetIdentity:
-        """Of the first teacher's cache."""
-        return self.first.identity
-
-    @property
     def digest(self) -> str:
         """Content address of both caches and of how they are put together."""
         taboo = [*map(repr, self.taboo.spellings), *map(str, self.taboo.ids)] if self.taboo else []
@@ -134,29 +129,6 @@ class TwoTeacherTargets:
             repr(asdict(self.settings)),
             *taboo,
         )
-
-    def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples whose targets one of the teachers has not computed."""
-        found = self.first.missing(examples)
-        names = {id(example) for example in found}
-        more = self.second.missing(examples) if self.second else []
-        return [*found, *(example for example in more if id(example) not in names)]
-
-    def fill(self, teacher: ModelSource, examples: Sequence[Example], *, batch_size: int) -> int:
-        """Not for two: each cache is filled by its own teacher, one after the other.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError("fill the first teacher's cache and then the second's")
-
-    def gold(self, example: Example) -> np.ndarray:
-        """The first teacher's log-probabilities of the text's own tokens."""
-        return self.first.gold(example)
-
-    def evaluation_batch(self, examples: Sequence[Example]) -> Batch:
-        """A batch to compare the student with its first teacher; see `SoftTargetCache`."""
-        return self.first.evaluation_batch(examples)
 
     def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
         """A batch of examples with one target for each token.
