@@ -334,9 +334,7 @@ class ClassTargets:
             Of each place the student's row, the teacher's row, the bytes of the token before
             it, and the token.
         """
-        teacher_lengths, student_lengths = (
-            np.fromiter(map(len, table.texts), np.int64) for table in self.tables
-        )
+        teacher_lengths, student_lengths = (insides.lengths for insides in self._insides)
         parts: list[tuple[np.ndarray, ...]] = []
         offsets = [0, 0]
         for example in examples:
