@@ -59,6 +59,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
         _remove_file(temporary)
         raise _unwritable(path, error) from error
     except BaseException:
+        # Ctrl-C as well must leave nothing half-written.
         _remove_file(temporary)
         raise
 
@@ -141,6 +142,7 @@ def write_folder(
         _undo_folder(path, temporary, replaced)
         raise _unwritable(path, error) from error
     except BaseException:
+        # Ctrl-C as well must leave nothing half-written.
         _undo_folder(path, temporary, replaced)
         raise
 
@@ -277,6 +279,7 @@ class FolderLock:
         try:
             write_json(self._owner, owner)
         except BaseException:
+            # Whatever it was, a lock without an owner would keep everyone out.
             self._lock.release()
             raise
         return self
