@@ -246,12 +246,17 @@ class FolderLock:
 
     Use as a context manager.
 
+    Args:
+        folder: Made where it is not there.
+        elsewhere: What a user can do instead of waiting, for the messages.
+
     Raises:
         FolderInUseError: Another process holds it; the message names that process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, elsewhere: str = "choose another --output-dir") -> None:
         self.folder = folder
+        self.elsewhere = elsewhere
         self._owner = folder / "run.lock.json"
         self._lock: Any = None
 
@@ -264,12 +269,12 @@ class FolderLock:
             self._lock.acquire()
         except Timeout:
             raise FolderInUseError(
-                f"{self.folder} is in use by {self._holder()}: wait for it to end, or choose "
-                "another --output-dir"
+                f"{self.folder} is in use by {self._holder()}: wait for it to end, or "
+                f"{self.elsewhere}"
             ) from None
         except OSError as error:
             raise ConchError(
-                f"cannot write to {self.folder}: {error}. Choose another --output-dir"
+                f"cannot write to {self.folder}: {error}. Free it, or {self.elsewhere}"
             ) from error
         owner = {
             "pid": os.getpid(),

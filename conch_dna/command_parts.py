@@ -71,8 +71,12 @@ def example(*lines: str) -> str:
     return "\n  ".join(["\b\nExample:", *lines])
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, option: str = "--config") -> dict[str, Any]:
     """The settings in a YAML file.
+
+    Args:
+        path: The file.
+        option: By which it was given, for the message.
 
     Raises:
         ConchError: It cannot be read, or is no mapping.
@@ -87,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConchError(f"cannot read --config {path}: {error}") from error
+        raise ConchError(f"cannot read {option} {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

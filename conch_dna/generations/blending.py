@@ -354,13 +354,7 @@ def common_outcomes(
     """
     ids, log_probs = first
     other_ids, other = second
-    width = nothing + 1
-    row = np.arange(len(ids))[:, None] * width
-    keys = (row + np.minimum(other_ids, nothing)).ravel()
-    order = np.argsort(keys, kind="stable")
-    wanted = row + np.minimum(ids, nothing)
-    at = order[np.searchsorted(keys[order], wanted).clip(max=max(0, len(keys) - 1))]
-    both = (keys[at] == wanted) & (ids < nothing)
+    both, at = _matches(ids, other_ids, nothing)
     kept = np.where(both, log_probs[:, :-1], -np.inf)
     lost = np.where(both, -np.inf, log_probs[:, :-1])
     rest = np.logaddexp(log_probs[:, -1], np.logaddexp.reduce(lost, axis=1, initial=-np.inf))
@@ -375,6 +369,68 @@ def common_outcomes(
         np.concatenate([kept, rest[:, None]], axis=1),
         np.concatenate([found, other_rest[:, None]], axis=1),
     )
+
+
+def _matches(ids: np.ndarray, other_ids: np.ndarray, nothing: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each token of one teacher was kept by the other `[n, K]`, and where, flattened."""
+    width = nothing + 1
+    row = np.arange(len(ids))[:, None] * width
+    keys = (row + np.minimum(other_ids, nothing)).ravel()
+    order = np.argsort(keys, kind="stable")
+    wanted = row + np.minimum(ids, nothing)
+    at = order[np.searchsorted(keys[order], wanted).clip(max=max(0, len(keys) - 1))]
+    return (keys[at] == wanted) & (ids < nothing), at
+
+
+def all_outcomes(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], nothing: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bring two teachers' K + 1 outcomes to the tokens that either kept and one rest.
+
+    Of a token that a teacher did not keep it is taken to say what its rest says of each of its
+    tokens on average, which is never more than the least it kept. Over the common tokens alone two
+    teachers that keep different ones would seem to agree: nearly all would be rest on both sides.
+
+    Args:
+        first: As for `common_outcomes`.
+        second: Likewise.
+        nothing: The number of tokens.
+
+    Returns:
+        The log-probabilities `[n, K + K' + 1]` of both, -inf where there is no token.
+    """
+    ids, log_probs = first
+    other_ids, other = second
+    both, at = _matches(ids, other_ids, nothing)
+    used = np.zeros(other_ids.size, bool)
+    used[at[both]] = True
+    only_first = (ids < nothing) & ~both
+    only_second = (other_ids < nothing) & ~used.reshape(other_ids.shape)
+    each, rest = _share_of_rest(log_probs[:, -1], ids < nothing, only_second, nothing)
+    other_each, other_rest = _share_of_rest(other[:, -1], other_ids < nothing, only_first, nothing)
+    found = np.where(both, other[:, :-1].ravel()[at], -np.inf)
+    one = (
+        log_probs[:, :-1],
+        np.where(only_second, each[:, None], -np.inf),
+        rest[:, None],
+    )
+    two = (
+        np.where(only_first, other_each[:, None], found),
+        np.where(only_second, other[:, :-1], -np.inf),
+        other_rest[:, None],
+    )
+    return np.concatenate(one, axis=1), np.concatenate(two, axis=1)
+
+
+def _share_of_rest(
+    rest: np.ndarray, kept: np.ndarray, asked: np.ndarray, nothing: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of each token in a rest, and of what is left without those asked for."""
+    tokens = nothing - kept.sum(axis=1)
+    with np.errstate(divide="ignore"):
+        each = rest - np.log(np.maximum(1, tokens))
+        left = rest + np.log(1 - asked.sum(axis=1) / np.maximum(1, tokens))
+    return each, left
 
 
 def _same_shape(*logits: mx.array) -> None:

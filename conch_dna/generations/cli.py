@@ -16,24 +16,12 @@ import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
 from conch_dna.errors import ConchError
+from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 
 if TYPE_CHECKING:
     from conch_dna.generations.line import Line
-    from conch_dna.generations.settings import EvolveConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
-# What two teachers of one line have no use for.
-UNUSED = (
-    "alpha",
-    "alignment",
-    "soft_weight",
-    "chunk_weight",
-    "chunk_scale",
-    "samples_per_prompt",
-    "generation_batch_size",
-    "output_dir",
-    "adapter_subdir",
-)
 
 
 @click.group(
@@ -47,8 +35,13 @@ def generations() -> None:
     """Grow a line of models, in which a child must earn its place."""
 
 
-def _command(*lines: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function a command of the group, on a line, whose help ends with an example."""
+def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command of the group, on a line, whose help ends with an example.
+
+    Args:
+        *lines: The example.
+        named: Whether the line's name must be given.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         root = click.option(
@@ -58,7 +51,11 @@ def _command(*lines: str) -> Callable[[Callable[..., None]], click.Command]:
             show_default=True,
             help="Folder of all lines.",
         )
-        name = click.argument("name", help="The line's.")
+        name = click.argument(
+            "name",
+            required=named,
+            help="The line's." if named else "The line's; else the manifest says it.",
+        )
         made = generations.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
         command: click.Command = made(name(root(function)))
         return command
@@ -93,33 +90,23 @@ def init(name: str, root: str, model: str, data: str, adapter: str | None) -> No
     click.echo(f"{name}: {first} is {model}, with {len(records)} records, in {line.folder}")
 
 
-def _evolve_config(
-    config_file: str | None, laws: str | None, given: dict[str, Any], own: dict[str, Any]
-) -> "EvolveConfig":
-    from conch_dna.generations.laws import read_laws
-    from conch_dna.generations.settings import EvolveConfig
-
-    values = read_yaml(Path(config_file)) if config_file else {}
-    training = {name: value for name, value in given.items() if value is not None}
-    if laws:
-        own["laws"] = tuple(read_laws(Path(laws)))
-    named = {name: value for name, value in own.items() if value not in (None, ())}
-    return EvolveConfig.from_json(
-        values, source=config_file or "the command line", training=training, overriding=named
-    )
+def _manifest(path: str | None) -> dict[str, Any]:
+    """The manifest that a user gives, of which nothing but its parts is known."""
+    return read_yaml(Path(path), option="--manifest") if path else {}
 
 
 @_command(
     "conch-dna generations evolve tales --data sums.jsonl --iters 200",
-    "conch-dna generations evolve tales --data sums.jsonl --config evolve.yaml --resume",
+    "conch-dna generations evolve --manifest evolution.yaml --resume",
+    named=False,
 )
-@click.option("--data", required=True, metavar="FILE", help="JSONL of the new data.")
+@click.option("--data", metavar="FILE", help="JSONL of the new data; else the manifest says it.")
 @click.option(
-    "--config",
-    "config_file",
+    "--manifest",
+    "manifest_file",
     metavar="FILE",
-    help="YAML: alpha, beta, gamma, ema_decay, replay_share and others, and the mappings "
-    "training, blend and gates.",
+    help="YAML or JSON with the parts of a generation's manifest: evolution_request (line, data), "
+    "teachers, training_params, stabilizers, evaluation, gates and laws.",
 )
 @click.option("--laws", metavar="FILE", help="YAML of what every answer must keep to.")
 @click.option(
@@ -128,22 +115,24 @@ def _evolve_config(
 @click.option("--replay-share", type=float, help="Of earlier data in an epoch. [default: 0.1]")
 @click.option("--ema-decay", type=float, help="Of the averaged adapter. [default: 0.999]")
 @click.option(
-    "--critic/--no-critic", default=None, help="The grandparent teaches too. [default: true]"
+    "--critic/--no-critic", default=None, help="A second teacher teaches too. [default: true]"
 )
+@click.option(
+    "--first-teacher",
+    metavar="MODEL",
+    help="Hub id or folder of a model that teaches in the parent's place, with whatever tokenizer.",
+)
+@click.option("--second-teacher", metavar="MODEL", help="The same in the grandparent's place.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the verdicts there too.")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
-@partial(config_options, leave_out=UNUSED)
+@partial(config_options, leave_out=[n for n in UNUSED if n != "trust_remote_code"])
 def evolve(
-    name: str,
+    name: str | None,
     root: str,
-    data: str,
-    config_file: str | None,
+    data: str | None,
+    manifest_file: str | None,
     laws: str | None,
-    taboo_words: tuple[str, ...],
-    replay_share: float | None,
-    ema_decay: float | None,
-    critic: bool | None,
     json_file: str | None,
     resume: bool,
     overwrite: bool,
@@ -155,26 +144,29 @@ def evolve(
     """
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
-    line = _line(name, root)
-    from dataclasses import asdict
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dataclasses import asdict, fields
 
     from rich.console import Console
 
     from conch_dna.checkpoints import write_json
     from conch_dna.generations.evolve import train_generation_with_teachers
+    from conch_dna.generations.laws import read_laws
     from conch_dna.generations.tables import verdict_table
     from conch_dna.progress import Progress
     from conch_dna.training.records import read_records
 
-    own = {
-        "taboo_words": taboo_words,
-        "replay_share": replay_share,
-        "ema_decay": ema_decay,
-        "critic": critic,
-    }
-    config = _evolve_config(config_file, laws, given, own)
+    source = manifest_file or "the command line"
+    manifest = _manifest(manifest_file)
+    asked = requested(manifest, source, line=name, data=data)
+    named = {option: value for option, value in given.items() if value not in (None, ())}
+    own = {each.name: named.pop(each.name) for each in fields(EvolveConfig) if each.name in named}
+    if laws:
+        own["laws"] = tuple(read_laws(Path(laws)))
+    config = EvolveConfig.from_manifest(manifest, source=source, training=named, overriding=own)
+    line = _line(asked["line"], root)
     _ = line.head
-    records = read_records(Path(data))
+    records = read_records(Path(asked["data"]))
     with Progress() as progress:
         outcome = train_generation_with_teachers(
             line, records, config, report=progress, resume=resume, overwrite=overwrite
@@ -184,15 +176,15 @@ def evolve(
     )
     if json_file:
         write_json(Path(json_file), asdict(outcome))
-    click.echo(f"HEAD of {name} is {line.head}; the child is in {line.path(outcome.name)}")
+    click.echo(f"HEAD of {line.name} is {line.head}; the child is in {line.path(outcome.name)}")
     if not outcome.promoted:
         sys.exit(1)
 
 
 @_command("conch-dna generations validate tales", "conch-dna generations validate tales G002")
 @click.argument("generation", required=False, help="Default: the current one.")
-@click.option("--config", "config_file", metavar="FILE", help="YAML with other gates.")
-def validate(name: str, root: str, generation: str | None, config_file: str | None) -> None:
+@click.option("--manifest", "manifest_file", metavar="FILE", help="YAML or JSON with other gates.")
+def validate(name: str, root: str, generation: str | None, manifest_file: str | None) -> None:
     """Judge a generation again by its stored measures, with its own or with other gates.
 
     Exit code 1 says that a gate fails.
@@ -203,18 +195,16 @@ def validate(name: str, root: str, generation: str | None, config_file: str | No
     from rich.console import Console
 
     from conch_dna.generations.manifest import METRICS_FILE
-    from conch_dna.generations.promotion import GateSettings, judge
+    from conch_dna.generations.promotion import judge
     from conch_dna.generations.tables import verdict_table
 
     chosen = generation or line.head
     manifest = line.manifest(chosen)
     if "verdicts" not in manifest:
         raise ConchError(f"{chosen} is the first generation: it was not judged")
-    if config_file:
-        gates = _evolve_config(config_file, None, {}, {}).gates
-    else:
-        stored = manifest["gates"]
-        gates = GateSettings(**{**stored, "by_lower_bound": tuple(stored["by_lower_bound"])})
+    source = manifest_file or chosen
+    asked = _manifest(manifest_file) or manifest
+    gates = EvolveConfig.from_manifest(asked, source=source).gates
     metrics = json.loads((line.path(chosen) / METRICS_FILE).read_text(encoding="utf-8"))
     scores = metrics["scores"]
     verdicts = judge(scores["child"], scores["parent"], gates)

@@ -1,13 +1,14 @@
 """One generation: learn from two frozen teachers, be measured, and be promoted or archived.
 
-Ties the floors below together for a line; knows what is in memory when. Three models are never
-resident together: each teacher answers and leaves before the next one comes.
+Ties the floors below together for a line; knows what happens when, and what a kill leaves behind.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +23,15 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.generations.foreign import examples_for
 from conch_dna.generations.laws import violations
+from conch_dna.generations.learning import Learned, Teacher, learn, teach
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.manifest import (
     METRICS_FILE,
     Outcome,
     make_manifest,
+    models_of,
     outcome_of,
     settings_digest,
 )
@@ -35,7 +39,6 @@ from conch_dna.generations.material import (
     DATA_FILE,
     HELDOUT_FILE,
     Material,
-    TwoTeacherBatches,
     base_digests,
     data_digest,
     gather,
@@ -44,34 +47,35 @@ from conch_dna.generations.material import (
 from conch_dna.generations.measures import Measured, measure
 from conch_dna.generations.promotion import judge, tone_drift
 from conch_dna.generations.settings import EvolveConfig
-from conch_dna.generations.taboo import TabooTokens
-from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
+from conch_dna.generations.tables import draw_learning
+from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    adapter_tensors,
-    attach_lora,
-    checkpoint_layers,
     load_verified,
+    require_goes_on,
     save_adapter,
 )
 from conch_dna.training.answers import openings
-from conch_dna.training.batches import sequential_batches
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record
-from conch_dna.training.trainer import (
-    CHECKPOINT_PREFIX,
-    Report,
-    Trainer,
-    TrainingResult,
-    trainer_settings,
-)
+from conch_dna.training.trainer import CHECKPOINT_PREFIX, Report
 
 SAMPLES_FILE = "samples.json"
 LOG_FILE = "training_log.json"
+REPORT_FILE = "report.png"
 RUN_FILE = "run.json"
 WORK = "work-"
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a child was taught, how its parent was measured, and what it learned."""
+
+    targets: TwoTeacherTargets
+    parent: Measured
+    learned: Learned
 
 
 class Evolution:
@@ -114,16 +118,18 @@ class Evolution:
             self.grandparent = ancestors[0] if ancestors and self.config.critic else None
             self.chain = [self.parent, *ancestors]
             self._read_base()
+            self.teachers = self._teachers()
+            require_goes_on(self.config.training, self._adapter(self.parent))
             if resume and (finished := self._finished()) is not None:
                 return finished
             if (judged := self._judged()) is not None:
                 return judged
             self.work = line.folder / f"{WORK}{line.next_name}"
             self._begin(resume=resume, overwrite=overwrite)
-            if self.grandparent is None:
+            if self.grandparent is None and not (self.config.critic and self.config.second_teacher):
                 why = "is the first generation" if not ancestors else "teaches alone, as was asked"
                 self._message(f"{self.parent} {why}: there is one teacher")
-            return self._finish(*self._train())
+            return self._finish(*self._learn())
 
     def _message(self, text: str) -> None:
         self.report("message", {"message": text})
@@ -155,11 +161,10 @@ class Evolution:
             )
 
     def _source(self, name: str) -> ModelSource:
-        path = self.line.path(name)
         return ModelSource(
             self.base.model_id,
             trust_remote_code=self.base.trust_remote_code,
-            adapter=path if (path / ADAPTER_FILE).is_file() else None,
+            adapter=self._adapter(name),
         )
 
     @property
@@ -171,6 +176,7 @@ class Evolution:
         plain: dict[str, Any] = json.loads(json.dumps({**settings, **training}))
         return {
             "parents": {name: folder_digest(self.line.path(name)) for name in self.chain[:2]},
+            "models": models_of(self.teachers),
             "data": data_digest(self.records),
             **plain,
         }
@@ -236,33 +242,6 @@ class Evolution:
         write_json(path, identity)
         self.resume = resume
 
-    def _teach(self, material: Material) -> tuple[TwoTeacherTargets, Measured]:
-        """Both teachers' targets, one after the other, and the parent's measures."""
-        config = self.config.training
-        caches = []
-        measured = None
-        for name in filter(None, (self.parent, self.grandparent)):
-            source = self._source(name)
-            examples = Examples(source, self.base, config)
-            cache = examples.targets(self.line.folder / "soft_targets")
-            missing = cache.missing(material.taught)
-            if missing:
-                tokens = sum(example.count for example in missing)
-                self._phase(f"targets of {name}", tokens, "tokens")
-            cache.fill(source, material.taught, batch_size=config.batch_size)
-            if name == self.parent:
-                self._phase(f"measuring {name}")
-                measured = self._measure(source.resident(), material)
-            source.release()
-            caches.append(cache)
-        taboo = TabooTokens(self.base.tokenizer, self.config.taboo_words, self.config.taboo_ids)
-        second = caches[1] if len(caches) > 1 else None
-        assert measured is not None
-        return (
-            TwoTeacherTargets(caches[0], second, self.base, self.config.blend, taboo),
-            measured,
-        )
-
     def _measure(self, model: LanguageModel, material: Material) -> Measured:
         return measure(
             model,
@@ -277,74 +256,65 @@ class Evolution:
         found = openings(both, self.config.answers)
         return [example.ids[:length].tolist() for example, length in found]
 
-    def _train(
-        self,
-    ) -> tuple[Material, TwoTeacherTargets, Measured, TrainingResult, dict[str, Any], Any]:
-        examples = Examples(
-            self._source(self.parent), self.base, self.config.training, report=self.report
-        )
-        material = gather(self.line, self.chain, examples, self.records, self.config)
-        targets, parent = self._teach(material)
-        config = self.config.training
-        student = self.base.load()
-        start = None
-        source = self._source(self.parent)
-        if source.adapter:
-            loaded = mx.load(str(source.adapter / ADAPTER_FILE))
-            assert isinstance(loaded, dict)
-            start = loaded
-        adapter_config = attach_lora(student, config, start=start)
-        if config.grad_checkpoint:
-            checkpoint_layers(student.model)
-        self._phase("training", config.num_iters, "steps")
-        settings = trainer_settings(config, ema_decay=self.config.ema_decay)
-        heldout = [
-            targets.collate([material.heldout[i] for i in indices], config.temperature)
-            for indices in sequential_batches(
-                material.heldout, config.batch_size, config.val_batches
-            )
-        ]
-        if not any(batch.count for batch in heldout):
-            raise ConchError(
-                "every held-out token would be skipped, so the best step could not be chosen: "
-                "fewer taboo words, or other thresholds"
-            )
-        trainer = Trainer(
-            student.model,
-            make_two_teacher_loss(
-                student,
-                temperature=config.temperature,
-                alpha=self.config.alpha,
-                beta=self.config.beta,
-                gamma=self.config.gamma,
-                divergence=config.divergence,
-                with_taboo=targets.taboo is not None,
-                chunk=config.head_chunk,
-            ),
-            TwoTeacherBatches(material, targets, self.config),
-            heldout,
-            settings,
+    def _learn(self) -> tuple[Material, Taught]:
+        """Everything up to the end of training."""
+        config = self.config
+        own = Examples(self._source(self.parent), self.base, config.training, report=self.report)
+        foreign = {each.role: each.examples for each in self.teachers if each.foreign}
+        material = gather(self.line, self.chain, own, self.records, config, foreign=foreign)
+        cache = self.line.folder / "soft_targets"
+        targets = teach(self.teachers, material, self.base, config, cache, self.report)
+        self._phase(f"measuring {self.parent}")
+        model = self._source(self.parent).load()
+        parent = self._measure(model, material)
+        model.release()
+        learned = learn(
+            self.base,
+            self._adapter(self.parent),
+            material,
+            targets,
+            config,
             self.work,
-            # A teacher that is its own parent would choose the child that did not move.
-            select_by="hard" if self.config.alpha > 0 else "loss",
+            resume=self.resume,
             report=self.report,
         )
-        result = trainer.run(resume=self.resume)
-        tensors = adapter_tensors(student.model)
-        student.release()
-        return material, targets, parent, result, adapter_config, tensors
+        return material, Taught(targets, parent, learned)
 
-    def _finish(
-        self,
-        material: Material,
-        targets: TwoTeacherTargets,
-        parent: Measured,
-        training: TrainingResult,
-        adapter_config: dict[str, Any],
-        tensors: dict[str, mx.array],
-    ) -> Outcome:
+    def _teachers(self) -> list[Teacher]:
+        """One or two, the first of them first."""
+        config = self.config
+        found = []
+        places = (
+            ("parent", self.parent, config.first_teacher),
+            ("grandparent", self.grandparent, config.second_teacher if config.critic else ""),
+        )
+        for role, name, model in places:
+            if not (model or name):
+                continue
+            trust = config.training.trust_remote_code
+            source = (
+                ModelSource(model, trust_remote_code=trust) if model else self._source(str(name))
+            )
+            found.append(
+                Teacher(
+                    role=role,
+                    path=model or str(name),
+                    source=source,
+                    examples=examples_for(source, self.base, config.training, self.report),
+                    of_line=not model,
+                )
+            )
+        return found
+
+    def _adapter(self, name: str) -> Path | None:
+        path = self.line.path(name)
+        return path if (path / ADAPTER_FILE).is_file() else None
+
+    def _finish(self, material: Material, taught: Taught) -> Outcome:
         self._phase("measuring the child")
-        adapter_config = {**adapter_config, "model": self.base.model_id}
+        training, tensors = taught.learned.training, taught.learned.tensors
+        parent = taught.parent
+        adapter_config = {**taught.learned.adapter_config, "model": self.base.model_id}
         save_adapter(self.work / "candidate", tensors, adapter_config)
         model = load_verified(self.base, self.work / "candidate", tensors)
         child = self._measure(model, material)
@@ -360,7 +330,7 @@ class Evolution:
         }
         parent_metrics = {"recall": parent.recall.top1, "generalize": parent.generalize.top1}
         verdicts = judge(child_metrics, parent_metrics, self.config.gates)
-        taboo = targets.taboo
+        taboo = taught.targets.taboo
         metrics = {
             "child": child.to_json(taboo, self.base.tokenizer),
             "parent": parent.to_json(taboo, self.base.tokenizer),
@@ -377,6 +347,7 @@ class Evolution:
         manifest = make_manifest(
             self.line,
             (self.parent, self.grandparent),
+            self.teachers,
             self.config,
             material,
             verdicts,
@@ -394,6 +365,14 @@ class Evolution:
                 LOG_FILE: training.history,
                 DATA_FILE: json_lines(material.records[0]),
                 HELDOUT_FILE: json_lines(material.records[1]),
+            },
+            writers={
+                REPORT_FILE: partial(
+                    draw_learning,
+                    history=training.history,
+                    title=f"{self.parent}'s child: what taught it",
+                    best=training.best_step,
+                )
             },
         )
         # The candidate holds all that is needed from here on; see `_judged`.

@@ -15,6 +15,7 @@ import yaml
 from conch_dna.errors import ConchError
 
 Check = Callable[[str, Any], bool]
+EXAMPLE = "write for example '- {name: short, max_words: 80}'"
 
 
 def _is_json(text: str, wanted: Any) -> bool:
@@ -53,6 +54,10 @@ class Law:
         """Whether an answer keeps this law."""
         return KINDS[self.kind][1](answer, self.value)
 
+    def to_json(self) -> dict[str, Any]:
+        """As a user writes it."""
+        return {"name": self.name, self.kind: self.value}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
@@ -74,10 +79,23 @@ def read_laws(path: Path) -> list[Law]:
         raise ConchError(f"laws {path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConchError(f"laws {path} are not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(listed, list) or not listed:
-        raise ConchError(
-            f"laws {path} hold no list; write for example '- {{name: short, max_words: 80}}'"
-        )
+    if not listed:
+        raise ConchError(f"laws {path} hold no list; {EXAMPLE}")
+    return laws_of(listed, f"laws {path}")
+
+
+def laws_of(listed: Any, source: str) -> list[Law]:
+    """The laws in a list of mappings with a name and one kind.
+
+    Args:
+        listed: As YAML or JSON gives it.
+        source: Where it comes from, for the message.
+
+    Raises:
+        ConchError: Something in it is no law; all of it at once.
+    """
+    if not isinstance(listed, list):
+        raise ConchError(f"{source} hold no list; {EXAMPLE}")
     laws, problems = [], []
     for number, entry in enumerate(listed, 1):
         found = _law(entry)
@@ -90,7 +108,7 @@ def read_laws(path: Path) -> list[Law]:
         f"the name {name!r} is used twice" for name in {n for n in names if names.count(n) > 1}
     ]
     if problems:
-        raise ConchError(f"laws {path}: {'; '.join(problems)}")
+        raise ConchError(f"{source}: {'; '.join(problems)}")
     return laws
 
 

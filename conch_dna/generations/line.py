@@ -91,7 +91,7 @@ class Line:
 
     def lock(self) -> FolderLock:
         """Held while the line is changed; see `FolderLock`."""
-        return FolderLock(self.folder)
+        return FolderLock(self.folder, elsewhere="choose another line or --root")
 
     @property
     def exists(self) -> bool:

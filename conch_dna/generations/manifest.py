@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.digests import content_digest
+from conch_dna.generations.learning import Teacher
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.material import FORMAT, Material, now
 from conch_dna.generations.promotion import Verdict
@@ -56,9 +57,15 @@ def settings_digest(config: EvolveConfig) -> str:
     return content_digest(json.dumps(config.to_json(), sort_keys=True))
 
 
+def models_of(teachers: Sequence[Teacher]) -> dict[str, str]:
+    """Content addresses of the teachers that are no generation of the line."""
+    return {each.path: each.source.weights_digest for each in teachers if not each.of_line}
+
+
 def make_manifest(
     line: Line,
     parents: tuple[str, str | None],
+    teachers: Sequence[Teacher],
     config: EvolveConfig,
     material: Material,
     verdicts: Sequence[Verdict],
@@ -70,15 +77,15 @@ def make_manifest(
 
     Args:
         line: As it is before the child enters it.
-        parents: Parent and grandparent.
+        parents: Parent and, if it teaches or taught, grandparent.
+        teachers: Who taught.
         config: What it was trained and judged with.
         material: What it learned from.
         verdicts: What the gates said.
         request: What must be the same for the same generation.
         data: Digest of the new records.
     """
-    roles = zip(("parent", "grandparent"), parents, strict=True)
-    settings = config.to_json()
+    asked = config.to_manifest()
     passed = all(verdict.passed for verdict in verdicts)
     return {
         "format": FORMAT,
@@ -87,30 +94,21 @@ def make_manifest(
         "parent": parents[0],
         "grandparent": parents[1],
         "evolution_request": {
+            "line": line.name,
             "records": sum(map(len, material.records)),
             "train": len(material.train),
             "heldout": len(material.heldout),
             "recall": len(material.recall),
+            "replay": len(material.replay),
         },
-        "teachers": [{"role": role, "path": name} for role, name in roles if name],
-        "training_params": {
-            **settings["training"],
-            **{name: settings[name] for name in ("alpha", "beta", "gamma", "blend")},
-        },
-        "stabilizers": {
-            "ema_decay": config.ema_decay,
-            "replay_share": config.replay_share,
-            "replay_records": len(material.replay),
-            "taboo_words": list(config.taboo_words),
-            "taboo_ids": list(config.taboo_ids),
-        },
-        "gates": settings["gates"],
-        "laws": settings["laws"],
+        "teachers": [{"role": each.role, "path": each.path} for each in teachers],
+        **asked,
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "decision": "promoted" if passed else "failed",
         "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
         "digests": {
             "parents": {name: folder_digest(line.path(name)) for name in parents if name},
+            "models": models_of(teachers),
             "data": data,
             "settings": settings_digest(config),
             "request": content_digest(json.dumps(request)),

@@ -23,6 +23,7 @@ from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import ModelSource
 from conch_dna.provenance import provenance
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+from conch_dna.training.aligned_records import AlignedExample
 from conch_dna.training.batches import Batch, Example
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record, read_records, split_heldout
@@ -42,6 +43,8 @@ class Material:
         replay: Earlier ones to learn from again.
         recall: Earlier ones to be judged by.
         records: The new records of `train` and of `heldout`.
+        aligned: For each teacher with another tokenizer, by its role: its example for the digest of
+            each that is taught.
     """
 
     train: list[Example]
@@ -49,6 +52,7 @@ class Material:
     replay: list[Example]
     recall: list[Example]
     records: tuple[list[Record], list[Record]]
+    aligned: Mapping[str, Mapping[str, AlignedExample]]
 
     @property
     def taught(self) -> list[Example]:
@@ -183,6 +187,8 @@ def gather(
     examples: Examples,
     records: Sequence[Record],
     config: EvolveConfig,
+    *,
+    foreign: Mapping[str, Examples],
 ) -> Material:
     """Tokenize and split new data, and draw from those of the generations before.
 
@@ -192,13 +198,19 @@ def gather(
         examples: Of the line's base.
         records: New ones.
         config: Shares, sizes, split and seed.
+        foreign: What makes the examples of teachers with another tokenizer, by their role; what
+            one of them cannot be given is left out.
+
+    Raises:
+        ConchError: Earlier generations kept nothing to be measured on, or to replay.
     """
     seed = config.training.seed
-    kept, made = examples.make(records)
-    records = [records[index] for index in kept]
-    train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
     earlier = earlier_records(line, chain, HELDOUT_FILE)
     recall = create_replay_buffer(earlier, config.measured, seed=seed)
+    aligned: dict[str, dict[str, AlignedExample]] = {role: {} for role in foreign}
+    kept, made = _made(examples, foreign, records, aligned)
+    records = [records[index] for index in kept]
+    train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
     replay: list[Record] = []
     if config.replay_share:
         earlier = earlier_records(line, chain, DATA_FILE)
@@ -206,7 +218,28 @@ def gather(
     return Material(
         [made[index] for index in train],
         [made[index] for index in heldout],
-        examples.make(replay)[1] if replay else [],
+        _made(examples, foreign, replay, aligned)[1] if replay else [],
         examples.make(recall)[1],
         ([records[index] for index in train], [records[index] for index in heldout]),
+        aligned,
     )
+
+
+def _made(
+    examples: Examples,
+    foreign: Mapping[str, Examples],
+    records: Sequence[Record],
+    aligned: Mapping[str, dict[str, AlignedExample]],
+) -> tuple[list[int], list[Example]]:
+    """Indices of the records that every teacher can be given, and their examples.
+
+    What the foreign ones read is added to `aligned`.
+    """
+    kept, made = examples.make(records)
+    for role, view in foreign.items():
+        places, found = view.make([records[index] for index in kept])
+        kept = [kept[place] for place in places]
+        made = [made[place] for place in places]
+        own = zip(made, found, strict=True)
+        aligned[role].update((one.digest, other) for one, other in own)
+    return kept, made

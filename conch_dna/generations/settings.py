@@ -4,14 +4,54 @@ Knows names, defaults and ranges; nothing of how they are used. A default stands
 `KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.generations.laws import Law
+from conch_dna.generations.laws import Law, laws_of
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.two_teachers import BlendSettings
 from conch_dna.training.settings import KDConfig
+
+GENERATION_NAME = re.compile(r"HEAD|G\d{3,}")
+LOSS_PARTS = ("alpha", "beta", "gamma", "blend")
+STABILIZERS = ("ema_decay", "replay_share", "replay_size", "taboo_words", "taboo_ids")
+EVALUATION = ("measured", "answers")
+MAPPINGS = ("training_params", "stabilizers", "evaluation", "gates")
+REQUEST = ("evolution_request", "teachers", *MAPPINGS, "laws")
+# What a generation's manifest says besides, of what became of it.
+RECORDED = (
+    "format",
+    "line",
+    "generation",
+    "parent",
+    "grandparent",
+    "verdicts",
+    "decision",
+    "reasons",
+    "digests",
+    "versions",
+    "platform",
+    "git_commit",
+    "seed",
+    "created",
+)
+# Settings of a distillation for which a generation has no use, or which are its line's.
+UNUSED = (
+    "alpha",
+    "alignment",
+    "soft_weight",
+    "chunk_weight",
+    "chunk_scale",
+    "samples_per_prompt",
+    "generation_batch_size",
+    "steps_per_report",
+    "output_dir",
+    "adapter_subdir",
+    "trust_remote_code",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +71,10 @@ class EvolveConfig:
         replay_size: Most records of earlier data to draw from.
         measured: Most held-out records of earlier data to measure recall on.
         answers: Prompts that child and parent answer, for tone and laws.
-        critic: Whether the grandparent teaches too.
+        critic: Whether a second teacher teaches too.
+        first_teacher: A model (hub id or folder) in the parent's place as a teacher; the child
+            grows from the parent and is compared with it all the same. Empty for the parent.
+        second_teacher: A model in the grandparent's place. Empty for the grandparent.
         taboo_words: See `TabooTokens`.
         taboo_ids: Likewise.
         laws: What answers must keep to.
@@ -49,6 +92,8 @@ class EvolveConfig:
     measured: int = 200
     answers: int = 16
     critic: bool = True
+    first_teacher: str = ""
+    second_teacher: str = ""
     taboo_words: tuple[str, ...] = ()
     taboo_ids: tuple[int, ...] = ()
     laws: tuple[Law, ...] = ()
@@ -76,61 +121,138 @@ class EvolveConfig:
             raise ConchError("; ".join(problems))
 
     @classmethod
-    def from_json(
+    def from_manifest(
         cls,
-        values: dict[str, Any],
+        manifest: dict[str, Any],
         *,
         source: str,
         training: dict[str, Any] | None = None,
         overriding: dict[str, Any] | None = None,
     ) -> "EvolveConfig":
-        """Make settings from a mapping, refusing names that do not exist.
+        """Make settings from a manifest: one written by hand, or that of a generation.
 
         Args:
-            values: Field names to values; `training`, `blend` and `gates` are mappings.
-            source: Where they come from, for the message.
-            training: Fields of KDConfig that win over those in `values`.
+            manifest: The mappings `training_params`, `stabilizers`, `evaluation` and `gates`, the
+                list `teachers` and the list `laws`, each optional; see REQUEST. What a generation's
+                manifest says of the past is not read.
+            source: Where it comes from, for the message.
+            training: Fields of KDConfig that win.
             overriding: Fields of this class that do.
 
         Raises:
             ConchError: A name is unknown, a mapping is none, or a value is out of its range.
         """
-        plain = {str(name).replace("-", "_"): value for name, value in values.items()}
-        nested: dict[str, Any] = {}
-        for name in ("training", "blend", "gates"):
-            inner = plain.pop(name, {})
-            if not isinstance(inner, dict):
-                raise ConchError(f"{source}: {name} is {inner!r}, not a mapping of names to values")
-            nested[name] = inner
-        kinds = {"blend": BlendSettings, "gates": GateSettings}
-        _refuse_unknown(plain, cls, source, without=("laws", *nested))
-        for name, kind in kinds.items():
-            _refuse_unknown(nested[name], kind, f"{source}, {name},")
-        for holder in (plain, nested["gates"]):
+        unknown = sorted(set(manifest) - set(REQUEST) - set(RECORDED))
+        if unknown:
+            raise ConchError(
+                f"{source} names unknown parts: {', '.join(unknown)}; known are "
+                f"{', '.join(REQUEST)}"
+            )
+        parts = {name: _mapping(manifest, name, source) for name in MAPPINGS}
+        params = parts["training_params"]
+        own = {name: params.pop(name) for name in LOSS_PARTS if name in params}
+        blend = own.pop("blend", {})
+        usable = {option.name for option in fields(KDConfig)} - set(UNUSED)
+        _refuse_unknown(params, {*usable, *LOSS_PARTS, "iters"}, f"{source}, training_params,")
+        if not isinstance(blend, dict):
+            raise ConchError(f"{source}: blend is {blend!r}, not a mapping of names to values")
+        for name, known in (("stabilizers", STABILIZERS), ("evaluation", EVALUATION)):
+            _refuse_unknown(parts[name], known, f"{source}, {name},")
+            own |= parts[name]
+        for holder in (own, parts["gates"]):
             for name, value in holder.items():
                 holder[name] = tuple(value) if isinstance(value, list) else value
+        kinds: tuple[tuple[dict[str, Any], Any, str], ...] = (
+            (blend, BlendSettings, "blend"),
+            (parts["gates"], GateSettings, "gates"),
+        )
+        for values, kind, name in kinds:
+            _refuse_unknown(values, [each.name for each in fields(kind)], f"{source}, {name},")
         try:
             return cls(
                 training=KDConfig.from_json(
-                    nested["training"], source=f"{source}, training,", overriding=training
+                    params, source=f"{source}, training_params,", overriding=training
                 ),
-                blend=BlendSettings(**nested["blend"]),
-                gates=GateSettings(**nested["gates"]),
-                **{**plain, **(overriding or {})},
+                blend=BlendSettings(**blend),
+                gates=GateSettings(**parts["gates"]),
+                **{
+                    **_teachers(manifest.get("teachers") or [], source),
+                    "laws": tuple(laws_of(manifest.get("laws") or [], f"{source}: laws")),
+                    **own,
+                    **(overriding or {}),
+                },
             )
         except TypeError as error:
             raise ConchError(f"{source}: a value is not of its kind: {error}") from error
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The parts of a manifest that `from_manifest` reads, but for the teachers."""
+        values = self.to_json()
+        training = {n: v for n, v in values["training"].items() if n not in UNUSED}
+        return {
+            "training_params": {**training, **{name: values[name] for name in LOSS_PARTS}},
+            "stabilizers": {name: values[name] for name in STABILIZERS},
+            "evaluation": {name: values[name] for name in EVALUATION},
+            "gates": values["gates"],
+            "laws": [law.to_json() for law in self.laws],
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
 
 
-def _refuse_unknown(
-    values: dict[str, Any], kind: Any, source: str, *, without: tuple[str, ...] = ()
-) -> None:
-    known = {each.name for each in fields(kind)} - set(without)
-    if unknown := sorted(set(values) - known):
+def requested(
+    manifest: dict[str, Any], source: str, *, line: str | None, data: str | None
+) -> dict[str, str]:
+    """Which line is to evolve and from which data, as given or as a manifest says.
+
+    Args:
+        manifest: See `EvolveConfig.from_manifest`; its `evolution_request` is read.
+        source: Where it comes from, for the message.
+        line: Wins over the manifest's.
+        data: Likewise.
+
+    Returns:
+        `line` and `data`.
+
+    Raises:
+        ConchError: One of them is said by neither.
+    """
+    said = _mapping(manifest, "evolution_request", source)
+    found = {"line": line or said.get("line"), "data": data or said.get("data")}
+    if missing := [name for name, value in found.items() if not value]:
+        raise ConchError(
+            f"{source} gives no {' and no '.join(missing)}: name the line, and give --data, or "
+            "both in a manifest's evolution_request"
+        )
+    return {name: str(value) for name, value in found.items()}
+
+
+def _mapping(manifest: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    values = manifest.get(name) or {}
+    if not isinstance(values, dict):
+        raise ConchError(f"{source}: {name} is {values!r}, not a mapping of names to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _teachers(listed: Any, source: str) -> dict[str, Any]:
+    """Models in the teachers' places; a generation's name asks for what is there anyway."""
+    found: dict[str, Any] = {}
+    roles = {"parent": "first_teacher", "grandparent": "second_teacher"}
+    for each in listed if isinstance(listed, list) else [listed]:
+        if not (isinstance(each, dict) and each.get("role") in roles and each.get("path")):
+            raise ConchError(
+                f"{source}: teacher {each!r} is not a mapping with a role, parent or grandparent, "
+                "and a path"
+            )
+        if not GENERATION_NAME.fullmatch(str(each["path"])):
+            found[roles[each["role"]]] = str(each["path"])
+    return found
+
+
+def _refuse_unknown(values: dict[str, Any], known: Iterable[str], source: str) -> None:
+    if unknown := sorted(set(values) - set(known)):
         raise ConchError(
             f"{source} names unknown settings: {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.generations.line import FAILED, Line
+from conch_dna.training.report import draw_losses
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,3 +151,44 @@ def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> No
     axes.axis("off")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, best: int) -> None:
+    """Draw a generation's losses, and by which strategy its tokens were taught, by step.
+
+    Args:
+        path: The PNG to write.
+        history: The trainer's rows, with the sums `two_teachers.COUNTS`.
+        title: Above the picture.
+        best: The step that is kept; marked.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, strategies, teachers = figure.subplots(3, sharex=True)
+    draw_losses(
+        losses, history, {"loss": "combined", "kd": "KD (t² KL)", "hard": "the text's part"}
+    )
+    rows = [row for row in history if row["split"] == "train"]
+    steps = [row["step"] for row in rows]
+    shares = {
+        label: [row[name] / row["tokens"] for row in rows]
+        for name, label in (
+            ("blended", "both teachers"),
+            ("t1_only", "the first alone"),
+            ("gold_fallback", "the text"),
+            ("skipped", "skipped"),
+        )
+    }
+    strategies.stackplot(steps, list(shares.values()), labels=list(shares), alpha=0.8)
+    strategies.set(ylabel="share of tokens", ylim=(0, 1))
+    for name, label in (("js", "disagreement (JS)"), ("first_weight", "first teacher's weight")):
+        teachers.plot(steps, [row[name] / row["tokens"] for row in rows], label=label)
+    teachers.set(ylabel="mean over tokens", ylim=(0, 1.02), xlabel="optimiser step")
+    for axes in (losses, strategies, teachers):
+        axes.axvline(best, color="grey", linewidth=0.8)
+        axes.legend(fontsize="small")
+    figure.suptitle(f"{title} (kept: step {best})")
+    figure.savefig(path, format="png")

@@ -18,6 +18,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.blending import (
     CONFIDENCES,
     Strategy,
+    all_outcomes,
     blend,
     choose,
     common_outcomes,
@@ -144,6 +145,7 @@ class TwoTeacherTargets:
         batch = self.first.collate(examples, temperature)
         plain = self.first.collate(examples, 1.0).arrays
         real = batch.arrays["weights"] > 0
+        told = _told(batch)
         excluded, spelled = self._excluded(examples, len(real))
         gold = real & ~spelled
         own = self._without(batch.arrays, excluded)
@@ -154,10 +156,10 @@ class TwoTeacherTargets:
         kept_ids, target = own
         first_log_probs = target
         if self.second:
-            other = self._without(self.second.collate(examples, temperature).arrays, excluded)
+            second = self.second.collate(examples, temperature)
+            other = self._without(second.arrays, excluded)
             other_plain = self._without(self.second.collate(examples, 1.0).arrays, excluded)
-            _, one, two = common_outcomes(own_plain, other_plain, self.nothing)
-            js = _numpy(disagreement(*_arrays(one, two)))
+            js = _numpy(disagreement(*_arrays(*all_outcomes(own_plain, other_plain, self.nothing))))
             first_weight = self._first_weight(sure, self._confidence(*other_plain))
             common_ids, one, two = common_outcomes(own, other, self.nothing)
             blended = _numpy(blend(*_arrays(one, two, first_weight)))
@@ -172,12 +174,16 @@ class TwoTeacherTargets:
                         confidence_threshold=self.settings.confidence_threshold,
                     )
                 )
+            # Where the second says nothing, the first teaches alone.
+            heard = _told(second)
+            strategy = np.where(heard, strategy, Strategy.T1_ONLY.value)
+            js, first_weight = np.where(heard, js, 0.0), np.where(heard, first_weight, 1.0)
             both = (strategy == Strategy.BLENDED)[:, None]
             kept_ids = np.where(both, common_ids, kept_ids)
             first_log_probs = np.where(both, one, target)
             target = np.where(both, blended, target)
         # Where nothing that may be taught is left, the text teaches, if it may.
-        empty = ~np.isfinite(target.max(axis=-1))
+        empty = ~np.isfinite(target.max(axis=-1)) | ~told
         fallback = np.where(gold, Strategy.GOLD_FALLBACK.value, Strategy.SKIP.value)
         strategy = np.where(empty, fallback, strategy)
         # A part of a taboo word is taught by nobody.
@@ -262,6 +268,12 @@ class TwoTeacherTargets:
         with np.errstate(invalid="ignore"):
             scaled = np.where(np.isfinite(total), left - total, -np.inf)
         return np.where(out, self.nothing, ids), scaled
+
+
+def _told(batch: Batch) -> np.ndarray:
+    """Where a teacher says something `[N]`: everywhere, if its tokenizer is the student's."""
+    everywhere = np.ones(len(batch.arrays["labels"]), np.float32)
+    return np.asarray(batch.arrays.get("soft_weights", everywhere) > 0)
 
 
 def _arrays(*values: np.ndarray) -> tuple[mx.array, ...]:

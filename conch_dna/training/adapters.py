@@ -1,9 +1,10 @@
-"""Fresh LoRA adapters on a frozen student, and their folder as mlx_lm opens it.
+"""What of a student is trained, and its folder as mlx_lm opens it: LoRA, DoRA, or every weight.
 
 Knows modules and their names; nothing of data, losses or teachers.
 To name another set of layers: an entry in `_chosen_keys`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,88 @@ def _chosen_keys(choice: str, available: list[str]) -> list[str]:
             names = [part] if part else []
         keys |= dict.fromkeys(names)
     return list(keys)
+
+
+def make_trainable(
+    student: LanguageModel, config: KDConfig, *, start: Path | None = None
+) -> dict[str, Any]:
+    """Choose what of a pristine student is trained: LoRA (or DoRA) layers, or all its weights.
+
+    Args:
+        student: Loaded from its folder, without an adapter.
+        config: `full`, and for LoRA rank, scale, dropout, keys, layers, DoRA and seed.
+        start: Folder of an adapter to go on from, whether it holds LoRA layers or every weight.
+
+    Returns:
+        What `adapter_config.json` must hold for mlx_lm.
+
+    Raises:
+        ConchError: See `require_goes_on`, `attach_lora` and `unfreeze_all`.
+    """
+    require_goes_on(config, start)
+    if not config.full:
+        return attach_lora(student, config, start=_tensors_of(start) if start else None)
+    if start is not None:
+        from mlx_lm.utils import load_adapters
+
+        load_adapters(student.model, str(start))
+    return unfreeze_all(student)
+
+
+def require_goes_on(config: KDConfig, start: Path | None) -> None:
+    """Refuse LoRA on top of a folder that holds every weight: mlx_lm could not open the result.
+
+    Raises:
+        ConchError: It is so.
+    """
+    if start is None or config.full:
+        return
+    made = json.loads((start / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if made.get("fine_tune_type") == "full":
+        raise ConchError(
+            f"{start} holds every weight, and LoRA layers on top of them would not fit into one "
+            "adapter: add --full"
+        )
+
+
+def _tensors_of(folder: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(folder / ADAPTER_FILE))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def unfreeze_all(student: LanguageModel) -> dict[str, Any]:
+    """Let every weight of a student train; an adapter that it carries becomes part of them.
+
+    Returns:
+        What `adapter_config.json` must hold for mlx_lm.
+
+    Raises:
+        ConchError: Its weights are quantized.
+    """
+    model = student.model
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    quantized = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if quantized:
+        raise ConchError(
+            f"{len(quantized)} layers of {student.model_id} are quantized, such as "
+            f"{quantized[0]}, and cannot be trained in full: use LoRA, or the model as it was "
+            "before it was quantized"
+        )
+    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    model.unfreeze()
+    mx.eval(model.parameters())
+    return {
+        "fine_tune_type": "full",
+        "num_layers": len(model.layers),
+        "lora_parameters": {},
+    }
+
+
+def trained_tensors(student: LanguageModel) -> dict[str, mx.array]:
+    """What was trained of a model, by name: all that its folder must hold."""
+    return named_arrays(student.model.trainable_parameters())
 
 
 def attach_lora(
@@ -133,10 +216,12 @@ def _go_on_from(model: nn.Module, start: dict[str, mx.array]) -> None:
 def adapter_tensors(model: nn.Module) -> dict[str, mx.array]:
     """The adapter's tensors of a model, by name; empty when it has none."""
     return {
-        name: value
-        for name, value in named_arrays(model.parameters()).items()
-        if name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES
+        name: value for name, value in named_arrays(model.parameters()).items() if _is_adapter(name)
     }
+
+
+def _is_adapter(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES
 
 
 def save_adapter(
@@ -161,7 +246,11 @@ def load_verified(student: ModelSource, path: Path, tensors: dict[str, mx.array]
         ConchError: A tensor is missing, added or different.
     """
     loaded = student.load(adapter_path=path)
-    found = adapter_tensors(loaded.model)
+    found = {
+        name: value
+        for name, value in named_arrays(loaded.model.parameters()).items()
+        if name in tensors or _is_adapter(name)
+    }
     wrong = sorted(set(tensors) ^ set(found)) + [
         name
         for name in sorted(set(tensors) & set(found))

@@ -29,11 +29,11 @@ from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import closed_gap
 from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
-    adapter_tensors,
-    attach_lora,
     checkpoint_layers,
     load_verified,
+    make_trainable,
     save_adapter,
+    trained_tensors,
 )
 from conch_dna.training.aligned_loss import make_aligned_loss
 from conch_dna.training.aligned_targets import AlignedTargets
@@ -99,7 +99,7 @@ class Trained:
     Attributes:
         before: Its held-out figures without the adapter.
         before_texts: What it made of the held-out prompts.
-        adapter_config: See `adapters.attach_lora`.
+        adapter_config: See `adapters.make_trainable`.
         training: What the loop came to.
         tensors: The adapter.
         peak_memory_bytes: The highest so far in this process.
@@ -266,12 +266,12 @@ class DomainRun:
         student = self.student.load()
         before = heldout_metrics(student, self._evaluated(prepared), chunk=self.config.head_chunk)
         before_texts = sample_texts(student, prepared.prompts, self.config)
-        adapter_config = attach_lora(student, self.config)
+        adapter_config = make_trainable(student, self.config)
         if self.config.grad_checkpoint:
             checkpoint_layers(student.model)
         self._phase("training", self.config.num_iters, "steps")
         training = self._fit(student, prepared)
-        tensors = adapter_tensors(student.model)
+        tensors = trained_tensors(student)
         student.release()
         peak = mx.get_peak_memory()
         return Trained(before.to_json(), before_texts, adapter_config, training, tensors, peak)

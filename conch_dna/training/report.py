@@ -134,8 +134,22 @@ def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, bes
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names = {"loss": "combined", "kd": "KD (t² KL)", "ce": "cross-entropy"}
-    for (name, label), colour in zip(names.items(), ("C0", "C1", "C2"), strict=True):
+    draw_losses(axes, history, {"loss": "combined", "kd": "KD (t² KL)", "ce": "cross-entropy"})
+    axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
+    axes.set(xlabel="optimiser step", title=title)
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png")
+
+
+def draw_losses(axes: Any, history: Sequence[dict[str, Any]], names: Mapping[str, str]) -> None:
+    """Draw some of the trainer's figures by step, those in training and those held out.
+
+    Args:
+        axes: matplotlib's.
+        history: The trainer's rows.
+        names: Figures, in nats per token, and what they are called.
+    """
+    for (name, label), colour in zip(names.items(), ("C0", "C1", "C2"), strict=False):
         for split, style in (("train", ":"), ("heldout", "-")):
             rows = [row for row in history if row["split"] == split and name in row]
             axes.plot(
@@ -146,11 +160,8 @@ def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, bes
                 marker="." if split == "heldout" else None,
                 label=f"{label}, {'held out' if split == 'heldout' else 'training'}",
             )
-    axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
-    axes.set(xlabel="optimiser step", ylabel="nats per token", title=title)
+    axes.set(ylabel="nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, format="png")
 
 
 def samples_text(

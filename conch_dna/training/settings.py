@@ -78,6 +78,7 @@ class KDConfig:
     )
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
+    full: bool = _option(False, "Train every weight instead of LoRA layers.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.", above=0)
     weight_decay: float = _option(0.01, "Weight decay of AdamW.", low=0)
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm.", above=0)
@@ -136,6 +137,8 @@ class KDConfig:
                 "soft_weight and chunk_weight are both 0: a teacher with another tokenizer would "
                 "teach nothing; raise one, or use alpha 0 for fine-tuning"
             )
+        if not problems and self.full and self.dora:
+            problems.append("full and dora are both true: choose one of them")
         if problems:
             raise ConchError("; ".join(problems))
 

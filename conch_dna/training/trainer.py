@@ -100,12 +100,12 @@ def trainer_settings(config: KDConfig, **more: Any) -> TrainerSettings:
 
     Args:
         config: See `KDConfig`.
-        **more: Fields of TrainerSettings that it does not have.
+        **more: Fields of TrainerSettings, which win.
     """
     shared = {option.name for option in fields(TrainerSettings)} & {
         option.name for option in fields(KDConfig)
     }
-    return TrainerSettings(**{name: getattr(config, name) for name in shared}, **more)
+    return TrainerSettings(**{**{name: getattr(config, name) for name in shared}, **more})
 
 
 @dataclass(kw_only=True)

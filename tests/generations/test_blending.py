@@ -14,6 +14,7 @@ import oracle
 from conch_dna.generations.blending import (
     CONFIDENCES,
     Strategy,
+    all_outcomes,
     blend,
     blend_teacher_predictions,
     calculate_confidence,
@@ -387,3 +388,34 @@ def test_outcomes_that_stand_for_no_token_are_never_common() -> None:
     found, one, two = common_outcomes((ids, log_probs), (ids, log_probs), 4)
     assert found.tolist() == [[1, 4, 4]]
     assert np.exp(one).tolist() == np.exp(two).tolist() == [[0.5, 0.0, 0.0, 0.5]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_all_outcomes_are_what_is_known_and_the_rest_spread_evenly(data: Any) -> None:
+    size, rows = 9, 3
+    found = [
+        oracle.softmax(data.draw(numpy_arrays(np.float64, (rows, size), elements=st.floats(-4, 4))))
+        for _ in range(2)
+    ]
+    kept = [oracle.likeliest(np.log(p), data.draw(st.integers(1, size - 1))) for p in found]
+    both = [outcomes_of(p, ids, size) for p, ids in zip(found, kept, strict=True)]
+    one, two = all_outcomes(both[0], both[1], size)
+    for p, ids in zip(found, kept, strict=True):
+        known = np.zeros((rows, size), bool)
+        np.put_along_axis(known, ids, True, axis=-1)
+        rest = np.where(known, 0, p).sum(-1, keepdims=True)
+        p[:] = np.where(known, p, rest / (~known).sum(-1, keepdims=True))
+    for log_probs in (one, two):
+        np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-9)
+    np.testing.assert_allclose(js_of(np.exp(one), np.exp(two)), js_of(*found), atol=1e-6)
+
+
+def test_teachers_that_keep_other_tokens_do_not_agree() -> None:
+    """Over their common tokens alone, of which there are none, they would agree entirely."""
+    first = np.array([[0, 1]]), np.log(np.array([[0.5, 0.3, 0.2]]))
+    second = np.array([[2, 3]]), np.log(np.array([[0.5, 0.3, 0.2]]))
+    _, one, two = common_outcomes(first, second, 100)
+    assert js_of(np.exp(one), np.exp(two)) == pytest.approx(0)
+    one, two = all_outcomes(first, second, 100)
+    assert js_of(np.exp(one), np.exp(two)) > 0.7

@@ -14,11 +14,10 @@ from conch_dna.cli import main
 from conch_dna.generations.cli import generations
 
 CONFIG = """
-ema_decay: 0.9
-replay_share: 0.3
-answers: 3
-training: {num_iters: 8, learning_rate: 3e-3, warmup_iters: 1, batch_size: 4, lora_keys: all,
-  lora_rank: 4, max_tokens: 8, val_fraction: 0.25}
+stabilizers: {ema_decay: 0.9, replay_share: 0.3}
+evaluation: {answers: 3}
+training_params: {num_iters: 8, learning_rate: 3e-3, warmup_iters: 1, batch_size: 4,
+  lora_keys: all, lora_rank: 4, max_tokens: 8, val_fraction: 0.25}
 gates: {generalize_gain: -1.0, recall_margin: 1.0, max_tone_drift: 1.0}
 """
 
@@ -56,7 +55,7 @@ def root(folder: Path) -> tuple[str, str]:
 
 def evolve(folder: Path, data: Path, *more: str) -> Result:
     config = str(folder / "evolve.yaml")
-    return run("evolve", "tales", "--data", str(data), "--config", config, *root(folder), *more)
+    return run("evolve", "tales", "--data", str(data), "--manifest", config, *root(folder), *more)
 
 
 def test_a_line_is_shown_as_a_tree_and_as_a_picture(line: Path) -> None:
@@ -87,7 +86,7 @@ def test_a_generation_is_judged_again_by_other_gates(line: Path, tmp_path: Path)
     assert run("validate", "tales", *root(line)).exit_code == 0
     strict = tmp_path / "strict.yaml"
     strict.write_text("gates: {generalize_gain: 0.99}")
-    result = run("validate", "tales", "G002", "--config", str(strict), *root(line))
+    result = run("validate", "tales", "G002", "--manifest", str(strict), *root(line))
     assert result.exit_code == 1
     assert "refused" in result.output and "needed +0.9900" in result.output
     first = run("validate", "tales", "G000", *root(line))
@@ -100,13 +99,48 @@ def test_a_refused_child_ends_with_1_and_its_reasons(line: Path, tmp_path: Path)
     strict.write_text(CONFIG.replace("generalize_gain: -1.0", "generalize_gain: 1.0"))
     report = tmp_path / "verdicts.json"
     data = str(records(tmp_path / "new.jsonl", "hat"))
-    arguments = ("--data", data, "--config", str(strict), "--json", str(report), *root(line))
+    arguments = ("--data", data, "--manifest", str(strict), "--json", str(report), *root(line))
     result = run("evolve", "tales", *arguments)
     assert result.exit_code == 1, result.output
     assert "FAILED-G003-" in result.output and "HEAD of tales is G002" in result.output
     outcome = json.loads(report.read_text())
     assert outcome["promoted"] is False
     assert "refused by generalize" in run("log", "tales", *root(line)).output
+
+
+def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
+    """Line, data, teachers, laws, settings; and a generation's own manifest asks the same."""
+    import shutil
+
+    shutil.copytree(line / "lines", tmp_path / "lines")
+    path = tmp_path / "evolution.yaml"
+    request = f"evolution_request: {{line: tales, data: '{line / '1.jsonl'}'}}\n"
+    teachers = "teachers: [{role: parent, path: HEAD}, {role: grandparent, path: G001}]\n"
+    path.write_text(CONFIG + request + teachers + "laws: [{name: short, max_words: 500}]\n")
+    result = run("evolve", "--manifest", str(path), *root(tmp_path))
+    assert result.exit_code == 0, result.output
+    made = tmp_path / "lines" / "tales" / "G003"
+    first = json.loads((made / "manifest.json").read_text())
+    assert first["laws"] == [{"name": "short", "max_words": 500}]
+    assert (made / "report.png").read_bytes()[:4] == b"\x89PNG"
+    arguments = ("--manifest", str(made / "manifest.json"), "--data", str(line / "1.jsonl"))
+    result = run("evolve", *arguments, *root(tmp_path))
+    assert result.exit_code == 0, result.output
+    second = json.loads((made.parent / "G004" / "manifest.json").read_text())
+    for name in ("training_params", "stabilizers", "evaluation", "gates", "laws"):
+        assert second[name] == first[name], name
+    assert second["digests"]["settings"] == first["digests"]["settings"]
+    assert second["parent"] == "G003"
+
+
+def test_a_request_without_line_or_data_is_refused(line: Path, tmp_path: Path) -> None:
+    result = run("evolve", *root(line))
+    assert result.exit_code == 2
+    assert "the command line gives no line and no data" in result.output
+    path = tmp_path / "evolution.yaml"
+    path.write_text("evolution_request: {line: tales}")
+    result = run("evolve", "--manifest", str(path), *root(line))
+    assert f"{path} gives no data: name the line" in result.output
 
 
 def test_generations_answer_together(line: Path) -> None:
@@ -136,12 +170,18 @@ def test_a_line_goes_back_and_is_checked(line: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("betta: 1", "names unknown settings: betta; known are"),
-        ("training: 3", "training is 3, not a mapping"),
+        ("betta: 1", "names unknown parts: betta; known are evolution_request, teachers"),
+        ("training_params: 3", "training_params is 3, not a mapping"),
+        ("training_params: {blend: 3}", "blend is 3, not a mapping"),
         ("gates: {recal: 1}", "gates, names unknown settings: recal"),
-        ("training: {nums: 1}", "training, names unknown settings: nums"),
-        ("beta: high", "a value is not of its kind"),
-        ("beta: -1", "beta is -1: it must be 0 or more"),
+        ("stabilizers: {emma: 1}", "stabilizers, names unknown settings: emma"),
+        ("training_params: {nums: 1}", "training_params, names unknown settings: nums"),
+        ("training_params: {alignment: uld}", "names unknown settings: alignment"),
+        ("training_params: {beta: high}", "a value is not of its kind"),
+        ("training_params: {beta: -1}", "beta is -1: it must be 0 or more"),
+        ("teachers: [{role: uncle, path: x}]", "is not a mapping with a role, parent or"),
+        ("laws: {name: x}", "laws hold no list; write for example"),
+        ("laws: [{name: x, most: 3}]", "law 1 (x) has most beside its name"),
     ],
 )
 def test_settings_that_are_none_are_one_line(
@@ -150,7 +190,7 @@ def test_settings_that_are_none_are_one_line(
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     data = str(line / "0.jsonl")
-    result = run("evolve", "tales", "--data", data, "--config", str(path), *root(line))
+    result = run("evolve", "tales", "--data", data, "--manifest", str(path), *root(line))
     assert result.exit_code == 2
     assert message in result.output
     assert result.output.count("\n") == 1

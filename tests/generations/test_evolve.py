@@ -1,6 +1,7 @@
 """A real line: the embedded student learns new texts, keeps old ones, and is refused bad ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.training.adapters import adapter_tensors
 from conch_dna.training.settings import KDConfig
+from models import make_model_folder
+from tokenizers_made import byte_level_tokenizer, character_tokenizer
 
 NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")
 THINGS = ("ball", "cat", "hat", "dog", "car", "cup")
@@ -134,7 +137,7 @@ def test_the_manifest_says_what_it_grew_from(grown: tuple[Line, list[Any]]) -> N
         "versions",
         "seed",
     }
-    assert manifest["stabilizers"]["replay_records"] > 0
+    assert manifest["evolution_request"]["replay"] > 0
     assert manifest["training_params"]["beta"] == 0.9
 
 
@@ -168,6 +171,88 @@ def copied(line: Line, folder: Path) -> Line:
 
     shutil.copytree(line.folder, folder / line.name)
     return Line(folder, line.name)
+
+
+def shares_of(row: dict[str, Any]) -> dict[str, float]:
+    names = ("blended", "t1_only", "gold_fallback")
+    return {name: row[name] / row["tokens"] for name in names}
+
+
+def test_every_step_is_logged_and_drawn(grown: tuple[Line, list[Any]]) -> None:
+    line, _ = grown
+    rows = json.loads((line.path("G002") / "training_log.json").read_text())
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 41))
+    assert (line.path("G002") / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_generation_is_trained_in_full_from_a_lora_parent(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    """Every weight moves, mlx_lm opens it, the ensemble takes it, and LoRA cannot follow it."""
+    from conch_dna.generations.ensemble import load_generations
+    from conch_dna.language_model import ModelSource
+
+    line = copied(grown[0], tmp_path)
+    gates = {"generalize_gain": -1.0, "recall_margin": 1.0}
+    config = config_of(training={"num_iters": 6, "full": True, "learning_rate": 1e-3}, gates=gates)
+    outcome = evolve(line, sums(4), config)
+    assert outcome.promoted and outcome.metrics["best_step"] > 0
+    base = ModelSource("embedded:student")
+    models = load_generations(base, [line.path(name) for name in ("G003", "G002")])
+    assert adapter_tensors(models[1].model) and not adapter_tensors(models[0].model)
+    child, parent = (outcome.metrics[who]["generalize"] for who in ("child", "parent"))
+    assert child["nats_per_token"] < parent["nats_per_token"]
+    again = evolve(line, sums(5), config)
+    assert again.promoted
+    with pytest.raises(ConchError, match=r"G004 holds every weight, .*: add --full"):
+        evolve(line, sums(6), config_of(gates=gates))
+    assert line.head == "G004" and line.problems() == []
+
+
+def test_a_teacher_with_another_tokenizer_takes_a_place(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    """It says something where a token is one of both; elsewhere the text does, or the parent."""
+    bpe = byte_level_tokenizer(tmp_path / "bpe", size=400)
+    other = make_model_folder(tmp_path / "other", tokenizer=bpe)
+    gates = {"generalize_gain": -1.0, "recall_margin": 1.0}
+    loose = config_of(training={"num_iters": 2}, gates=gates)
+    messages: list[str] = []
+
+    def report(event: str, row: dict[str, Any]) -> None:
+        if event == "message":
+            messages.append(row["message"])
+
+    for place in ("first", "second"):
+        line = copied(grown[0], tmp_path / place)
+        config = replace(loose, **{f"{place}_teacher": str(other)})
+        outcome = evolve(line, sums(4), config, report=report)
+        assert outcome.promoted
+        manifest = line.manifest(outcome.name)
+        role = {"first": "parent", "second": "grandparent"}[place]
+        assert {"role": role, "path": str(other)} in manifest["teachers"]
+        assert len(manifest["teachers"]) == 2
+        assert list(manifest["digests"]["models"]) == [str(other)]
+        rows = json.loads((line.path(outcome.name) / "training_log.json").read_text())
+        found = shares_of(rows[0])
+        assert sum(found.values()) == pytest.approx(1)
+        # A random teacher agrees with nobody: the parent or the text teaches.
+        assert found["blended"] < 0.1
+        assert found["gold_fallback" if place == "first" else "t1_only"] > 0.2, found
+    assert any("the tokenizers differ, alignment bytes" in text for text in messages)
+
+
+def test_a_teacher_that_cannot_be_aligned_is_refused(
+    grown: tuple[Line, list[Any]], tmp_path: Path
+) -> None:
+    letters = character_tokenizer(tmp_path / "letters", byte_fallback=False)
+    other = make_model_folder(tmp_path / "other", tokenizer=letters)
+    line = copied(grown[0], tmp_path)
+    records = [{"prompt": f"{n}", "completion": " Жили-были кот и собака."} for n in range(9)]
+    config = config_of(first_teacher=str(other), training={"top_k": 8})
+    with pytest.raises(ConchError, match=r"only .*% of the student's tokens could be aligned"):
+        evolve(line, records, config)
+    assert line.head == "G002" and line.problems() == []
 
 
 def test_poisoned_data_are_refused_by_the_gates(

@@ -31,10 +31,9 @@ MOMENTS = [
     ("measuring the child", 1.2),
 ]
 CONFIG = """
-ema_decay: 0.9
-answers: 3
-replay_share: 0.2
-training: {num_iters: 12, steps_per_report: 1, steps_per_save: 2, steps_per_eval: 4, batch_size: 4,
+stabilizers: {ema_decay: 0.9, replay_share: 0.2}
+evaluation: {answers: 3}
+training_params: {num_iters: 12, steps_per_save: 2, steps_per_eval: 4, batch_size: 4,
   lora_keys: all, lora_rank: 4, max_tokens: 8, val_fraction: 0.25, learning_rate: 3e-3}
 gates: {generalize_gain: -1.0, recall_margin: 1.0, max_tone_drift: 1.0}
 """
@@ -47,7 +46,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 def evolving(folder: Path, name: str) -> list[str]:
     data, config = str(folder / "new.jsonl"), str(folder / "evolve.yaml")
-    return command(folder, "evolve", name, "--data", data, "--config", config, "--resume")
+    return command(folder, "evolve", name, "--data", data, "--manifest", config, "--resume")
 
 
 def begun(folder: Path, name: str) -> Line:

@@ -98,6 +98,15 @@ def logits_of(path: Path, examples: Sequence[Example]) -> np.ndarray:
     return np.concatenate(found)
 
 
+def spread_out(logits: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """A distribution of which only the kept tokens are known, the rest spread evenly."""
+    p = oracle.softmax(logits)
+    known = np.zeros(len(p), bool)
+    known[kept] = True
+    spread: np.ndarray = np.where(known, p, p[~known].sum() / (~known).sum())
+    return spread
+
+
 def expected_of(
     first: np.ndarray, second: np.ndarray, settings: BlendSettings
 ) -> list[dict[str, Any]]:
@@ -106,9 +115,9 @@ def expected_of(
     for one, two in zip(first, second, strict=True):
         kept = [oracle.likeliest(logits, TOP_K) for logits in (one, two)]
         common = np.array([i for i in kept[0] if i in set(kept[1])], np.int64)
-        plain = [oracle.outcomes(x, common) for x in (one, two)]
         soft = [oracle.outcomes(x, common, TEMPERATURE) for x in (one, two)]
-        js = oracle.jsd(*plain) / np.log(2)
+        js = oracle.jsd(*(spread_out(x, ids) for x, ids in zip((one, two), kept, strict=True)))
+        js /= np.log(2)
         sure = [oracle.softmax(x).max() for x in (one, two)]
         weight = sure[0] / sum(sure)
         own = oracle.outcomes(one, kept[0], TEMPERATURE)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_unflatten
 
 from conch_dna.checkpoints import verify_folder
 from conch_dna.errors import ConchError
@@ -21,7 +22,9 @@ from conch_dna.training.adapters import (
     checkpoint_layers,
     linear_names,
     load_verified,
+    make_trainable,
     save_adapter,
+    trained_tensors,
 )
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
@@ -416,3 +419,85 @@ def test_a_recomputing_model_still_takes_and_saves_its_weights(student, tiny_stu
     checkpoint_layers(student.model)
     assert set(named_arrays(student.model.parameters())) == names
     student.model.load_weights(str(tiny_student / "model.safetensors"))
+
+
+# Every weight instead of LoRA
+
+
+def moved(student: LanguageModel) -> None:
+    """What training would do: every trainable weight becomes another."""
+    for name, value in trained_tensors(student).items():
+        student.model.update(tree_unflatten([(name, value + 0.01)]))
+
+
+def test_in_full_every_weight_is_trained_and_comes_back_through_mlx_lm(student, tmp_path):
+    before = student.logits(IDS)
+    config = make_trainable(student, KDConfig(full=True))
+    assert set(trained_tensors(student)) == set(named_arrays(student.model.parameters()))
+    np.testing.assert_array_equal(student.logits(IDS), before)
+    moved(student)
+    after = student.logits(IDS)
+    assert float(mx.abs(after - before).max()) > 1e-3
+    save_adapter(tmp_path / "full", trained_tensors(student), config)
+    loaded = load_verified(student.source, tmp_path / "full", trained_tensors(student))
+    np.testing.assert_array_equal(loaded.logits(IDS), after)
+
+
+def test_a_full_folder_that_lacks_a_weight_is_found_out(student, tmp_path):
+    config = make_trainable(student, KDConfig(full=True))
+    tensors = trained_tensors(student)
+    saved = dict(list(tensors.items())[1:])
+    moved(student)
+    save_adapter(tmp_path / "full", saved, config)
+    with pytest.raises(ConchError, match="does not come back as it was saved"):
+        load_verified(student.source, tmp_path / "full", trained_tensors(student))
+
+
+def lora_folder(student: LanguageModel, folder: Path) -> mx.array:
+    config = make_trainable(student, KDConfig(lora_keys="all,model.embed_tokens"))
+    moved(student)
+    save_adapter(folder, trained_tensors(student), config)
+    return student.logits(IDS)
+
+
+def test_in_full_it_goes_on_from_an_adapter_that_becomes_part_of_the_weights(student, tmp_path):
+    said = lora_folder(student, tmp_path / "lora")
+    again = student.source.load()
+    make_trainable(again, KDConfig(full=True), start=tmp_path / "lora")
+    assert not adapter_tensors(again.model)
+    np.testing.assert_allclose(again.logits(IDS), said, atol=1e-4)
+
+
+def test_in_full_it_goes_on_from_a_full_folder(student, tmp_path):
+    config = make_trainable(student, KDConfig(full=True))
+    moved(student)
+    save_adapter(tmp_path / "full", trained_tensors(student), config)
+    again = student.source.load()
+    make_trainable(again, KDConfig(full=True), start=tmp_path / "full")
+    np.testing.assert_array_equal(again.logits(IDS), student.logits(IDS))
+
+
+def test_lora_goes_on_from_lora(student, tmp_path):
+    said = lora_folder(student, tmp_path / "lora")
+    again = student.source.load()
+    settings = KDConfig(lora_keys="all,model.embed_tokens", seed=7)
+    make_trainable(again, settings, start=tmp_path / "lora")
+    np.testing.assert_array_equal(again.logits(IDS), said)
+
+
+def test_lora_on_top_of_a_full_folder_is_refused(student, tmp_path):
+    config = make_trainable(student, KDConfig(full=True))
+    save_adapter(tmp_path / "full", trained_tensors(student), config)
+    with pytest.raises(ConchError, match=r"full holds every weight, .*: add --full"):
+        make_trainable(student.source.load(), KDConfig(), start=tmp_path / "full")
+
+
+def test_quantized_weights_cannot_be_trained_in_full(student):
+    nn.quantize(student.model, group_size=32, bits=8)
+    with pytest.raises(ConchError, match=r"layers of .* are quantized, such as .*: use LoRA"):
+        make_trainable(student, KDConfig(full=True))
+
+
+def test_dora_in_full_is_refused():
+    with pytest.raises(ConchError, match="full and dora are both true: choose one"):
+        KDConfig(full=True, dora=True)
