@@ -56,9 +56,10 @@ def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
             f"{request['recall']} earlier ones to recall",
             "loss": f"{training['alpha']:g} CE + {training['beta']:g} KL + "
             f"{training['gamma']:g} R at temperature {training['temperature']:g}",
-            "steps": f"{training['num_iters']} of {training['batch_size']}",
+            "steps": f"{training['num_iters']} of {training['batch_size']}, "
+            f"{'every weight' if training['full'] else 'LoRA'}",
             "stabilizers": f"EMA {stabilizers['ema_decay']:g}, replay "
-            f"{stabilizers['replay_share']:.0%} of {stabilizers['replay_records']} records, "
+            f"{stabilizers['replay_share']:.0%} of {request['replay']} records, "
             f"{len(stabilizers['taboo_words'])} taboo words",
             "decision": manifest["decision"],
         }

@@ -2,12 +2,14 @@
 
     python tests/benchmarks/generations.py line [--steps 300]
     python tests/benchmarks/generations.py ablation [--child 2] [--alpha 0.1] [--kind KIND]
+    python tests/benchmarks/generations.py memory
 
 Generation 0 is stories260K cut to layers 0, 2 and 4 and healed by the whole model on beginnings of
 one half of TinyStories. Then come the other half, questions of gsm8k and instructions of
 self_instruct. `line` grows them with the default settings, gates among them; `ablation` lets
 everything pass and teaches one of them, 2 or 3, in all kinds of ways, with three seeds.
-Figures are of held-out texts: the new ones, and those of all earlier generations.
+Figures are of held-out texts: the new ones, and those of all earlier generations. `memory` sets the
+peak of an evolution beside that of a plain distillation of the same student, each in a process.
 """
 
 import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
@@ -15,13 +17,15 @@ import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from _setting import LONGEST, print_setting, shared_data, short_stories, spread
+from _setting import LONGEST, print_setting, shared_data, short_stories, spread, stories
 
 from conch_dna.generations.evolve import train_generation_with_teachers
 from conch_dna.generations.line import Line
@@ -197,17 +201,49 @@ def show_ablation(child: int, kinds: list[str], alphas: list[float], steps: int)
         print(f"  {label}: new {new}, old {old} nats per token", flush=True)
 
 
+def peak_of(what: str) -> None:
+    """Print the peak of one run on the embedded student, in this process."""
+    texts = stories("train", 80)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        training = replace(settings_of(0, 6, folder), max_seq_length=352)
+        name = "embedded:student"
+        if what == "distillation":
+            TrueKnowledgeDistiller(name, name, training).distill_domain("stories", data=texts)
+        else:
+            config = EvolveConfig(training=training, gates=ALL_PASS)
+            line = Line(folder, "line")
+            init_line(line, name, texts[:20], config=config)
+            for number in range(2 if what == "two teachers" else 1):
+                mx.reset_peak_memory()
+                records = texts[20:] if number else texts[:80]
+                train_generation_with_teachers(line, records, config)
+    print(f"  {what}: peak {mx.get_peak_memory() / 1e6:.1f} MB", flush=True)
+
+
+def show_memory() -> None:
+    """The peaks of three runs, each in a process of its own."""
+    for what in ("distillation", "one teacher", "two teachers"):
+        subprocess.run([sys.executable, __file__, "memory", "--peak-of", what], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A line, and if a second teacher is worth it.")
-    parser.add_argument("what", choices=("line", "ablation"))
+    parser.add_argument("what", choices=("line", "ablation", "memory"))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--alpha", action="append", type=float)
     parser.add_argument("--child", type=int, choices=(2, 3), default=3)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     shared_data()
+    if arguments.peak_of:
+        peak_of(arguments.peak_of)
+        return
     print_setting(f"generations: {arguments.what}, {arguments.steps} steps of 8")
-    if arguments.what == "line":
+    if arguments.what == "memory":
+        show_memory()
+    elif arguments.what == "line":
         show_line(arguments.steps)
     else:
         print(f"  generation {arguments.child}, seeds {SEEDS}")
