@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 import conch_dna.generations as public
 from conch_dna.cli import main
 from conch_dna.generations.cli import generations
+from conch_dna.generations.line import Line
+from conch_dna.generations.settings import EvolveConfig, requested
 
 CONFIG = """
 stabilizers: {ema_decay: 0.9, replay_share: 0.3}
@@ -131,6 +133,28 @@ def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
         assert second[name] == first[name], name
     assert second["digests"]["settings"] == first["digests"]["settings"]
     assert second["parent"] == "G003"
+
+
+def test_the_manifest_in_the_readme_is_one(tmp_path: Path) -> None:
+    from conch_dna.command_parts import read_yaml
+
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = text.split("```yaml\nevolution_request")[1].split("```")[0]
+    path = tmp_path / "evolution.yaml"
+    path.write_text("evolution_request" + block)
+    manifest = read_yaml(path)
+    config = EvolveConfig.from_manifest(manifest, source="README.md")
+    assert (config.first_teacher, config.second_teacher) == ("", "organisation/critic")
+    assert config.gates.by_lower_bound == ("generalize",)
+    assert requested(manifest, "README.md", line=None, data=None)["line"] == "tales"
+
+
+def test_a_second_evolution_at_once_is_told_of_the_first(line: Path) -> None:
+    with Line(line / "lines", "tales").lock():
+        result = evolve(line, line / "1.jsonl")
+    assert result.exit_code == 2
+    assert "is in use by process" in result.output
+    assert "choose another line or --root" in result.output
 
 
 def test_a_request_without_line_or_data_is_refused(line: Path, tmp_path: Path) -> None:
