@@ -276,7 +276,7 @@ class TestRefused:
         output = written(tmp_path / "file", "")
         message = refused(*pair.options(Path(output)))
         assert message.startswith(f"cannot write to {output}/s: ")
-        assert message.endswith("Choose another --output-dir")
+        assert message.endswith("Free it, or choose another --output-dir")
 
 
 class TestRefusedLater:
