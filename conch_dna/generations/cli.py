@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from conch_dna.generations.line import Line
 
 F = TypeVar("F", bound=Callable[..., Any])
+NUMBERS = {
+    "alpha": "Share of cross-entropy in the loss.",
+    "beta": "Share of the teachers' target.",
+    "gamma": "Share of the pull to the first teacher where both agree.",
+    "replay_share": "Of earlier data in an epoch.",
+    "ema_decay": "Of the averaged adapter.",
+}
 
 
 @click.group(
@@ -90,6 +98,16 @@ def init(name: str, root: str, model: str, data: str, adapter: str | None) -> No
     click.echo(f"{name}: {first} is {model}, with {len(records)} records, in {line.folder}")
 
 
+def _number_options(command: F) -> F:
+    """Give a command the numbers of a generation that are no settings of KDConfig."""
+    defaults = {each.name: each.default for each in fields(EvolveConfig)}
+    for name, words in reversed(NUMBERS.items()):
+        described = f"{words} [default: {defaults[name]:g}]"
+        option = f"--{name.replace('_', '-')}"
+        command = click.option(option, name, type=float, default=None, help=described)(command)
+    return command
+
+
 def _manifest(path: str | None) -> dict[str, Any]:
     """The manifest that a user gives, of which nothing but its parts is known."""
     return read_yaml(Path(path), option="--manifest") if path else {}
@@ -112,8 +130,7 @@ def _manifest(path: str | None) -> dict[str, Any]:
 @click.option(
     "--taboo", "taboo_words", multiple=True, metavar="WORD", help="Taught by nobody; repeatable."
 )
-@click.option("--replay-share", type=float, help="Of earlier data in an epoch. [default: 0.1]")
-@click.option("--ema-decay", type=float, help="Of the averaged adapter. [default: 0.999]")
+@_number_options
 @click.option(
     "--critic/--no-critic", default=None, help="A second teacher teaches too. [default: true]"
 )
@@ -145,7 +162,7 @@ def evolve(
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dataclasses import asdict, fields
+    from dataclasses import asdict
 
     from rich.console import Console
 

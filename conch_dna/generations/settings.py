@@ -81,8 +81,8 @@ class EvolveConfig:
     """
 
     training: KDConfig = field(default_factory=KDConfig)
-    alpha: float = 0.1
-    beta: float = 0.9
+    alpha: float = 0.5
+    beta: float = 0.5
     gamma: float = 0.0
     blend: BlendSettings = field(default_factory=BlendSettings)
     gates: GateSettings = field(default_factory=GateSettings)

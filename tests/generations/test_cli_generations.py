@@ -76,7 +76,7 @@ def test_a_line_is_shown_as_a_tree_and_as_a_picture(line: Path) -> None:
 def test_a_generation_shows_what_it_grew_from(line: Path) -> None:
     result = run("show", "tales", *root(line))
     assert result.exit_code == 0, result.output
-    for text in ("G001 (parent), G000 (grandparent)", "0.1 CE + 0.9 KL", "every gate passed"):
+    for text in ("G001 (parent), G000 (grandparent)", "0.5 CE + 0.5 KL", "every gate passed"):
         assert text in result.output
     manifest = json.loads(run("show", "tales", "G001", "--json", *root(line)).output)
     assert manifest["generation"] == "G001"
@@ -126,6 +126,8 @@ def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
     assert first["laws"] == [{"name": "short", "max_words": 500}]
     assert (made / "report.png").read_bytes()[:4] == b"\x89PNG"
     arguments = ("--manifest", str(made / "manifest.json"), "--data", str(line / "1.jsonl"))
+    bad = run("evolve", *arguments, "--alpha", "0", "--beta", "0", *root(tmp_path))
+    assert bad.exit_code == 2 and "alpha, beta and gamma are all 0" in bad.output
     result = run("evolve", *arguments, *root(tmp_path))
     assert result.exit_code == 0, result.output
     second = json.loads((made.parent / "G004" / "manifest.json").read_text())

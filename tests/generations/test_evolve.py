@@ -138,7 +138,7 @@ def test_the_manifest_says_what_it_grew_from(grown: tuple[Line, list[Any]]) -> N
         "seed",
     }
     assert manifest["evolution_request"]["replay"] > 0
-    assert manifest["training_params"]["beta"] == 0.9
+    assert manifest["training_params"]["beta"] == 0.5
 
 
 def test_two_teachers_are_logged_by_their_strategies(grown: tuple[Line, list[Any]]) -> None:
@@ -325,7 +325,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(
     with pytest.raises(ConchError, match="holds an unfinished generation: add --resume"):
         evolve(line, sums(6), config)
     with pytest.raises(ConchError, match=r"was begun with other settings: .*beta"):
-        evolve(line, sums(6), config_of(beta=0.5), resume=True)
+        evolve(line, sums(6), config_of(beta=0.9), resume=True)
     got = evolve(line, sums(6), config, resume=True)
     assert (got.promoted, got.name.split("-2")[0]) == (
         expected.promoted,
