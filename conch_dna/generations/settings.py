@@ -90,7 +90,7 @@ class EvolveConfig:
     replay_share: float = 0.1
     replay_size: int = 1000
     measured: int = 200
-    answers: int = 16
+    answers: int = 64
     critic: bool = True
     first_teacher: str = ""
     second_teacher: str = ""
