@@ -30,6 +30,7 @@ FLOORS = {
     "generations.blending": 1,
     "generations.cli": 11,
     "generations.laws": 1,
+    "generations.options": 0,
     "generations.promotion": 1,
     "generations.ensemble": 4,
     "generations.evolve": 10,

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,19 +16,12 @@ import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
 from conch_dna.errors import ConchError
-from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
+from conch_dna.generations.options import NUMBERS, UNUSED
 
 if TYPE_CHECKING:
     from conch_dna.generations.line import Line
 
 F = TypeVar("F", bound=Callable[..., Any])
-NUMBERS = {
-    "alpha": "Share of cross-entropy in the loss.",
-    "beta": "Share of the teachers' target.",
-    "gamma": "Share of the pull to the first teacher where both agree.",
-    "replay_share": "Of earlier data in an epoch.",
-    "ema_decay": "Of the averaged adapter.",
-}
 
 
 @click.group(
@@ -100,9 +92,8 @@ def init(name: str, root: str, model: str, data: str, adapter: str | None) -> No
 
 def _number_options(command: F) -> F:
     """Give a command the numbers of a generation that are no settings of KDConfig."""
-    defaults = {each.name: each.default for each in fields(EvolveConfig)}
-    for name, words in reversed(NUMBERS.items()):
-        described = f"{words} [default: {defaults[name]:g}]"
+    for name, number in reversed(NUMBERS.items()):
+        described = f"{number.words} [default: {number.default:g}]"
         option = f"--{name.replace('_', '-')}"
         command = click.option(option, name, type=float, default=None, help=described)(command)
     return command
@@ -162,13 +153,14 @@ def evolve(
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
     from rich.console import Console
 
     from conch_dna.checkpoints import write_json
     from conch_dna.generations.evolve import train_generation_with_teachers
     from conch_dna.generations.laws import read_laws
+    from conch_dna.generations.settings import EvolveConfig, requested
     from conch_dna.generations.tables import verdict_table
     from conch_dna.progress import Progress
     from conch_dna.training.records import read_records
@@ -213,6 +205,7 @@ def validate(name: str, root: str, generation: str | None, manifest_file: str | 
 
     from conch_dna.generations.manifest import METRICS_FILE
     from conch_dna.generations.promotion import judge
+    from conch_dna.generations.settings import EvolveConfig
     from conch_dna.generations.tables import verdict_table
 
     chosen = generation or line.head

@@ -1,7 +1,7 @@
 """Everything that shapes one generation except the line and the data.
 
 Knows names, defaults and ranges; nothing of how they are used. A default stands here, in
-`KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
+options.py, `KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.generations.laws import Law, laws_of
+from conch_dna.generations.options import NUMBERS, UNUSED
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.two_teachers import BlendSettings
 from conch_dna.training.settings import KDConfig
@@ -37,20 +38,6 @@ RECORDED = (
     "git_commit",
     "seed",
     "created",
-)
-# Settings of a distillation for which a generation has no use, or which are its line's.
-UNUSED = (
-    "alpha",
-    "alignment",
-    "soft_weight",
-    "chunk_weight",
-    "chunk_scale",
-    "samples_per_prompt",
-    "generation_batch_size",
-    "steps_per_report",
-    "output_dir",
-    "adapter_subdir",
-    "trust_remote_code",
 )
 
 
@@ -81,13 +68,13 @@ class EvolveConfig:
     """
 
     training: KDConfig = field(default_factory=KDConfig)
-    alpha: float = 0.5
-    beta: float = 0.5
-    gamma: float = 0.0
+    alpha: float = NUMBERS["alpha"].default
+    beta: float = NUMBERS["beta"].default
+    gamma: float = NUMBERS["gamma"].default
     blend: BlendSettings = field(default_factory=BlendSettings)
     gates: GateSettings = field(default_factory=GateSettings)
-    ema_decay: float = 0.999
-    replay_share: float = 0.1
+    ema_decay: float = NUMBERS["ema_decay"].default
+    replay_share: float = NUMBERS["replay_share"].default
     replay_size: int = 1000
     measured: int = 200
     answers: int = 64
