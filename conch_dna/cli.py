@@ -15,6 +15,7 @@ from conch_dna import __version__
 from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
+from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
@@ -212,6 +213,7 @@ def vocab(
 
 
 main.add_command(generations)
+main.add_command(sediment)
 
 
 def _read_source(named: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Figures of merit from sums over tokens: perplexity, agreement, the share of a gap closed.
+"""Figures of merit: perplexity, agreement, the share of a gap closed, intervals of differences.
 
 Knows nothing of models or files; everything here is plain arithmetic on numbers.
 To add a metric: a function here, its column in `training/evaluation.py`, its case in the test.
@@ -7,6 +7,10 @@ To add a metric: a function here, its column in `training/evaluation.py`, its ca
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +113,35 @@ def closed_gap(before: dict[str, Any], after: dict[str, Any]) -> float | None:
     """
     name = "chunk_kl_nats" if before["kl_nats"] is None else "kl_nats"
     return gap_closed(before[name], after[name]) if before[name] is not None else None
+
+
+def paired_interval(
+    child: np.ndarray, parent: np.ndarray, *, confidence: float, seed: int
+) -> tuple[float, float]:
+    """Bounds of the mean difference of scores of the same items, by a paired bootstrap.
+
+    Args:
+        child: Scores `[n]`.
+        parent: Scores of the same items `[n]`.
+        confidence: Between 0 and 1.
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper bound (percentiles of 2,000 resamples); both the difference itself where
+        all items differ alike.
+    """
+    from scipy.stats import bootstrap
+
+    difference = child - parent
+    if len(difference) < 2 or np.ptp(difference) == 0:
+        mean = float(difference.mean())
+        return mean, mean
+    found = bootstrap(
+        (difference,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.metrics import paired_interval
 
-RESAMPLES = 2000
 WORD = re.compile(r"\w+")
 
 Metrics = Mapping[str, Any]
@@ -82,38 +82,6 @@ def _scores(metrics: Metrics, name: str) -> np.ndarray | None:
         return None
     scores = np.atleast_1d(np.asarray(value, np.float64))
     return scores if len(scores) and np.isfinite(scores).all() else None
-
-
-def paired_interval(
-    child: np.ndarray, parent: np.ndarray, *, confidence: float, seed: int
-) -> tuple[float, float]:
-    """Bounds of the mean difference of scores of the same items, by a paired bootstrap.
-
-    Args:
-        child: Scores `[n]`.
-        parent: Scores of the same items `[n]`.
-        confidence: Between 0 and 1.
-        seed: Of the resampling.
-
-    Returns:
-        Lower and upper bound (percentiles of 2,000 resamples); both the difference itself where
-        all items differ alike.
-    """
-    from scipy.stats import bootstrap
-
-    difference = child - parent
-    if len(difference) < 2 or np.ptp(difference) == 0:
-        mean = float(difference.mean())
-        return mean, mean
-    found = bootstrap(
-        (difference,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def _paired(

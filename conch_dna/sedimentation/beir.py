@@ -1,0 +1,238 @@
+"""Collections for retrieval: a corpus, queries, and which documents answer them.
+
+Knows folders in BEIR layout and the tasks of mteb; nothing of vectors or stores. To read another
+layout: a function that gives a `Collection`, and its branch in `read_collection`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.retrieval import Judgements
+
+LAYOUT = "a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Documents, and judged queries.
+
+    Attributes:
+        name: Of the folder or task.
+        documents: With `id`, `title` and `text`, as an engine takes them in.
+        queries: Name to text, of those that have a relevant document.
+        judgements: Grades of documents by name, all of them, for the same queries.
+        others: Name to text of judged queries of another split, where one was asked for.
+        empty: Documents of the corpus with neither title nor text; they are left out.
+        outside: Judgements of documents that are not among `documents`; the ideal ranking counts
+            them, as pytrec_eval has it.
+    """
+
+    name: str
+    documents: list[dict[str, str]]
+    queries: dict[str, str]
+    judgements: Judgements
+    others: dict[str, str] = field(default_factory=dict)
+    empty: int = 0
+    outside: int = 0
+
+
+def read_collection(
+    task: str, *, split: str = "test", cycle_split: str | None = None
+) -> Collection:
+    """Read a folder in BEIR layout, or fetch a retrieval task of mteb.
+
+    Args:
+        task: The folder, or the task's name.
+        split: Whose judgements.
+        cycle_split: Another split of the folder, whose queries are `others`.
+
+    Raises:
+        ConchError: There is no such folder or task, mteb is missing, a file is not as it should
+            be, or no query has a relevant document.
+    """
+    folder = Path(task).expanduser()
+    if folder.is_dir():
+        return read_beir(folder, split=split, cycle_split=cycle_split)
+    if folder.exists() or os.sep in task or task.startswith((".", "~")):
+        raise ConchError(f"{task} is no folder: give {LAYOUT}, or the name of a task of mteb")
+    if cycle_split is not None:
+        raise ConchError(
+            f"{task} is a task of mteb, of which only one split is read: leave --cycle-split out, "
+            f"or give {LAYOUT}"
+        )
+    return _from_mteb(task, split=split)
+
+
+def read_beir(folder: Path, *, split: str = "test", cycle_split: str | None = None) -> Collection:
+    """Read a folder in BEIR layout.
+
+    Args:
+        folder: With corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`) and
+            qrels/<split>.tsv (query, document, grade; a header line).
+        split: Whose judgements.
+        cycle_split: See `read_collection`.
+
+    Raises:
+        ConchError: See `read_collection`.
+    """
+    corpus = {
+        name: {"id": name, "title": str(row.get("title") or ""), "text": str(row.get("text") or "")}
+        for name, row in _rows(folder / "corpus.jsonl")
+    }
+    texts = {name: str(row.get("text") or "") for name, row in _rows(folder / "queries.jsonl")}
+    found = _collection(
+        folder.resolve().name,
+        corpus,
+        texts,
+        _judgements(folder / "qrels" / f"{split}.tsv"),
+        source=str(folder / "qrels" / f"{split}.tsv"),
+    )
+    if cycle_split is None:
+        return found
+    path = folder / "qrels" / f"{cycle_split}.tsv"
+    names = _judged(_judgements(path), texts, source=str(path))
+    others = {name: texts[name] for name in names if name not in found.queries}
+    if not others:
+        raise ConchError(
+            f"{path} judges no query that {split}.tsv does not: give --cycle-split another split"
+        )
+    return Collection(**{**vars(found), "others": others})
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Ids and rows of a JSON Lines file, each id once."""
+    seen = set()
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConchError(f"line {number} of {path} is not JSON: {error}") from error
+        if not isinstance(row, dict) or row.get("_id") in (None, ""):
+            raise ConchError(
+                f"line {number} of {path} has no _id: give an object with _id and text"
+            )
+        name = str(row["_id"])
+        if name in seen:
+            raise ConchError(f"line {number} of {path}: _id {name!r} stands there twice")
+        seen.add(name)
+        yield name, row
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConchError(f"cannot read {path}: {error}. Give {LAYOUT}") from error
+
+
+def _judgements(path: Path) -> Judgements:
+    found: dict[str, dict[str | int, int]] = {}
+    for number, line in enumerate(_lines(path), 1):
+        cells = line.rstrip("\r").split("\t")
+        if not line.strip() or (number == 1 and cells[0] in ("query-id", "query_id", "qid")):
+            continue
+        try:
+            query, document, grade = cells
+            found.setdefault(query, {})[document] = int(grade)
+        except ValueError as error:
+            raise ConchError(
+                f"line {number} of {path} is {line!r}: it must be query, document and a whole "
+                "number as grade, with tabs between"
+            ) from error
+    return found
+
+
+def _judged(judgements: Judgements, texts: Mapping[str, str], *, source: str) -> list[str]:
+    """Names of queries with a relevant document, in the order of the judgements."""
+    names = [name for name, grades in judgements.items() if any(g > 0 for g in grades.values())]
+    if not names:
+        raise ConchError(
+            f"{source} names no query with a relevant document (a grade above 0): there are no "
+            "judged queries, so nothing can be evaluated"
+        )
+    if bare := [name for name in names if not texts.get(name, "").strip()]:
+        raise ConchError(
+            f"{source} judges query {bare[0]!r}, which has no text among the queries ({len(bare)} "
+            f"of {len(names)}): give queries and judgements of the same names"
+        )
+    return names
+
+
+def _collection(
+    name: str,
+    corpus: Mapping[str, dict[str, str]],
+    texts: Mapping[str, str],
+    judgements: Judgements,
+    *,
+    source: str,
+) -> Collection:
+    names = _judged(judgements, texts, source=source)
+    documents = [each for each in corpus.values() if (each["title"] + each["text"]).strip()]
+    known = {each["id"] for each in documents}
+    judged: Judgements = {query: dict(judgements[query]) for query in names}
+    outside = sum(each not in known for grades in judged.values() for each in grades)
+    if outside == sum(map(len, judged.values())):
+        raise ConchError(
+            f"{source} judges none of the corpus's {len(documents)} documents with a text: give "
+            "corpus and judgements of the same collection"
+        )
+    return Collection(
+        name=name,
+        documents=documents,
+        queries={query: texts[query] for query in names},
+        judgements=judged,
+        empty=len(corpus) - len(documents),
+        outside=outside,
+    )
+
+
+def _from_mteb(name: str, *, split: str) -> Collection:
+    try:
+        import mteb
+    except ImportError as error:
+        raise ConchError(
+            f"{name} is no folder here, and mteb, which would fetch a task of that name, is not "
+            f"installed: pip install mteb, or give {LAYOUT}"
+        ) from error
+    try:
+        task = mteb.get_task(name)
+        task.load_data()
+        # Tasks that load themselves have the form of mteb 1; of others this leaves all as it is.
+        task.convert_v1_dataset_format_to_v2(1)
+        subsets = {each: parts for each, parts in task.dataset.items() if split in parts}
+    except KeyError as error:
+        raise ConchError(f"mteb has no task {name!r}: {error}. Or give {LAYOUT}") from error
+    # What is raised without a network depends on the libraries below mteb; these are their bases.
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConchError(
+            f"mteb cannot give the retrieval task {name}: {reason}. Without a network give {LAYOUT}"
+        ) from error
+    if len(subsets) != 1:
+        raise ConchError(
+            f"the task {name} has {len(subsets)} parts with a split {split!r} "
+            f"({', '.join(sorted(subsets)) or 'none'}), and one is needed: choose another task, or "
+            f"give {LAYOUT}"
+        )
+    (data,) = (parts[split] for parts in subsets.values())
+    corpus = {
+        str(row["id"]): {
+            "id": str(row["id"]),
+            "title": str(row.get("title") or ""),
+            "text": str(row.get("text") or ""),
+        }
+        for row in data["corpus"]
+    }
+    judgements: Judgements = {
+        str(query): {str(each): int(grade) for each, grade in grades.items()}
+        for query, grades in data["relevant_docs"].items()
+    }
+    texts = {str(row["id"]): str(row["text"]) for row in data["queries"]}
+    return _collection(name, corpus, texts, judgements, source=f"the split {split} of {name}")

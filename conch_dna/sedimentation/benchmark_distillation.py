@@ -1,0 +1,224 @@
+"""Measure what sedimentation gains on a collection with judgements, against control and ceiling.
+
+The command and its files; the stages are in benchmark_stages.py, the rows in benchmark_rows.py,
+tables and plot in benchmark_report.py. To add an option: here, and a field of
+`BenchmarkSettings` that takes it.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from conch_dna.checkpoints import write_atomically, write_json
+from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.errors import ConchError, Interrupted
+from conch_dna.sedimentation.beir import read_collection
+from conch_dna.sedimentation.benchmark_rows import Benchmark, BenchmarkSettings
+from conch_dna.sedimentation.benchmark_stages import evaluate_engine, run_training_cycle
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.engine import DEFAULT_STUDENT
+from conch_dna.sedimentation.retrieval import dcg_at_k, ndcg_at_k
+
+__all__ = [
+    "dcg_at_k",
+    "evaluate_engine",
+    "main",
+    "ndcg_at_k",
+    "run_benchmark",
+    "run_training_cycle",
+]
+
+RESULTS = "benchmark_distillation_results.json"
+PLOT, TABLE = ".png", ".md"
+
+
+def run_benchmark(
+    task: str,
+    settings: BenchmarkSettings,
+    output: Path,
+    *,
+    split: str = "test",
+    cycle_split: str | None = None,
+    report: Any = lambda event, row: None,
+) -> dict[str, Any]:
+    """Measure every row and write the JSON, with a plot and a Markdown table beside it.
+
+    The JSON is written after every row, so that what was measured outlives what comes.
+
+    Args:
+        task: See `read_collection`.
+        settings: See `BenchmarkSettings`.
+        output: The JSON file; one that is there is replaced.
+        split: Whose judgements.
+        cycle_split: See `read_collection`.
+        report: Gets events, see `progress.Progress`.
+
+    Returns:
+        What the JSON holds; see `Benchmark.document`.
+
+    Raises:
+        ConchError: The collection, a setting, a model or a file cannot be used.
+    """
+    if output.suffix != ".json":
+        raise ConchError(f"--output {output} must end in .json: plot and table go beside it")
+    collection = read_collection(task, split=split, cycle_split=cycle_split)
+    with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
+        benchmark = Benchmark(
+            collection,
+            settings,
+            folder=Path(folder),
+            report=report,
+            save=partial(write_json, output),
+        )
+        document = benchmark.run()
+    _write(output, document)
+    return document
+
+
+def _write(output: Path, document: dict[str, Any]) -> None:
+    from conch_dna.sedimentation.benchmark_report import draw_rows, markdown_table
+
+    write_json(output, document)
+    write_atomically(output.with_suffix(TABLE), markdown_table(document))
+    write_atomically(output.with_suffix(PLOT), partial(draw_rows, document=document))
+
+
+@click.command(
+    cls=OneLineErrors,
+    context_settings=HELP,
+    epilog=example(
+        "python -m conch_dna.sedimentation.benchmark_distillation --task ./scifact \\",
+        "  --model ./student --teacher sentence-transformers/all-MiniLM-L6-v2",
+    ),
+)
+@click.option(
+    "--task",
+    required=True,
+    metavar="FOLDER|NAME",
+    help="A folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), or the name of a "
+    "retrieval task of mteb, such as SciFact.",
+)
+@click.option("--model", default=DEFAULT_STUDENT, show_default=True, help="The student.")
+@click.option(
+    "--teacher", multiple=True, required=True, help="The teacher; give it again for several."
+)
+@click.option("--cycles", default=3, show_default=True, help="Cycles of each training mode.")
+@click.option(
+    "--queries-per-cycle",
+    default=50,
+    show_default=True,
+    help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
+    "in all.",
+)
+@click.option(
+    "--epochs", default=ChelationConfig.epochs, show_default=True, help="Of a sedimentation cycle."
+)
+@click.option(
+    "--lr",
+    "learning_rate",
+    default=ChelationConfig.learning_rate,
+    show_default=True,
+    help="Of a sedimentation cycle.",
+)
+@click.option(
+    "--teacher-weight",
+    default=ChelationConfig.teacher_weight,
+    show_default=True,
+    help="Share of the teacher in a target, above 0 and up to 1.",
+)
+@click.option(
+    "--threshold",
+    default=ChelationConfig.threshold,
+    show_default=True,
+    help="Collapsed neighbourhoods a document must be in before a cycle takes it.",
+)
+@click.option("--sweep", is_flag=True, help="Also run every teacher weight from 0.1 to 1.")
+@click.option("--seed", default=ChelationConfig.seed, show_default=True)
+@click.option("--split", default="test", show_default=True, help="Whose judgements.")
+@click.option(
+    "--cycle-split",
+    help="Take the cycles' queries from this split of the folder, such as train, so that all of "
+    "--split are evaluated. [default: from --split]",
+)
+@click.option(
+    "--teacher-cache",
+    metavar="FOLDER",
+    help="Keep the teacher's vectors there for another run. [default: for this run only]",
+)
+@click.option("--device", help="Of the models: cpu, cuda or mps. [default: chosen]")
+@click.option("--trust-remote-code", is_flag=True, help="Let code that comes with a model run.")
+@click.option(
+    "--output",
+    default=RESULTS,
+    show_default=True,
+    metavar="FILE",
+    help="JSON; a plot (.png) and a table (.md) of the same name go beside it.",
+)
+def main(
+    task: str,
+    model: str,
+    teacher: tuple[str, ...],
+    cycles: int,
+    queries_per_cycle: int,
+    epochs: int,
+    learning_rate: float,
+    teacher_weight: float,
+    threshold: int,
+    sweep: bool,
+    seed: int,
+    split: str,
+    cycle_split: str | None,
+    teacher_cache: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    output: str,
+) -> None:
+    """Measure every training mode on a collection with judgements.
+
+    Rows: the student untouched (control), baseline, hybrid and offline symmetric after each cycle,
+    asymmetric, the teacher (ceiling), BM25, and the best row fused with BM25; nDCG@10 and
+    recall@100 on the whole corpus, with intervals against the control.
+    """
+    from rich.console import Console
+
+    from conch_dna.progress import Progress
+    from conch_dna.sedimentation.benchmark_report import result_table
+
+    if not 0 < teacher_weight <= 1:
+        raise ConchError(f"--teacher-weight is {teacher_weight:g}: it must be above 0 and up to 1")
+    settings = BenchmarkSettings(
+        student=model,
+        teacher=teacher,
+        cycles=cycles,
+        queries_per_cycle=queries_per_cycle,
+        sweep=sweep,
+        config=ChelationConfig(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            teacher_weight=teacher_weight,
+            threshold=threshold,
+            seed=seed,
+        ),
+        teacher_cache=teacher_cache,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    path = Path(output).expanduser()
+    try:
+        with Progress() as progress:
+            document = run_benchmark(
+                task, settings, path, split=split, cycle_split=cycle_split, report=progress
+            )
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"stopped; {path} holds the rows measured so far; the same command begins anew"
+        ) from error
+    Console(highlight=False).print(result_table(document))
+    click.echo(f"written: {path}, {path.with_suffix(TABLE)}, {path.with_suffix(PLOT)}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m conch_dna.sedimentation.benchmark_distillation")

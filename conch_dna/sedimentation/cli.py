@@ -1,0 +1,426 @@
+"""The commands of stores that learn: documents in, answers out, changes that the gate must pass.
+
+Parses, calls, prints; decides nothing. To add a command: a function here under `sediment`, with
+help, an example, and a line in README.md.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.document_files import (
+    FORMATS,
+    count_lines,
+    read_document_files,
+    texts_of,
+)
+from conch_dna.sedimentation.store_options import (
+    model_options,
+    opened_engine,
+    opened_without_models,
+    place_options,
+    setting_options,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from conch_dna.sedimentation.results import ChangeResult
+
+ERRORS_SHOWN = 5
+REPORT_EVERY = 100
+# Options of a learning command, and which field of ChelationConfig each is.
+OF_CYCLE = {"threshold": "--threshold", "learning_rate": "--learning-rate", "epochs": "--epochs"}
+OF_DISTILLATION = {
+    "batch_size": "--batch-size",
+    "offline_learning_rate": "--learning-rate",
+    "offline_epochs": "--epochs",
+    "adapter": "--adapter",
+}
+
+
+@click.group(
+    context_settings=HELP,
+    epilog=example(
+        "conch-dna sediment ingest papers corpus.jsonl",
+        'conch-dna sediment query papers "how do cells divide"',
+    ),
+)
+def sediment() -> None:
+    """Keep documents in an embedding store that learns, and never gets worse."""
+
+
+def _command(*lines: str, name: str | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Make a function a command of the group, whose help ends with an example."""
+    return sediment.command(name, cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
+
+
+def _print(*tables: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+def _write_json(json_file: str | None, document: Any) -> None:
+    if json_file:
+        from conch_dna.checkpoints import write_json
+
+        write_json(Path(json_file).expanduser(), document)
+
+
+_json_option = click.option("--json", "json_file", metavar="FILE", help="Write the figures there.")
+
+
+@_command(
+    "conch-dna sediment ingest papers corpus.jsonl",
+    "conch-dna sediment ingest papers notes.txt --model models/student",
+)
+@place_options
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    metavar="FILES...",
+    help="JSONL (text, and id or _id, title, payload), or texts one a line; - is standard input.",
+)
+@model_options
+@setting_options({"batch_size": "--batch-size"})
+@click.option(
+    "--format",
+    "form",
+    metavar=f"[{'|'.join(FORMATS)}]",
+    default=FORMATS[0],
+    show_default=True,
+    help="Of the files; auto takes a file for JSONL whose first line begins with a brace.",
+)
+@click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
+@_json_option
+def ingest(
+    location: str,
+    files: tuple[str, ...],
+    config_file: str | None,
+    form: str,
+    replace: bool,
+    json_file: str | None,
+    **given: Any,
+) -> None:
+    """Take documents in; the same command goes on with what was stopped.
+
+    Exit code 1 says that some documents could not be embedded.
+    """
+    config = settings(config_file, given)
+    from conch_dna.progress import Progress
+    from conch_dna.sedimentation.tables import ingest_table
+
+    # Before a store is made: a mistake here shall leave none.
+    total, documents = count_lines(files), read_document_files(files, form=form)
+    with (
+        opened_engine(location, config, given, new=True) as engine,
+        Progress() as progress,
+    ):
+        progress("phase", {"name": "documents", "total": total, "unit": "documents"})
+        result = engine.ingest(_counted(documents, progress), replace_changed=replace)
+    _print(ingest_table(result))
+    _write_json(json_file, result.to_json())
+    for name, reason in list(result.errors.items())[:ERRORS_SHOWN]:
+        click.echo(f"not embedded: {name}: {reason}", err=True)
+    if len(result.errors) > ERRORS_SHOWN:
+        more = len(result.errors) - ERRORS_SHOWN
+        click.echo(f"not embedded: {more} more, which --json FILE names", err=True)
+    if result.errors:
+        sys.exit(1)
+
+
+def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], None]) -> Any:
+    """The same documents, told to the report a part at a time: bars are slower than stores."""
+    waiting = 0
+    for document in documents:
+        yield document
+        waiting += 1
+        if waiting == REPORT_EVERY:
+            report("advance", {"by": waiting})
+            waiting = 0
+    report("advance", {"by": waiting})
+
+
+@_command(
+    'conch-dna sediment query papers "how do cells divide" --top-k 5',
+    'conch-dna sediment query papers "how do cells divide" --fusion rrf --where year=1999',
+)
+@place_options
+@click.argument(
+    "queries", nargs=-1, required=True, metavar="QUERIES...", help="Each an argument of its own."
+)
+@model_options
+@setting_options({"top_k": "--top-k", "fusion": "--fusion"})
+@click.option(
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="What a payload must have; repeatable, and of one field any value will do. Numbers, true "
+    "and false are taken as such, '\"1999\"' as text.",
+)
+@_json_option
+def query(
+    location: str,
+    queries: tuple[str, ...],
+    config_file: str | None,
+    conditions: tuple[str, ...],
+    json_file: str | None,
+    top_k: int | None,
+    **given: Any,
+) -> None:
+    """Show the documents nearest to queries; a collapsed neighbourhood is logged."""
+    config = settings(config_file, given)
+    where = _where(conditions)
+    from conch_dna.sedimentation.tables import hits_table
+
+    with opened_engine(location, config, given) as engine:
+        results = engine.run_inferences(list(queries), top_k, where=where)
+    _print(*(hits_table(text, found) for text, found in zip(queries, results, strict=True)))
+    answered = zip(queries, results, strict=True)
+    _write_json(json_file, [{"query": text, **found.to_json()} for text, found in answered])
+
+
+def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
+    where: dict[str, list[Any]] = {}
+    for each in conditions:
+        name, equals, text = each.partition("=")
+        if not (name and equals):
+            raise ConchError(f"--where {each} is no condition: give FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        # A float, null, list or object is no value that a store filters by.
+        where.setdefault(name, []).append(value if isinstance(value, str | int) else text)
+    return where or None
+
+
+@_command(
+    "conch-dna sediment cycle papers",
+    "conch-dna sediment cycle papers --mode hybrid --teacher all-MiniLM-L6-v2 --threshold 2",
+)
+@place_options
+@model_options
+@setting_options(OF_CYCLE)
+@_json_option
+def cycle(
+    location: str,
+    config_file: str | None,
+    json_file: str | None,
+    **given: Any,
+) -> None:
+    """Learn from the documents that collapsed neighbourhoods were logged with.
+
+    Exit code 1 says that the gate refused the change.
+    """
+    _changed("cycle", location, settings(config_file, given), json_file, given)
+
+
+@_command(
+    "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2",
+    "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2 --space asymmetric",
+)
+@place_options
+@model_options
+@setting_options(OF_DISTILLATION)
+@_json_option
+def distill(
+    location: str,
+    config_file: str | None,
+    json_file: str | None,
+    **given: Any,
+) -> None:
+    """Learn from a teacher's vectors of all documents; the mode is offline unless named.
+
+    Exit code 1 says that the gate refused the change.
+    """
+    config = settings(config_file, given, training_mode="offline")
+    _changed("distillation", location, config, json_file, given)
+
+
+def _changed(
+    kind: str,
+    location: str,
+    config: ChelationConfig,
+    json_file: str | None,
+    given: dict[str, Any],
+) -> None:
+    """Run a change, print the gate's verdict, and end with 1 if it refused."""
+    from conch_dna.progress import Progress
+
+    with opened_engine(location, config, given) as engine, Progress() as progress:
+        progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
+        change = {
+            "cycle": engine.run_sedimentation_cycle,
+            "distillation": engine.run_offline_distillation,
+        }[kind]
+        result: ChangeResult = change()
+    _show_change(result)
+    _write_json(json_file, result.to_json())
+    if result.candidate and not result.activated:
+        sys.exit(1)
+
+
+def _show_change(result: "ChangeResult") -> None:
+    if result.candidate is None:
+        click.echo(f"nothing was built: {result.reason}")
+    else:
+        from conch_dna.sedimentation.tables import change_table
+
+        _print(change_table(result))
+        click.echo(result.reason)
+        stages = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
+        click.echo(f"learned from {result.documents:,} documents; seconds: {stages}")
+        for reason in result.reasons:
+            click.echo(f"warning: {reason}", err=True)
+    click.echo(f"active: {result.version}")
+
+
+@_command("conch-dna sediment status papers")
+@place_options
+@_json_option
+def status(location: str, json_file: str | None, **given: Any) -> None:
+    """Show a store's documents, versions, log and gate history; loads no model."""
+    from conch_dna.sedimentation.tables import history_table, status_table
+
+    with opened_without_models(location, given) as opened:
+        document = opened.to_json()
+    _print(status_table(document))
+    if document["gate_history"]:
+        _print(history_table(document["gate_history"]))
+    else:
+        click.echo("the gate has judged nothing yet")
+    _write_json(json_file, document)
+
+
+@_command("conch-dna sediment rollback papers")
+@place_options
+def rollback(location: str, **given: Any) -> None:
+    """Let the version before the active one answer again; loads no model."""
+    with opened_without_models(location, given) as opened:
+        before = opened.versions.active
+        after = opened.versions.rollback()
+    click.echo(f"active was {before} and is {after}")
+
+
+@_command("conch-dna sediment export papers models/papers")
+@place_options
+@click.argument("folder", help="Where to; it must not exist.")
+@click.option("--version", metavar="NAME", help="Default: the active one.")
+@click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the student.")
+def export(location: str, folder: str, version: str | None, **given: Any) -> None:
+    """Write student and adapter as one sentence-transformers model."""
+    from conch_dna.sedimentation.adapter_export import export_sentence_transformer
+    from conch_dna.sedimentation.local_embedders import LocalEmbedder
+    from conch_dna.sedimentation.vector_store import RAW
+    from conch_dna.sedimentation.versions import OF_TEACHER
+
+    given |= {"model": None, "teachers": ()}
+    with opened_engine(location, ChelationConfig(), given) as engine:
+        chosen = version or engine.versions.active
+        known = [RAW, *engine.store.versions()]
+        if chosen not in known:
+            raise ConchError(f"the store has no version {chosen}: it has {', '.join(known)}")
+        student = engine.student
+        if not isinstance(student, LocalEmbedder):
+            raise ConchError(
+                f"the student {student.name} is no model of this machine: only those of "
+                "sentence-transformers and model2vec can be exported"
+            )
+        adapter = engine.versions.adapter(chosen)
+        origin = engine.versions.origin(chosen)
+        export_sentence_transformer(student.model, adapter, Path(folder).expanduser())
+    click.echo(f"{chosen} is a sentence-transformers model in {folder}")
+    if origin["documents"] == OF_TEACHER:
+        click.echo(f"it embeds queries; the documents' vectors are those of {origin['teacher']}")
+
+
+@_command(
+    "conch-dna sediment make-student all-MiniLM-L6-v2 models/student",
+    "conch-dna sediment make-student all-MiniLM-L6-v2 models/student \\",
+    "  --vocabulary-from corpus.jsonl",
+    name="make-student",
+)
+@click.argument("teacher", help="Hub id or folder of a sentence-transformers model.")
+@click.argument("folder", help="Where to; a folder that stands there is replaced.")
+@click.option("--dimension", default=256, show_default=True, help="Of the student's vectors.")
+@click.option(
+    "--vocabulary-from",
+    "vocabulary_files",
+    multiple=True,
+    metavar="FILE",
+    help="Texts or JSONL whose frequent words get a vector of their own; repeatable.",
+)
+@click.option("--least-count", default=2, show_default=True, help="How often such a word occurs.")
+@click.option("--most-words", default=20_000, show_default=True, help="How many such words.")
+@click.option("--device", metavar="NAME", help="cpu or cuda; else chosen.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the teacher.")
+@_json_option
+def make_student_command(
+    teacher: str,
+    folder: str,
+    dimension: int,
+    vocabulary_files: tuple[str, ...],
+    least_count: int,
+    most_words: int,
+    device: str | None,
+    trust_remote_code: bool,
+    json_file: str | None,
+) -> None:
+    """Make a small, fast student from a teacher: a vector for each of its tokens."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dataclasses import asdict
+
+    from conch_dna.sedimentation.make_student import make_student
+
+    made = make_student(
+        teacher,
+        folder,
+        dimension=dimension,
+        vocabulary_from=texts_of(read_document_files(vocabulary_files)),
+        least_count=least_count,
+        most_words=most_words,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    click.echo(
+        f"{made.folder}: {made.tokens:,} tokens in {made.dimension} dimensions from "
+        f"{made.teacher}, {made.words_added:,} of {made.words_found:,} words added, "
+        f"{made.seconds:.1f} s"
+    )
+    _write_json(json_file, {**asdict(made), "folder": str(made.folder)})
+
+
+@sediment.command(
+    cls=OneLineErrors,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+    epilog=example(
+        "conch-dna sediment benchmark --task scifact --model models/student \\",
+        "  --teacher all-MiniLM-L6-v2",
+    ),
+)
+@click.argument(
+    "arguments",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    help="As of python -m conch_dna.sedimentation.benchmark_distillation.",
+)
+def benchmark(arguments: tuple[str, ...]) -> None:
+    """Measure students, modes and teacher on judged queries; --help shows its options."""
+    from conch_dna.sedimentation.benchmark_distillation import main
+
+    main.main(list(arguments), prog_name="conch-dna sediment benchmark", standalone_mode=False)

@@ -1,0 +1,459 @@
+"""AntigravityEngine: an embedding store that learns, and whose vectors change only for the better.
+
+Ties the parts of this wing together: store, student, teacher, log, versions and gate; knows no
+formula. What a cycle learns is in cycles.py. To give users another action: a method here that
+returns a result of results.py.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from conch_dna.checkpoints import FolderLock
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.chelation_log import ChelationLog
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.cycles import NothingToLearn, cycle_adapter, distilled_adapter
+from conch_dna.sedimentation.documents import (
+    embedded_text,
+    read_documents,
+)
+from conch_dna.sedimentation.embedding_contract import Embedder
+from conch_dna.sedimentation.evidence import Evidence, measures
+from conch_dna.sedimentation.gate import judge_all
+from conch_dna.sedimentation.gate_history import read_history, remember
+from conch_dna.sedimentation.intake import Intake
+from conch_dna.sedimentation.neighbourhoods import Neighbourhoods
+from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
+from conch_dna.sedimentation.retrieval import Judgements
+from conch_dna.sedimentation.state_folders import state_of
+from conch_dna.sedimentation.stores import open_store
+from conch_dna.sedimentation.teacher_distillation import (
+    TeacherDistillationHelper,
+    create_distillation_helper,
+    shared_embedder,
+)
+from conch_dna.sedimentation.vector_store import RAW, Page, VectorStore
+from conch_dna.sedimentation.versions import OF_TEACHER, Versions
+from conch_dna.sedimentation.word_fusion import FUSED, WordFusion
+
+DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
+HELD_OUT_SHARE = 0.25
+
+
+class AntigravityEngine:
+    """Documents under a student's vectors, improved by an adapter that must prove itself.
+
+    Args:
+        qdrant_location: A folder (Qdrant Edge in this process), `http(s)://…` of a server, or
+            ":memory:".
+        model_name: The student; see `open_embedder`.
+        training_mode: "baseline", "offline" or "hybrid"; None for the configuration's.
+        teacher_model_name: One teacher or several; needed by the last two modes and by the
+            asymmetric space.
+        teacher_weight: None for the configuration's.
+        config: See `ChelationConfig`.
+        teacher_weights: Of several teachers.
+        fusion: "none" or "rrf"; None for the configuration's.
+        state_folder: Where adapters, logs and caches of a server's store lie; a folder's lie in it.
+        teacher_cache: Where the teacher's vectors are kept, which several engines may share; in the
+            state folder where None.
+        collection: Of a server.
+        api_key: Of a server.
+        device: Of the models; chosen where None.
+        trust_remote_code: Let Python code that comes with a model run.
+
+    Attributes:
+        recovered: A line for everything that opening put right after a killed process.
+
+    Raises:
+        ConchError: A setting is out of its range, a teacher is needed and not named, the store is
+            another student's or in use, or a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        qdrant_location: str | Path = "./db",
+        model_name: str = DEFAULT_STUDENT,
+        training_mode: str | None = None,
+        teacher_model_name: str | Sequence[str] | None = None,
+        teacher_weight: float | None = None,
+        *,
+        config: ChelationConfig | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        fusion: str | None = None,
+        state_folder: str | Path | None = None,
+        teacher_cache: str | Path | None = None,
+        collection: str = "documents",
+        api_key: str | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        given: dict[str, Any] = {
+            "training_mode": training_mode,
+            "teacher_weight": teacher_weight,
+            "fusion": fusion,
+        }
+        named: dict[str, Any] = {n: v for n, v in given.items() if v is not None}
+        self.config = replace(config or ChelationConfig(), **named)
+        needs_teacher = self.config.training_mode != "baseline" or self.config.space != "symmetric"
+        if needs_teacher and not teacher_model_name:
+            raise ConchError(
+                f"training_mode {self.config.training_mode} in the {self.config.space} space needs "
+                "a teacher: give teacher_model_name"
+            )
+        self._judged: Evidence | None = None
+        self._pseudo: tuple[int, Evidence] | None = None
+        with ExitStack() as opening:
+            location = str(qdrant_location)
+            self.student: Embedder = shared_embedder(
+                model_name,
+                device=device,
+                batch_size=self.config.batch_size,
+                trust_remote_code=trust_remote_code,
+            )
+            if location == ":memory:" and state_folder is None:
+                state_folder = opening.enter_context(TemporaryDirectory())
+            self.state = state_of(location, state_folder, collection)
+            self.helper: TeacherDistillationHelper | None = None
+            if needs_teacher:
+                self.helper = create_distillation_helper(
+                    teacher_model_name or "",
+                    cache_dir=teacher_cache or self.state / "teacher_vectors",
+                    weights=teacher_weights,
+                    device=device,
+                    trust_remote_code=trust_remote_code,
+                )
+            # Models that are not there, and a server that is down, leave nothing behind.
+            identity = {
+                "student": self.student.name,
+                "digest": self.student.digest,
+                "dimension": self.student.dimension,
+            }
+            is_folder = location != ":memory:" and "://" not in location
+            lock = FolderLock(self.state, elsewhere="give another qdrant_location or state_folder")
+            if is_folder:
+                opening.enter_context(lock)
+            self.store: VectorStore = opening.enter_context(
+                open_store(
+                    str(self.state / "vectors") if is_folder else location,
+                    identity=identity,
+                    collection=collection,
+                    api_key=api_key,
+                    exact_below=self.config.exact_below,
+                )
+            )
+            if not is_folder:
+                opening.enter_context(lock)
+            self.log = ChelationLog(
+                self.state / "chelation",
+                rotate_bytes=self.config.log_rotate_bytes,
+                keep_queries=self.config.log_queries,
+            )
+            self.versions = Versions(self.store, self.state / "versions", self.student.dimension)
+            self._neighbourhoods = Neighbourhoods(
+                self.store, self.log, self.config, self.state, self.student.digest
+            )
+            self._fusion = WordFusion(self.store, self.config.rrf_k)
+            self.recovered = [*self.log.recovered, *self.versions.recovered]
+            self._open = opening.pop_all()
+
+    def close(self) -> None:
+        """Give the store and its lock back; a second call does nothing."""
+        self._open.close()
+
+    def __enter__(self) -> "AntigravityEngine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Documents
+
+    def ingest(self, documents: Iterable[Any], *, replace_changed: bool = False) -> IngestResult:
+        """Take documents in, a batch at a time; each batch is durable when the next one begins.
+
+        What is there already with the same text is not embedded again, so that an ingest that was
+        stopped goes on when it is called once more.
+
+        Args:
+            documents: See `read_documents`; any iterable, of any length.
+            replace_changed: Let a document with a known id and another text replace the old one.
+
+        Raises:
+            ConchError: A document is none, or a known id comes with another text.
+        """
+        began = time.perf_counter()
+        intake = Intake(self.versions, self.student, self._teacher, replace_changed)
+        source = read_documents(documents)
+        while part := list(islice(source, self.config.batch_size)):
+            intake.take_in(part)
+        if intake.counts["added"] or intake.counts["updated"]:
+            self.store.index()
+        return IngestResult(
+            **intake.counts,
+            errors=intake.errors,
+            documents=self.store.count(RAW),
+            seconds=time.perf_counter() - began,
+            embedding_seconds=intake.embedding_seconds,
+        )
+
+    def _teacher(self) -> TeacherDistillationHelper:
+        if self.helper is None:
+            raise ConchError(
+                "the documents of the active version carry a teacher's vectors: open the store "
+                "with its teacher_model_name and the asymmetric space"
+            )
+        return self.helper
+
+    # Queries
+
+    def run_inference(
+        self, query: str, top_k: int | None = None, *, where: Mapping[str, Any] | None = None
+    ) -> InferenceResult:
+        """The documents nearest to a query; a collapsed neighbourhood is logged.
+
+        Args:
+            query: A text.
+            top_k: How many; None for the configuration's.
+            where: Payload fields and the value, or list of values, that they must have.
+
+        Raises:
+            ConchError: The query has no text, or top_k is below 1.
+        """
+        return self.run_inferences([query], top_k, where=where)[0]
+
+    def run_inferences(
+        self,
+        queries: Sequence[str],
+        top_k: int | None = None,
+        *,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[InferenceResult]:
+        """`run_inference` for several queries at once."""
+        top_k = self.config.top_k if top_k is None else top_k
+        if top_k < 1:
+            raise ConchError(f"top_k is {top_k}: it must be 1 or more")
+        if empty := [number for number, each in enumerate(queries, 1) if not each.strip()]:
+            raise ConchError(f"query {empty[0]} is only white space: give it words")
+        if not queries:
+            return []
+        version = self.versions.active
+        raw = self.student.queries(queries).all_vectors(what="queries")
+        vectors = self.versions.adapter(version).apply(raw)
+        fused = self.config.fusion == "rrf"
+        wanted = max(top_k, self.config.top_k, FUSED if fused else 0)
+        found = self.store.search(vectors, version=version, top_k=wanted, where=where)
+        unknown: list[tuple[float | None, bool | None]] = [(None, None)] * len(found)
+        judged = unknown if where else self._neighbourhoods.judged(queries, found, version)
+        results = []
+        for query, hits, (value, collapsed) in zip(queries, found, judged, strict=True):
+            ids, scores = hits.ids[:top_k], [float(score) for score in hits.scores[:top_k]]
+            payloads = hits.payloads[:top_k]
+            if fused:
+                ids, scores, payloads = self._fusion.fused(query, hits, top_k, where)
+            results.append(
+                InferenceResult(
+                    ids=ids,
+                    scores=scores,
+                    payloads=payloads,
+                    version=version,
+                    dispersion=value,
+                    collapsed=collapsed,
+                )
+            )
+        return results
+
+    # Changes
+
+    def set_judgements(self, queries: Mapping[str, str], judgements: Judgements) -> None:
+        """Give held-out queries with judgements to the gate, in place of pseudo-queries.
+
+        Args:
+            queries: Name to text; none of them may be asked in a cycle.
+            judgements: Name to grades of documents.
+
+        Raises:
+            ConchError: No query has a relevant document.
+        """
+        self._judged = Evidence.judged(queries, judgements)
+
+    def _evidence(self) -> Evidence:
+        if self._judged is not None:
+            return self._judged
+        count = self.store.count(RAW)
+        if self._pseudo is None or self._pseudo[0] != count:
+            # The documents that queries are taken from are not learned from.
+            sample = min(self.config.gate_queries, max(1, int(HELD_OUT_SHARE * count)))
+            found = Evidence.of_corpus(self.store, sample=sample, seed=self.config.seed)
+            self._pseudo = count, found
+        return self._pseudo[1]
+
+    def run_sedimentation_cycle(
+        self,
+        threshold: int | None = None,
+        learning_rate: float | None = None,
+        epochs: int | None = None,
+    ) -> ChangeResult:
+        """Learn from the documents that were logged in collapsed neighbourhoods often enough.
+
+        Args:
+            threshold: How often; None for the configuration's, as the others.
+            learning_rate: Of the residual adapter.
+            epochs: Likewise.
+
+        Raises:
+            ConchError: A setting is out of its range.
+        """
+        named: dict[str, Any] = {
+            "threshold": threshold,
+            "learning_rate": learning_rate,
+            "epochs": epochs,
+        }
+        config = replace(self.config, **{n: v for n, v in named.items() if v is not None})
+        return self._change(
+            "cycle",
+            lambda held: cycle_adapter(
+                self.store, self.versions, self.log, self.helper, config, without=held
+            ),
+        )
+
+    def run_offline_distillation(
+        self,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        epochs: int | None = None,
+    ) -> ChangeResult:
+        """Learn from a teacher's vectors of all documents.
+
+        Args:
+            batch_size: Pairs of a step; None for the configuration's, as the others.
+            learning_rate: Of a residual adapter; linear ones are solved.
+            epochs: Likewise.
+
+        Raises:
+            ConchError: There is no teacher, or a setting is out of its range.
+        """
+        if self.helper is None:
+            raise ConchError(
+                "offline distillation needs a teacher: open the engine with training_mode offline "
+                "or hybrid and a teacher_model_name"
+            )
+        named: dict[str, Any] = {
+            "batch_size": batch_size,
+            "offline_learning_rate": learning_rate,
+            "offline_epochs": epochs,
+        }
+        config = replace(self.config, **{n: v for n, v in named.items() if v is not None})
+        helper = self.helper
+        return self._change(
+            "distillation", lambda held: distilled_adapter(self.store, helper, config, without=held)
+        )
+
+    def _change(self, kind: str, learn: Any) -> ChangeResult:
+        """Learn an adapter, build its version, judge it, and activate or drop it."""
+        mode = self.config.training_mode
+        if not self.store.count(RAW):
+            raise ConchError("the store is empty: ingest documents first")
+        seconds: dict[str, float] = {}
+        began = time.perf_counter()
+
+        def lap(stage: str) -> None:
+            nonlocal began
+            seconds[stage] = time.perf_counter() - began
+            began = time.perf_counter()
+
+        evidence = self._evidence()
+        lap("queries")
+        active = self.versions.active
+        try:
+            learned = learn(evidence.left_out)
+        except NothingToLearn as reason:
+            return ChangeResult(
+                kind=kind,
+                mode=mode,
+                activated=False,
+                version=active,
+                candidate=None,
+                reason=str(reason),
+            )
+        lap("fit")
+        name = self.versions.next_name(entry["candidate"] for entry in self.gate_history())
+        origin = {
+            **learned.origin,
+            "kind": kind,
+            "mode": mode,
+            "student": self.student.name,
+            "student_digest": self.student.digest,
+            "config": self.config.to_json(),
+        }
+        self.versions.build(name, learned.adapter, origin, self._vectors_of(learned.origin))
+        lap("rewrite")
+        found = measures(self.versions, evidence, self.student, (active, name), self.helper)
+        verdict = judge_all(
+            found,
+            margin=self.config.gate_margin,
+            confidence=self.config.gate_confidence,
+            seed=self.config.seed,
+        )
+        lap("gate")
+        # The history first: what is active without an entry would have no reason.
+        remember(self.state, verdict, kind=kind, mode=mode, candidate=name, against=active)
+        if verdict.passed:
+            self.versions.activate(name)
+            self.store.index()
+        else:
+            self.versions.drop(name)
+        lap("activation")
+        return ChangeResult(
+            kind=kind,
+            mode=mode,
+            activated=verdict.passed,
+            version=self.versions.active,
+            candidate=name,
+            reason=verdict.reason,
+            figures=verdict.figures,
+            documents=learned.documents,
+            fit=dict(learned.adapter.figures),
+            steps=learned.steps,
+            reasons=learned.reasons,
+            seconds=seconds,
+        )
+
+    def _vectors_of(self, origin: Mapping[str, Any]) -> Any:
+        if origin["documents"] != OF_TEACHER:
+            return None
+        helper = self._teacher()
+
+        def vectors_of(page: Page) -> np.ndarray:
+            return helper.get_teacher_embeddings([embedded_text(each) for each in page.payloads])
+
+        return vectors_of
+
+    def gate_history(self) -> list[dict[str, Any]]:
+        """Every judgement of the gate, oldest first."""
+        return read_history(self.state)
+
+    def rollback(self) -> str:
+        """Let the version before the active one answer again.
+
+        Returns:
+            Its name.
+
+        Raises:
+            ConchError: There is none.
+        """
+        return self.versions.rollback()

@@ -1,0 +1,252 @@
+"""Rankings: their quality by judgements, the fusion of several, and one by words (BM25).
+
+Knows ids, grades and texts; nothing of vectors, stores or models. To add a measure: a field of
+`Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from conch_dna.errors import ConchError
+
+Identifier = str | int
+# Query to ids, best first; query to id to grade.
+Rankings = Mapping[str, Sequence[Identifier]]
+Judgements = Mapping[str, Mapping[Identifier, int]]
+NDCG_AT = 10
+RECALL_AT = 100
+
+
+def dcg_at_k(grades: Sequence[float], k: int = NDCG_AT) -> float:
+    """Σ grade / log2(rank + 1) over the first k, ranks from 1; grades below 0 count as 0.
+
+    Args:
+        grades: Of the documents of a ranking, best first.
+        k: How many count.
+
+    Raises:
+        ConchError: k is below 1.
+
+    >>> dcg_at_k([1, 0, 1])
+    1.5
+    """
+    if k < 1:
+        raise ConchError(f"k is {k}: it must be 1 or more")
+    return sum(max(grade, 0) / math.log2(rank + 2) for rank, grade in enumerate(grades[:k]))
+
+
+def ndcg_at_k(
+    ranking: Sequence[Identifier], judgements: Mapping[Identifier, float], k: int = NDCG_AT
+) -> float:
+    """DCG of a ranking over that of the best one of all judged documents, retrieved or not.
+
+    Args:
+        ranking: Ids, best first; a document without a judgement counts 0.
+        judgements: All grades of the query.
+        k: How many documents count.
+
+    Returns:
+        Between 0 and 1; 0 where no document is relevant.
+
+    Raises:
+        ConchError: k is below 1, or an id stands in the ranking twice.
+
+    >>> ndcg_at_k(["a"], {"a": 1, "never found": 1})
+    0.6131471927654584
+    """
+    _refuse_repeated(ranking, "the ranking")
+    ideal = dcg_at_k(sorted(judgements.values(), reverse=True), k)
+    found = dcg_at_k([judgements.get(each, 0) for each in ranking], k)
+    return found / ideal if ideal else 0.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluation:
+    """How good rankings are, query by query.
+
+    Attributes:
+        queries: Their ids `[Q]`, in the order of the judgements.
+        ndcg: nDCG@10 `[Q]`, float64 between 0 and 1.
+        recall: Recall@100 `[Q]`, likewise.
+    """
+
+    queries: list[str]
+    ndcg: np.ndarray
+    recall: np.ndarray
+
+    def to_json(self) -> dict[str, float | int]:
+        """The means, with how many queries they are of."""
+        return {
+            "ndcg_at_10": float(self.ndcg.mean()),
+            "recall_at_100": float(self.recall.mean()),
+            "queries": len(self.queries),
+        }
+
+
+def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
+    """nDCG@10 and recall@100 of every judged query, by pytrec_eval.
+
+    The order of a ranking is what counts, not its scores, so that ties are not broken again. Every
+    judged query counts; one whose ranking is empty counts 0.
+
+    Args:
+        rankings: Ids, best first, at least 100 of them where the corpus has as many.
+        judgements: Grades; documents above 0 are relevant. Ids are compared as text.
+
+    Raises:
+        ConchError: No query is judged, a judged query has no ranking, a document stands in a
+            ranking twice, or a query has no relevant document.
+    """
+    import pytrec_eval
+
+    if not judgements:
+        raise ConchError("there are no judged queries: nothing can be evaluated")
+    if missing := [query for query in judgements if query not in rankings]:
+        raise ConchError(
+            f"{len(missing)} of {len(judgements)} judged queries have no ranking, such as "
+            f"{missing[0]!r}: rank every judged query"
+        )
+    grades = {
+        query: {str(each): int(grade) for each, grade in judged.items()}
+        for query, judged in judgements.items()
+    }
+    if bare := [
+        query for query, judged in grades.items() if not any(g > 0 for g in judged.values())
+    ]:
+        raise ConchError(
+            f"query {bare[0]!r} has no relevant document, so it says nothing of a ranking: leave "
+            f"such queries out ({len(bare)} of {len(grades)})"
+        )
+    runs = {}
+    for query in grades:
+        names = [str(each) for each in rankings[query]]
+        _refuse_repeated(names, f"the ranking of query {query!r}")
+        runs[query] = {each: float(len(names) - place) for place, each in enumerate(names)}
+    ndcg, recall = f"ndcg_cut_{NDCG_AT}", f"recall_{RECALL_AT}"
+    evaluator = pytrec_eval.RelevanceEvaluator(grades, {ndcg, recall})
+    found = evaluator.evaluate({query: run for query, run in runs.items() if run})
+    nothing = {ndcg: 0.0, recall: 0.0}
+    rows = [found.get(query, nothing) for query in grades]
+    return Evaluation(
+        queries=list(grades),
+        ndcg=np.array([row[ndcg] for row in rows]),
+        recall=np.array([row[recall] for row in rows]),
+    )
+
+
+def _refuse_repeated(ranking: Sequence[Identifier], what: str) -> None:
+    if len(set(ranking)) != len(ranking):
+        twice = next(each for each in ranking if list(ranking).count(each) > 1)
+        raise ConchError(f"{twice!r} stands in {what} more than once")
+
+
+def rrf(
+    rankings: Sequence[Sequence[Identifier]], *, k: int = 60, top_k: int | None = None
+) -> list[tuple[Identifier, float]]:
+    """Reciprocal rank fusion: Σ 1 / (k + rank) over the rankings, ranks from 1 (Cormack 2009).
+
+    Args:
+        rankings: Of one query, each best first.
+        k: How little the first ranks stand out; above 0.
+        top_k: How many to give; all where it is None.
+
+    Returns:
+        Ids with their scores, best first; of equal ones that first which a ranking names first.
+
+    Raises:
+        ConchError: k is not above 0, or an id stands in a ranking twice.
+
+    >>> rrf([["a", "b"], ["b", "c"]], k=1)[0]
+    ('b', 0.8333333333333333)
+    """
+    if k <= 0:
+        raise ConchError(f"the constant of reciprocal rank fusion is {k}: it must be above 0")
+    scores: dict[Identifier, float] = {}
+    for ranking in rankings:
+        _refuse_repeated(ranking, "a ranking")
+        for rank, each in enumerate(ranking, start=1):
+            scores[each] = scores.get(each, 0.0) + 1 / (k + rank)
+    return sorted(scores.items(), key=lambda pair: -pair[1])[:top_k]
+
+
+class BM25:
+    """Ranking by words: Lucene's BM25 by bm25s, English stop words left out, Snowball stems.
+
+    Args:
+        ids: Of the documents, in the order of the texts.
+        texts: Their texts; those without a word are never found.
+        k1: How soon more of the same word stops counting.
+        b: How much a long text is held back, between 0 and 1.
+
+    Raises:
+        ConchError: There are no documents with words, ids and texts differ in number, or an id
+            stands there twice.
+    """
+
+    def __init__(
+        self, ids: Iterable[Identifier], texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75
+    ) -> None:
+        import bm25s
+
+        self.ids = list(ids)
+        _refuse_repeated(self.ids, "the corpus")
+        words = self._words(list(texts))
+        if len(words) != len(self.ids):
+            raise ConchError(f"{len(self.ids)} ids came with {len(words)} texts: give one for each")
+        if not any(words):
+            raise ConchError("no document has a word that BM25 could find: give texts")
+        self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
+        self._index.index(words, show_progress=False)
+
+    def search(
+        self, queries: Sequence[str], *, top_k: int = 10
+    ) -> list[list[tuple[Identifier, float]]]:
+        """The best documents of each query.
+
+        Args:
+            queries: Texts.
+            top_k: Most documents for each.
+
+        Returns:
+            For each query ids with scores above 0, best first; fewer than top_k, or none, where
+            fewer documents share a word with it.
+
+        Raises:
+            ConchError: top_k is below 1.
+        """
+        if top_k < 1:
+            raise ConchError(f"top_k is {top_k}: it must be 1 or more")
+        most = min(top_k, len(self.ids))
+        found: list[list[tuple[Identifier, float]]] = []
+        for words in self._words(list(queries)):
+            known = [word for word in words if word in self._index.vocab_dict]
+            if not known:
+                found.append([])
+                continue
+            places, scores = self._index.retrieve([known], k=most, show_progress=False)
+            found.append(
+                [
+                    (self.ids[place], float(score))
+                    for place, score in zip(places[0], scores[0], strict=True)
+                    if score > 0
+                ]
+            )
+        return found
+
+    @staticmethod
+    def _words(texts: list[str]) -> list[list[str]]:
+        import bm25s
+        import Stemmer
+
+        words: Any = bm25s.tokenize(
+            texts,
+            stopwords="en",
+            stemmer=Stemmer.Stemmer("english"),
+            return_ids=False,
+            show_progress=False,
+        )
+        return list(words)

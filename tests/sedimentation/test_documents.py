@@ -1,0 +1,73 @@
+"""Documents are taken as users have them, and refused by their number."""
+
+from typing import Any
+
+import pytest
+
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.documents import Document, embedded_text, read_documents
+
+
+def test_texts_and_mappings_become_documents() -> None:
+    given = [
+        "only a text",
+        {"_id": "7", "title": "A title", "text": "and a text"},
+        {"id": 7, "text": "", "title": "a title alone", "payload": {"year": 1999}},
+    ]
+    plain, beir, titled = read_documents(given)
+    assert (plain.text, plain.title, plain.embedded) == ("only a text", "", "only a text")
+    assert (beir.id, beir.embedded) == ("7", "A title and a text")
+    assert (titled.id, titled.embedded) == (7, "a title alone")
+    assert titled.stored == {"year": 1999, "title": "a title alone", "text": ""}
+    assert embedded_text(beir.stored) == beir.embedded
+
+
+def test_a_text_has_the_same_id_wherever_it_stands() -> None:
+    first, again, other = read_documents(["one", "one", "two"])
+    assert first.id == again.id != other.id
+
+
+def test_nothing_is_read_before_it_is_asked_for() -> None:
+    taken: list[int] = []
+
+    def endless() -> Any:
+        number = 0
+        while True:
+            taken.append(number)
+            yield f"text {number}"
+            number += 1
+
+    documents = read_documents(endless())
+    assert [next(documents).text for _ in range(3)] == ["text 0", "text 1", "text 2"]
+    assert len(taken) == 3
+
+
+def test_the_digest_is_of_text_title_and_payload() -> None:
+    document = Document("a", "text", "title", {"year": 1})
+    assert document.digest == Document("b", "text", "title", {"year": 1}).digest
+    changed = [
+        Document("a", "text!", "title", {"year": 1}),
+        Document("a", "text", "title!", {"year": 1}),
+        Document("a", "text", "title", {"year": 2}),
+        Document("a", "texttitle", "", {"year": 1}),
+    ]
+    assert document.digest not in {each.digest for each in changed}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["fine", 3], r"document 2 is a int: give a text, or a mapping"),
+        (["  \n "], r"document 1 has no text: leave it out"),
+        ([{"id": "a"}], r"document 1 has no text"),
+        ([{"text": "x", "body": "y"}], r"document 1 has unknown fields body: put them into"),
+        ([{"text": "x", "id": 1.5}], r"document 1 has the id 1.5: use a text or a whole number"),
+        ([{"text": "x", "id": True}], r"document 1 has the id True"),
+        ([{"text": "x", "id": ""}], r"document 1 has the id ''"),
+        ([{"text": "x", "payload": {"title": "y"}}], r"without the fields title and text"),
+        ("one text", r"documents are given as a list or another iterable"),
+    ],
+)
+def test_what_is_no_document_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ConchError, match=message):
+        list(read_documents(given))

@@ -1,0 +1,447 @@
+"""The engine from documents to better vectors: real stores and static models of made-up topics.
+
+What a map can learn is known there, so a good teacher must pass the gate and a bad one must not.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.engine import AntigravityEngine
+from conch_dna.sedimentation.vector_store import RAW
+from topic_models import DIMENSION, STUDENT_DIMENSION, WORDS, documents, tables, write_static
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a student, a teacher that knows the topics, and one that knows nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher, student = tables()
+    nothing = np.random.default_rng(9).normal(size=teacher.shape)
+    return {
+        "student": str(write_static(folder / "student", student)),
+        "teacher": str(write_static(folder / "teacher", teacher)),
+        "nothing": str(write_static(folder / "nothing", nothing)),
+    }
+
+
+def opened(
+    models: dict[str, str],
+    location: str | Path = ":memory:",
+    mode: str = "offline",
+    teacher: str = "teacher",
+    weight: float = 1.0,
+    **settings: Any,
+) -> AntigravityEngine:
+    named = None if mode == "baseline" and settings.get("space") is None else models[teacher]
+    config = ChelationConfig(**settings)
+    return AntigravityEngine(location, models["student"], mode, named, weight, config=config)
+
+
+@pytest.fixture(params=["memory", "folder"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return ":memory:" if request.param == "memory" else str(tmp_path / "db")
+
+
+# Documents in, documents out
+
+
+def test_documents_are_found_by_their_own_words(models: dict[str, str], location: str) -> None:
+    given = documents(60)
+    given[3]["id"] = 3  # type: ignore[assignment]
+    given[3]["payload"] = {"year": 1999}  # type: ignore[assignment]
+    with opened(models, location, "baseline") as engine:
+        result = engine.ingest(given)
+        assert (result.added, result.documents, result.errors) == (60, 60, {})
+        found = engine.run_inference(f"{given[3]['title']} {given[3]['text']}", top_k=3)
+        assert found.ids[0] == 3 and len(found.ids) == 3
+        assert found.scores == sorted(found.scores, reverse=True)
+        assert found.scores[0] == pytest.approx(1, abs=1e-5)
+        assert found.payloads[0]["year"] == 1999
+        assert found.payloads[0]["text"] == given[3]["text"]
+        assert found.version == RAW
+        only = engine.run_inference(given[4]["title"], where={"year": 1999})
+        assert only.ids == [3] and only.collapsed is None
+
+
+def test_what_is_there_is_not_embedded_again(models: dict[str, str], location: str) -> None:
+    with opened(models, location, "baseline") as engine:
+        engine.ingest(documents(30))
+        again = engine.ingest(documents(40))
+        assert (again.added, again.unchanged, again.documents) == (10, 30, 40)
+        changed = [{**documents(1)[0], "payload": {"seen": True}}]
+        assert engine.ingest(changed).updated == 1
+        assert engine.store.get(["d0"]).payloads[0]["seen"] is True
+        other = [{**documents(1)[0], "text": WORDS[0]}]
+        with pytest.raises(ConchError, match="'d0' is there with another text: give it another"):
+            engine.ingest(other)
+        assert engine.ingest(other, replace_changed=True).updated == 1
+        assert engine.store.count() == 40
+
+
+def test_the_same_id_twice_with_other_texts_is_refused(models: dict[str, str]) -> None:
+    with opened(models, mode="baseline") as engine:
+        twice = [{"id": "a", "text": WORDS[0]}, {"id": "a", "text": WORDS[1]}]
+        with pytest.raises(ConchError, match="'a' is there with another text"):
+            engine.ingest(twice)
+        assert engine.ingest([twice[0], dict(twice[0])]).unchanged == 1
+
+
+def test_a_stream_of_any_length_is_taken_a_batch_at_a_time(models: dict[str, str]) -> None:
+    """Were it read whole first, nothing would be stored when it breaks."""
+
+    def breaking() -> Iterator[dict[str, str]]:
+        yield from documents(50)
+        raise OSError("the source broke")
+
+    with opened(models, mode="baseline", batch_size=20) as engine:
+        with pytest.raises(OSError, match="the source broke"):
+            engine.ingest(breaking())
+        assert engine.store.count() == 40
+        assert engine.ingest(documents(50)).added == 10
+
+
+def test_a_text_that_cannot_be_embedded_is_an_error_of_its_own(models: dict[str, str]) -> None:
+    """A word that the student does not know has no vector: never a zero vector."""
+    with opened(models, mode="baseline") as engine:
+        result = engine.ingest([{"id": "a", "text": WORDS[0]}, {"id": "b", "text": "unheard"}])
+        assert (result.added, list(result.errors)) == (1, ["b"])
+        assert engine.store.count() == 1
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+def test_a_query_of_white_space_is_refused(query: str, models: dict[str, str]) -> None:
+    with opened(models, mode="baseline") as engine:
+        engine.ingest(documents(3))
+        with pytest.raises(ConchError, match="query 1 is only white space"):
+            engine.run_inference(query)
+        with pytest.raises(ConchError, match="top_k is 0"):
+            engine.run_inference(WORDS[0], top_k=0)
+
+
+# Learning from a teacher
+
+
+@pytest.mark.parametrize("space", ["symmetric", "asymmetric"])
+def test_a_good_teacher_passes_the_gate_and_helps(
+    space: str, models: dict[str, str], location: str
+) -> None:
+    """Judged by queries of new documents' topics, which neither fit nor gate has seen."""
+    with opened(models, location, space=space) as engine:
+        engine.ingest(documents(400))
+        fresh = documents(60, seed=5)
+        before = _quality(engine, fresh)
+        result = engine.run_offline_distillation()
+        assert result.activated, result.reason
+        assert (result.version, engine.versions.active) == ("v0001", "v0001")
+        assert result.documents == 300 and result.steps["teacher"] == 300
+        assert set(result.seconds) == {"queries", "fit", "rewrite", "gate", "activation"}
+        assert result.figures["nDCG@10"]["interval"][0] >= -0.005
+        after = _quality(engine, fresh)
+        assert after > before + 0.05
+        width = engine.store.get(["d0"], "v0001").vectors.shape[1]
+        assert width == DIMENSION
+        assert engine.rollback() == RAW
+        assert _quality(engine, fresh) == pytest.approx(before)
+
+
+def _quality(engine: AntigravityEngine, queries: list[dict[str, str]]) -> float:
+    """Share of the 10 nearest documents that have a topic of the query's."""
+
+    def topics(text: str) -> set[str]:
+        return {word.split("word")[0] for word in text.split()}
+
+    found = engine.run_inferences([query["title"] for query in queries], 10)
+    shares = [
+        np.mean([bool(topics(query["title"]) & topics(p["title"])) for p in result.payloads])
+        for query, result in zip(queries, found, strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], location: str) -> None:
+    with opened(models, location, teacher="nothing", space="asymmetric") as engine:
+        engine.ingest(documents(400))
+        before = engine.run_inference(documents(1)[0]["title"])
+        result = engine.run_offline_distillation()
+        assert not result.activated and result.candidate == "v0001"
+        assert "the lower bound must not be below" in result.reason
+        assert engine.versions.active == RAW and engine.store.versions() == []
+        assert engine.run_inference(documents(1)[0]["title"]) == before
+        assert list((engine.state / "versions").iterdir()) == []
+        (entry,) = engine.gate_history()
+        assert entry["passed"] is False and entry["candidate"] == "v0001"
+        assert engine.run_offline_distillation().candidate == "v0002", "no name is used twice"
+
+
+def test_a_blend_stays_in_the_students_space(models: dict[str, str]) -> None:
+    with opened(models, weight=0.5) as engine:
+        engine.ingest(documents(300))
+        result = engine.run_offline_distillation()
+        assert result.activated, result.reason
+        assert engine.store.get(["d0"], "v0001").vectors.shape[1] == STUDENT_DIMENSION
+
+
+def test_a_residual_adapter_is_trained_on_top(models: dict[str, str]) -> None:
+    with opened(models, adapter="residual") as engine:
+        engine.ingest(documents(300))
+        result = engine.run_offline_distillation(batch_size=50, learning_rate=0.002, epochs=3)
+        assert result.fit["loss_after"] <= result.fit["loss_before"]
+        assert result.fit["batch_size"] == 50 and result.fit["learning_rate"] == 0.002
+
+
+def test_new_documents_get_the_vectors_of_every_version(
+    models: dict[str, str], location: str
+) -> None:
+    for space in ("symmetric", "asymmetric"):
+        place = location if location == ":memory:" else f"{location}-{space}"
+        with opened(models, place, space=space) as engine:
+            engine.ingest(documents(300))
+            assert engine.run_offline_distillation().activated
+            whole = engine.store.get(["d1"], "v0001").vectors
+            engine.ingest(documents(310))
+            assert engine.store.count("v0001") == engine.store.count() == 310
+            twin = [{**documents(2)[1], "id": "twin"}]
+            engine.ingest(twin)
+            np.testing.assert_allclose(
+                engine.store.get(["twin"], "v0001").vectors, whole, atol=1e-6
+            )
+
+
+def test_judgements_take_the_place_of_pseudo_queries(models: dict[str, str]) -> None:
+    with opened(models) as engine:
+        given = documents(200)
+        engine.ingest(given)
+        queries = {f"q{n}": each["title"] for n, each in enumerate(given[:40])}
+        engine.set_judgements(queries, {f"q{n}": {given[n]["id"]: 1} for n in range(40)})
+        result = engine.run_offline_distillation()
+        assert set(result.figures) == {"nDCG@10"}
+        assert result.figures["nDCG@10"]["queries"] == 40
+        assert result.documents == 200
+        with pytest.raises(ConchError, match="none of 1 queries has a relevant document"):
+            engine.set_judgements({"q": "text"}, {"other": {"d1": 1}})
+
+
+# The log of collapsed neighbourhoods, and cycles
+
+
+def test_collapsed_neighbourhoods_are_logged_and_survive(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"collapse_percentile": 60.0}
+    with opened(models, tmp_path / "db", "baseline", **settings) as engine:
+        engine.ingest(documents(100))
+        found = engine.run_inferences([each["title"] for each in documents(30)])
+        collapsed = [result for result in found if result.collapsed]
+        assert collapsed and len(collapsed) < 30
+        assert all(each.dispersion < 1 for each in found)  # type: ignore[operator]
+        assert len(engine.log) == len(collapsed)
+        events = list(engine.log.events())
+        assert events[0].neighbourhood == collapsed[0].ids
+    with opened(models, tmp_path / "db", "baseline", **settings) as engine:
+        assert list(engine.log.events()) == events
+        assert (engine.state / "null-raw.json").is_file()
+        again = engine.run_inference(documents(1)[0]["title"])
+        assert again.dispersion == pytest.approx(found[0].dispersion)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "hybrid", "offline"])
+def test_a_cycle_is_judged_like_any_change(mode: str, models: dict[str, str]) -> None:
+    """A push alone does not help these vectors and is refused; a teacher does."""
+    with opened(models, mode=mode, weight=0.5, collapse_percentile=95.0) as engine:
+        engine.ingest(documents(200))
+        engine.run_inferences([each["title"] for each in documents(200)])
+        result = engine.run_sedimentation_cycle(threshold=1, learning_rate=0.002, epochs=5)
+        assert (result.kind, result.mode, result.candidate) == ("cycle", mode, "v0001")
+        assert result.documents == 150, "those that the gate asks for are held out"
+        assert result.fit["loss_after"] < result.fit["loss_before"]
+        source = "homeostatic" if mode == "baseline" else "teacher"
+        assert result.steps == {**dict.fromkeys(result.steps, 0), source: 150}
+        assert result.activated == (mode != "baseline"), result.reason
+        assert engine.versions.active == ("v0001" if result.activated else RAW)
+        quiet = engine.run_sedimentation_cycle(threshold=10_000)
+        assert quiet.candidate is None
+        assert "no document was in 10000 or more collapsed neighbourhoods" in quiet.reason
+
+
+def test_a_second_cycle_stands_on_the_first(models: dict[str, str]) -> None:
+    with opened(models, mode="hybrid", weight=0.5, collapse_percentile=95.0) as engine:
+        engine.ingest(documents(200))
+        titles = [each["title"] for each in documents(200)]
+        engine.run_inferences(titles)
+        assert engine.run_sedimentation_cycle(threshold=1).activated
+        quiet = engine.run_sedimentation_cycle(threshold=1)
+        assert "of version v0001" in quiet.reason, "events of other vectors do not count"
+        engine.run_inferences(titles)
+        second = engine.run_sedimentation_cycle(threshold=1)
+        if second.candidate:
+            assert engine.gate_history()[-1]["against"] == "v0001"
+
+
+def test_no_cycle_moves_a_teachers_vectors(models: dict[str, str]) -> None:
+    with opened(models, space="asymmetric") as engine:
+        engine.ingest(documents(400))
+        assert engine.run_offline_distillation().activated
+        with pytest.raises(ConchError, match="carry the teacher's vectors, which no cycle moves"):
+            engine.run_sedimentation_cycle()
+
+
+def test_baseline_never_opens_the_teacher(models: dict[str, str]) -> None:
+    engine = AntigravityEngine(":memory:", models["student"], "baseline", "no/such-teacher")
+    with engine:
+        assert engine.helper is None
+        with pytest.raises(ConchError, match="offline distillation needs a teacher"):
+            engine.run_offline_distillation()
+
+
+# Fusion
+
+
+def test_words_and_vectors_are_fused(models: dict[str, str]) -> None:
+    with opened(models, mode="baseline", fusion="rrf") as engine:
+        given = documents(150)
+        given[7] = {**given[7], "payload": {"kind": "x"}}  # type: ignore[dict-item]
+        engine.ingest(given)
+        found = engine.run_inference(f"{given[7]['title']} {given[7]['text']}", 5)
+        assert found.ids[0] == "d7"
+        assert found.scores[0] == pytest.approx(2 / 61)
+        assert engine.run_inference(given[8]["title"], 5, where={"kind": "x"}).ids == ["d7"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training_mode": "online"}, r"use one of baseline, offline, hybrid"),
+        ({"training_mode": "hybrid"}, r"training_mode hybrid .* needs a teacher: give"),
+        ({"training_mode": "offline", "teacher_model_name": "/no/such"}, r"does not exist"),
+        ({"config": ChelationConfig(space="asymmetric")}, r"asymmetric space needs a teacher"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(
+    arguments: dict[str, Any], message: str, models: dict[str, str]
+) -> None:
+    with pytest.raises(ConchError, match=message):
+        AntigravityEngine(":memory:", models["student"], **arguments)
+
+
+def test_a_store_of_another_student_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    with opened(models, tmp_path / "db", "baseline") as engine:
+        engine.ingest(documents(3))
+    with pytest.raises(ConchError, match=rf"with student {models['student']}, not"):
+        AntigravityEngine(tmp_path / "db", models["teacher"])
+    with opened(models, tmp_path / "db", "baseline") as engine:
+        assert engine.store.count() == 3
+
+
+def test_one_writer_at_a_time(models: dict[str, str], tmp_path: Path) -> None:
+    with (
+        opened(models, tmp_path / "db", "baseline"),
+        pytest.raises(FolderInUseError, match="is in use by process"),
+    ):
+        opened(models, tmp_path / "db", "baseline")
+
+
+def test_an_empty_store_learns_nothing(models: dict[str, str]) -> None:
+    with opened(models) as engine, pytest.raises(ConchError, match="the store is empty: ingest"):
+        engine.run_offline_distillation()
+
+
+def test_an_active_version_without_its_adapter_is_found_out(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    import shutil
+
+    with opened(models, tmp_path / "db") as engine:
+        engine.ingest(documents(300))
+        assert engine.run_offline_distillation().activated
+        shutil.rmtree(engine.state / "versions" / "v0001")
+    with pytest.raises(NotWholeError, match="the adapter of version v0001 is missing"):
+        opened(models, tmp_path / "db")
+
+
+# Killed at any moment
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.engine import AntigravityEngine
+from topic_models import documents
+engine = AntigravityEngine({db!r}, {student!r}, "offline", {teacher!r}, 1.0,
+                           config=ChelationConfig(batch_size=10, gate_queries=40))
+print("open", flush=True)
+for start in range(0, 200, 10):
+    engine.ingest(documents(200)[start : start + 10])
+    print("acknowledged", start + 10, flush=True)
+while True:
+    result = engine.run_offline_distillation()
+    print("changed", result.activated, result.version, flush=True)
+    engine.rollback()
+    print("back", engine.versions.active, flush=True)
+"""
+KILLS = int(os.environ.get("CONCH_DNA_KILLS", "4"))
+
+
+def test_a_killed_process_leaves_the_old_or_the_new_version_whole(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """CONCH_DNA_KILLS says how often; -s shows where. The moments are seeded."""
+    random = np.random.default_rng(3)
+    db = tmp_path / "db"
+    tests = str(Path(__file__).parents[1])
+    script = WORKER.format(tests=tests, db=str(db), **models)
+    acknowledged = 0
+    for kill in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        lines = itertools.islice(process.stdout, int(random.integers(0, 28)))
+        last = "open"
+        for line in lines:
+            last = line.strip()
+            if last.startswith("acknowledged"):
+                acknowledged = max(acknowledged, int(last.split()[1]))
+        time.sleep(float(random.uniform(0, 0.4)))
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().splitlines()
+        for line in rest:
+            if line.startswith("acknowledged"):
+                acknowledged = max(acknowledged, int(line.split()[1]))
+        process.wait()
+        process.stdout.close()
+        print(f"kill {kill}: behind {[last, *rest][-1]!r}")
+        with opened(models, db, batch_size=10, gate_queries=40) as engine:
+            assert engine.store.count() >= acknowledged
+            wanted = [each["id"] for each in documents(200)[:acknowledged]]
+            assert len(engine.store.get(wanted).ids) == acknowledged if wanted else True
+            active = engine.versions.active
+            if acknowledged:
+                assert engine.store.count(active) == engine.store.count()
+                page = engine.store.get(wanted, active)
+                raw = engine.store.get(wanted)
+                np.testing.assert_allclose(
+                    page.vectors, engine.versions.adapter(active).apply(raw.vectors), atol=1e-6
+                )
+            assert set(engine.store.versions()) <= {active, engine.store.previous}
+            kept = {path.name for path in (engine.state / "versions").iterdir()}
+            assert kept == set(engine.store.versions())
+            for entry in engine.gate_history():
+                assert json.dumps(entry)
