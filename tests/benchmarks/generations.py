@@ -229,7 +229,7 @@ def show_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A line, and if a second teacher is worth it.")
-    parser.add_argument("what", nargs="?", choices=("line", "ablation", "memory"), default="memory")
+    parser.add_argument("what", nargs="?", choices=("line", "ablation", "memory"), default="line")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--alpha", action="append", type=float)

@@ -91,12 +91,12 @@ def main() -> None:
             f"  new version: fit {parts[0]:.1f} s, rewrite {parts[1]:.1f} s, activation "
             f"{parts[2]:.1f} s; peak {peak_mb():.0f} MB"
         )
-        print(f"  share of vectors within 1e-5 of what was asked: {_kept(versions, turn):.3f}")
+        print(f"  share of vectors within 1e-5 of what was asked: {_kept(versions):.3f}")
         print(f"  pages: {spread([_page_seconds(store) for _ in range(3)])} s for all")
         store.close()
 
 
-def _kept(versions: Versions, turn: np.ndarray) -> float:
+def _kept(versions: Versions) -> float:
     raw = next(versions.store.pages(RAW))
     made = versions.store.get(raw.ids, "v0001").vectors
     close: np.ndarray = np.abs(made - versions.adapter("v0001").apply(raw.vectors)).max(1) < 1e-5
