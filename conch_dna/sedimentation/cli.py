@@ -261,6 +261,7 @@ def _changed(
     from conch_dna.progress import Progress
 
     with opened_engine(location, config, given) as engine, Progress() as progress:
+        engine.report = progress
         progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
         change = {
             "cycle": engine.run_sedimentation_cycle,

@@ -17,7 +17,7 @@ from conch_dna.sedimentation.collapse import homeostatic_targets, noise_centres,
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.fallback_targets import STEPS, targets_with_fallback
-from conch_dna.sedimentation.fitting import fit_to_teacher, scheduled_weights
+from conch_dna.sedimentation.fitting import Report, fit_to_teacher, scheduled_weights
 from conch_dna.sedimentation.pair_sums import sums_of
 from conch_dna.sedimentation.residual_adapter import fit_residual
 from conch_dna.sedimentation.teacher_alignment import blend
@@ -60,6 +60,7 @@ def distilled_adapter(
     config: ChelationConfig,
     *,
     without: Sequence[DocumentId],
+    report: Report = lambda event, row: None,
 ) -> LearnedAdapter:
     """From a teacher's vectors of all documents but those held out; see `fit_to_teacher`."""
     adapter, taught = fit_to_teacher(
@@ -70,6 +71,7 @@ def distilled_adapter(
         learning_rate=config.offline_learning_rate,
         epochs=config.offline_epochs,
         batch_size=config.batch_size,
+        report=report,
     )
     teacher = helper.teacher
     return LearnedAdapter(

@@ -28,6 +28,7 @@ from conch_dna.sedimentation.documents import (
 )
 from conch_dna.sedimentation.embedding_contract import Embedder
 from conch_dna.sedimentation.evidence import Evidence, measures
+from conch_dna.sedimentation.fitting import Report
 from conch_dna.sedimentation.gate import judge_all
 from conch_dna.sedimentation.gate_history import read_history, remember
 from conch_dna.sedimentation.intake import Intake
@@ -72,6 +73,7 @@ class AntigravityEngine:
         trust_remote_code: Let Python code that comes with a model run.
 
     Attributes:
+        report: Gets the phases of a change and how far they are; see `progress.Progress`.
         recovered: A line for everything that opening put right after a killed process.
 
     Raises:
@@ -110,6 +112,7 @@ class AntigravityEngine:
                 f"training_mode {self.config.training_mode} in the {self.config.space} space needs "
                 "a teacher: give teacher_model_name"
             )
+        self.report: Report = lambda event, row: None
         self._judged: Evidence | None = None
         self._pseudo: tuple[int, Evidence] | None = None
         with ExitStack() as opening:
@@ -360,7 +363,10 @@ class AntigravityEngine:
         config = replace(self.config, **{n: v for n, v in named.items() if v is not None})
         helper = self.helper
         return self._change(
-            "distillation", lambda held: distilled_adapter(self.store, helper, config, without=held)
+            "distillation",
+            lambda held: distilled_adapter(
+                self.store, helper, config, without=held, report=self.report
+            ),
         )
 
     def _change(self, kind: str, learn: Any) -> ChangeResult:
@@ -400,8 +406,16 @@ class AntigravityEngine:
             "student_digest": self.student.digest,
             "config": self.config.to_json(),
         }
-        self.versions.build(name, learned.adapter, origin, self._vectors_of(learned.origin))
+        self._phase("rewriting", self.store.count(RAW), "documents")
+        self.versions.build(
+            name,
+            learned.adapter,
+            origin,
+            self._vectors_of(learned.origin),
+            report=lambda count: self.report("advance", {"by": count}),
+        )
         lap("rewrite")
+        self._phase("asking held-out queries", 0, "")
         found = measures(self.versions, evidence, self.student, (active, name), self.helper)
         verdict = judge_all(
             found,
@@ -432,6 +446,9 @@ class AntigravityEngine:
             reasons=learned.reasons,
             seconds=seconds,
         )
+
+    def _phase(self, name: str, total: int, unit: str) -> None:
+        self.report("phase", {"name": name, "total": total, "unit": unit})
 
     def _vectors_of(self, origin: Mapping[str, Any]) -> Any:
         if origin["documents"] != OF_TEACHER:

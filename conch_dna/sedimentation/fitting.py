@@ -5,8 +5,9 @@ adapters are solved from sums, so that memory does not grow with the store; a re
 trained on pairs in memory. To add a kind of adapter: a branch in `_solved`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from conch_dna.sedimentation.teacher_alignment import blend, fit_alignment, sche
 from conch_dna.sedimentation.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.vector_store import RAW, VectorStore
 
+Report = Callable[[str, dict[str, Any]], None]
 # Pairs on which the two spaces are brought together before they are mixed.
 ALIGNED_PAIRS = 20_000
 
@@ -32,11 +34,13 @@ class Taught:
         documents: How many had a target.
         skipped: How many the teacher could not embed.
         reasons: Why, the first of each page.
+        report: Gets ("advance", …) for each page; see `progress.Progress`.
     """
 
     documents: int = 0
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
+    report: Report = field(default=lambda event, row: None, repr=False)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -70,6 +74,7 @@ def teacher_pairs(
             taught.reasons.append(next(iter(found.errors.values())))
         kept = [rows[number] for number in found.kept]
         taught.documents += len(kept)
+        taught.report("advance", {"by": len(page.ids)})
         if kept:
             yield page.vectors[kept], found.vectors
 
@@ -83,6 +88,7 @@ def fit_to_teacher(
     learning_rate: float,
     epochs: int,
     batch_size: int,
+    report: Report = lambda event, row: None,
 ) -> tuple[Adapter, Taught]:
     """An adapter from the raw vectors to the teacher's targets of the same documents.
 
@@ -99,7 +105,8 @@ def fit_to_teacher(
             "teacher_weight is 0: the teacher would teach nothing; give a weight up to 1"
         )
     alignment = None if weight == 1 else _alignment(store, helper, without)
-    taught = Taught()
+    report("phase", {"name": "learning", "total": store.count(RAW), "unit": "documents"})
+    taught = Taught(report=report)
     dimension = int(store.identity["dimension"])
     sums: PairSums | None = None
     kept: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])

@@ -114,19 +114,17 @@ class Versions:
                 otherwise.
             origin: What it was made from; `documents` is ADAPTED or OF_TEACHER.
             vectors_of: Gives the documents' vectors.
-            report: Gets the number of documents written so far.
+            report: Gets the number of documents of each page that was written.
         """
         made = vectors_of or (lambda page: adapter.apply(page.vectors))
         self._sums[name] = total = ContentSum()
         adapter.save(self.folder / name, origin)
         self.store.add_version(name, adapter.out_dimension)
-        written = 0
         for page in self.store.pages(RAW, size=PAGE):
             vectors = made(page)
             total.add(page.ids, vectors)
             self.store.put_version(name, page.ids, vectors)
-            written += len(page.ids)
-            report(written)
+            report(len(page.ids))
         self._adapters[name] = adapter
 
     def activate(self, name: str) -> None:

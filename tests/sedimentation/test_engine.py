@@ -186,6 +186,18 @@ def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], locatio
         assert engine.run_offline_distillation().candidate == "v0002", "no name is used twice"
 
 
+def test_a_change_tells_how_far_it_is(models: dict[str, str]) -> None:
+    with opened(models) as engine:
+        engine.ingest(documents(120))
+        told: list[tuple[str, dict[str, Any]]] = []
+        engine.report = lambda event, row: told.append((event, row))
+        engine.run_offline_distillation()
+    phases = [row for event, row in told if event == "phase"]
+    assert [row["name"] for row in phases] == ["learning", "rewriting", "asking held-out queries"]
+    assert [row["total"] for row in phases] == [120, 120, 0]
+    assert sum(row["by"] for event, row in told if event == "advance") == 240
+
+
 def test_a_blend_stays_in_the_students_space(models: dict[str, str]) -> None:
     with opened(models, weight=0.5) as engine:
         engine.ingest(documents(300))
