@@ -63,5 +63,5 @@ clean:
 	@echo 'Setting up .venv (1 to 3 minutes, once)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip
-	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,offline]'
 	@touch $@

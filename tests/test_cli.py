@@ -664,6 +664,7 @@ class TestHelp:
                 "distill": "python -m conch_dna.training.true_kd",
                 "vocab": "conch-dna vocab",
                 "generations": "conch-dna generations init",
+                "sediment": "conch-dna sediment ingest",
             }
             start = starts[names[-1]] if names else "conch-dna distill"
             assert example.startswith(start)

@@ -46,6 +46,7 @@ FLOORS = {
     "generations.taboo": 2,
     "generations.two_teachers": 4,
     "language_model": 1,
+    "sedimentation.choices": 0,
     "sedimentation.library_warnings": 0,
     "sedimentation.state_folders": 0,
     "sedimentation.vector_store": 0,

@@ -2,7 +2,7 @@
 
 Knows arrays and one folder format; nothing of models, stores or texts. The closed forms are in
 pair_sums.py, the training of the residual network in residual_adapter.py. To add a kind: a name
-in KINDS, the arrays it holds in `_expected_shapes`, a branch in `Adapter.apply`, and what fits it.
+in choices.KINDS, its arrays in `_expected_shapes`, a branch in `Adapter.apply`, and what fits it.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from conch_dna import provenance
 from conch_dna.checkpoints import read_folder, write_folder
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.sedimentation.choices import KINDS
 from conch_dna.sedimentation.pair_sums import sums_of
 from conch_dna.sedimentation.vectors import unit
 
-KINDS = ("identity", "ridge", "procrustes", "low_rank", "residual")
 ARRAYS_FILE = "adapter.safetensors"
 ADAPTER_FILE = "adapter.json"
 # Rows of the residual network's hidden layer that are in memory at once.

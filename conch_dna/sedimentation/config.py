@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.adapter import KINDS
-from conch_dna.sedimentation.teacher_alignment import SCHEDULES
+from conch_dna.sedimentation.choices import KINDS, SCHEDULES
 
 TRAINING_MODES = ("baseline", "offline", "hybrid")
 VECTOR_SPACES = ("symmetric", "asymmetric")

@@ -1,7 +1,7 @@
 """Brings a teacher's vectors into the student's space, and mixes targets there.
 
 Knows arrays and adapters; nothing of texts, models or files. Every function is pure.
-To add a schedule: a branch in `scheduled_weight` and its name in SCHEDULES.
+To add a schedule: a branch in `scheduled_weight` and its name in choices.SCHEDULES.
 """
 
 import logging
@@ -13,11 +13,10 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapter import Adapter, fit_procrustes
+from conch_dna.sedimentation.choices import SCHEDULES
 from conch_dna.sedimentation.vectors import unit
 
 logger = logging.getLogger(__name__)
-
-SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
 def check_weight(teacher_weight: float) -> None:

