@@ -104,6 +104,26 @@ def read_beir(folder: Path, *, split: str = "test", cycle_split: str | None = No
     return Collection(**{**vars(found), "others": others})
 
 
+def read_judgements(folder: Path, *, split: str = "test") -> tuple[dict[str, str], Judgements]:
+    """Judged queries of a folder in BEIR layout, whose corpus need not be there.
+
+    Args:
+        folder: With queries.jsonl and qrels/<split>.tsv.
+        split: Whose judgements.
+
+    Returns:
+        Names and texts of the queries that have a relevant document, and their grades.
+
+    Raises:
+        ConchError: See `read_collection`.
+    """
+    texts = {name: str(row.get("text") or "") for name, row in _rows(folder / "queries.jsonl")}
+    path = folder / "qrels" / f"{split}.tsv"
+    judgements = _judgements(path)
+    names = _judged(judgements, texts, source=str(path))
+    return {name: texts[name] for name in names}, {name: judgements[name] for name in names}
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Ids and rows of a JSON Lines file, each id once."""
     seen = set()

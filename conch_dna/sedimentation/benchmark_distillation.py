@@ -18,9 +18,10 @@ from conch_dna.errors import ConchError, Interrupted
 from conch_dna.sedimentation.beir import read_collection
 from conch_dna.sedimentation.benchmark_rows import Benchmark, BenchmarkSettings
 from conch_dna.sedimentation.benchmark_stages import evaluate_engine, run_training_cycle
-from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import DEFAULT_STUDENT
 from conch_dna.sedimentation.retrieval import dcg_at_k, ndcg_at_k
+from conch_dna.sedimentation.store_options import setting_options, share_option
+from conch_dna.sedimentation.store_options import settings as settings_of
 
 __all__ = [
     "dcg_at_k",
@@ -31,6 +32,13 @@ __all__ = [
     "run_training_cycle",
 ]
 
+OPTIONS = {
+    "epochs": "--epochs",
+    "learning_rate": "--lr",
+    "teacher_weight": "--teacher-weight",
+    "threshold": "--threshold",
+    "seed": "--seed",
+}
 RESULTS = "benchmark_distillation_results.json"
 PLOT, TABLE = ".png", ".md"
 
@@ -105,6 +113,7 @@ def _write(output: Path, document: dict[str, Any]) -> None:
 @click.option(
     "--teacher", multiple=True, required=True, help="The teacher; give it again for several."
 )
+@share_option
 @click.option("--cycles", default=3, show_default=True, help="Cycles of each training mode.")
 @click.option(
     "--queries-per-cycle",
@@ -113,30 +122,14 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
     "in all.",
 )
+@setting_options(OPTIONS)
 @click.option(
-    "--epochs", default=ChelationConfig.epochs, show_default=True, help="Of a sedimentation cycle."
-)
-@click.option(
-    "--lr",
-    "learning_rate",
-    default=ChelationConfig.learning_rate,
-    show_default=True,
-    help="Of a sedimentation cycle.",
-)
-@click.option(
-    "--teacher-weight",
-    default=ChelationConfig.teacher_weight,
-    show_default=True,
-    help="Share of the teacher in a target, above 0 and up to 1.",
-)
-@click.option(
-    "--threshold",
-    default=ChelationConfig.threshold,
-    show_default=True,
-    help="Collapsed neighbourhoods a document must be in before a cycle takes it.",
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML with any settings of the stores; the command line wins.",
 )
 @click.option("--sweep", is_flag=True, help="Also run every teacher weight from 0.1 to 1.")
-@click.option("--seed", default=ChelationConfig.seed, show_default=True)
 @click.option("--split", default="test", show_default=True, help="Whose judgements.")
 @click.option(
     "--cycle-split",
@@ -161,20 +154,18 @@ def main(
     task: str,
     model: str,
     teacher: tuple[str, ...],
+    teacher_shares: tuple[float, ...],
     cycles: int,
     queries_per_cycle: int,
-    epochs: int,
-    learning_rate: float,
-    teacher_weight: float,
-    threshold: int,
+    config_file: str | None,
     sweep: bool,
-    seed: int,
     split: str,
     cycle_split: str | None,
     teacher_cache: str | None,
     device: str | None,
     trust_remote_code: bool,
     output: str,
+    **given: Any,
 ) -> None:
     """Measure every training mode on a collection with judgements.
 
@@ -187,21 +178,15 @@ def main(
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark_report import result_table
 
-    if not 0 < teacher_weight <= 1:
-        raise ConchError(f"--teacher-weight is {teacher_weight:g}: it must be above 0 and up to 1")
+    config = settings_of(config_file, given)
     settings = BenchmarkSettings(
         student=model,
         teacher=teacher,
+        teacher_shares=teacher_shares or None,
         cycles=cycles,
         queries_per_cycle=queries_per_cycle,
         sweep=sweep,
-        config=ChelationConfig(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            teacher_weight=teacher_weight,
-            threshold=threshold,
-            seed=seed,
-        ),
+        config=config,
         teacher_cache=teacher_cache,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -57,6 +57,7 @@ class BenchmarkSettings:
     Attributes:
         student: See `open_embedder`.
         teacher: One or several.
+        teacher_shares: Weights of several, in their order; the same for all where None.
         cycles: Of each mode, 1 or more.
         queries_per_cycle: Asked before each, 1 or more.
         sweep: Whether the offline symmetric mode is run with every teacher_weight of SWEPT.
@@ -71,6 +72,7 @@ class BenchmarkSettings:
 
     student: str
     teacher: Sequence[str]
+    teacher_shares: Sequence[float] | None = None
     cycles: int = 3
     queries_per_cycle: int = 50
     sweep: bool = False
@@ -88,6 +90,9 @@ class BenchmarkSettings:
             )
             if value < 1
         ]
+        shares = self.teacher_shares
+        if shares is not None and len(shares) != len(self.teacher):
+            problems.append(f"{len(shares)} shares do not fit {len(self.teacher)} teachers")
         if not self.config.teacher_weight:
             problems.append(
                 "teacher_weight is 0: the teacher would teach nothing, and the control is that "
@@ -260,6 +265,7 @@ class Benchmark:
         return create_distillation_helper(
             self.settings.teacher,
             cache_dir=cache,
+            weights=self.settings.teacher_shares,
             device=self.settings.device,
             trust_remote_code=self.settings.trust_remote_code,
         )
@@ -356,6 +362,7 @@ class Benchmark:
             settings.teacher if training_mode != "baseline" else None,
             weight,
             config=ChelationConfig(**values),
+            teacher_weights=settings.teacher_shares if training_mode != "baseline" else None,
             teacher_cache=self._cache,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,

@@ -80,6 +80,23 @@ def _write_json(json_file: str | None, document: Any) -> None:
 _json_option = click.option("--json", "json_file", metavar="FILE", help="Write the figures there.")
 
 
+def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Judged queries for the gate, in place of those made from the documents."""
+    for decorate in (
+        click.option(
+            "--split", default="test", show_default=True, help="Whose judgements of the folder."
+        ),
+        click.option(
+            "--judgements",
+            metavar="DIR",
+            help="Let the gate ask these judged queries: a folder with queries.jsonl and "
+            "qrels/<split>.tsv in BEIR layout. [default: queries made from held-out documents]",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 @_command(
     "conch-dna sediment ingest papers corpus.jsonl",
     "conch-dna sediment ingest papers notes.txt --model models/student",
@@ -214,6 +231,7 @@ def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
 @place_options
 @model_options
 @setting_options(OF_CYCLE)
+@_judgement_options
 @_json_option
 def cycle(
     location: str,
@@ -235,6 +253,7 @@ def cycle(
 @place_options
 @model_options
 @setting_options(OF_DISTILLATION)
+@_judgement_options
 @_json_option
 def distill(
     location: str,
@@ -259,9 +278,15 @@ def _changed(
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
     from conch_dna.progress import Progress
+    from conch_dna.sedimentation.beir import read_judgements
 
+    folder = given["judgements"]
+    # Before the models: a mistake here shall not cost their loading.
+    judged = read_judgements(Path(folder).expanduser(), split=given["split"]) if folder else None
     with opened_engine(location, config, given) as engine, Progress() as progress:
         engine.report = progress
+        if judged:
+            engine.set_judgements(*judged)
         progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
         change = {
             "cycle": engine.run_sedimentation_cycle,
@@ -329,7 +354,7 @@ def export(location: str, folder: str, version: str | None, **given: Any) -> Non
     from conch_dna.sedimentation.vector_store import RAW
     from conch_dna.sedimentation.versions import OF_TEACHER
 
-    given |= {"model": None, "teachers": ()}
+    given |= {"model": None, "teachers": (), "teacher_shares": ()}
     with opened_engine(location, ChelationConfig(), given) as engine:
         chosen = version or engine.versions.active
         known = [RAW, *engine.store.versions()]

@@ -74,6 +74,16 @@ def place_options(command: F) -> F:
     return command
 
 
+share_option = click.option(
+    "--teacher-share",
+    "teacher_shares",
+    multiple=True,
+    type=float,
+    metavar="FLOAT",
+    help="Weight of each of several teachers, in their order, above 0. [default: all the same]",
+)
+
+
 def model_options(command: F) -> F:
     """Who makes a store's vectors, who teaches, and by which settings."""
     for decorate in (
@@ -93,6 +103,7 @@ def model_options(command: F) -> F:
             metavar="MODEL",
             help="Hub id, folder or ollama:NAME; repeatable, then they teach together.",
         ),
+        share_option,
         click.option(
             "--model",
             metavar="MODEL",
@@ -174,6 +185,7 @@ def opened_engine(
             location,
             student or DEFAULT_STUDENT,
             teacher_model_name=teachers or None,
+            teacher_weights=given["teacher_shares"] or None,
             config=config,
             state_folder=folder,
             collection=place["collection"],

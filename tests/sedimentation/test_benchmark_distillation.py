@@ -92,8 +92,11 @@ def run(made: Made, *more: str, task: str | None = None) -> Result:
 @pytest.fixture(scope="module")
 def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     output = tmp_path_factory.mktemp("results") / "results.json"
+    config = output.with_name("store.yaml")
+    config.write_text("gate-queries: 400\nthreshold: 7\n")
     settings = ["--cycles", "2", "--queries-per-cycle", "15", "--threshold", "1", "--sweep"]
-    return run(made, *settings, "--output", str(output)), output
+    files = ["--config", str(config), "--output", str(output)]
+    return run(made, *settings, *files), output
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,11 @@ def test_the_fused_row_is_the_best_of_the_student(document):
     best, words = rows[FUSION]["fused"]
     assert words == WORDS
     assert rows[best]["ndcg_at_10"] == max(rows[name]["ndcg_at_10"] for name in dense)
+
+
+def test_settings_come_from_a_file_and_the_command_line_wins(document):
+    engine = document["config"]["engine"]
+    assert (engine["gate_queries"], engine["threshold"]) == (400, 1)
 
 
 def test_the_document_says_what_computed_it(document, made):
@@ -514,8 +522,9 @@ def test_a_task_that_cannot_be_fetched_is_one_line(monkeypatch):
     ("given", "message"),
     [
         (["--cycles", "0"], "cycles is 0: it must be 1 or more"),
-        (["--teacher-weight", "0"], "--teacher-weight is 0: it must be above 0"),
-        (["--teacher-weight", "1.5"], "--teacher-weight is 1.5: it must be above 0 and up to 1"),
+        (["--teacher-weight", "0"], "teacher_weight is 0: the teacher would teach nothing"),
+        (["--teacher-share", "1", "--teacher-share", "2"], "2 shares do not fit 1 teachers"),
+        (["--config", "no.yaml"], "cannot read --config no.yaml"),
         (["--epochs", "0"], "epochs is 0: it must be 1 or more"),
         (["--output", "results.txt"], "--output results.txt must end in .json"),
         (["--queries-per-cycle", "50"], "give --queries-per-cycle 10 or less"),

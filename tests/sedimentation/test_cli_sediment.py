@@ -233,6 +233,39 @@ def test_a_bad_teacher_is_refused_with_1_and_stands_in_the_history(
     one_line(run("rollback", store), "previous")
 
 
+def test_judged_queries_stand_for_those_made_from_documents(
+    store: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "judged"
+    (folder / "qrels").mkdir(parents=True)
+    rows = documents(40)
+    jsonl(folder / "queries.jsonl", [{"_id": each["id"], "text": each["title"]} for each in rows])
+    own = "".join(f"{each['id']}\t{each['id']}\t1\n" for each in rows)
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{own}")
+    figures = tmp_path / "change.json"
+    teacher = ("--teacher", models["teacher"], "--teacher-weight", 1)
+    judged = ("--judgements", folder, "--json", figures)
+    run("distill", store, *teacher, *judged)
+    assert json.loads(figures.read_text())["figures"]["nDCG@10"]["queries"] == 40
+
+    one_line(run("cycle", store, "--judgements", tmp_path / "no"), "cannot read .*queries.jsonl")
+    other = run("cycle", store, "--judgements", folder, "--split", "dev")
+    one_line(other, "cannot read .*dev.tsv")
+
+
+def test_teachers_teach_by_their_shares(
+    store: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    """Nearly all of the share decides whether the good teacher or the one of noise is heard."""
+    both = ("--teacher", models["teacher"], "--teacher", models["nothing"], "--teacher-weight", 1)
+    good = run("distill", store, *both, "--teacher-share", 0.999, "--teacher-share", 0.001)
+    assert good.exit_code == 0, good.output
+    assert run("rollback", store).exit_code == 0
+    bad = run("distill", store, *both, "--teacher-share", 0.001, "--teacher-share", 0.999)
+    assert bad.exit_code == 1, bad.output
+    one_line(run("distill", store, *both, "--teacher-share", 1), "1 weights do not fit 2 teachers")
+
+
 def test_a_cycle_without_events_builds_nothing(store: Path) -> None:
     result = run("cycle", store)
     assert result.exit_code == 0, result.output
