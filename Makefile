@@ -42,7 +42,8 @@ test: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope \
+		--cov --cov-report=term --cov-fail-under=90
 
 bench: .venv/stamp
 	@for script in tests/benchmarks/[a-z]*.py; do \

@@ -8,6 +8,10 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker for each processor: more threads than that would wait for each other.
+    for library in ("OPENBLAS", "OMP"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import conch_dna  # noqa: F401  (loads OpenBLAS before anything imports mlx)
 from models import SHARED, keep_layers, make_model_folder

@@ -250,10 +250,14 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(clean, tmp_path):
     for number in range(KILLS):
         target = moment_at(clean.moments, (number + draw.random()) / KILLS)
         killed = kill_at(clean.options(output), target)
-        if killed.exit_code == 0:
+        # The timeline is that of a busier or quieter moment of the machine: aim nearer and nearer.
+        for _ in range(4):
+            if killed.exit_code != 0:
+                break
             assert same(adapter_in(output), clean.adapter, tmp_path)
             finished += 1
             output = tmp_path / f"run{finished}"
+            target = target._replace(after_s=target.after_s / 2)
             killed = kill_at(clean.options(output), target)
         assert killed.exit_code == -signal.SIGKILL, killed.shown
         hit[names[killed.stage]] += 1

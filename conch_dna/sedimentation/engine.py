@@ -425,7 +425,15 @@ class AntigravityEngine:
         )
         lap("gate")
         # The history first: what is active without an entry would have no reason.
-        remember(self.state, verdict, kind=kind, mode=mode, candidate=name, against=active)
+        remember(
+            self.state,
+            verdict,
+            kind=kind,
+            mode=mode,
+            candidate=name,
+            against=active,
+            documents=self.store.count(RAW),
+        )
         if verdict.passed:
             self.versions.activate(name)
             self.store.index()
@@ -463,6 +471,20 @@ class AntigravityEngine:
     def gate_history(self) -> list[dict[str, Any]]:
         """Every judgement of the gate, oldest first."""
         return read_history(self.state)
+
+    def held_out_quality(self) -> dict[str, float]:
+        """The active version's figures on the gate's queries, as the gate's history has them.
+
+        Returns:
+            Means over the queries, by the measure's name; none where there are no queries.
+
+        Raises:
+            ConchError: See `run_inference`.
+        """
+        active = self.versions.active
+        evidence = self._evidence()
+        found = measures(self.versions, evidence, self.student, (active, active), self.helper)
+        return {name: float(after.mean()) for name, (_, after) in found.items()}
 
     def rollback(self) -> str:
         """Let the version before the active one answer again.

@@ -23,7 +23,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def remember(
-    folder: Path, verdict: Verdict, *, kind: str, mode: str, candidate: str, against: str
+    folder: Path,
+    verdict: Verdict,
+    *,
+    kind: str,
+    mode: str,
+    candidate: str,
+    against: str,
+    documents: int,
 ) -> None:
     """Add a judgement; durable when it returns.
 
@@ -34,6 +41,7 @@ def remember(
         mode: The training mode.
         candidate: The version that was judged.
         against: The one that was active.
+        documents: How many the store held; with more of them the figures would be others.
     """
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,6 +49,7 @@ def remember(
         "mode": mode,
         "candidate": candidate,
         "against": against,
+        "documents": documents,
         **verdict.to_json(),
     }
     lines = [json.dumps(each) for each in [*read_history(folder), entry]]
