@@ -20,13 +20,15 @@ from conch_dna.sedimentation.fallback_targets import STEPS, targets_with_fallbac
 from conch_dna.sedimentation.fitting import Report, fit_to_teacher, scheduled_weights
 from conch_dna.sedimentation.pair_sums import sums_of
 from conch_dna.sedimentation.residual_adapter import fit_residual
-from conch_dna.sedimentation.teacher_alignment import blend
+from conch_dna.sedimentation.teacher_alignment import blend, fit_alignment
 from conch_dna.sedimentation.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.vector_store import RAW, VectorStore
 from conch_dna.sedimentation.versions import ADAPTED, OF_TEACHER, Versions
 
 # Documents that are to stay where they are, for each that is to move, and at least so many.
 ANCHORS_EACH, ANCHORS = 4, 200
+# Documents that the teacher's space is brought into the version's by, for each dimension.
+ALIGNED_EACH = 2
 # Of the linear correction's ridge.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -138,9 +140,15 @@ def cycle_adapter(
         found[still] = np.nan
         return found
 
+    alignment = _alignment(store, adapter, helper, held_out, config) if asks and helper else None
+
     def made(helper: TeacherDistillationHelper | None, push: bool) -> Any:
         return targets_with_fallback(
-            texts, own, helper=helper, homeostatic=pushed if push else None
+            texts,
+            own,
+            helper=helper,
+            homeostatic=pushed if push else None,
+            alignment=alignment,
         )
 
     first = made(helper if asks else None, pushes)
@@ -251,6 +259,31 @@ def _logged(
     centres = noise_centres(neighbourhoods, page.ids, vectors)
     texts = [embedded_text(payload) for payload in page.payloads]
     return page.ids, texts, page.vectors, centres
+
+
+def _alignment(
+    store: VectorStore,
+    adapter: Adapter,
+    helper: TeacherDistillationHelper,
+    held_out: set[DocumentId],
+    config: ChelationConfig,
+) -> Adapter | None:
+    """The teacher's space to the version's, by a sample of the corpus.
+
+    The logged documents alone are few, and all of one crowd. None where the teacher cannot be
+    asked, which the fallback chain will say.
+    """
+    others = (each for page in store.pages(RAW) for each in page.ids if each not in held_out)
+    try:
+        wider = max(helper.teacher.dimension, adapter.out_dimension)
+        ids = sampled_ids(others, sample=ALIGNED_EACH * wider, seed=config.seed)
+        page = store.get(ids, RAW)
+        found = helper.embed([embedded_text(payload) for payload in page.payloads])
+    except ConchError:
+        return None
+    if not found.kept:
+        return None
+    return fit_alignment(found.vectors, adapter.apply(page.vectors[found.kept]))
 
 
 def _anchors(store: VectorStore, moved: set[DocumentId], config: ChelationConfig) -> np.ndarray:

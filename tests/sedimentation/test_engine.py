@@ -286,6 +286,18 @@ def test_a_cycle_is_judged_like_any_change(mode: str, models: dict[str, str]) ->
         assert "no document was in 10000 or more collapsed neighbourhoods" in quiet.reason
 
 
+def test_few_logged_documents_are_not_what_the_teacher_is_aligned_on(
+    models: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fewer than the teacher's dimensions, all of one crowd, they would turn its space anyhow."""
+    with opened(models, mode="hybrid", weight=0.5, collapse_percentile=95.0) as engine:
+        engine.ingest(documents(200))
+        engine.run_inferences([documents(1)[0]["title"]])
+        result = engine.run_sedimentation_cycle(threshold=1)
+        assert result.candidate is None or 0 < result.documents < 24
+        assert "the teacher is aligned on" not in caplog.text
+
+
 def test_a_second_cycle_stands_on_the_first(models: dict[str, str]) -> None:
     with opened(models, mode="hybrid", weight=0.5, collapse_percentile=95.0) as engine:
         engine.ingest(documents(200))
