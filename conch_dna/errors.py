@@ -1,4 +1,4 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and what others say, in one line.
 
 Knows nothing of what raises them. The command line prints them as one line and exits with 2.
 To add one: subclass `ConchError` only where a caller must tell it from the others.
@@ -23,3 +23,19 @@ class FolderInUseError(ConchError):
 
 class Interrupted(ConchError):
     """The run was stopped by Ctrl-C after its state was saved."""
+
+
+def one_line(said: object, *, trust_option: str | None = None) -> str:
+    """What a library said, on one line of at most 300 characters.
+
+    Args:
+        said: An error or a text; an error that says nothing is named by its type.
+        trust_option: How the user would let a model's own code run, for libraries that ask for it.
+
+    >>> one_line(ValueError("of   three words"))
+    'of three words'
+    """
+    text = " ".join(str(said).split())
+    if trust_option and "trust_remote_code" in text:
+        return f"{text[:200]} … {trust_option} lets that code run: only if you trust it"
+    return text[:300] or (type(said).__name__ if isinstance(said, Exception) else "")

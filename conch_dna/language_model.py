@@ -15,11 +15,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from conch_dna.digests import content_digest, file_digest
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
+from conch_dna.hub import hub_errors
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
 EMBEDDED_HINT = "embedded:teacher and embedded:student run without a network"
+TRUST_OPTION = "--trust-remote-code"
 ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,30 +69,12 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
 
 def _download(model_id: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     patterns = ["*.json", "*.txt", "*.model", "*.jsonl", "*.jinja"]
     patterns += ["model*.safetensors", "*.py"] if weights else []
-    try:
+    otherwise = f"give a folder, or use the embedded pair ({EMBEDDED_HINT})"
+    with hub_errors(model_id, otherwise=otherwise):
         return Path(snapshot_download(model_id, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise ConchError(
-            f"the hub asks for a login and a licence agreement for {model_id}: accept it on the "
-            "model's page, then run `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConchError(f"the hub has no model {model_id}: check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConchError(
-            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
-            f"check the network, give a folder, or use the embedded pair ({EMBEDDED_HINT})"
-        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,7 +100,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
     except Exception as error:
         # Broken files make the libraries below raise all kinds, tokenizers even Exception itself.
-        raise ConchError(f"cannot read the tokenizer in {folder}: {_one_line(error)}") from error
+        reason = one_line(error, trust_option=TRUST_OPTION)
+        raise ConchError(f"cannot read the tokenizer in {folder}: {reason}") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -143,13 +128,6 @@ def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[A
         rows = (text if isinstance(text, dict) else config).get("vocab_size")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return tokenizer, rows if isinstance(rows, int) else None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return f"{text[:200]} … --trust-remote-code lets that code run: only if you trust it"
-    return text[:300] or type(error).__name__
 
 
 class ModelSource:
@@ -260,7 +238,8 @@ class ModelSource:
             if adapter := adapter_path or self.adapter:
                 model = load_adapters(model, str(adapter))
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ConchError(f"cannot load {self.model_id}: {_one_line(error)}") from error
+            reason = one_line(error, trust_option=TRUST_OPTION)
+            raise ConchError(f"cannot load {self.model_id}: {reason}") from error
         model.eval()
         return LanguageModel(self, model)
 
@@ -356,7 +335,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConchError(f"cannot read {folder / 'config.json'}: {_one_line(error)}") from error
+        raise ConchError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise ConchError(f"cannot read {folder / 'config.json'}: it is not a JSON object")
     return config

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import FolderLock, remove_unfinished, write_json
-from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.sedimentation.checked_store import CheckedStore
 from conch_dna.sedimentation.store_state import (
     Found,
@@ -95,7 +95,7 @@ class EdgeStore(CheckedStore):
             yield
         except Exception as error:
             # All of Edge's errors are of this type.
-            reason = " ".join(str(error).split())[:300].rstrip(".")
+            reason = one_line(error).rstrip(".")
             raise ConchError(f"the store in {self.folder} could not {what}: {reason}") from error
 
     def _make_shard(self) -> None:

