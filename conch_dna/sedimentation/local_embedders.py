@@ -6,6 +6,7 @@ To add a layout: a class here, and the sign by which `open_local` tells its fold
 
 import json
 import threading
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ class LocalEmbedder(CheckedEmbedder):
                     raise ConchError(f"cannot load {self.name}: {reason}") from error
         return self._loaded
 
+    @abstractmethod
     def _load(self) -> Any:
-        raise NotImplementedError
+        """The library's own model; whatever it raises becomes one line."""
 
 
 class SentenceTransformersEmbedder(LocalEmbedder):
