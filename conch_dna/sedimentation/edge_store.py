@@ -10,9 +10,10 @@ returns, and everything before a vector name is deleted.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SPARE_BYTES = 256 * 2**20
 # Bytes on disk for each byte of vectors: once in the log and once in the storage, and some.
 BYTES_WRITTEN = 3
 KEYS_AT_ONCE = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 class EdgeStore(CheckedStore):
@@ -80,8 +83,7 @@ class EdgeStore(CheckedStore):
             else:
                 _finish_shard(folder)
             remove_unfinished(folder)
-            with self._asking("be opened"):
-                self._shard = self._loaded()
+            self._shard = self._loaded()
             opening.callback(self._shard.close)
             self._sizes: dict[str, int] = {}
             self._drop_unfinished()
@@ -132,17 +134,36 @@ class EdgeStore(CheckedStore):
         """The shard; where a kill came between two parts of a deletion, as it was before or after.
 
         Edge deletes a vector name in its segments and in its configuration, one after the other,
-        and loads nothing where they differ. Which names were to go is in the manifest.
+        and loads nothing where they differ. Which names were to go is in the manifest; where none
+        was, there is nothing else to try.
         """
-        path = str(self.folder / SHARD)
+        load, path = self._edge.EdgeShard.load, str(self.folder / SHARD)
+        unfinished = ", ".join(self._state.building)
         try:
-            return self._edge.EdgeShard.load(path)
-        except Exception as error:
-            # All of Edge's errors are of this type.
-            for versions in (list(self._state.kept), self.versions()):
-                with suppress(Exception):
-                    return self._edge.EdgeShard.load(path, self._configuration(versions))
-            raise error
+            with self._asking("be opened"):
+                return load(path)
+        except ConchError as error:
+            if not unfinished:
+                raise
+            reasons = [str(error)]
+        for what, versions in (("without", list(self._state.kept)), ("with", self.versions())):
+            try:
+                with self._asking(f"be opened {what} version {unfinished}"):
+                    shard = load(path, self._configuration(versions))
+            except ConchError as error:
+                reasons.append(str(error))
+            else:
+                _log.warning(
+                    "opened %s %s version %s, whose deletion a killed process left half done: %s",
+                    self.folder,
+                    what,
+                    unfinished,
+                    reasons[0],
+                )
+                return shard
+        raise ConchError(
+            f"{'; '.join(reasons)}. Restore the folder, or make the store anew from its documents"
+        )
 
     def _drop_unfinished(self) -> None:
         for name in self._state.building:

@@ -221,6 +221,57 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert store.versions() == []
 
 
+def half_deleted(folder: Path) -> str:
+    """A store killed between two parts of a deletion, which last microseconds; its manifest.
+
+    Edge has taken v2 out of its segments, but not yet out of its configuration.
+    """
+    with EdgeStore(folder, IDENTITY) as store:
+        fill(store, 0, 5)
+        activate(store, "v1")
+        build(store, "v2")
+    files = (folder / "shard" / "edge_config.json", folder / MANIFEST)
+    before = {path: path.read_text() for path in files}
+    with EdgeStore(folder, IDENTITY) as store:
+        assert store.versions() == ["v1"]
+    for path, text in before.items():
+        path.write_text(text)
+    return before[folder / MANIFEST]
+
+
+def test_a_half_deleted_version_is_told_and_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half_deleted(tmp_path)
+    with EdgeStore(tmp_path, IDENTITY) as store:
+        assert (store.versions(), store.count(), store.count("v1")) == (["v1"], 5, 5)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"opened {tmp_path} without version v2, whose deletion")
+    assert "could not be opened: " in said
+    with EdgeStore(tmp_path, IDENTITY) as store:
+        assert store.count() == 5
+    assert len(caplog.records) == 1
+
+
+def test_nothing_else_is_tried_where_no_version_was_under_way(tmp_path: Path) -> None:
+    """The same shard with a manifest that names no unfinished version is damaged, not half-done."""
+    manifest = json.loads(half_deleted(tmp_path))
+    manifest["versions"]["building"] = {}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConchError, match=r"the store in .* could not be opened: "):
+        EdgeStore(tmp_path, IDENTITY)
+
+
+def test_every_reason_is_told_where_no_configuration_opens_a_store(tmp_path: Path) -> None:
+    half_deleted(tmp_path)
+    for path in (tmp_path / "shard").rglob("segment.json"):
+        path.write_text("{}")
+    with pytest.raises(ConchError) as caught:
+        EdgeStore(tmp_path, IDENTITY)
+    for what in ("", " without version v2", " with version v2"):
+        assert f"could not be opened{what}: " in str(caught.value)
+
+
 # One writer
 
 
