@@ -1,7 +1,7 @@
 """What every command is made of: errors in one line, options from settings, YAML files.
 
-Knows click and the fields of settings; no command. To turn another kind of field into an option: a
-branch in `config_options`.
+Knows click and the fields of settings; no command. To turn another kind of field into an option:
+its type in `field_option`.
 """
 
 import re
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import click
 
 from conch_dna.errors import ConchError, Interrupted
-from conch_dna.training.settings import KDConfig, kind_of, range_text
+from conch_dna.option_fields import is_limited, kind_of, range_text
+from conch_dna.training.settings import KDConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED_EXIT = 130
@@ -46,24 +47,41 @@ def config_options(command: F, *, leave_out: Sequence[str] = ()) -> F:
         command: The function that becomes a command.
         leave_out: Fields that mean nothing to it.
     """
-    for option in reversed([each for each in fields(KDConfig) if each.name not in leave_out]):
-        name = option.name.replace("_", "-")
-        limits = range_text(option)
-        default = option.default if option.default != "" else "none"
-        described = f"{option.metadata['help']} [default: {str(default).lower()}"
-        described += f"; {limits}]" if limits else "]"
-        if kind_of(option) == "bool":
-            decorate = click.option(
-                f"--{name}/--no-{name}", option.name, default=None, help=described
-            )
+    for each in reversed([each for each in fields(KDConfig) if each.name not in leave_out]):
+        name, choices = each.name.replace("_", "-"), each.metadata["choices"]
+        if kind_of(each) == "bool":
+            decorate = field_option(each, f"--{name}/--no-{name}")
+        elif each.name == "num_iters":
+            decorate = field_option(each, "--num-iters", "--iters")
         else:
-            kind: Any = {"float": float, "int": int, "str": str}[kind_of(option)]
-            if option.metadata["choices"]:
-                kind = click.Choice(option.metadata["choices"])
-            names = ["--num-iters", "--iters"] if option.name == "num_iters" else [f"--{name}"]
-            decorate = click.option(*names, option.name, type=kind, default=None, help=described)
+            decorate = field_option(each, f"--{name}", kind=choices and click.Choice(choices))
         command = decorate(command)
     return command
+
+
+def field_option(
+    each: Any, *names: str, kind: click.ParamType | None = None, metavar: str | None = None
+) -> Callable[[F], F]:
+    """An option from a field of settings, told with its default and range; None where not given.
+
+    Args:
+        each: The field, made by `option_fields.option`.
+        *names: On the command line; of a field that is true or false `--name/--no-name`.
+        kind: What click checks; None for the field's own type.
+        metavar: What the help shows for a value; None for click's own.
+    """
+    default = each.default if each.default != "" else "none"
+    limits = f"; {range_text(each)}" if is_limited(each) else ""
+    described = f"{each.metadata['help']} [default: {str(default).lower()}{limits}]"
+    types: dict[str, Any] = {"float": float, "int": int, "str": str, "bool": None}
+    return click.option(
+        *names,
+        each.name,
+        type=kind or types[kind_of(each)],
+        metavar=metavar,
+        default=None,
+        help=described,
+    )
 
 
 def example(*lines: str) -> str:

@@ -24,8 +24,9 @@ from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import distill, main
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
+from conch_dna.option_fields import kind_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.settings import KDConfig, kind_of
+from conch_dna.training.settings import KDConfig
 
 MODULES = ("conch_dna.training.true_kd", "conch_dna distill")
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]

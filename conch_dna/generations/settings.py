@@ -5,7 +5,6 @@ options.py, `KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,6 +13,7 @@ from conch_dna.generations.laws import Law, laws_of
 from conch_dna.generations.options import NUMBERS, UNUSED
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.two_teachers import BlendSettings
+from conch_dna.option_fields import refuse_unknown
 from conch_dna.training.settings import KDConfig
 
 GENERATION_NAME = re.compile(r"HEAD|G\d{3,}")
@@ -140,11 +140,13 @@ class EvolveConfig:
         own = {name: params.pop(name) for name in LOSS_PARTS if name in params}
         blend = own.pop("blend", {})
         usable = {option.name for option in fields(KDConfig)} - set(UNUSED)
-        _refuse_unknown(params, {*usable, *LOSS_PARTS, "iters"}, f"{source}, training_params,")
+        refuse_unknown(
+            params, {*usable, *LOSS_PARTS, "iters"}, source=f"{source}, training_params,"
+        )
         if not isinstance(blend, dict):
             raise ConchError(f"{source}: blend is {blend!r}, not a mapping of names to values")
         for name, known in (("stabilizers", STABILIZERS), ("evaluation", EVALUATION)):
-            _refuse_unknown(parts[name], known, f"{source}, {name},")
+            refuse_unknown(parts[name], known, source=f"{source}, {name},")
             own |= parts[name]
         for holder in (own, parts["gates"]):
             for name, value in holder.items():
@@ -154,7 +156,8 @@ class EvolveConfig:
             (parts["gates"], GateSettings, "gates"),
         )
         for values, kind, name in kinds:
-            _refuse_unknown(values, [each.name for each in fields(kind)], f"{source}, {name},")
+            names = [each.name for each in fields(kind)]
+            refuse_unknown(values, names, source=f"{source}, {name},")
         try:
             return cls(
                 training=KDConfig.from_json(
@@ -236,11 +239,3 @@ def _teachers(listed: Any, source: str) -> dict[str, Any]:
         if not GENERATION_NAME.fullmatch(str(each["path"])):
             found[roles[each["role"]]] = str(each["path"])
     return found
-
-
-def _refuse_unknown(values: dict[str, Any], known: Iterable[str], source: str) -> None:
-    if unknown := sorted(set(values) - set(known)):
-        raise ConchError(
-            f"{source} names unknown settings: {', '.join(unknown)}; known are "
-            f"{', '.join(sorted(known))}"
-        )

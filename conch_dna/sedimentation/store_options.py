@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import read_yaml
+from conch_dna.command_parts import field_option, read_yaml
 from conch_dna.errors import ConchError, Interrupted
-from conch_dna.sedimentation.config import ChelationConfig, range_text
+from conch_dna.sedimentation.config import ChelationConfig
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.engine import AntigravityEngine
@@ -38,17 +38,9 @@ def setting_options(options: Mapping[str, str]) -> Callable[[F], F]:
 
     def decorate(command: F) -> F:
         for name, option in reversed(list(options.items())):
-            field = _FIELDS[name]
-            choices = field.metadata["choices"]
-            limits = "" if choices or name == "teacher_weight" else f"; {range_text(field)}"
-            command = click.option(
-                option,
-                name,
-                type={float: float, int: int, str: str}[type(field.default)],
-                metavar=f"[{'|'.join(choices)}]" if choices else None,
-                default=None,
-                help=f"{field.metadata['help']} [default: {field.default}{limits}]",
-            )(command)
+            choices = _FIELDS[name].metadata["choices"]
+            metavar = f"[{'|'.join(choices)}]" if choices else None
+            command = field_option(_FIELDS[name], option, metavar=metavar)(command)
         return command
 
     return decorate

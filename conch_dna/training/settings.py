@@ -4,13 +4,14 @@ Defaults and ranges stand only here: the command line, the YAML file and the gui
 are made from or compared with these fields. To add an option: a field with its help and range.
 """
 
-import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.losses import LOSSES
+from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
@@ -20,17 +21,9 @@ RUN_FOLDERS = ("answers", "candidate", "soft_targets")
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    limits = {"low": low, "high": high, "above": above, "choices": choices}
-    return field(default=default, metadata={"help": help, **limits})
+_option = partial(option, between="between {low:g} and {high:g}")
+# As these messages have always had it.
+_KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +118,7 @@ class KDConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = [problem for name in fields(self) for problem in self._problems(name)]
+        problems = [said for each in fields(self) if (said := self._problem(each)) is not None]
         # A comparison of values whose types or ranges are wrong would say nothing.
         if not problems and self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             problems.append(
@@ -142,31 +135,15 @@ class KDConfig:
         if problems:
             raise ConchError("; ".join(problems))
 
-    def _problems(self, option: Any) -> list[str]:
-        value: Any = getattr(self, option.name)
-        limits = option.metadata
-        kinds: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,)}
-        expected = kinds.get(kind_of(option), (str,))
-        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-            return [f"{option.name} is {value!r}: it must be a {_type_name(option)}"]
-        if limits["choices"] and value not in limits["choices"]:
-            return [f"{option.name} is {value!r}: use one of {', '.join(limits['choices'])}"]
-        if option.name == "adapter_subdir" and (
-            value in ("", "..", *RUN_FOLDERS) or Path(str(value)).name != value
-        ):
+    def _problem(self, each: Any) -> str | None:
+        value = getattr(self, each.name)
+        problem = option_problem(each, value, kind_words=_KIND_WORDS)
+        if problem or each.name != "adapter_subdir":
+            return problem
+        if value in ("", "..", *RUN_FOLDERS) or Path(value).name != value:
             taken = ", ".join(RUN_FOLDERS)
-            return [f"adapter_subdir is {value!r}: use one plain folder name, none of {taken}"]
-        if isinstance(value, (bool, str)):
-            return []
-        number: float = value  # type: ignore[assignment]
-        low, high, above = limits["low"], limits["high"], limits["above"]
-        inside = (
-            math.isfinite(number)
-            and (low is None or number >= low)
-            and (high is None or number <= high)
-            and (above is None or number > above)
-        )
-        return [] if inside else [f"{option.name} is {value}: it must be {range_text(option)}"]
+            return f"adapter_subdir is {value!r}: use one plain folder name, none of {taken}"
+        return None
 
     @classmethod
     def from_json(
@@ -182,46 +159,13 @@ class KDConfig:
         Raises:
             ConchError: A name is unknown or given twice, or a value is out of its range.
         """
-        given = [str(name).replace("-", "_") for name in values]
-        given = ["num_iters" if name == "iters" else name for name in given]
-        twice = sorted({name for name in given if given.count(name) > 1})
-        if twice:
-            raise ConchError(f"{source} gives {', '.join(twice)} twice: leave one of each")
-        values = dict(zip(given, values.values(), strict=True))
-        known = {option.name for option in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConchError(
-                f"{source} names unknown settings: {', '.join(unknown)}; "
-                f"known are {', '.join(sorted(known))}"
-            )
-        return cls(**{**values, **(overriding or {})})
+        known = [each.name for each in fields(cls)]
+        named = named_settings(values, known, source=source, aliases={"iters": "num_iters"})
+        return cls(**{**named, **(overriding or {})})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
-
-
-def kind_of(option: Any) -> str:
-    """The type of a field: float, int, bool or str."""
-    return option.type if isinstance(option.type, str) else str(option.type.__name__)
-
-
-def _type_name(option: Any) -> str:
-    names = {"float": "number", "int": "whole number", "bool": "true or false", "str": "text"}
-    return names[kind_of(option)]
-
-
-def range_text(option: Any) -> str:
-    """The range of a field in words, such as "between 0.5 and 10"; empty when it has none."""
-    low, high, above = (option.metadata[name] for name in ("low", "high", "above"))
-    if low is not None and high is not None:
-        return f"between {low:g} and {high:g}"
-    if above is not None and high is not None:
-        return f"above {above:g} and at most {high:g}"
-    if above is not None:
-        return f"above {above:g}"
-    return f"{low:g} or more" if low is not None else ""
 
 
 def validate_domain(domain: str, *, with_own_data: bool) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from conch_dna.errors import ConchError
+from conch_dna.option_fields import kind_of, range_text
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
     KDConfig,
     KDResult,
     domain_folder,
     get_kd_adapter_path,
-    kind_of,
-    range_text,
     validate_domain,
 )
 
