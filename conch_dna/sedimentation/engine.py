@@ -35,7 +35,13 @@ from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.neighbourhoods import Neighbourhoods
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
 from conch_dna.sedimentation.retrieval import Judgements
-from conch_dna.sedimentation.state_folders import state_of
+from conch_dna.sedimentation.state_folders import (
+    LOG,
+    TEACHER_VECTORS,
+    VECTORS,
+    VERSIONS,
+    state_of,
+)
 from conch_dna.sedimentation.stores import open_store
 from conch_dna.sedimentation.teacher_distillation import (
     TeacherDistillationHelper,
@@ -130,7 +136,7 @@ class AntigravityEngine:
             if needs_teacher:
                 self.helper = create_distillation_helper(
                     teacher_model_name or "",
-                    cache_dir=teacher_cache or self.state / "teacher_vectors",
+                    cache_dir=teacher_cache or self.state / TEACHER_VECTORS,
                     weights=teacher_weights,
                     device=device,
                     trust_remote_code=trust_remote_code,
@@ -147,7 +153,7 @@ class AntigravityEngine:
                 opening.enter_context(lock)
             self.store: VectorStore = opening.enter_context(
                 open_store(
-                    str(self.state / "vectors") if is_folder else location,
+                    str(self.state / VECTORS) if is_folder else location,
                     identity=identity,
                     collection=collection,
                     api_key=api_key,
@@ -157,11 +163,11 @@ class AntigravityEngine:
             if not is_folder:
                 opening.enter_context(lock)
             self.log = ChelationLog(
-                self.state / "chelation",
+                self.state / LOG,
                 rotate_bytes=self.config.log_rotate_bytes,
                 keep_queries=self.config.log_queries,
             )
-            self.versions = Versions(self.store, self.state / "versions", self.student.dimension)
+            self.versions = Versions(self.store, self.state / VERSIONS, self.student.dimension)
             self._neighbourhoods = Neighbourhoods(
                 self.store, self.log, self.config, self.state, self.student.digest
             )

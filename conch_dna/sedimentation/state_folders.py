@@ -6,6 +6,8 @@ Knows locations and paths; opens nothing.
 from pathlib import Path
 
 STATE = "conch_state"
+# Folders in a store's: its vectors, their versions' adapters, the chelation log, and a cache.
+VECTORS, VERSIONS, LOG, TEACHER_VECTORS = "vectors", "versions", "chelation", "teacher_vectors"
 
 
 def state_of(location: str, given: str | Path | None, collection: str) -> Path:

@@ -17,12 +17,10 @@ from conch_dna.sedimentation.chelation_log import ChelationLog, log_files
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.edge_store import MANIFEST
 from conch_dna.sedimentation.gate_history import read_history
-from conch_dna.sedimentation.state_folders import state_of
+from conch_dna.sedimentation.state_folders import LOG, VECTORS, VERSIONS, state_of
 from conch_dna.sedimentation.stores import open_store
 from conch_dna.sedimentation.vector_store import RAW, VectorStore
 from conch_dna.sedimentation.versions import Versions
-
-VECTORS, VERSIONS, LOG = "vectors", "versions", "chelation"
 
 
 class StoredState:
