@@ -43,6 +43,17 @@ def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return teacher, student
 
 
+def write_models(folder: Path) -> dict[str, str]:
+    """Folders of a student, a teacher that knows the topics, and one that knows nothing."""
+    teacher, student = tables()
+    nothing = np.random.default_rng(9).normal(size=teacher.shape)
+    return {
+        "student": str(write_static(folder / "student", student)),
+        "teacher": str(write_static(folder / "teacher", teacher)),
+        "nothing": str(write_static(folder / "nothing", nothing)),
+    }
+
+
 def documents(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Documents whose titles and texts are of the same two topics, with other words."""
     random = np.random.default_rng(seed)

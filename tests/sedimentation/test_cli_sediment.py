@@ -20,7 +20,7 @@ from conch_dna.sedimentation.cli import sediment
 from conch_dna.sedimentation.embedders import open_embedder
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.library_warnings import unclosed_files_allowed
-from topic_models import WORDS, documents, tables, write_static
+from topic_models import WORDS, documents, write_models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -45,14 +45,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    teacher, student = tables()
-    nothing = np.random.default_rng(9).normal(size=teacher.shape)
-    return {
-        "student": str(write_static(folder / "student", student)),
-        "teacher": str(write_static(folder / "teacher", teacher)),
-        "nothing": str(write_static(folder / "nothing", nothing)),
-    }
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

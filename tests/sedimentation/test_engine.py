@@ -19,20 +19,18 @@ from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.vector_store import RAW
-from topic_models import DIMENSION, STUDENT_DIMENSION, WORDS, documents, tables, write_static
+from topic_models import (
+    DIMENSION,
+    STUDENT_DIMENSION,
+    WORDS,
+    documents,
+    write_models,
+)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a student, a teacher that knows the topics, and one that knows nothing."""
-    folder = tmp_path_factory.mktemp("models")
-    teacher, student = tables()
-    nothing = np.random.default_rng(9).normal(size=teacher.shape)
-    return {
-        "student": str(write_static(folder / "student", student)),
-        "teacher": str(write_static(folder / "teacher", teacher)),
-        "nothing": str(write_static(folder / "nothing", nothing)),
-    }
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def opened(
