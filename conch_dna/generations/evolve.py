@@ -263,11 +263,31 @@ class Evolution:
         foreign = {each.role: each.examples for each in self.teachers if each.foreign}
         material = gather(self.line, self.chain, own, self.records, config, foreign=foreign)
         cache = self.line.folder / "soft_targets"
-        targets = teach(self.teachers, material, self.base, config, cache, self.report)
-        self._phase(f"measuring {self.parent}")
-        model = self._source(self.parent).load()
-        parent = self._measure(model, material)
-        model.release()
+        measured: list[Measured] = []
+
+        def measure_parent(source: ModelSource) -> None:
+            self._phase(f"measuring {self.parent}")
+            measured.append(self._measure(source.resident(), material))
+
+        def before_leaving(teacher: Teacher) -> None:
+            if teacher.of_line and teacher.path == self.parent:
+                measure_parent(teacher.source)
+
+        targets = teach(
+            self.teachers,
+            material,
+            self.base,
+            config,
+            cache,
+            self.report,
+            before_leaving=before_leaving,
+        )
+        if not measured:
+            # Another model teaches in its place.
+            source = self._source(self.parent)
+            measure_parent(source)
+            source.release()
+        (parent,) = measured
         learned = learn(
             self.base,
             self._adapter(self.parent),

@@ -4,7 +4,7 @@ Knows models, examples and settings; nothing of lines, gates or promotion. Three
 resident together: each teacher answers and leaves before the next one comes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def teach(
     config: EvolveConfig,
     folder: Path,
     report: Report,
+    *,
+    before_leaving: Callable[[Teacher], None] = lambda teacher: None,
 ) -> TwoTeacherTargets:
     """The targets of one or two teachers, one after the other in memory.
 
@@ -82,6 +84,8 @@ def teach(
         config: Batches, blend and taboo words.
         folder: Of the caches.
         report: See `trainer.Report`.
+        before_leaving: Called with each teacher before its model's memory is freed, so that
+            nothing else that the model is asked needs it loaded once more.
     """
     caches: list[Targets] = []
     for teacher in teachers:
@@ -95,6 +99,7 @@ def teach(
             name = f"targets of {teacher.path}"
             report("phase", {"name": name, "total": tokens, "unit": "tokens"})
         cache.fill(teacher.source, material.taught, batch_size=config.training.batch_size)
+        before_leaving(teacher)
         teacher.source.release()
         caches.append(cache)
     taboo = TabooTokens(base.tokenizer, config.taboo_words, config.taboo_ids)

@@ -16,6 +16,7 @@ from conch_dna.generations.line import Line, folder_digest
 from conch_dna.generations.material import init_line
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors
 from conch_dna.training.settings import KDConfig
 from models import make_model_folder
@@ -240,6 +241,38 @@ def test_a_teacher_with_another_tokenizer_takes_a_place(
         assert found["blended"] < 0.1
         assert found["gold_fallback" if place == "first" else "t1_only"] > 0.2, found
     assert any("the tokenizers differ, alignment bytes" in text for text in messages)
+
+
+@pytest.mark.parametrize(
+    ("first_teacher", "expected"),
+    [
+        ("", ["G002", "G001", "base", "candidate"]),
+        ("embedded:student", ["base", "G001", "G002", "base", "candidate"]),
+    ],
+)
+def test_each_model_is_loaded_once_and_alone(
+    grown: tuple[Line, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first_teacher: str,
+    expected: list[str],
+) -> None:
+    """A parent that teaches is measured while it is there; another teacher leaves first."""
+    load = ModelSource.load
+    names: list[str] = []
+    models: list[LanguageModel] = []
+
+    def counted(source: ModelSource, **more: Any) -> LanguageModel:
+        assert not any(named_arrays(each.model.parameters()) for each in models)
+        adapter = more.get("adapter_path") or source.adapter
+        names.append(adapter.name if adapter else "base")
+        models.append(load(source, **more))
+        return models[-1]
+
+    monkeypatch.setattr(ModelSource, "load", counted)
+    loose = config_of(training={"num_iters": 2}, first_teacher=first_teacher)
+    evolve(copied(grown[0], tmp_path), sums(4), loose)
+    assert names == expected
 
 
 def test_a_teacher_that_cannot_be_aligned_is_refused(
