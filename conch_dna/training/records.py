@@ -15,6 +15,7 @@ from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
 
 Record = dict[str, Any]
+Prompt = str | Sequence[dict[str, str]]
 TOKENS = "tokens"
 
 
@@ -75,12 +76,7 @@ def _check_record(record: Any, where: str) -> None:
         raise ConchError(f"{where}: a record is a JSON object with {forms}")
     if "messages" in record:
         turns = record["messages"]
-        if not isinstance(turns, list) or not all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        ):
+        if not _are_turns(turns):
             raise ConchError(f"{where}: messages is a list of objects with role and content")
         if not any(turn["role"] == "assistant" for turn in turns):
             raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
@@ -93,6 +89,15 @@ def _check_record(record: Any, where: str) -> None:
             raise ConchError(f"{where}: {name} is not text")
     if not record[names[-1]]:
         raise ConchError(f"{where}: {names[-1]} is empty, nothing could be learned")
+
+
+def _are_turns(turns: Any) -> bool:
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -119,16 +124,41 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompt_messages(tokenizer: Any, prompt: str, system: str) -> list[dict[str, str]]:
+def prompt_turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
+    """A conversation that waits for its answer, the system prompt its first turn.
+
+    Args:
+        prompt: What a user asks, or a whole conversation. Where that has a system turn of its
+            own in front, the system prompt stands above its text.
+        system: May be empty.
+
+    Raises:
+        ConchError: The conversation is none, or does not wait for an answer.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not turns or not _are_turns(turns) or turns[-1]["role"] in ("assistant", "system"):
+        raise ConchError(
+            "a prompt is a text, or messages with role and content as text, of which the last is "
+            "not the assistant's or the system's: nothing else waits for an answer"
+        )
+    if turns[0]["role"] == "system":
+        system = "\n\n".join(filter(None, [system, turns.pop(0)["content"]]))
+    if any(turn["role"] == "system" for turn in turns):
+        raise ConchError("a prompt has a system message behind others: put it in front of them")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def prompt_messages(tokenizer: Any, prompt: Prompt, system: str) -> list[dict[str, str]]:
     """A conversation that waits for its answer, for a tokenizer with a chat template.
 
     The system prompt is a turn of its own, or stands above the prompt where the template has no
     place for such a turn (Gemma's refuses it, others drop it).
     """
-    if system and not _takes_system_turn(tokenizer, system):
-        return [{"role": "user", "content": plain_prompt(prompt, system)}]
-    turns = [{"role": "system", "content": system}] if system else []
-    return [*turns, {"role": "user", "content": prompt}]
+    turns = prompt_turns(prompt, system)
+    if turns[0]["role"] != "system" or _takes_system_turn(tokenizer, turns[0]["content"]):
+        return turns
+    above = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+    return [{**turns[1], "content": above}, *turns[2:]]
 
 
 def _takes_system_turn(tokenizer: Any, system: str) -> bool:
@@ -142,7 +172,7 @@ def _takes_system_turn(tokenizer: Any, system: str) -> bool:
     return system.strip() in text
 
 
-def prompt_ids(tokenizer: Any, prompt: str, system: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
     """Token ids that a model continues with its answer.
 
     Through the tokenizer's chat template where it has one; else plainly, the system prompt above
@@ -155,9 +185,9 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str) -> list[int]:
     return _encode(tokenizer, plain_prompt(prompt, system))
 
 
-def plain_prompt(prompt: str, system: str) -> str:
-    """The prompt for a model without a chat template."""
-    return f"{system}\n\n{prompt}" if system else prompt
+def plain_prompt(prompt: Prompt, system: str) -> str:
+    """The prompt for a model without a chat template: its turns, a blank line apart."""
+    return "\n\n".join(turn["content"] for turn in prompt_turns(prompt, system))
 
 
 def require_room(prompts: Sequence[Sequence[int]], *, answer: int, longest: int) -> None:
