@@ -39,3 +39,7 @@ def one_line(said: object, *, trust_option: str | None = None) -> str:
     if trust_option and "trust_remote_code" in text:
         return f"{text[:200]} … {trust_option} lets that code run: only if you trust it"
     return text[:300] or (type(said).__name__ if isinstance(said, Exception) else "")
+
+
+class EgoUnavailableError(ConchError):
+    """EGO, the big teacher, cannot be loaded or reached; nothing was wrong with the request."""

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel
 from conch_dna.training.answers import sample_texts
-from conch_dna.training.batches import Example, collate, sequential_batches
-from conch_dna.training.head_loss import gold_log_probs
+from conch_dna.training.batches import Example
 from conch_dna.training.settings import KDConfig
+from conch_dna.training.token_scores import token_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,28 +52,12 @@ def text_scores(
         batch_size: Texts at once.
         chunk: Tokens whose logits exist at once; 0 takes all.
     """
-    agreeing, nats = np.zeros(len(examples)), np.zeros(len(examples))
-    tokens = np.array([example.count for example in examples], np.int64)
-    plain = model.has_plain_head
-    for indices in sequential_batches(examples, batch_size):
-        batch = collate([examples[index] for index in indices])
-        arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-        states = model.body(arrays["inputs"]) if plain else model.logits(arrays["inputs"])
-        states = states.reshape(-1, states.shape[-1])[arrays["positions"]]
-        right, losses = [], []
-        size = chunk or states.shape[0]
-        for start in range(0, states.shape[0], size):
-            part = states[start : start + size]
-            logits = model.head(part) if plain else part
-            labels = arrays["labels"][start : start + size]
-            right.append(mx.argmax(logits, axis=-1) == labels)
-            losses.append(-gold_log_probs(logits, labels))
-            mx.eval(right[-1], losses[-1])
-        owner = np.repeat(indices, tokens[indices])
-        real = batch.count
-        np.add.at(agreeing, owner, np.asarray(mx.concatenate(right))[:real].astype(np.float64))
-        np.add.at(nats, owner, np.asarray(mx.concatenate(losses))[:real].astype(np.float64))
-    return Scores(agreeing / tokens, nats / tokens, tokens)
+    scores = token_scores(model, examples, batch_size=batch_size, chunk=chunk)
+    return Scores(
+        np.array([each.likeliest.mean(dtype=np.float64) for each in scores]),
+        np.array([-each.log_probs.mean(dtype=np.float64) for each in scores]),
+        np.array([example.count for example in examples], np.int64),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,396 @@
+"""EGO, the big teacher as a service: it answers, makes training examples, scores and corrects.
+
+Knows a local model or an API, and prompts; nothing of students, training or who asks. EGO is
+loaded when it is first needed. One thread at a time may use a local model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import mlx.core as mx
+
+from conch_dna.digests import content_digest
+from conch_dna.ego.endpoint import Endpoint
+from conch_dna.ego.scoring import score_examples
+from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
+from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.training.answers import (
+    answer_batch,
+    continuation_text,
+    generate_answers,
+    make_sampler,
+)
+from conch_dna.training.batches import Example
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.records import Prompt, Record, prompt_ids, prompt_turns, tokenize_record
+from conch_dna.training.settings import KDConfig, validate_domain
+from conch_dna.training.text_stream import TextStream
+
+_CORRECTION = """{request}
+
+An earlier answer to this was not good enough.
+
+The earlier answer:
+{output}
+
+What is wrong with it:
+{problem}
+
+Write the answer that should have been given: the whole of it, in the form that was asked for, \
+without a word about the earlier one."""
+
+
+class EgoModel:
+    """The big teacher.
+
+    A local model teaches by its distributions. An API gives text alone, so it teaches by text,
+    and `score` and exact tokens are not to be had from it.
+
+    Args:
+        config: Which teacher, and how it answers; `EgoConfig()` by default. Nothing is loaded.
+    """
+
+    def __init__(self, config: EgoConfig | None = None) -> None:
+        self.config = config or EgoConfig()
+        self._endpoint: Endpoint | None = None
+        self._model: LanguageModel | None = None
+
+    @property
+    def model_id(self) -> str:
+        """What files and messages call EGO."""
+        return self.config.name
+
+    @property
+    def teaches(self) -> Literal["distributions", "text"]:
+        """What a student can learn from."""
+        return "text" if self.config.is_endpoint else "distributions"
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory, or the connection to the API is made."""
+        return self._endpoint is not None or self._model is not None
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The local model's folder and tokenizer, which need no weights in memory.
+
+        Raises:
+            EgoUnavailableError: It is not here and cannot be had.
+            ConchError: EGO is an API.
+        """
+        if self.config.is_endpoint:
+            raise ConchError(
+                f"{self.model_id} is an API, which gives neither tokens nor distributions: name a "
+                "local model or a hub id"
+            )
+        try:
+            return ModelSource(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        except ConchError as error:
+            raise self._unavailable(error) from error
+
+    def load(self) -> None:
+        """Load the weights, or make ready to ask the API, which is not asked yet.
+
+        Raises:
+            EgoUnavailableError: The model cannot be had or loaded.
+            ConchError: See `Endpoint`.
+        """
+        if self.config.is_endpoint:
+            self._endpoint = self._endpoint or Endpoint(self.config)
+            return
+        source = self.source
+        try:
+            self._model = source.resident()
+        except ConchError as error:
+            raise self._unavailable(error) from error
+
+    def unload(self) -> None:
+        """Give the weights' memory back, or close the connections."""
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+        if self._model is not None:
+            self._model = None
+            self.source.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unload()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        system: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """The answer to one prompt; see `generate_many`."""
+        answers = self.generate_many(
+            [prompt], system=system, max_tokens=max_tokens, temperature=temperature, seed=seed
+        )
+        return answers[0].text
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        system: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> list[EgoAnswer]:
+        """Answer prompts, `config.batch_size` at once.
+
+        Args:
+            prompts: Each a text, or a conversation of messages with role and content.
+            system: System prompt of all; may be empty.
+            max_tokens: Longest answer; shorter where the context ends. The configuration's where
+                it is None, like the next two.
+            temperature: 0 takes the likeliest token.
+            seed: Of the draw, which also depends on which prompts share a batch.
+
+        Returns:
+            The answers in the order of the prompts.
+
+        Raises:
+            EgoUnavailableError: EGO cannot be loaded or reached.
+            ConchError: A prompt is none or too long, or a value out of range; nothing was asked.
+        """
+        if isinstance(prompts, str):
+            raise ConchError("generate_many takes several prompts: put the one in a list")
+        config = self._drawn(max_tokens, temperature, seed)
+        conversations = [_turns(prompt, system) for prompt in prompts]
+        if config.is_endpoint:
+            return self._remote().answers(conversations, config)
+        encoded = self._encoded(conversations)
+        answers: list[EgoAnswer] = []
+        for start in range(0, len(encoded), config.batch_size):
+            batch = encoded[start : start + config.batch_size]
+            drawn = answer_batch(
+                self._local(),
+                batch,
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                seed=(config.seed, start),
+            )
+            answers += [self._answer(ids, new) for ids, new in zip(batch, drawn, strict=True)]
+        return answers
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        system: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the text that `generate` gives, as they come; arguments and errors are its.
+
+        Arguments are checked at once, and the model is loaded with the first piece.
+        """
+        config = self._drawn(max_tokens, temperature, seed)
+        turns = _turns(prompt, system)
+        if config.is_endpoint:
+            return self._remote().stream(turns, config)
+        return self._local_stream(self._encoded([turns])[0], config)
+
+    def _local_stream(self, ids: list[int], config: EgoConfig) -> Iterator[str]:
+        from mlx_lm.generate import generate_step
+
+        model = self._local()
+        # As answer_batch draws for the first batch.
+        digest = content_digest(str(config.seed), "0")
+        key = mx.random.key(int(digest[:16], 16))
+        steps = generate_step(
+            mx.array(ids),
+            model.model,
+            max_tokens=min(config.max_tokens, self._context - len(ids)),
+            sampler=make_sampler(config.temperature, model.vocabulary_size, key),
+        )
+        text = TextStream(model.tokenizer, ids)
+        try:
+            for token, _ in steps:
+                if int(token) in model.tokenizer.eos_token_ids:
+                    break
+                if piece := text.add(int(token)):
+                    yield piece
+        finally:
+            steps.close()
+        if rest := text.end():
+            yield rest
+
+    def generate_distillation_example(self, domain: str, prompt: str) -> Record:
+        """A training record with EGO's answer to a prompt of a domain.
+
+        It has the exact `tokens` of a local model, as `answers.generate_answers` leaves them.
+
+        Args:
+            domain: One of DOMAIN_PROMPTS, or a new name, which has no system prompt.
+            prompt: What a user asks.
+
+        Raises:
+            EgoUnavailableError: EGO cannot be loaded or reached.
+            ConchError: The name is not a plain one, or the prompt too long.
+        """
+        from tempfile import TemporaryDirectory
+
+        system = _system(domain)
+        turns = _turns(prompt, system)
+        if self.config.is_endpoint:
+            answer = self._remote().answer(turns, self.config)
+            turn = {"role": "assistant", "content": answer.text}
+            return {"messages": [*turns, turn], "finish_reason": answer.finish_reason}
+        ids = self._encoded([turns])[0]
+        config = KDConfig(
+            max_tokens=min(self.config.max_tokens, self._context - len(ids)),
+            max_seq_length=self._context,
+            sampling_temperature=self.config.temperature,
+            seed=self.config.seed,
+        )
+        self._local()
+        with TemporaryDirectory(prefix="conch_dna_ego_") as folder:
+            records = generate_answers(
+                self.source, [prompt], system=system, config=config, folder=Path(folder)
+            )
+        return records[0]
+
+    def correct_failure(self, domain: str, input: Prompt, output: str, problem: str) -> Correction:
+        """A better answer than one that failed.
+
+        Args:
+            domain: See `generate_distillation_example`.
+            input: What was asked.
+            output: The answer that failed; may be empty.
+            problem: What was wrong with it, in words.
+
+        Raises:
+            EgoUnavailableError: EGO cannot be loaded or reached.
+            ConchError: No problem is named, or EGO has nothing to say.
+        """
+        if not problem.strip():
+            raise ConchError("a correction needs its problem: say what is wrong with the answer")
+        *earlier, last = _turns(input, "")
+        request = _CORRECTION.format(
+            request=last["content"], output=output.strip() or "(nothing)", problem=problem.strip()
+        )
+        answer = self.generate_many(
+            [[*earlier, {**last, "content": request}]], system=_system(domain)
+        )[0]
+        if not answer.text.strip():
+            raise ConchError(
+                f"EGO {self.model_id} gave an empty correction: raise max_tokens, or say more of "
+                "the problem"
+            )
+        return Correction(answer.text, problem, domain, input, answer.finish_reason)
+
+    def score(self, texts: Sequence[str | Record]) -> list[TextScore]:
+        """Log-probability of every token of texts, at temperature 1.
+
+        Args:
+            texts: Plain texts, or records, of which only the answers' tokens count.
+
+        Returns:
+            Scores in the order of the texts.
+
+        Raises:
+            EgoUnavailableError: The model cannot be loaded.
+            ConchError: EGO is an API, or a text is empty or longer than the context.
+        """
+        if isinstance(texts, str):
+            raise ConchError("score takes several texts: put the one in a list")
+        examples = [self._example(text, number) for number, text in enumerate(texts, 1)]
+        self._require_room([example.ids for example in examples], "text", answer=0)
+        if not examples:
+            return []
+        return score_examples(self._local(), examples, batch_size=self.config.batch_size)
+
+    def _example(self, text: str | Record, number: int) -> Example:
+        record: Record = {"text": text} if isinstance(text, str) else text
+        if not record.get("text", "-"):
+            raise ConchError(f"text {number} is empty: there is nothing to score")
+        return tokenize_record(record, self.source.tokenizer, name=f"text {number}")
+
+    def _drawn(
+        self, max_tokens: int | None, temperature: float | None, seed: int | None
+    ) -> EgoConfig:
+        """The configuration with what a call gives instead."""
+        given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        changes: dict[str, Any] = {
+            name: value for name, value in given.items() if value is not None
+        }
+        return replace(self.config, **changes)
+
+    def _unavailable(self, error: ConchError) -> EgoUnavailableError:
+        return EgoUnavailableError(f"EGO {self.model_id} is not available: {error}")
+
+    @property
+    def _context(self) -> int:
+        return self.source.context_length or 2**31
+
+    def _local(self) -> LanguageModel:
+        if self._model is None:
+            self.load()
+        assert self._model is not None
+        return self._model
+
+    def _remote(self) -> Endpoint:
+        if self._endpoint is None:
+            self.load()
+        assert self._endpoint is not None
+        return self._endpoint
+
+    def _encoded(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
+        tokenizer = self.source.tokenizer
+        encoded = [prompt_ids(tokenizer, turns, "") for turns in conversations]
+        self._require_room(encoded, "prompt", answer=1)
+        return encoded
+
+    def _require_room(self, texts: Sequence[Any], what: str, *, answer: int) -> None:
+        for number, ids in enumerate(texts, 1):
+            if not len(ids):
+                raise ConchError(f"{what} {number} is empty: there is nothing to go on from")
+            if len(ids) + answer > self._context:
+                room = " and one more for an answer" if answer else ""
+                raise ConchError(
+                    f"{what} {number} has {len(ids):,} tokens{room}, and the context of "
+                    f"{self.model_id} is {self._context:,}: shorten it"
+                )
+
+    def _answer(self, prompt: Sequence[int], answer: list[int]) -> EgoAnswer:
+        tokenizer = self.source.tokenizer
+        stopped = bool(answer) and answer[-1] in tokenizer.eos_token_ids
+        text = continuation_text(tokenizer, prompt, answer[:-1] if stopped else answer)
+        return EgoAnswer(text, "stop" if stopped else "length", len(answer))
+
+
+def _turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
+    turns = prompt_turns(prompt, system)
+    try:
+        "".join(turn["content"] for turn in turns).encode()
+    except UnicodeEncodeError as error:
+        raise ConchError(
+            "a prompt has half a surrogate pair (\\ud800 to \\udfff), which is no character: "
+            "leave it out"
+        ) from error
+    return turns
+
+
+def _system(domain: str) -> str:
+    validate_domain(domain, with_own_data=True)
+    known = DOMAIN_PROMPTS.get(domain)
+    return known["system"] if known else ""

@@ -1,0 +1,208 @@
+"""What EGO is asked with and what it gives back: EgoConfig, EgoAnswer, TextScore, Correction.
+
+Knows names, defaults and ranges; nothing of models or of the network. Every default stands only
+here. To add a setting: a field, its line under Attributes, and its range in `_problems`.
+"""
+
+import ipaddress
+import math
+import re
+from dataclasses import dataclass, replace
+from urllib.parse import SplitResult, urlsplit
+
+from conch_dna.errors import ConchError
+from conch_dna.training.records import Prompt
+from conch_dna.training.settings import DEFAULT_TEACHER
+
+_LAST_SEED = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class EgoConfig:
+    """Which teacher EGO is, and how it answers.
+
+    Attributes:
+        model: A hub id, a folder, an embedded name such as `embedded:teacher`, or the base URL
+            of an OpenAI-compatible API, such as `http://127.0.0.1:8080/v1`.
+        remote_model: What the API calls the model; wanted with a URL, and only then.
+        api_key_env: Name of the environment variable that holds the API's key; empty sends
+            none. The key itself is never kept in a file or shown.
+        max_tokens: Longest answer, 1 or more tokens.
+        temperature: Of the draw, 0 to 10; 0 takes the likeliest token.
+        seed: Of the draw, 0 to 10⁹.
+        batch_size: Prompts answered or texts scored at once, 1 or more; requests under way at
+            once where the model is a URL.
+        timeout_s: Longest wait for an API's next bytes, above 0 seconds.
+        retries: Further tries, 0 or more, with growing waits between them, where an API cannot
+            be reached, is busy or fails.
+        trust_remote_code: Run Python code that comes with a local model or tokenizer.
+
+    Raises:
+        ConchError: A value is out of its range; all such values are named at once.
+    """
+
+    model: str = DEFAULT_TEACHER
+    remote_model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    max_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    timeout_s: float = 120.0
+    retries: int = 3
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if problems := [*self._model_problems(), *self._problems()]:
+            raise ConchError("; ".join(problems))
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the model is the URL of an API."""
+        return self.model.lower().startswith(("http://", "https://"))
+
+    @property
+    def name(self) -> str:
+        """What messages and files call the model."""
+        return f"{self.remote_model} at {self.model}" if self.is_endpoint else self.model
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the model's URL names the machine it is read on."""
+        host = urlsplit(self.model).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost" or host.endswith(".localhost")
+
+    def reseeded(self, number: int) -> "EgoConfig":
+        """The same with the seed of answer `number` of many."""
+        return replace(self, seed=(self.seed + number) % (_LAST_SEED + 1))
+
+    def _model_problems(self) -> list[str]:
+        # Neither the address nor the name is shown where a secret may stand in it.
+        problems = []
+        if not self.model:
+            problems.append("model is empty: give a hub id, a folder or a URL")
+        if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):
+            problems.append(
+                "api_key_env is no name of an environment variable: give the variable's name, "
+                "not the key"
+            )
+        if not self.is_endpoint:
+            if self.remote_model:
+                problems.append(
+                    f"remote_model is {self.remote_model!r} and model is no URL: leave it out"
+                )
+            return problems
+        parts = _split(self.model)
+        if parts is None or not parts.hostname:
+            problems.append("model is a URL without a host: write http://host:port/v1")
+        elif parts.username is not None or parts.password is not None or parts.query:
+            problems.append(
+                "model is a URL with a user, a password or a query: give the key through "
+                "api_key_env instead"
+            )
+        if not self.remote_model:
+            problems.append("remote_model is empty: say what the API at the URL calls the model")
+        return problems
+
+    def _problems(self) -> list[str]:
+        ranges = {
+            "max_tokens": (_whole(self.max_tokens, 1), "a whole number, 1 or more"),
+            "temperature": (
+                _number(self.temperature) and 0 <= self.temperature <= 10,
+                "between 0 and 10",
+            ),
+            "seed": (_whole(self.seed, 0) and self.seed <= _LAST_SEED, "between 0 and 1e+09"),
+            "batch_size": (_whole(self.batch_size, 1), "a whole number, 1 or more"),
+            "timeout_s": (_number(self.timeout_s) and self.timeout_s > 0, "above 0"),
+            "retries": (_whole(self.retries, 0), "a whole number, 0 or more"),
+        }
+        return [
+            f"{name} is {getattr(self, name)}: it must be {wanted}"
+            for name, (fits, wanted) in ranges.items()
+            if not fits
+        ]
+
+
+def _split(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+@dataclass(frozen=True)
+class EgoAnswer:
+    """One answer.
+
+    Attributes:
+        text: What was said.
+        finish_reason: `stop`, or `length` where the answer was cut off.
+        tokens: How many were generated, the end-of-sequence token among them for a local model;
+            None where an API does not say.
+    """
+
+    text: str
+    finish_reason: str
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What EGO thinks of a text, token by token.
+
+    The first token of a text counts only where the tokenizer puts another in front of it. The
+    end-of-sequence token counts, as in training.
+
+    Attributes:
+        token_ids: Tokens that count.
+        log_probs: Log-probability of each under all before it, in nats, at temperature 1.
+        pieces: The bytes of the text that each stands for; none for a special token.
+        text_bytes: UTF-8 bytes of the text whose tokens count.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    pieces: tuple[bytes, ...]
+    text_bytes: int
+
+    @property
+    def nats(self) -> float:
+        """Log-probability of the whole, in nats; never above 0."""
+        return math.fsum(self.log_probs)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The whole's bits for each byte of text, the same unit for every tokenizer."""
+        return -self.nats / math.log(2) / self.text_bytes
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A better answer than the one that failed.
+
+    Attributes:
+        text: What should have been said.
+        problem: What was wrong with the failed answer.
+        domain: Whose answer failed.
+        prompt: What was asked, as it was given.
+        finish_reason: `stop`, or `length` where the better answer was cut off.
+    """
+
+    text: str
+    problem: str
+    domain: str
+    prompt: Prompt
+    finish_reason: str
