@@ -7,7 +7,7 @@ its help and range.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from conch_dna.errors import ConchError
@@ -137,6 +137,14 @@ class ChelationConfig:
             return cls(**{**named, **(overriding or {})})
         except ConchError as error:
             raise ConchError(f"{source}: {error}") from error
+
+    def having(self, **given: Any) -> "ChelationConfig":
+        """The same settings with those that are given, and not None, in their place.
+
+        Raises:
+            ConchError: See the class.
+        """
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""

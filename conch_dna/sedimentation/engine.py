@@ -8,7 +8,6 @@ returns a result of results.py.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,13 +104,11 @@ class AntigravityEngine:
         device: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        given: dict[str, Any] = {
-            "training_mode": training_mode,
-            "teacher_weight": teacher_weight,
-            "fusion": fusion,
-        }
-        named: dict[str, Any] = {n: v for n, v in given.items() if v is not None}
-        self.config = replace(config or ChelationConfig(), **named)
+        self.config = (config or ChelationConfig()).having(
+            training_mode=training_mode,
+            teacher_weight=teacher_weight,
+            fusion=fusion,
+        )
         needs_teacher = self.config.training_mode != "baseline" or self.config.space != "symmetric"
         if needs_teacher and not teacher_model_name:
             raise ConchError(
@@ -327,12 +324,7 @@ class AntigravityEngine:
         Raises:
             ConchError: A setting is out of its range.
         """
-        named: dict[str, Any] = {
-            "threshold": threshold,
-            "learning_rate": learning_rate,
-            "epochs": epochs,
-        }
-        config = replace(self.config, **{n: v for n, v in named.items() if v is not None})
+        config = self.config.having(threshold=threshold, learning_rate=learning_rate, epochs=epochs)
         return self._change(
             "cycle",
             lambda held: cycle_adapter(
@@ -361,12 +353,11 @@ class AntigravityEngine:
                 "offline distillation needs a teacher: open the engine with training_mode offline "
                 "or hybrid and a teacher_model_name"
             )
-        named: dict[str, Any] = {
-            "batch_size": batch_size,
-            "offline_learning_rate": learning_rate,
-            "offline_epochs": epochs,
-        }
-        config = replace(self.config, **{n: v for n, v in named.items() if v is not None})
+        config = self.config.having(
+            batch_size=batch_size,
+            offline_learning_rate=learning_rate,
+            offline_epochs=epochs,
+        )
         helper = self.helper
         return self._change(
             "distillation",

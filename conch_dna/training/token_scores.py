@@ -1,4 +1,4 @@
-"""How a model holds the tokens of given texts: their log-probabilities, and which it holds likeliest.
+"""How a model holds the tokens of given texts: log-probabilities, and which it holds likeliest.
 
 Knows a loaded model and tokenized examples; nothing of who asks or what is made of it.
 To give another figure of every token: an array in `TokenScores`, filled in `token_scores`.
