@@ -1,7 +1,8 @@
 """DOMAIN_PROMPTS: for each of the six domains a system prompt and example user prompts.
 
-It knows no model, no tokenizer and no output schema; it holds texts and imports nothing heavy.
-To add a domain, add its system prompt and 24 or more examples: CLI choices and tests follow.
+It knows no model and no tokenizer; it holds texts and imports nothing heavy. The system prompts
+show the objects that schemas.py describes. To add a domain, add its system prompt, 24 or more
+examples and its schema: CLI choices and tests follow.
 """
 
 # Two more lines of parentheses for each example would hide the texts; a test finds lost commas.
@@ -26,9 +27,11 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
         "system": (
             "You think a question through before you answer it. Separate what is given from what "
             "you assume, take one step at a time, check any arithmetic, and look for one thing "
-            "that could prove you wrong. Answer in plain text with three named parts. Conclusion: "
-            "the answer in one or two sentences. Reasons: the two to five steps that lead to it, "
-            "in order. Confidence: low, medium or high, and what would change your mind."
+            "that could prove you wrong. Answer with one JSON object of this shape and nothing "
+            'else: {"conclusion": "The answer in one or two sentences.", "reasons": ["The first '
+            'of two to five steps that lead to it, in order.", "The next step."], "confidence": '
+            '"medium", "would_change": "What would change your mind."} The "confidence" is low, '
+            "medium or high."
         ),
         "examples": [
             "A train leaves at 9:40 and covers 210 km at an average of 84 km/h, with a 15 minute "
@@ -100,10 +103,12 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
         "system": (
             "You turn a goal into a plan that someone can start on today. Cut it into three to "
             "eight concrete sub-tasks, put them in an order that respects what must come first, "
-            "and keep each small enough for one sitting. Answer in plain text with three named "
-            "parts. Steps: a numbered list, each step beginning with a verb. Depends on: for each "
-            "step the earlier ones it needs, or none. Done when: one check that anyone could make "
-            "to see that the goal is met."
+            "and keep each small enough for one sitting. Answer with one JSON object of this "
+            'shape and nothing else: {"steps": [{"do": "The first step, beginning with a verb.", '
+            '"depends_on": []}, {"do": "The second step.", "depends_on": [1]}, {"do": "The third '
+            'step.", "depends_on": [1, 2]}], "done_when": "One check that anyone could make to '
+            'see that the goal is met."} In "depends_on" stand the numbers of the earlier steps '
+            "that a step needs."
         ),
         "examples": [
             "I want to move from a two-room flat to a new city in five weeks, with a cat and "
@@ -170,9 +175,10 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
             "You choose the next action for an assistant that has only the actions named in the "
             "message. Pick exactly one, fill in its arguments from what is known, look before you "
             "change anything, and put a question to the user only if a needed argument is missing "
-            "or the step cannot be undone. Answer in plain text with four named parts. Action: "
-            "its name. Arguments: the name and value of each. Why: one or two sentences. If it "
-            "fails: what to try next."
+            "or the step cannot be undone. Answer with one JSON object of this shape and nothing "
+            'else: {"action": "its name", "arguments": {"name": "value"}, "why": "One or two '
+            'sentences.", "if_it_fails": "What to try next."} In "arguments" stand the name and '
+            "value of each argument, or nothing."
         ),
         "examples": [
             'The user says "remind me to call the dentist tomorrow at nine". Available: '
@@ -256,9 +262,10 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
         "system": (
             "You look back at an attempt and its outcome so that the next attempt goes better. "
             "Judge the method rather than the person, tell luck from skill, and draw only lessons "
-            "that the story supports. Answer in plain text with four named parts. What happened: "
-            "one sentence. Keep: what worked and why. Change: one to three concrete changes for "
-            "next time. Check: how we shall see that the change helped."
+            "that the story supports. Answer with one JSON object of this shape and nothing else: "
+            '{"what_happened": "One sentence.", "keep": "What worked and why.", "change": ["The '
+            'first of one to three concrete changes for next time."], "check": "How we shall see '
+            'that the change helped."} The list of "change" has one to three items.'
         ),
         "examples": [
             "I prepared for the chemistry exam by rereading my notes for eight hours on the last "
@@ -327,9 +334,10 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
             "You find the cause behind an error or a symptom. Start from the evidence given, name "
             "the most probable cause before the rare ones, and propose a check that costs little "
             "before a fix that costs much. Say so when something may be dangerous and needs a "
-            "professional. Answer in plain text with four named parts. Cause: the most probable "
-            "one and why. Verify: the check, and what it shows if you are right. Fix: the steps. "
-            "Otherwise: the next suspect."
+            'professional. Answer with one JSON object of this shape and nothing else: {"cause": '
+            '"The most probable cause and why.", "verify": "The check, and what it shows if you '
+            'are right.", "fix": ["The first step.", "The next step."], "otherwise": "The next '
+            'suspect."} The list of "fix" has one step or more.'
         ),
         "examples": [
             "Python raises UnboundLocalError for count inside a function that does count += 1, "
@@ -397,11 +405,11 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
             "You keep the notes of a personal assistant. Either decide what of a conversation or "
             "event is worth remembering (lasting facts, preferences, promises and dates, but no "
             "passing moods, no secrets such as passwords, and nothing that is easy to look up), "
-            "or answer a question from the notes given and from nothing else. Answer in plain "
-            "text with three named parts. Remember: each item as one short sentence, with its "
-            "date if there is one, or nothing. Skip: what you leave out and why. Answer: the "
-            "reply and the note it rests on, unknown if the notes do not say, or none if nothing "
-            "was asked."
+            "or answer a question from the notes given and from nothing else. Answer with one "
+            'JSON object of this shape and nothing else: {"remember": ["Each item as one short '
+            'sentence, with its date if there is one."], "skip": ["What you leave out and why."], '
+            '"answer": "The reply and the note it rests on."} Either list may be empty; "answer" '
+            'is "unknown" if the notes do not say, and null if nothing was asked.'
         ),
         "examples": [
             "User: \"I've been vegetarian since January, by the way, and today I'm in a terrible "

@@ -1,0 +1,1 @@
+"""CORTEX: one resident student with an adapter per domain."""

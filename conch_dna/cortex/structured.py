@@ -1,0 +1,350 @@
+"""Answers as JSON objects: found in a model's text, checked against a schema, asked for again.
+
+It knows no model and no domain, and corrects nothing: what is not exactly one valid object is a
+list of problems in words. To word another schema keyword: a branch in `_in_words`.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from conch_dna.errors import ConchError
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+
+# Deeper than any answer; Python's own limit would end in a RecursionError.
+MAX_DEPTH = 64
+# So many problems stand in the message that asks for a repair; of more their number.
+MAX_PROBLEMS = 8
+THOUGHT_END = "</think>"
+NO_OBJECT = "there is no JSON object in the answer"
+
+_KINDS = {
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a model's text holds.
+
+    Attributes:
+        value: The object; None where there is none, or more than one. With problems it is as the
+            model wrote it, and not valid.
+        problems: What is wrong, each in words; empty for a valid answer.
+        raw: The whole text.
+    """
+
+    value: dict[str, Any] | None
+    problems: list[str]
+    raw: str
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is exactly one object, and it keeps to the schema."""
+        return not self.problems
+
+
+def parse_answer(text: str, schema: Mapping[str, Any]) -> Parsed:
+    """Find the one JSON object of an answer and hold it against a schema.
+
+    The object may stand bare, in a code fence or within other text; what a reasoning model
+    thinks before `</think>` is no part of the answer. Braces that cannot begin a JSON object
+    (`{x}`) are text. An object that is not JSON stays a problem even where another one is.
+
+    Args:
+        text: The whole answer.
+        schema: A JSON schema that describes an object; without `$schema` of draft 2020-12.
+
+    Returns:
+        The object and what is wrong with it.
+
+    Raises:
+        ConchError: The schema itself is not valid, or refers to what it does not hold.
+
+    >>> parse_answer('Sure: {"a": 1}', {"properties": {"a": {"type": "integer"}}}).value
+    {'a': 1}
+    """
+    found, problems = _read(text)
+    if found is not None and not problems:
+        problems = _schema_problems(found, schema)
+    else:
+        _validator(schema)
+    return Parsed(found, problems, text)
+
+
+def repair_messages(
+    messages: Sequence[Mapping[str, str]],
+    raw: str,
+    problems: Sequence[str],
+    schema: Mapping[str, Any],
+) -> list[dict[str, str]]:
+    """A conversation that goes on with the failed answer and one message that asks for another.
+
+    Args:
+        messages: What led to the answer: role and content of each turn, the last the user's.
+        raw: The answer as the model gave it.
+        problems: What `parse_answer` says of it.
+        schema: What the new answer must keep to; stands in the message as JSON.
+
+    Raises:
+        ValueError: There is no problem, so nothing to repair.
+    """
+    if not problems:
+        raise ValueError("the answer has no problem: there is nothing to repair")
+    listed = [f"- {problem}" for problem in problems[:MAX_PROBLEMS]]
+    if len(problems) > MAX_PROBLEMS:
+        listed.append(f"- and {len(problems) - MAX_PROBLEMS} more")
+    wanted = json.dumps(
+        {key: value for key, value in schema.items() if key != "$schema"}, ensure_ascii=False
+    )
+    request = "\n".join(
+        [
+            "That answer cannot be used:",
+            *listed,
+            "Give the same answer again as one JSON object and nothing else. It must be valid "
+            f"under this JSON schema: {wanted}",
+        ]
+    )
+    return [
+        *(dict(message) for message in messages),
+        {"role": "assistant", "content": raw},
+        {"role": "user", "content": request},
+    ]
+
+
+def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The one object of a text, or what stands in its way."""
+    start = _answer_start(text)
+    if start is None:
+        return None, [f"{NO_OBJECT}: it ends within its <think> part"]
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    prose = ""
+    for begin, end, depth in _regions(text, start):
+        region = text[begin:end]
+        place = _line_and_column(text, begin)
+        like_object = re.match(r'\{\s*["}]', region) is not None
+        try:
+            if depth > MAX_DEPTH:
+                raise _RefusedError(f"it is nested more than {MAX_DEPTH} deep")
+            value = _decode(region)
+        except _RefusedError as refusal:
+            why = str(refusal)
+            if refusal.offset is not None:
+                why += f", at {_line_and_column(text, begin + refusal.offset)}"
+            if like_object:
+                problems.append(f"the object at {place} cannot be read: {why}")
+            elif not prose:
+                prose = f"; the braces at {place} hold none: {why}"
+            continue
+        if text[:begin].rstrip().endswith("["):
+            problems.append(f"the object at {place} stands in a list; it must stand alone")
+        found.append(value)
+    if not found and not problems:
+        problems.append(NO_OBJECT + prose)
+    elif len(found) > 1:
+        problems.append(f"there are {len(found)} JSON objects in the answer instead of one")
+    return (found[0] if len(found) == 1 else None), problems
+
+
+def _answer_start(text: str) -> int | None:
+    """Where the answer begins behind a model's thoughts; None if they never end.
+
+    Some chat templates write the opening `<think>` themselves, so that only its end is here.
+    """
+    beginning = text.lstrip()
+    if beginning.startswith(("{", "```")):
+        return 0
+    end = text.find(THOUGHT_END)
+    if end < 0:
+        return None if beginning.startswith("<think>") else 0
+    return end + len(THOUGHT_END)
+
+
+def _regions(text: str, start: int) -> Iterator[tuple[int, int, int]]:
+    """Each outermost pair of braces: where it begins and ends, and how deep it is nested.
+
+    One that is never closed reaches to the end: what stands inside is no answer of its own.
+    """
+    while (begin := text.find("{", start)) >= 0:
+        depth = deepest = 0
+        in_text = escaped = False
+        start = len(text)
+        for place in range(begin, len(text)):
+            sign = text[place]
+            if in_text:
+                in_text = escaped or sign != '"'
+                escaped = sign == "\\" and not escaped
+            elif sign == '"':
+                in_text = True
+            elif sign in "{[":
+                depth += 1
+                deepest = max(deepest, depth)
+            elif sign in "}]":
+                depth -= 1
+                if depth == 0:
+                    start = place + 1
+                    break
+        yield begin, start, deepest
+
+
+class _RefusedError(Exception):
+    """Why a text is not one JSON object, and after how many characters of it, if that is known."""
+
+    def __init__(self, reason: str, offset: int | None = None):
+        super().__init__(reason)
+        self.offset = offset
+
+
+def _decode(region: str) -> dict[str, Any]:
+    """One JSON object as RFC 8259 has it, without duplicate keys, NaN or infinities."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) < len(items):
+            twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
+            raise _RefusedError(f"the key {_quoted(twice)} stands in it more than once")
+        return value
+
+    def constant(name: str) -> Any:
+        raise _RefusedError(f"{name} is no JSON number")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise _RefusedError(f"the number {digits} is too large")
+        return value
+
+    try:
+        value: dict[str, Any] = json.loads(
+            region, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+        )
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        if error.pos >= len(region.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise _RefusedError("it ends before its last brace is closed", len(region)) from None
+        raise _RefusedError(error.msg.removesuffix(" at"), error.pos) from None
+    except UnicodeEncodeError:
+        raise _RefusedError("it holds half of a surrogate pair") from None
+    except ValueError as error:
+        # Python refuses whole numbers of more than some thousand digits.
+        raise _RefusedError("it holds a whole number that is too long") from error
+    return value
+
+
+def _line_and_column(text: str, offset: int) -> str:
+    line = text.count("\n", 0, offset) + 1
+    return f"line {line}, column {offset - (text.rfind(chr(10), 0, offset) + 1) + 1}"
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """A validator that fetches nothing.
+
+    Raises:
+        ConchError: The schema is not valid.
+    """
+    return _validator_of(json.dumps(schema))
+
+
+@lru_cache(maxsize=64)
+def _validator_of(text: str) -> Any:
+    # Checking a schema takes ten times as long as checking an answer.
+    from jsonschema import Draft202012Validator, SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    schema = json.loads(text)
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ConchError(
+            f"the answers' JSON schema is not valid at {error.json_path}: {error.message}; "
+            "correct the schema"
+        ) from error
+    return kind(schema, registry=Registry())
+
+
+def _schema_problems(value: dict[str, Any], schema: Mapping[str, Any]) -> list[str]:
+    from referencing.exceptions import Unresolvable
+
+    try:
+        errors = list(_validator(schema).iter_errors(value))
+    except Unresolvable as error:
+        raise ConchError(
+            f"the answers' JSON schema refers to {error.ref!r}, which it does not hold: write that "
+            "part into the schema"
+        ) from error
+    return list(dict.fromkeys(_in_words(error) for error in errors))
+
+
+def _in_words(error: "ValidationError") -> str:
+    """One problem as a person would say it."""
+    path = list(error.absolute_path)
+    place, given, bound = _place(path), error.instance, error.validator_value
+    keyword = error.validator
+    if keyword == "required":
+        # There is one error for each missing key; all of them get these words, which stand once.
+        return f"{place} lacks {_quoted(key for key in bound if key not in given)}"
+    if keyword == "additionalProperties" and bound is False:
+        extra = [key for key in given if key not in error.schema.get("properties", {})]
+        return f"{place} must not have {_quoted(extra)}"
+    if keyword == "type":
+        kinds = [bound] if isinstance(bound, str) else bound
+        wanted = " or ".join(_KINDS[kind] for kind in kinds)
+        return f"{place} must be {wanted}, and is {_kind(given)}"
+    if keyword == "enum":
+        wanted = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in bound)
+        return f"{place} must be one of {wanted}, and is {json.dumps(given, ensure_ascii=False)}"
+    if keyword == "pattern" and isinstance(given, str) and not given.strip():
+        return f"{place} is blank"
+    if keyword == "minItems":
+        return f"{place} needs at least {bound} items, and has {len(given)}"
+    if keyword == "maxItems":
+        return f"{place} may have at most {bound} items, and has {len(given)}"
+    if keyword == "minimum":
+        return f"{place} must be at least {bound}, and is {given}"
+    if keyword == "maximum":
+        return f"{place} must be at most {bound}, and is {given}"
+    if keyword == "uniqueItems":
+        return f"{place} holds the same item more than once"
+    return f"{place}: {error.message}"
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """`"do" in item 2 of "steps"` for ["steps", 1, "do"]; items are counted from 1."""
+    words = ""
+    for part in path:
+        if isinstance(part, int):
+            words = f"item {part + 1} of {words or 'the list'}"
+        else:
+            words = json.dumps(part, ensure_ascii=False) + (f" in {words}" if words else "")
+    return words or "the object"
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    return ", ".join(json.dumps(key, ensure_ascii=False) for key in keys)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    for kind, name in ((str, "string"), (int, "integer"), (float, "number"), (list, "array")):
+        if isinstance(value, kind):
+            return _KINDS[name]
+    return _KINDS["object"]
