@@ -1,4 +1,4 @@
-"""Figures of merit: perplexity, agreement, the share of a gap closed, intervals of differences.
+"""Figures of merit: perplexity, agreement, closed gaps, intervals of differences, calibration.
 
 Knows nothing of models or files; everything here is plain arithmetic on numbers.
 To add a metric: a function here, its column in `training/evaluation.py`, its case in the test.
@@ -145,3 +145,85 @@ def paired_interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often answers that are about equally sure are right, in bins from unsure to sure.
+
+    Attributes:
+        confidence: Mean confidence of each bin.
+        outcome: Mean outcome of each bin.
+        count: How many answers each bin holds; none is empty.
+    """
+
+    confidence: tuple[float, ...]
+    outcome: tuple[float, ...]
+    count: tuple[int, ...]
+
+
+def reliability(confidence: np.ndarray, outcome: np.ndarray, *, bins: int = 10) -> Reliability:
+    """Bins of about equal numbers of answers, by confidence.
+
+    Answers of the same confidence share a bin, so the order of the answers plays no part.
+
+    Args:
+        confidence: `[n]`, in [0, 1].
+        outcome: `[n]`, in [0, 1]: 1 for right, or the share that is right.
+        bins: How many at most.
+
+    Raises:
+        ValueError: Nothing to bin, different lengths, or values outside of [0, 1].
+    """
+    confidence = np.asarray(confidence, dtype=np.float64)
+    outcome = np.asarray(outcome, dtype=np.float64)
+    if confidence.ndim != 1 or confidence.shape != outcome.shape or not len(confidence):
+        raise ValueError(
+            f"confidences {confidence.shape} and outcomes {outcome.shape} must be two lists of the "
+            "same length, and not empty"
+        )
+    for name, values in (("confidences", confidence), ("outcomes", outcome)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"{name} must be numbers from 0 to 1")
+    if bins < 1:
+        raise ValueError(f"bins {bins} must be 1 or more")
+    _, which, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    # The middle of equal confidences in the order of all decides on their bin.
+    middle = (np.cumsum(counts) - counts / 2) / len(confidence)
+    place = np.minimum((middle * bins).astype(int), bins - 1)[which]
+    size = np.bincount(place, minlength=bins)
+    filled = size > 0
+    means = (
+        np.bincount(place, weights=values, minlength=bins)[filled] / size[filled]
+        for values in (confidence, outcome)
+    )
+    sure, right = (tuple(float(value) for value in mean) for mean in means)
+    return Reliability(sure, right, tuple(int(count) for count in size[filled]))
+
+
+def expected_calibration_error(
+    confidence: np.ndarray, outcome: np.ndarray, *, bins: int = 10
+) -> float:
+    """Mean distance between confidence and outcome, over bins of about equal numbers of answers.
+
+    `ECE = sum over bins of n_b / n · |mean confidence − mean outcome|` (Naeini et al. 2015; bins
+    of equal mass: Nguyen and O'Connor 2015). It is biased upwards where bins hold few answers.
+
+    Args:
+        confidence: `[n]`, in [0, 1].
+        outcome: `[n]`, in [0, 1].
+        bins: How many at most.
+
+    Returns:
+        In [0, 1]; 0 where every bin is as right as it is sure.
+
+    Raises:
+        ValueError: See `reliability`.
+
+    >>> sure, right = np.array([0.75, 0.75, 0.5, 0.5]), np.array([1, 1, 1, 0])
+    >>> expected_calibration_error(sure, right, bins=2)
+    0.125
+    """
+    found = reliability(confidence, outcome, bins=bins)
+    gaps = np.abs(np.array(found.confidence) - np.array(found.outcome))
+    return float(np.average(gaps, weights=found.count))

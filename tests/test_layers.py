@@ -29,6 +29,7 @@ FLOORS = {
     "language_model": 2,
     "command_parts": 3,
     "cortex.structured": 1,
+    "cortex.confidence": 3,
     "ego.settings": 3,
     "ego.endpoint": 4,
     "ego.scoring": 5,

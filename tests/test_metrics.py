@@ -3,9 +3,21 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as numpy_arrays
 
-from conch_dna.metrics import TokenMetrics, closed_gap, gap_closed, perplexity, token_metrics
+from conch_dna.metrics import (
+    TokenMetrics,
+    closed_gap,
+    expected_calibration_error,
+    gap_closed,
+    perplexity,
+    reliability,
+    token_metrics,
+)
 
 
 def test_sums_are_divided_by_the_tokens() -> None:
@@ -89,3 +101,76 @@ def test_the_gap_is_that_of_chunks_where_no_token_can_be_compared(
     before: dict[str, float], after: dict[str, float], closed: float | None
 ) -> None:
     assert closed_gap(before, after) == (None if closed is None else pytest.approx(closed))
+
+
+class TestCalibrationError:
+    shares = st.floats(0, 1)
+    pairs = st.integers(1, 40).flatmap(
+        lambda n: st.tuples(
+            numpy_arrays(np.float64, n, elements=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.99, 1.0])),
+            numpy_arrays(np.float64, n, elements=st.floats(0, 1)),
+        )
+    )
+
+    def test_equal_bins_by_hand(self) -> None:
+        """Bins {0.1, 0.2}, {0.6, 0.8}, {0.9, 1.0} with outcomes {0, 1}, {1, 1}, {1, 0}."""
+        sure = np.array([0.9, 0.1, 0.6, 0.2, 1.0, 0.8])
+        right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+        found = reliability(sure, right, bins=3)
+        assert found.confidence == pytest.approx((0.15, 0.7, 0.95))
+        assert found.outcome == pytest.approx((0.5, 1.0, 0.5))
+        assert found.count == (2, 2, 2)
+        error = expected_calibration_error(sure, right, bins=3)
+        assert error == pytest.approx((0.35 + 0.3 + 0.45) / 3)
+
+    def test_bins_are_weighted_by_what_they_hold(self) -> None:
+        sure = np.array([0.2] * 3 + [0.8])
+        right = np.array([1.0, 0.0, 0.0, 1.0])
+        assert reliability(sure, right, bins=2).count == (3, 1)
+        error = expected_calibration_error(sure, right, bins=2)
+        assert error == pytest.approx((3 * (1 / 3 - 0.2) + 0.2) / 4)
+
+    def test_equal_confidences_lie_where_their_middle_does(self) -> None:
+        """Six of eight are alike; the middle of them is the fifth of the eight, so behind half."""
+        sure = np.array([0.1] * 2 + [0.5] * 6)
+        assert reliability(sure, sure, bins=2).count == (2, 6)
+
+    @given(pairs, st.integers(1, 12))
+    def test_equal_confidences_share_a_bin_and_the_order_plays_no_part(self, pair, bins):
+        sure, right = pair
+        found = reliability(sure, right, bins=bins)
+        assert sum(found.count) == len(sure) and min(found.count) > 0
+        assert len(found.count) <= min(bins, len(set(sure)))
+        assert list(found.confidence) == sorted(found.confidence)
+        assert np.dot(found.count, found.outcome) == pytest.approx(right.sum())
+        error = expected_calibration_error(sure, right, bins=bins)
+        assert -1e-12 <= error <= 1 + 1e-12
+        order = np.random.default_rng(0).permutation(len(sure))
+        again = expected_calibration_error(sure[order], right[order], bins=bins)
+        assert again == pytest.approx(error, abs=1e-12)
+        # More cannot be found than the mean distance of single answers, nor less than that of all.
+        assert error <= np.abs(sure - right).mean() + 1e-12
+        assert error >= abs(sure.mean() - right.mean()) - 1e-12
+
+    @given(numpy_arrays(np.float64, 30, elements=shares))
+    def test_who_is_as_right_as_sure_has_none(self, sure):
+        assert expected_calibration_error(sure, sure) == pytest.approx(0, abs=1e-12)
+
+    def test_bins_hold_equal_numbers_where_confidences_differ(self) -> None:
+        sure = np.random.default_rng(0).random(100) ** 4
+        assert reliability(sure, sure).count == (10,) * 10
+
+    @pytest.mark.parametrize(
+        ("sure", "right", "bins", "words"),
+        [
+            ([], [], 10, "not empty"),
+            ([0.5], [0.5, 0.5], 10, "two lists of the same length"),
+            ([[0.5]], [[0.5]], 10, "two lists"),
+            ([math.nan], [1.0], 10, "confidences must be numbers from 0 to 1"),
+            ([0.5], [1.1], 10, "outcomes must be numbers from 0 to 1"),
+            ([0.5], [1.0], 0, "bins 0 must be 1 or more"),
+        ],
+    )
+    def test_what_cannot_be_binned(self, sure, right, bins, words) -> None:
+        with pytest.raises(ValueError, match=words):
+            expected_calibration_error(np.array(sure), np.array(right), bins=bins)
