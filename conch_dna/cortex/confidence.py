@@ -417,13 +417,15 @@ def draw_risk_coverage(
     FigureCanvasAgg(figure)
     left, *more = figure.subplots(1, panels, squeeze=False)[0]
     for name, curve in curves.items():
-        left.plot(curve.coverage, curve.risk, ".-", label=f"{name} (area {curve.area:.3f})")
+        left.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})")
     left.set(xlabel="coverage: share that the neuron answers", ylabel="risk: disagreement with EGO")
     left.set(xlim=(0, 1.02), ylim=(0, None))
     for axes in more:
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
         for name, found in (reliabilities or {}).items():
-            axes.plot(found.confidence, found.outcome, "o-", markersize=4, label=name)
+            # A bin of one answer must not look like one of fifty.
+            sizes = [50 * count / max(found.count) for count in found.count]
+            axes.scatter(found.confidence, found.outcome, s=sizes, alpha=0.7, label=name)
         axes.set(xlabel="confidence", ylabel="agreement with EGO", xlim=(0, 1), ylim=(0, 1))
         axes.set_aspect("equal")
     for axes in (left, *more):
