@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import conch_dna  # noqa: F401  (loads OpenBLAS before anything imports mlx)
 from models import SHARED, keep_layers, make_model_folder
+
+# No test may fail because a machine is busy.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # A shell ignores Ctrl-C in what it starts in the background, and everything below inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
