@@ -30,6 +30,8 @@ FLOORS = {
     "command_parts": 3,
     "cortex.structured": 1,
     "cortex.confidence": 3,
+    "cortex.adapter_modules": 4,
+    "cortex.adapter_bank": 5,
     "ego.settings": 3,
     "ego.endpoint": 4,
     "ego.scoring": 5,
@@ -141,7 +143,7 @@ FLOORS = {
 # These name or start other modules, and nothing imports from them but the version.
 EXEMPT = {"", "__main__", "generations.__main__", "sedimentation.__main__"}
 # Each may use the modules at the top of the package and training's lower floors, not each other.
-WINGS = {"generations", "sedimentation"}
+WINGS = {"cortex", "generations", "sedimentation"}
 # Slow to import, or not there on every machine.
 HEAVY = {
     "Stemmer",
