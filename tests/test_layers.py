@@ -32,6 +32,7 @@ FLOORS = {
     "cortex.confidence": 3,
     "cortex.adapter_modules": 4,
     "cortex.adapter_bank": 5,
+    "cortex.routing": 6,
     "ego.settings": 3,
     "ego.endpoint": 4,
     "ego.scoring": 5,
