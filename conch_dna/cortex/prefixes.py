@@ -1,0 +1,72 @@
+"""Prompt caches of beginnings that many prompts share, the least recently used dropped first.
+
+Knows mlx_lm's prompt caches and module trees; nothing of domains' meaning or of batches. It is
+never asked for less than a whole kept beginning, so no kind of cache has to be cut.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+STEP = 2048
+
+_Key = tuple[str | None, tuple[int, ...]]
+
+
+class PrefixCaches:
+    """Computed once for each owner, version and beginning.
+
+    Args:
+        max_bytes: Most memory of what is kept; a larger one is computed and not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.computed = 0
+        # Holds the tree, so that another version is another object.
+        self._kept: OrderedDict[_Key, tuple[nn.Module, list[Any], int]] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return sum(size for _, _, size in self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, owner: str | None, tree: nn.Module, prefix: Sequence[int]) -> list[Any]:
+        """A prompt cache of the beginning that the caller may change.
+
+        Args:
+            owner: Whose it is, see `forget`.
+            tree: The model that computes it; another one than before is another version.
+            prefix: Token ids, at least one.
+        """
+        key = (owner, tuple(prefix))
+        found = self._kept.get(key)
+        if found is None or found[0] is not tree:
+            found = self._compute(tree, prefix)
+            self._kept[key] = found
+        self._kept.move_to_end(key)
+        while self._kept and self.nbytes > self.max_bytes:
+            self._kept.popitem(last=False)
+        return copy.deepcopy(found[1])
+
+    def forget(self, owner: str | None) -> None:
+        """Drop all that was kept for an owner."""
+        for key in [key for key in self._kept if key[0] == owner]:
+            del self._kept[key]
+
+    def _compute(self, tree: nn.Module, prefix: Sequence[int]) -> tuple[nn.Module, list[Any], int]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = make_prompt_cache(tree)
+        for start in range(0, len(prefix), STEP):
+            tree(mx.array([list(prefix[start : start + STEP])]), cache=cache)
+            mx.eval([entry.state for entry in cache])
+        self.computed += 1
+        return tree, cache, sum(entry.nbytes for entry in cache)
