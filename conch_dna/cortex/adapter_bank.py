@@ -10,7 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from conch_dna.cortex.adapter_modules import Adapter, SharedTree, read_adapter
+from conch_dna.cortex.adapter_modules import Adapter, read_adapter
+from conch_dna.cortex.shared_tree import SharedTree
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, named_arrays
 from conch_dna.training.adapters import adapter_tensors
