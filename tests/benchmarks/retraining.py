@@ -40,6 +40,7 @@ OLD = 400
 DOMAIN = "stories"
 PLACES: dict[str, dict[str, Any]] = {
     "EGO first": {},
+    "EGO first at temperature 1": {"temperature": 1.0},
     "EGO second": {"first_teacher": "", "second_teacher": "EGO"},
     "no EGO": {"first_teacher": "", "second_teacher": ""},
 }
@@ -54,6 +55,8 @@ class Placed(TrainingPipeline):
         inner = super()._retraining(domain)
         settings = inner.settings
         changes = {n: self.ego if v == "EGO" else v for n, v in self.place.items()}
+        if (temperature := changes.pop("temperature", None)) is not None:
+            changes["training"] = replace(settings.training, temperature=temperature)
         inner.__class__ = type("Placed", (type(inner),), {"settings": replace(settings, **changes)})
         return inner
 
@@ -95,7 +98,8 @@ def figures(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Retraining from recorded corrections.")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--old-steps", type=int, default=200, help="of the distillation before")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--corrections", type=int, default=150)
     parser.add_argument("--place", action="append", choices=list(PLACES))
     arguments = parser.parse_args()
@@ -106,7 +110,9 @@ def main() -> None:
         whole = str(shared_data() / "models" / "stories260K")
         cut = str(keep_layers(Path(whole), folder / "cut", [0, 2, 4]))
         config = replace(
-            settings_of(0, arguments.steps, folder / "adapters"), learning_rate=1e-3, max_tokens=48
+            settings_of(0, arguments.old_steps, folder / "adapters"),
+            learning_rate=1e-3,
+            max_tokens=48,
         )
         old = short_stories(OLD)
         TrueKnowledgeDistiller(whole, cut, config).distill_domain(DOMAIN, data=old)
@@ -122,8 +128,9 @@ def main() -> None:
         for place in arguments.place or list(PLACES):
             adapters = folder / place.replace(" ", "-")
             shutil.copytree(folder / "adapters", adapters)
+            training = replace(config, num_iters=arguments.steps, steps_per_eval=10)
             pipeline = Placed(
-                adapters, cut, ego=whole, config=EvolveConfig(training=config, measured=40)
+                adapters, cut, ego=whole, config=EvolveConfig(training=training, measured=40)
             )
             pipeline.place = PLACES[place]
             start = time.monotonic()
