@@ -31,6 +31,7 @@ from conch_dna.training.evaluation import heldout_metrics
 from conch_dna.training.examples import Examples
 from conch_dna.training.pipeline import TrainingPipeline
 from conch_dna.training.records import prompt_ids, read_records
+from conch_dna.training.retraining import Retraining
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from generations import settings_of, texts_of
@@ -41,24 +42,33 @@ DOMAIN = "stories"
 PLACES: dict[str, dict[str, Any]] = {
     "EGO first": {},
     "EGO first at temperature 1": {"temperature": 1.0},
+    "EGO first, half replayed": {"replay_share": 0.5},
+    "no EGO, half replayed": {"first_teacher": "", "second_teacher": "", "replay_share": 0.5},
     "EGO second": {"first_teacher": "", "second_teacher": "EGO"},
     "no EGO": {"first_teacher": "", "second_teacher": ""},
 }
 
 
-class Placed(TrainingPipeline):
-    """A pipeline whose EGO teaches in another place."""
+class Placed(Retraining):
+    """A retraining whose EGO teaches in another place."""
 
     place: ClassVar[dict[str, Any]] = {}
 
-    def _retraining(self, domain: str) -> Any:
-        inner = super()._retraining(domain)
-        settings = inner.settings
+    @property
+    def settings(self) -> EvolveConfig:
+        """Those of a retraining, changed."""
+        found = super().settings
         changes = {n: self.ego if v == "EGO" else v for n, v in self.place.items()}
         if (temperature := changes.pop("temperature", None)) is not None:
-            changes["training"] = replace(settings.training, temperature=temperature)
-        inner.__class__ = type("Placed", (type(inner),), {"settings": replace(settings, **changes)})
-        return inner
+            changes["training"] = replace(found.training, temperature=temperature)
+        return replace(found, **changes)
+
+
+class PlacedPipeline(TrainingPipeline):
+    """A pipeline of such retrainings."""
+
+    def _retraining(self, domain: str) -> Retraining:
+        return Placed(self.adapters_dir, domain, self._base, ego=self.ego, config=self.config)
 
 
 def openings_of_questions(count: int) -> list[str]:
@@ -129,10 +139,10 @@ def main() -> None:
             adapters = folder / place.replace(" ", "-")
             shutil.copytree(folder / "adapters", adapters)
             training = replace(config, num_iters=arguments.steps, steps_per_eval=10)
-            pipeline = Placed(
+            pipeline = PlacedPipeline(
                 adapters, cut, ego=whole, config=EvolveConfig(training=training, measured=40)
             )
-            pipeline.place = PLACES[place]
+            Placed.place = PLACES[place]
             start = time.monotonic()
             for prompt, answer, record in zip(prompts, answers, better, strict=True):
                 pipeline.record_correction(

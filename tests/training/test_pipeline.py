@@ -17,7 +17,7 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.experience import Experience
 from conch_dna.training.lessons import EXPERIENCE, conversation, lessons_of
 from conch_dna.training.pipeline import RetrainResult, TrainingPipeline, active_adapter
-from conch_dna.training.retraining import taught_by
+from conch_dna.training.retraining import Retraining, taught_by
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import make_model_folder
@@ -249,6 +249,31 @@ def test_an_interrupted_retraining_goes_on_with_what_it_began_with(
     files = [each.path / "adapters.safetensors" for each in (expected, result)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert stopped.should_retrain(DOMAIN).counts["lessons"] == 5
+
+
+def test_killed_when_all_was_done_but_to_say_so_it_is_done(
+    distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipeline_in(tmp_path / "adapters", distilled, config=QUICK)
+    recorded(pipeline, sums(1, 20))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any, **more: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Retraining, "_finish", killed)
+        with pytest.raises(Killed):
+            pipeline.retrain(DOMAIN)
+    advice = pipeline.should_retrain(DOMAIN)
+    assert not advice.retrain and advice.counts["used"] == 20
+    again = pipeline.retrain(DOMAIN, resume=True)
+    assert (again.version, again.experiences, again.promoted) == ("G001", 20, True)
+    assert pipeline.line(DOMAIN).generations() == ["G000", "G001"]
+    recorded(pipeline, sums(2, 20))
+    assert pipeline.retrain(DOMAIN).version == "G002"
 
 
 def test_two_retrainings_at_once_are_one(distilled: Path, tmp_path: Path) -> None:
