@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig
@@ -30,9 +31,9 @@ from conch_dna.training.retraining import (
 __all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter", "ego_id"]
 
 
-def ego_id(ego: str | None) -> str:
+def ego_id(ego: EgoModel | str | None) -> str:
     """What EGO is called: a model's id or folder, or an address; empty where there is none."""
-    return ego or ""
+    return ego.config.model if isinstance(ego, EgoModel) else ego or ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class TrainingPipeline:
         adapters_dir: Path,
         student: str,
         *,
-        ego: str | None = None,
+        ego: EgoModel | str | None = None,
         config: EvolveConfig | None = None,
         min_new: int = 50,
         max_records: int = 10_000,

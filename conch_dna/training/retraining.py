@@ -15,7 +15,7 @@ from conch_dna.checkpoints import DIGESTS, FolderLock, numbered_folders, verify_
 from conch_dna.digests import file_digest
 from conch_dna.errors import ConchError
 from conch_dna.generations.evolve import WORK, train_generation_with_teachers
-from conch_dna.generations.line import Line
+from conch_dna.generations.line import HEAD_FILE, Line
 from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.material import (
     DATA_FILE,
@@ -59,6 +59,18 @@ def line_of(adapters_dir: Path, domain: str) -> Line:
 def distilled_adapter(adapters_dir: Path, domain: str) -> Path:
     """Where `distill` leaves a domain's adapter."""
     return get_kd_adapter_path(domain, KDConfig(output_dir=str(adapters_dir)))
+
+
+def known_domains(adapters_dir: Path) -> list[str]:
+    """Domains with an adapter, distilled or retrained, in the order of their names."""
+    distilled = [
+        path.name
+        for path in adapters_dir.glob("*")
+        if path.name not in (LINES, EXPERIENCE_FOLDER)
+        and (distilled_adapter(adapters_dir, path.name) / ADAPTER_FILE).is_file()
+    ]
+    retrained = [path.parent.name for path in (adapters_dir / LINES).glob(f"*/{HEAD_FILE}")]
+    return sorted({*distilled, *retrained})
 
 
 def active_adapter(adapters_dir: Path, domain: str) -> Path:

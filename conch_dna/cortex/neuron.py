@@ -1,0 +1,427 @@
+"""CORTEX: one resident student, a neuron for each domain, and EGO for what they are unsure of.
+
+Knows folders of adapters, the engine that answers, and EGO; how a question becomes an answer is in
+turn.py. To give neurons another ability: a method of `Neuron`, made of turns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from conch_dna.cortex.adapter_bank import AdapterBank
+from conch_dna.cortex.batching import AnswerEngine
+from conch_dna.cortex.confidence import load_calibration
+from conch_dna.cortex.turn import Answer, AskOptions, Domain, Turn
+from conch_dna.ego.model import EgoModel
+from conch_dna.ego.settings import EgoConfig
+from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.language_model import ModelSource
+from conch_dna.training.adapters import ADAPTER_CONFIG
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.pipeline import TrainingPipeline
+from conch_dna.training.records import Prompt
+from conch_dna.training.retraining import active_adapter, adapter_config, known_domains
+from conch_dna.training.schemas import DOMAIN_SCHEMAS
+
+EGO = "ego"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A part of a streamed answer.
+
+    Attributes:
+        text: What is new of it; final, so that it can be shown.
+        answer: With the last part, the whole.
+    """
+
+    text: str
+    answer: Answer | None = None
+
+
+class CortexSuite:
+    """The neurons of a folder of adapters on one student in memory. For one thread.
+
+    Args:
+        adapters_dir: As `distill` and retraining leave it.
+        student: The base of all adapters; that which the first one names where None.
+        ego: Who answers what neurons are not sure of: a model's id, its settings, or EGO itself;
+            nobody where None. It is loaded when it is first needed.
+        domains: Which; all that have an adapter where None.
+        pipeline: Remembers what was handed over; nothing is remembered where None.
+        max_batch: Most requests that are computed at once.
+        trust_remote_code: Let Python code that comes with the student run.
+
+    Attributes:
+        bank: The adapters in memory.
+        engine: What answers.
+        notes: What is to be known of the neurons, such as a calibration of another adapter.
+
+    Raises:
+        ConchError: There is no adapter, one belongs to another student, or a model cannot be
+            loaded.
+    """
+
+    def __init__(
+        self,
+        adapters_dir: Path,
+        student: str | None = None,
+        *,
+        ego: EgoModel | EgoConfig | str | None = None,
+        domains: Sequence[str] | None = None,
+        pipeline: TrainingPipeline | None = None,
+        max_batch: int = 32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.adapters_dir = Path(adapters_dir).expanduser()
+        if isinstance(ego, str):
+            ego = EgoConfig(model=ego, trust_remote_code=trust_remote_code)
+        self.ego = EgoModel(ego) if isinstance(ego, EgoConfig) else ego
+        self.pipeline = pipeline
+        self.notes: list[str] = []
+        self._wanted = list(domains) if domains is not None else None
+        found = self._found()
+        if not found:
+            raise ConchError(
+                f"{self.adapters_dir} holds no adapter: make one with 'conch-dna distill --domain "
+                "thinking', or name another folder of adapters"
+            )
+        student = student or _student_of(next(iter(found.values())))
+        self.source = ModelSource(student, trust_remote_code=trust_remote_code)
+        self.base = self.source.load()
+        self.bank = AdapterBank(self.base)
+        self.engine = AnswerEngine(self.bank, max_batch=max_batch)
+        self._folders: dict[str, Path] = {}
+        self._domains: dict[str, Domain] = {}
+        self.reload()
+
+    def _found(self) -> dict[str, Path]:
+        """Where the active adapter of each domain lies."""
+        names = known_domains(self.adapters_dir) if self._wanted is None else self._wanted
+        return {name: active_adapter(self.adapters_dir, name) for name in names}
+
+    def reload(self) -> list[str]:
+        """Take in adapters that are new or have another active version, and calibrations.
+
+        Requests under way are finished by the adapter that they began with.
+
+        Returns:
+            The domains whose adapter is another now.
+
+        Raises:
+            ConchError: One is not whole, or belongs to another student; the others are taken in.
+        """
+        changed, problems = [], []
+        for name, folder in self._found().items():
+            if self._folders.get(name) == folder:
+                continue
+            try:
+                (self.bank.replace if name in self._folders else self.bank.add)(name, folder)
+            except ConchError as error:
+                problems.append(str(error))
+                continue
+            self.engine.forget_prefixes(name)
+            self._folders[name] = folder
+            changed.append(name)
+        self.notes = []
+        self._domains = {name: self._domain(name) for name in self._folders}
+        if problems:
+            raise ConchError("; ".join(problems))
+        return changed
+
+    def _domain(self, name: str) -> Domain:
+        known = DOMAIN_PROMPTS.get(name)
+        return Domain(
+            name,
+            self.source.tokenizer,
+            system=known["system"] if known else "",
+            schema=DOMAIN_SCHEMAS.get(name),
+            calibration=load_calibration(
+                self.adapters_dir, name, self.bank.digest_of(name), report=self.notes.append
+            ),
+        )
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the neurons."""
+        return list(self._domains)
+
+    def folder(self, domain: str) -> Path:
+        """Where a domain's active adapter lies."""
+        self.domain(domain)
+        return self._folders[domain]
+
+    def domain(self, name: str) -> Domain:
+        """What a neuron knows.
+
+        Raises:
+            ConchError: There is none of that name.
+        """
+        if name not in self._domains:
+            raise ConchError(
+                f"there is no neuron {name!r} in {self.adapters_dir}: there is "
+                f"{', '.join(self._domains)}; make one with 'conch-dna distill --domain {name}'"
+            )
+        return self._domains[name]
+
+    def __getitem__(self, name: str) -> "Neuron":
+        self.domain(name)
+        return Neuron(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.domains)
+
+    def __len__(self) -> int:
+        return len(self._domains)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._domains
+
+    # Questions
+
+    def turn(self, domain: str, prompt: Prompt, options: AskOptions) -> Turn:
+        """A question to a neuron, for whoever drives the engine; see `Turn`."""
+        return Turn(self.domain(domain), prompt, options, has_ego=self.ego is not None)
+
+    def ask(self, domain: str, prompt: Prompt, **options: Any) -> Answer:
+        """The answer to one question; see `ask_many`."""
+        return self.ask_many([(domain, prompt)], **options)[0]
+
+    def ask_many(self, asked: Sequence[tuple[str, Prompt]], **options: Any) -> list[Answer]:
+        """Answer questions of any domains together.
+
+        Args:
+            asked: Domain and prompt of each: a text, or a conversation of messages with role and
+                content that waits for its answer.
+            **options: Of all; see `AskOptions`.
+
+        Returns:
+            The answers in the order of the questions.
+
+        Raises:
+            ConchError: A domain is missing, a prompt is none or longer than the context, or an
+                option is out of its range; nothing is answered then.
+            EgoUnavailableError: EGO was asked for by name and is not there.
+        """
+        chosen = AskOptions(**options)
+        turns = [self.turn(domain, prompt, chosen) for domain, prompt in asked]
+        for turn in turns:
+            if turn.request is not None:
+                self.engine.check(turn.request)
+        for _ in self._driven(turns):
+            pass
+        return [turn.answer for turn in turns if turn.answer is not None]
+
+    def stream(self, domain: str, prompt: Prompt, **options: Any) -> Iterator[Delta]:
+        """Parts of one answer as they become certain; see `Turn.streams`.
+
+        The engine answers nothing else meanwhile. Not read to its end, the rest is not computed.
+
+        Raises:
+            ConchError: See `ask_many`.
+        """
+        turn = self.turn(domain, prompt, AskOptions(**options))
+        if turn.request is not None:
+            self.engine.check(turn.request)
+        return self._streamed(turn)
+
+    def _streamed(self, turn: Turn) -> Iterator[Delta]:
+        for _, text in self._driven([turn]):
+            if text and turn.streams:
+                yield Delta(text)
+        assert turn.answer is not None
+        yield Delta("" if turn.streams else turn.answer.text, turn.answer)
+
+    def _driven(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, str]]:
+        """Run turns to their answers, and give every piece of text with its turn."""
+        under_way: dict[int, Turn] = {}
+        try:
+            for turn in turns:
+                self._submit(turn, under_way)
+            while under_way:
+                for piece in self.engine.step():
+                    turn = under_way[piece.uid]
+                    text = turn.add(piece)
+                    if piece.finish_reason is not None:
+                        del under_way[piece.uid]
+                        self._submit(turn, under_way)
+                    yield turn, text
+        finally:
+            for uid in under_way:
+                self.engine.cancel(uid)
+        self._hand_over([turn for turn in turns if turn.asks_ego])
+
+    def _submit(self, turn: Turn, under_way: dict[int, Turn]) -> None:
+        if turn.request is None:
+            return
+        try:
+            under_way[self.engine.submit(turn.request)] = turn
+        except ConchError as error:
+            turn.refuse_request(error)
+
+    def _hand_over(self, turns: Sequence[Turn]) -> None:
+        """Let EGO answer what waits for it: those that are drawn alike at once."""
+        alike: dict[tuple[Any, ...], list[Turn]] = {}
+        for turn in turns:
+            alike.setdefault(turn.drawn, []).append(turn)
+        for group in alike.values():
+            self.answer_by_ego(group)
+
+    def answer_by_ego(self, turns: Sequence[Turn]) -> None:
+        """Let EGO answer turns that wait for it and are drawn alike; nothing else is touched.
+
+        Raises:
+            EgoUnavailableError: See `Turn.take_ego`.
+        """
+        assert self.ego is not None
+        options = turns[0].options
+        try:
+            found: Sequence[Any] = self.ego.generate_many(
+                [turn.turns for turn in turns],
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+            )
+        except EgoUnavailableError as error:
+            found = [error] * len(turns)
+        except ConchError as error:
+            # EGO is there and cannot answer this, such as a prompt that is too long for it.
+            found = [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {error}")]
+            found = list(found) * len(turns)
+        for turn, answer in zip(turns, found, strict=True):
+            turn.take_ego(answer)
+            self.remember(turn)
+
+    def remember(self, turn: Turn) -> None:
+        """Keep what was handed over, where there is a pipeline and the neuron had answered."""
+        answer = turn.answer
+        if self.pipeline is None or answer is None or answer.answered_by != EGO or not answer.raw:
+            return
+        self.pipeline.record_fallback(
+            answer.domain,
+            turn.conversation,
+            answer.raw,
+            answer.text,
+            reason=answer.reason,
+            confidence=answer.confidence,
+            finish_reason=answer.finish_reason,
+        )
+
+    # What there is
+
+    def status(self) -> list[dict[str, Any]]:
+        """For each neuron what it is and where it comes from, as JSON can hold."""
+        rows = []
+        for name, domain in self._domains.items():
+            calibration = domain.calibration
+            rows.append(
+                {
+                    "domain": name,
+                    "adapter": str(self._folders[name]),
+                    "digest": self.bank.digest_of(name),
+                    "bytes": self.bank.bytes_of(name),
+                    "structured": domain.schema is not None,
+                    "calibrated": calibration is not None,
+                    "threshold": calibration.threshold if calibration else None,
+                }
+            )
+        return rows
+
+    def close(self) -> None:
+        """Give all memory back, EGO's too."""
+        self.engine.close()
+        self.base.release()
+        if self.ego is not None:
+            self.ego.unload()
+
+    def __enter__(self) -> "CortexSuite":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Neuron:
+    """One domain of a suite; see `CortexSuite`.
+
+    Attributes:
+        domain: Its name.
+    """
+
+    def __init__(self, suite: CortexSuite, domain: str) -> None:
+        self.suite = suite
+        self.domain = domain
+
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
+        """The answer to a question; see `CortexSuite.ask_many`."""
+        return self.suite.ask(self.domain, prompt, **options)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
+        """See `CortexSuite.stream`."""
+        return self.suite.stream(self.domain, prompt, **options)
+
+    def chat(self, **options: Any) -> "Chat":
+        """A conversation, in which earlier turns are known; options are those of `ask`."""
+        return Chat(self, AskOptions(**options))
+
+
+class Chat:
+    """A conversation with a neuron.
+
+    Attributes:
+        neuron: Who answers the next question; may be another one's turn.
+        options: Of every question.
+        messages: What was said so far, without a system prompt.
+    """
+
+    def __init__(self, neuron: Neuron, options: AskOptions) -> None:
+        self.neuron = neuron
+        self.options = options
+        self.messages: list[dict[str, str]] = []
+
+    def say(self, text: str, **changes: Any) -> Iterator[Delta]:
+        """Ask the next question; what is said is part of the conversation when it is whole.
+
+        Raises:
+            ConchError: See `CortexSuite.ask_many`; the conversation is as it was.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        options = replace(self.options, **changes)
+        for delta in self.neuron.stream(asked, **vars(options)):
+            if delta.answer is not None:
+                said = {"role": "assistant", "content": delta.answer.text}
+                self.messages = [*asked, said]
+            yield delta
+
+
+def create_cortex_suite(
+    adapters_dir: Path | str = "models/distilled_neurons",
+    student: str | None = None,
+    **more: Any,
+) -> CortexSuite:
+    """Load a student once, with a neuron for every adapter; see `CortexSuite`.
+
+    Args:
+        adapters_dir: The folder of all domains' folders.
+        student: The base of the adapters.
+        **more: Of `CortexSuite`.
+    """
+    return CortexSuite(Path(adapters_dir), student, **more)
+
+
+def _student_of(folder: Path) -> str:
+    made: Mapping[str, Any] = adapter_config(folder)
+    name = made.get("model")
+    if not isinstance(name, str) or not name:
+        raise ConchError(
+            f"{folder / ADAPTER_CONFIG} does not say which model the adapter is for: name the "
+            "student"
+        )
+    return name
