@@ -297,17 +297,24 @@ class CortexSuite:
     def remember(self, turn: Turn) -> None:
         """Keep what was handed over, where there is a pipeline and the neuron had answered."""
         answer = turn.answer
-        if self.pipeline is None or answer is None or answer.answered_by != EGO or not answer.raw:
+        if self.pipeline is None or answer is None or answer.answered_by != EGO:
             return
-        self.pipeline.record_fallback(
-            answer.domain,
-            turn.conversation,
-            answer.raw,
-            answer.text,
-            reason=answer.reason,
-            confidence=answer.confidence,
-            finish_reason=answer.finish_reason,
-        )
+        if answer.confidence is None or not answer.text:
+            # EGO was asked for, so that the neuron had no chance; or there is nothing to learn.
+            return
+        try:
+            self.pipeline.record_fallback(
+                answer.domain,
+                turn.conversation,
+                answer.raw,
+                answer.text,
+                reason=answer.reason,
+                confidence=answer.confidence,
+                finish_reason=answer.finish_reason,
+            )
+        except ConchError as error:
+            # The answer is there all the same.
+            self.notes.append(f"a hand-over of {answer.domain} is not remembered: {error}")
 
     # What there is
 
