@@ -90,7 +90,8 @@ def save_arrays(
 def _unwritable(path: Path, error: Exception) -> ConchError:
     return ConchError(
         f"cannot write {path}: {str(error).rstrip('.')}. Nothing half-written was left; free some "
-        "disk space or choose another --output-dir, then go on with --resume"
+        "disk space or choose another place, then run the same command again, with --resume where "
+        "it has that"
     )
 
 

@@ -36,7 +36,9 @@ class OneLineErrors(click.Command):
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            click.echo("stopped; the same command with --resume goes on", err=True)
+            resumes = any(option.name == "resume" for option in ctx.command.params)
+            more = "; the same command with --resume goes on" if resumes else ""
+            click.echo(f"stopped{more}", err=True)
             sys.exit(INTERRUPTED_EXIT)
 
 

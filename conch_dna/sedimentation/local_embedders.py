@@ -16,7 +16,7 @@ import numpy as np
 from conch_dna.checkpoints import DIGESTS, verify_folder
 from conch_dna.errors import ConchError, one_line
 from conch_dna.sedimentation.embedding_contract import CheckedEmbedder
-from conch_dna.sedimentation.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.library_warnings import no_loading_bars, unclosed_files_allowed
 from conch_dna.sedimentation.model_places import ModelPlace, find_model, model_digest
 
 
@@ -97,12 +97,13 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         from huggingface_hub import constants
         from sentence_transformers import SentenceTransformer
 
-        return SentenceTransformer(
-            str(self.place.folder),
-            device=self._device or choose_device(),
-            trust_remote_code=self.trust_remote_code,
-            local_files_only=constants.HF_HUB_OFFLINE,
-        )
+        with no_loading_bars():
+            return SentenceTransformer(
+                str(self.place.folder),
+                device=self._device or choose_device(),
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
 
     @cached_property
     def dimension(self) -> int:

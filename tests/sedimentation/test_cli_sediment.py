@@ -349,6 +349,17 @@ def test_make_student_passes_its_options_on(models: dict[str, str], tmp_path: Pa
     one_line(run("make-student", tmp_path / "no", tmp_path / "x"), "does not exist")
 
 
+def test_ctrl_c_promises_no_resume_where_there_is_none(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conch_dna.sedimentation.make_student.make_student", stopped)
+    result = run("make-student", models["teacher"], tmp_path / "student")
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")
+
+
 def test_the_benchmark_has_its_own_help_and_errors() -> None:
     result = run("benchmark", "--help")
     assert result.exit_code == 0, result.output
