@@ -12,13 +12,13 @@ from typing import Any
 
 from conch_dna.cortex.adapter_bank import AdapterBank
 from conch_dna.cortex.batching import AnswerEngine
-from conch_dna.cortex.confidence import load_calibration
+from conch_dna.cortex.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.turn import Answer, AskOptions, Domain, Turn
 from conch_dna.ego.model import EgoModel
-from conch_dna.ego.settings import EgoConfig
+from conch_dna.ego.settings import EgoAnswer, EgoConfig
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.adapters import ADAPTER_CONFIG
+from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.pipeline import TrainingPipeline
 from conch_dna.training.records import Prompt
@@ -26,6 +26,10 @@ from conch_dna.training.retraining import active_adapter, adapter_config, known_
 from conch_dna.training.schemas import DOMAIN_SCHEMAS
 
 EGO = "ego"
+
+# Time of change and size of a file; None where there is none.
+_Stamp = tuple[int, int] | None
+_Mark = tuple[Path, _Stamp]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class CortexSuite:
         self.bank = AdapterBank(self.base)
         self.engine = AnswerEngine(self.bank, max_batch=max_batch)
         self._folders: dict[str, Path] = {}
+        self._taken: dict[str, _Mark] = {}
         self._domains: dict[str, Domain] = {}
         self.reload()
 
@@ -115,7 +120,9 @@ class CortexSuite:
         """
         changed, problems = [], []
         for name, folder in self._found().items():
-            if self._folders.get(name) == folder:
+            # Distilled anew, it has the same folder.
+            mark = (folder, _stamp(folder / ADAPTER_FILE))
+            if self._taken.get(name) == mark:
                 continue
             try:
                 (self.bank.replace if name in self._folders else self.bank.add)(name, folder)
@@ -124,12 +131,28 @@ class CortexSuite:
                 continue
             self.engine.forget_prefixes(name)
             self._folders[name] = folder
+            self._taken[name] = mark
             changed.append(name)
         self.notes = []
         self._domains = {name: self._domain(name) for name in self._folders}
         if problems:
             raise ConchError("; ".join(problems))
         return changed
+
+    def marks(self) -> dict[str, Any]:
+        """What lies on disk, at a glance: `reload` finds something where it is another than then.
+
+        Raises:
+            ConchError: A domain that was named has no adapter any more.
+        """
+        return {
+            name: (
+                folder,
+                _stamp(folder / ADAPTER_FILE),
+                _stamp(self.adapters_dir / name / CALIBRATION_FILE),
+            )
+            for name, folder in self._found().items()
+        }
 
     def _domain(self, name: str) -> Domain:
         known = DOMAIN_PROMPTS.get(name)
@@ -273,26 +296,37 @@ class CortexSuite:
         """Let EGO answer turns that wait for it and are drawn alike; nothing else is touched.
 
         Raises:
-            EgoUnavailableError: See `Turn.take_ego`.
+            EgoUnavailableError: See `Turn.take_ego`; the turns that have an answer all the same
+                have it.
         """
+        refused = None
+        for turn, answer in zip(turns, self._said_by_ego(turns), strict=True):
+            try:
+                turn.take_ego(answer)
+            except EgoUnavailableError as error:
+                refused = refused or error
+            self.remember(turn)
+        if refused is not None:
+            raise refused
+
+    def _said_by_ego(self, turns: Sequence[Turn]) -> Sequence[EgoAnswer | EgoUnavailableError]:
         assert self.ego is not None
         options = turns[0].options
         try:
-            found: Sequence[Any] = self.ego.generate_many(
+            return self.ego.generate_many(
                 [turn.turns for turn in turns],
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
                 seed=options.seed,
             )
         except EgoUnavailableError as error:
-            found = [error] * len(turns)
+            return [error] * len(turns)
         except ConchError as error:
-            # EGO is there and cannot answer this, such as a prompt that is too long for it.
-            found = [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {error}")]
-            found = list(found) * len(turns)
-        for turn, answer in zip(turns, found, strict=True):
-            turn.take_ego(answer)
-            self.remember(turn)
+            # EGO is there and cannot answer one of them, such as a prompt too long for it.
+            if len(turns) == 1:
+                cannot = f"EGO {self.ego.model_id} cannot answer: {error}"
+                return [EgoUnavailableError(cannot)]
+            return [answer for turn in turns for answer in self._said_by_ego([turn])]
 
     def remember(self, turn: Turn) -> None:
         """Keep what was handed over, where there is a pipeline and the neuron had answered."""
@@ -432,3 +466,11 @@ def _student_of(folder: Path) -> str:
             "student"
         )
     return name
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -208,10 +208,11 @@ class Turn:
     def streams(self) -> bool:
         """Whether every piece of text that `add` gives is final.
 
-        Not so where the answer may yet be repaired or EGO's: then it comes in one piece.
+        Not so where the answer is EGO's, or may yet be repaired or EGO's: then it comes in one
+        piece.
         """
         may_pass = self.options.hand_over == "auto" and self._has_ego
-        return self.schema is None and not may_pass
+        return self.schema is None and not may_pass and self.options.hand_over != "always"
 
     def _ask(self, turns: Sequence[dict[str, str]]) -> None:
         tokenizer = self.domain.tokenizer
