@@ -1,0 +1,194 @@
+"""What a body may say, and the one line that every refusal is."""
+
+import json
+
+import pytest
+
+from conch_dna.cortex.server_replies import Reply, Shapes, reply_of
+from conch_dna.cortex.server_requests import ApiError, parse_chat
+from conch_dna.cortex.server_settings import ServerSettings
+from conch_dna.cortex.turn import Answer
+from conch_dna.errors import ConchError
+
+ASKED = {"model": "owls", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def parsed(**more):
+    return parse_chat(json.dumps(ASKED | more).encode())
+
+
+def test_what_is_not_said_has_its_default():
+    chat = parsed()
+    assert (chat.model, chat.stream, chat.include_usage) == ("owls", False, False)
+    assert chat.messages == ({"role": "user", "content": "hello"},)
+    assert (chat.options.temperature, chat.options.top_p, chat.options.hand_over) == (0, 1, "auto")
+
+
+def test_what_is_said_is_taken():
+    chat = parsed(
+        max_completion_tokens=7,
+        temperature=1,
+        top_p=0.5,
+        seed=3,
+        stream=True,
+        stream_options={"include_usage": True},
+        conch={"hand_over": "never", "structured": False, "system": "Be short."},
+        messages=[
+            {"role": "developer", "content": "a"},
+            {"role": "user", "content": [{"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c", "refusal": None, "annotations": []},
+            {"role": "user", "content": "d"},
+        ],
+    )
+    options = chat.options
+    assert (options.max_tokens, options.temperature, options.top_p, options.seed) == (7, 1, 0.5, 3)
+    assert (options.hand_over, options.structured, options.system) == ("never", False, "Be short.")
+    assert chat.stream and chat.include_usage
+    assert [turn["role"] for turn in chat.messages] == ["system", "user", "assistant", "user"]
+    assert [turn["content"] for turn in chat.messages] == ["a", "b", "c", "d"]
+
+
+def test_who_draws_without_a_seed_gets_another_answer_each_time():
+    assert len({parsed(temperature=1).options.seed for _ in range(5)}) > 1
+    assert len({parsed().options.seed for _ in range(5)}) == 1
+
+
+def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
+    assert (
+        parsed(
+            n=1, stop=None, logprobs=False, tools=[], response_format={"type": "text"}, user="u"
+        ).options
+        == parsed(metadata={"a": "b"}, store=True).options
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"n": 2}, "n is not supported by this server"),
+        ({"n": True}, "n is not supported"),
+        ({"stop": ["."]}, "stop is not supported"),
+        ({"logprobs": True}, "logprobs is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"best_of": 3}, "best_of is not known"),
+        ({"model": None}, "model is missing"),
+        ({"messages": []}, "messages is missing"),
+        ({"messages": ["hello"]}, r"messages\[0\] is no object"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\].role is 'tool'"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content is no text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            r"messages\[0\].content\[0\] is no part with text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+            r"messages\[0\].tool_calls is not supported",
+        ),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "differ: give one of them"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": 2.1}, "between 0 and 2"),
+        ({"temperature": "1"}, "temperature is '1'"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**40}, "seed is 1099511627776"),
+        ({"stream": "yes"}, "stream is 'yes'"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not supported"),
+        ({"stream": True, "stream_options": 1}, "stream_options is no object"),
+        ({"conch": []}, "conch is no object"),
+        ({"conch": {"ego": 1}}, "conch.ego is not known to this server"),
+        ({"conch": {"hand_over": "maybe"}}, "conch: hand_over is 'maybe'"),
+        ({"conch": {"hand_over": 1}}, "conch.hand_over is 1"),
+        ({"conch": {"structured": 1}}, "conch.structured is 1"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(more, message):
+    with pytest.raises(ApiError, match=message) as refused:
+        parsed(**more)
+    assert refused.value.status == 400
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is no JSON"),
+        (b"\xff", "the body is no JSON"),
+        (b"[]", "the body is no JSON object"),
+        (b'{"model": "a", "model": "b"}', "gives 'model' twice"),
+        (b'{"temperature": NaN}', "NaN, which is no JSON"),
+        (b"[" * 100_000, "the body is no JSON"),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused(body, message):
+    with pytest.raises(ApiError, match=message):
+        parse_chat(body)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (401, "authentication_error"), (503, "server_error")],
+)
+def test_an_error_has_the_shape_that_clients_know(status, kind):
+    told = ApiError(status, "why", param="model", code="c").to_json()
+    assert told == {"error": {"message": "why", "type": kind, "param": "model", "code": "c"}}
+
+
+def test_a_reply_tells_who_answered_and_what_the_check_found():
+    answer = Answer(
+        domain="thinking",
+        text='{"a": 1}',
+        answered_by="neuron",
+        reason="why",
+        parsed={"a": 1},
+        valid=True,
+        confidence=0.5,
+        prompt_tokens=3,
+        completion_tokens=4,
+    )
+    told = Shapes("thinking").completion(reply_of(answer))
+    conch = told["conch"]
+    assert (conch["answered_by"], conch["reason"], conch["confidence"]) == ("neuron", "why", 0.5)
+    assert (conch["parsed"], conch["valid"], conch["problems"]) == ({"a": 1}, True, ())
+    assert told["choices"][0]["message"]["content"] == '{"a": 1}'
+    assert told["usage"]["total_tokens"] == 7
+
+
+def test_usage_is_only_told_where_it_is_known():
+    known, unknown = Reply("a", "stop", 3, 4, {}), Reply("a", "stop", None, 4, {})
+    assert Shapes("m").completion(known)["usage"]["total_tokens"] == 7
+    assert Shapes("m").completion(unknown)["usage"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 70000}, "port is 70000"),
+        ({"host": "0.0.0.0"}, "name a variable with a key by --api-key-env"),
+        ({"host": "example.org"}, "host is 'example.org'"),
+        ({"api_key_env": "sk-123"}, "give the variable's name, not the key"),
+        ({"max_queue": 0}, "max_queue is 0"),
+        ({"grace_s": -1.0}, "grace_s is -1"),
+        ({"max_body_bytes": 1.5}, "max_body_bytes is 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConchError, match=message):
+        ServerSettings(**settings)
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    settings = ServerSettings(host="0.0.0.0", api_key_env="CONCH_DNA_TEST_KEY")
+    monkeypatch.delenv("CONCH_DNA_TEST_KEY", raising=False)
+    with pytest.raises(ConchError, match="CONCH_DNA_TEST_KEY is empty or not set"):
+        settings.key()
+    monkeypatch.setenv("CONCH_DNA_TEST_KEY", " secret\n")
+    assert settings.key() == "secret"
+    assert ServerSettings(host="::1").key() == ""
