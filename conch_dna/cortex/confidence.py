@@ -416,10 +416,7 @@ def draw_risk_coverage(
     figure = Figure(figsize=(5.5 * panels, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, *more = figure.subplots(1, panels, squeeze=False)[0]
-    for name, curve in curves.items():
-        left.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})")
-    left.set(xlabel="coverage: share that the neuron answers", ylabel="risk: disagreement with EGO")
-    left.set(xlim=(0, 1.02), ylim=(0, None))
+    draw_curves(left, curves)
     for axes in more:
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
         for name, found in (reliabilities or {}).items():
@@ -434,6 +431,14 @@ def draw_risk_coverage(
             axes.legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def draw_curves(axes: Any, curves: Mapping[str, RiskCoverage]) -> None:
+    """Draw risk over coverage on matplotlib's axes; see `draw_risk_coverage`."""
+    for name, curve in curves.items():
+        axes.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})")
+    axes.set(xlabel="coverage: share that the neuron answers", ylabel="risk: disagreement with EGO")
+    axes.set(xlim=(0, 1.02), ylim=(0, None))
 
 
 def save_calibration(adapters_dir: Path, domain: str, calibration: Calibration) -> Path:

@@ -166,6 +166,11 @@ class CortexSuite:
             ),
         )
 
+    def take_calibration(self, domain: str) -> None:
+        """Take in a domain's calibration anew, and nothing else; see `reload`."""
+        self.domain(domain)
+        self._domains[domain] = self._domain(domain)
+
     @property
     def domains(self) -> list[str]:
         """Names of the neurons."""
