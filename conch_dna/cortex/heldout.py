@@ -58,7 +58,7 @@ def heldout_records(
     line = line_of(adapters_dir, domain)
     if line.exists:
         return _of_line(line)
-    retraining = Retraining(adapters_dir, domain, student)
+    retraining = Retraining(adapters_dir, domain, lambda: student)
     path = adapters_dir / domain / TRAINING_DATA
     if data is None:
         if not path.is_file():

@@ -305,7 +305,7 @@ class DomainBenchmark:
 
     def _config(self) -> KDConfig:
         """The settings of the distillation, which say how texts are cut and compared."""
-        made = Retraining(self.suite.adapters_dir, self.domain.name, self.suite.source)
+        made = Retraining(self.suite.adapters_dir, self.domain.name, lambda: self.suite.source)
         return replace(made.distilled_with, too_long="skip")
 
     def _left_out(self, name: str, reasons: dict[str, int]) -> None:

@@ -230,9 +230,13 @@ class DomainRun:
             folder=self.folder / "answers",
             report=self.report,
         )
+        self.keep(records)
+        return records
+
+    def keep(self, records: Sequence[Record]) -> None:
+        """Write down what the domain learns from: a later retraining replays it."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         write_atomically(self.folder / DATA_FILE, "".join(lines))
-        return records
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Tokenize, split, and compute what is missing of the teacher's targets and samples.

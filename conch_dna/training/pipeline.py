@@ -118,7 +118,9 @@ class TrainingPipeline:
         return line_of(self.adapters_dir, domain)
 
     def _retraining(self, domain: str) -> Retraining:
-        return Retraining(self.adapters_dir, domain, self._base, ego=self.ego, config=self.config)
+        return Retraining(
+            self.adapters_dir, domain, lambda: self._base, ego=self.ego, config=self.config
+        )
 
     def record_success(
         self,

@@ -145,7 +145,7 @@ class Retraining:
     Args:
         adapters_dir: See `pipeline.TrainingPipeline`.
         domain: A domain in it.
-        base: The student of all its adapters.
+        base: Finds the student of all its adapters, which may be a download; asked when needed.
         ego: What EGO is called; empty where there is none.
         config: See `pipeline.TrainingPipeline`.
     """
@@ -154,20 +154,25 @@ class Retraining:
         self,
         adapters_dir: Path,
         domain: str,
-        base: ModelSource,
+        base: Callable[[], ModelSource],
         *,
         ego: str = "",
         config: EvolveConfig | None = None,
     ) -> None:
         self.adapters_dir = adapters_dir
         self.domain = domain
-        self.base = base
+        self._find_base = base
         self.ego = ego
         self.config = config
         self.line = line_of(adapters_dir, domain)
         self.distilled = distilled_adapter(adapters_dir, domain)
         self._folder = self.line.folder / RETRAINING
         self._batch_path = self._folder / BATCH_FILE
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The student of all adapters."""
+        return self._find_base()
 
     # Which experience every version learned from.
 
@@ -343,9 +348,9 @@ class Retraining:
         path = self.adapters_dir / self.domain / TRAINING_DATA
         if not path.is_file():
             raise ConchError(
-                f"{self.domain} was distilled from data of your own, which are not in "
-                f"{path.parent}: give them as old_data once, so that later versions can replay "
-                "them and be measured on them"
+                f"{self.domain} was distilled from data that are not in {path.parent}: give "
+                "them as old_data (--old-data) once, so that later versions can replay them and "
+                "be measured on them"
             )
         return read_records(path)
 

@@ -139,7 +139,8 @@ class TrueKnowledgeDistiller:
         Args:
             domain: One of DOMAIN_PROMPTS, or a new name with prompts or data.
             prompts: For the teacher to answer, instead of the domain's examples.
-            data: Records to train on, instead of the teacher's answers.
+            data: Records to train on, instead of the teacher's answers; kept in the domain's
+                folder, since a later retraining replays them.
             resume: See `train_with_kd`.
             overwrite: Likewise.
         """
@@ -151,7 +152,11 @@ class TrueKnowledgeDistiller:
                 return finished
             prepared = run.prepare(run.generate(prompts) if data is None else data)
             self.teacher.release()
-            return run.finish(prepared, run.train(prepared))
+            trained = run.train(prepared)
+            if data is not None:
+                # Not sooner: until now an earlier adapter may lie here, which is of other data.
+                run.keep(data)
+            return run.finish(prepared, trained)
 
     def distill_all(
         self,

@@ -68,7 +68,9 @@ class PlacedPipeline(TrainingPipeline):
     """A pipeline of such retrainings."""
 
     def _retraining(self, domain: str) -> Retraining:
-        return Placed(self.adapters_dir, domain, self._base, ego=self.ego, config=self.config)
+        return Placed(
+            self.adapters_dir, domain, lambda: self._base, ego=self.ego, config=self.config
+        )
 
 
 def openings_of_questions(count: int) -> list[str]:

@@ -3,7 +3,6 @@
 Kills come at seeded random moments; CONCH_DNA_KILLS says how often, -s shows where.
 """
 
-import json
 import os
 import random
 import signal
@@ -121,8 +120,6 @@ def adapters(tmp_path: Path) -> Path:
     TrueKnowledgeDistiller("embedded:teacher", "embedded:student", config).distill_domain(
         DOMAIN, data=rows
     )
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / DOMAIN / "training_data.jsonl").write_text(lines)
     pipeline = TrainingPipeline(folder, "embedded:student")
     for n in range(12):
         pipeline.record_correction(DOMAIN, f"How many balls are {n}?", "?", f" There are {n}.")

@@ -104,9 +104,6 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings(num_iters=4, output_dir=str(folder))
     distiller = TrueKnowledgeDistiller("embedded:teacher", "embedded:student", config)
     distiller.distill_domain(DOMAIN, data=tales(0))
-    data = "".join(json.dumps(record) + "\n" for record in tales(0))
-    # What a domain whose teacher answered prompts keeps.
-    (folder / DOMAIN / "training_data.jsonl").write_text(data)
     return folder
 
 
@@ -176,6 +173,14 @@ def test_what_was_used_is_old_then(retrained: tuple[Path, Any], distilled: Path)
     stats = json.loads(json.dumps(pipeline.get_stats()))[DOMAIN]
     assert (stats["active"], stats["versions"]) == ("G001", ["G000", "G001"])
     assert stats["records"]["correction"] == 40 and stats["advice"]["counts"]["used"] == 41
+
+
+def test_what_there_is_is_told_without_the_student(distilled: Path, tmp_path: Path) -> None:
+    """Its name may be that of a model that would have to be downloaded first."""
+    pipeline = pipeline_in(tmp_path / "adapters", distilled)
+    recorded(pipeline, sums(1, 3))
+    elsewhere = TrainingPipeline(tmp_path / "adapters", "nobody/nothing", min_new=3)
+    assert elsewhere.get_stats()[DOMAIN]["advice"]["retrain"]
 
 
 @pytest.mark.slow
@@ -340,7 +345,7 @@ def test_what_cannot_be_retrained_is_said_in_one_line(
     with pytest.raises(ConchError, match=r"was made for embedded:student, not for /.*student"):
         other.retrain(DOMAIN)
     (folder / DOMAIN / "training_data.jsonl").rename(tmp_path / "elsewhere.jsonl")
-    with pytest.raises(ConchError, match="tales was distilled from data of your own"):
+    with pytest.raises(ConchError, match="tales was distilled from data that are not in"):
         pipeline.retrain(DOMAIN)
     # A refusal is no unfinished retraining.
     assert pipeline.retrain(DOMAIN, old_data=tales(0)).version == "G001"

@@ -916,3 +916,15 @@ class TestSettings:
             result.evaluation[name]["cross_entropy"] for name in ("before", "teacher")
         )
         assert before == pytest.approx(teacher, abs=1e-5)
+
+
+def test_given_data_are_kept_with_the_adapter_that_learned_them(
+    tiny_teacher, tiny_student, tmp_path, no_curve
+):
+    rows = [{"prompt": f"One {n}", "completion": f" is {n} cats."} for n in range(12)]
+    make(tiny_teacher, tiny_student, tmp_path).distill_domain("own", data=rows)
+    kept = tmp_path / "own" / "training_data.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
+    with pytest.raises(ConchError, match="cannot be split"):
+        make(tiny_teacher, tiny_student, tmp_path).distill_domain("own", data=rows[:1])
+    assert len(kept.read_text().splitlines()) == 12, "the adapter that lies there learned these"
