@@ -13,7 +13,9 @@ from typing import Any
 from conch_dna.cortex.adapter_bank import AdapterBank
 from conch_dna.cortex.batching import AnswerEngine
 from conch_dna.cortex.confidence import CALIBRATION_FILE, load_calibration
-from conch_dna.cortex.turn import Answer, AskOptions, Domain, Turn
+from conch_dna.cortex.interrupts import interrupt_held_back
+from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -92,7 +94,7 @@ class CortexSuite:
                 f"{self.adapters_dir} holds no adapter: make one with 'conch-dna distill --domain "
                 "thinking', or name another folder of adapters"
             )
-        student = student or _student_of(next(iter(found.values())))
+        student = student or student_of(next(iter(found.values())))
         self.source = ModelSource(student, trust_remote_code=trust_remote_code)
         self.base = self.source.load()
         self.bank = AdapterBank(self.base)
@@ -269,7 +271,10 @@ class CortexSuite:
             for turn in turns:
                 self._submit(turn, under_way)
             while under_way:
-                for piece in self.engine.step():
+                # Broken off in a step, the engine could not be used again.
+                with interrupt_held_back():
+                    pieces = self.engine.step()
+                for piece in pieces:
                     turn = under_way[piece.uid]
                     text = turn.add(piece)
                     if piece.finish_reason is not None:
@@ -285,7 +290,8 @@ class CortexSuite:
         if turn.request is None:
             return
         try:
-            under_way[self.engine.submit(turn.request)] = turn
+            with interrupt_held_back():
+                under_way[self.engine.submit(turn.request)] = turn
         except ConchError as error:
             turn.refuse_request(error)
 
@@ -462,7 +468,12 @@ def create_cortex_suite(
     return CortexSuite(Path(adapters_dir), student, **more)
 
 
-def _student_of(folder: Path) -> str:
+def student_of(folder: Path) -> str:
+    """The model that an adapter says it is for.
+
+    Raises:
+        ConchError: It does not say.
+    """
     made: Mapping[str, Any] = adapter_config(folder)
     name = made.get("model")
     if not isinstance(name, str) or not name:

@@ -11,47 +11,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from conch_dna.cortex.confidence import Calibration, answer_confidence
+from conch_dna.cortex.options import AskOptions
 from conch_dna.cortex.request import Piece, Request
 from conch_dna.cortex.structured import Parsed, parse_answer, repair_messages
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.training.answers import continuation_text
-from conch_dna.training.records import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.conversations import checked_turns
+from conch_dna.training.records import Prompt, prompt_ids
 from conch_dna.training.text_stream import TextStream
-
-HandOver = Literal["auto", "never", "always"]
-HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskOptions:
-    """How a question is to be answered.
-
-    Attributes:
-        max_tokens: Longest answer of the neuron and of EGO; shorter where a context ends.
-        temperature: 0 takes the likeliest token.
-        top_p: Draw only from the likeliest tokens that together have this probability.
-        seed: Of the draw.
-        hand_over: Whether EGO answers instead: "auto" where the neuron's answer is not valid or
-            not sure enough, "never", or "always".
-        system: Instead of the domain's system prompt; its schema is not asked for then.
-        structured: Whether an answer must keep to the domain's schema, where it has one.
-
-    Raises:
-        ConchError: hand_over is none of them. The numbers are for `Request` to check.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    hand_over: str = "auto"
-    system: str | None = None
-    structured: bool = True
-
-    def __post_init__(self) -> None:
-        if self.hand_over not in HAND_OVERS:
-            raise ConchError(f"hand_over is {self.hand_over!r}: use one of {', '.join(HAND_OVERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +148,7 @@ class Turn:
         self._began = time.perf_counter()
         self._first: float | None = None
         own = options.system is None
-        self.turns = prompt_turns(prompt, domain.system if own else options.system or "")
+        self.turns = checked_turns(prompt, domain.system if own else options.system or "")
         self.schema = domain.schema if own and options.structured else None
         self._repaired = False
         self._why = ""

@@ -26,8 +26,9 @@ from conch_dna.training.answers import (
     make_sampler,
 )
 from conch_dna.training.batches import Example
+from conch_dna.training.conversations import checked_turns
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import Prompt, Record, prompt_ids, prompt_turns, tokenize_record
+from conch_dna.training.records import Prompt, Record, prompt_ids, tokenize_record
 from conch_dna.training.settings import KDConfig, validate_domain
 from conch_dna.training.text_stream import TextStream
 
@@ -173,7 +174,7 @@ class EgoModel:
         if isinstance(prompts, str):
             raise ConchError("generate_many takes several prompts: put the one in a list")
         config = self._drawn(max_tokens, temperature, seed)
-        conversations = [_turns(prompt, system) for prompt in prompts]
+        conversations = [checked_turns(prompt, system) for prompt in prompts]
         if config.is_endpoint:
             return self._remote().answers(conversations, config)
         encoded = self._encoded(conversations)
@@ -204,7 +205,7 @@ class EgoModel:
         Arguments are checked at once, and the model is loaded with the first piece.
         """
         config = self._drawn(max_tokens, temperature, seed)
-        turns = _turns(prompt, system)
+        turns = checked_turns(prompt, system)
         if config.is_endpoint:
             return self._remote().stream(turns, config)
         return self._local_stream(self._encoded([turns])[0], config)
@@ -250,7 +251,7 @@ class EgoModel:
         from tempfile import TemporaryDirectory
 
         system = _system(domain)
-        turns = _turns(prompt, system)
+        turns = checked_turns(prompt, system)
         if self.config.is_endpoint:
             answer = self._remote().answer(turns, self.config)
             turn = {"role": "assistant", "content": answer.text}
@@ -284,7 +285,7 @@ class EgoModel:
         """
         if not problem.strip():
             raise ConchError("a correction needs its problem: say what is wrong with the answer")
-        *earlier, last = _turns(input, "")
+        *earlier, last = checked_turns(input, "")
         request = _CORRECTION.format(
             request=last["content"], output=output.strip() or "(nothing)", problem=problem.strip()
         )
@@ -376,18 +377,6 @@ class EgoModel:
         stopped = bool(answer) and answer[-1] in tokenizer.eos_token_ids
         text = continuation_text(tokenizer, prompt, answer[:-1] if stopped else answer)
         return EgoAnswer(text, "stop" if stopped else "length", len(answer))
-
-
-def _turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
-    turns = prompt_turns(prompt, system)
-    try:
-        "".join(turn["content"] for turn in turns).encode()
-    except UnicodeEncodeError as error:
-        raise ConchError(
-            "a prompt has half a surrogate pair (\\ud800 to \\udfff), which is no character: "
-            "leave it out"
-        ) from error
-    return turns
 
 
 def _system(domain: str) -> str:
