@@ -13,6 +13,7 @@ import click
 
 from conch_dna import __version__
 from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
+from conch_dna.cortex.cli import cortex
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
 from conch_dna.sedimentation.cli import sediment
@@ -212,6 +213,28 @@ def vocab(
         write_json(Path(json_file), figures)
 
 
+@main.command(
+    cls=OneLineErrors,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+    epilog=example(
+        "conch-dna benchmark --domain thinking --ego mlx-community/Qwen2.5-7B-Instruct-4bit",
+    ),
+)
+@click.argument(
+    "arguments",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    help="As of python -m conch_dna.training.benchmark.",
+)
+def benchmark(arguments: tuple[str, ...]) -> None:
+    """Measure student, adapters and EGO on held-out data; --help shows its options."""
+    from conch_dna.training.benchmark import main as run
+
+    run.main(list(arguments), prog_name="conch-dna benchmark", standalone_mode=False)
+
+
+main.add_command(cortex)
 main.add_command(generations)
 main.add_command(sediment)
 

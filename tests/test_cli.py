@@ -662,6 +662,8 @@ class TestHelp:
             _, found, example = result.output.partition("\n  Example:\n    ")
             assert found
             starts = {
+                "benchmark": "python -m conch_dna.training.benchmark",
+                "cortex": "conch-dna cortex ask",
                 "distill": "python -m conch_dna.training.true_kd",
                 "vocab": "conch-dna vocab",
                 "generations": "conch-dna generations init",
