@@ -24,7 +24,8 @@ DIGESTS = "digests.json"
 _TEMPORARY = ".writing-"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,9 +53,9 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
             temporary.write_text(content, encoding="utf-8")
         else:
             temporary.write_bytes(content)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:
         _remove_file(temporary)
         raise _unwritable(path, error) from error
@@ -131,13 +132,13 @@ def write_folder(
         digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
         (temporary / DIGESTS).write_text(json_text(digests), encoding="utf-8")
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(path, replaced)
         os.rename(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         _undo_folder(path, temporary, replaced)

@@ -18,6 +18,7 @@ from conch_dna.checkpoints import (
     DIGESTS,
     FolderLock,
     remove_unfinished,
+    sync,
     verify_folder,
     write_atomically,
 )
@@ -269,11 +270,7 @@ class Line:
 
     def _rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self.folder)
 
     def _set_head(self, name: str) -> None:
         write_atomically(self.folder / HEAD_FILE, name + "\n")

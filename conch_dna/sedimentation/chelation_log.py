@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from conch_dna.checkpoints import write_atomically
+from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 
@@ -264,7 +264,7 @@ class ChelationLog:
         rotated = [_ROTATED.fullmatch(path.name) for path in log_files(self.folder)]
         number = max((int(match[1]) for match in rotated if match), default=0) + 1
         self.path.rename(self.folder / f"chelation_events.{number:06d}.jsonl")
-        self._sync_folder()
+        sync(self.folder)
 
     def _write(self, line: bytes) -> None:
         is_new = not self.path.exists()
@@ -278,19 +278,12 @@ class ChelationLog:
             self._cut(size)
             raise
         if is_new:
-            self._sync_folder()
+            sync(self.folder)
 
     def _cut(self, size: int) -> None:
         with open(self.path, "r+b") as file:
             file.truncate(size)
             os.fsync(file.fileno())
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> ConchError:

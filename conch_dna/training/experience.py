@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import write_atomically
+from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, FolderInUseError
 from conch_dna.training.redaction import redacted, redaction_names
@@ -363,7 +363,7 @@ class ExperienceBuffer:
                 file.flush()
                 os.fsync(file.fileno())
             if size < 0:
-                _sync_folder(self.folder)
+                sync(self.folder)
         except OSError as error:
             if path.is_file():
                 os.truncate(path, max(0, size))
@@ -410,11 +410,3 @@ class ExperienceBuffer:
             f"cannot write experience to {self.folder}: {error}. Free some disk space or choose "
             "another folder; what was recorded before is whole"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
