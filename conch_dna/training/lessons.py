@@ -5,7 +5,7 @@ To leave something else out: a reason in `lessons_of`, so that everything is tol
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def lessons_of(
     *,
     system: str = "",
     problems: Sequence[str] = (),
+    refuse: Callable[[Experience], str] = lambda experience: "",
 ) -> Prepared:
     """Make records of experience that nothing was learned from yet.
 
@@ -54,13 +55,16 @@ def lessons_of(
         tokenizer: The student's.
         system: The domain's system prompt, for conversations without one.
         problems: See `Prepared`.
+        refuse: Says why an experience must not be learned from; empty where it may.
     """
+    refused = {each.id: why for each in experiences if (why := refuse(each))}
+    left_out = {id_: why for id_, why in refused.items() if id_ not in settled}
+    experiences = [each for each in experiences if each.id not in refused]
     lesson: dict[str, Experience] = {}
     for each in experiences:
         if each.kind != "success":
             lesson[_prompt(each)] = each
     chosen: dict[tuple[str, str, str], list[Experience]] = {}
-    left_out: dict[str, str] = {}
     for each in experiences:
         if each.id in settled:
             continue

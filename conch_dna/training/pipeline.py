@@ -4,12 +4,13 @@ Knows what a user of adapters asks for; experience, lessons and retraining are t
 Stands above the wings, see CONTRIBUTING.md: a retraining is an evolution of a line of generations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from conch_dna.cortex.structured import parse_answer
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.generations.line import Line
@@ -27,6 +28,7 @@ from conch_dna.training.retraining import (
     active_adapter,
     line_of,
 )
+from conch_dna.training.schemas import DOMAIN_SCHEMAS
 
 __all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter", "ego_id"]
 
@@ -34,6 +36,17 @@ __all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter
 def ego_id(ego: EgoModel | str | None) -> str:
     """What EGO is called: a model's id or folder, or an address; empty where there is none."""
     return ego.config.model if isinstance(ego, EgoModel) else ego or ""
+
+
+def _misshapen(experience: Experience, *, schema: Mapping[str, Any] | None) -> str:
+    """Why EGO's answer in a hand-over would teach the wrong form; empty where it would not."""
+    own = experience.messages[0]["role"] == "system"
+    if schema is None or own or experience.kind != "fallback":
+        return ""
+    found = parse_answer(experience.target, schema)
+    if found.valid:
+        return ""
+    return f"EGO's answer does not keep to the domain's schema: {found.problems[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +244,7 @@ class TrainingPipeline:
             self._base.tokenizer,
             system=known["system"] if known else "",
             problems=problems,
+            refuse=partial(_misshapen, schema=DOMAIN_SCHEMAS.get(domain)),
         )
 
     def settings_for(self, domain: str) -> EvolveConfig:

@@ -462,3 +462,17 @@ def test_the_prompt_is_the_one_that_the_adapter_is_asked_with(
     ]
     assert conversation(chatting, turns, "Be kind.") == turns
     assert conversation(chatting, turns[1:], "") == turns[1:]
+
+
+def test_a_hand_over_whose_answer_has_the_wrong_form_is_no_lesson(tmp_path: Path) -> None:
+    """Nor does it stand in the way of an earlier correction of the same question."""
+    pipeline = TrainingPipeline(tmp_path, "embedded:student")
+    good = json.dumps({"remember": [], "skip": [], "answer": "7"})
+    pipeline.record_correction("memory", "How many?", "?", good)
+    pipeline.record_fallback("memory", "How many?", "?", "seven, I think")
+    pipeline.record_fallback("memory", "Who?", "?", json.dumps({"answer": "Tom"}))
+    prepared = pipeline.prepare_training_data("memory")
+    [record] = prepared.records
+    assert record["completion"] == good
+    assert len(prepared.left_out) == 2
+    assert all("does not keep to the domain's schema" in why for why in prepared.left_out.values())
