@@ -121,66 +121,53 @@ def _low_rank(
     return z.reshape(*x.shape[:-1], z.shape[-1])
 
 
-class RowLoRALinear(nn.Module):
-    """A linear layer with low-rank updates of several adapters, one for each row.
+class _RowLoRA(nn.Module):
+    """A layer with low-rank updates of several adapters, one for each row.
 
     Args:
-        linear: The base's own layer.
-        lora_a: `[N + 1, in, r]`; the last is zero, for rows without an adapter.
+        own: The base's own layer.
+        lora_a: `[N + 1, in, r]`, in an embedding's tokens; the last is zero, for rows without an
+            adapter.
         lora_b: `[N + 1, r, out]`, likewise.
         scale: `[N + 1]`.
         rows: Which adapter each row has.
     """
 
     def __init__(
-        self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: mx.array, rows: Rows
+        self, own: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: mx.array, rows: Rows
     ) -> None:
         super().__init__()
-        self.linear = linear
+        self.own = own
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
         self.rows = rows
+
+
+class RowLoRALinear(_RowLoRA):
+    """A linear layer whose rows have different adapters."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[B, ..., in]` to `[B, ..., out]`."""
         indices = self.rows.of(x)
-        y: mx.array = self.linear(x)
+        y: mx.array = self.own(x)
         return y + _low_rank(x, self.lora_a, self.lora_b, self.scale, indices).astype(x.dtype)
 
 
-class RowLoRAEmbedding(nn.Module):
-    """An embedding with low-rank updates of several adapters, one for each row.
-
-    Args:
-        embedding: The base's own.
-        lora_a: `[N + 1, tokens, r]`; the last is zero, for rows without an adapter.
-        lora_b: `[N + 1, r, D]`, likewise.
-        scale: `[N + 1]`.
-        rows: Which adapter each row has.
-    """
-
-    def __init__(
-        self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: mx.array, rows: Rows
-    ) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.scale = scale
-        self.rows = rows
+class RowLoRAEmbedding(_RowLoRA):
+    """An embedding whose rows have different adapters."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Ids `[B, T]` to `[B, T, D]`."""
         indices = self.rows.of(x)
-        y: mx.array = self.embedding(x)
+        y: mx.array = self.own(x)
         z = mx.gather_mm(self.lora_a[indices[:, None], x], self.lora_b, rhs_indices=indices)
         return y + (self.scale.astype(z.dtype)[indices][:, None, None] * z).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Hidden states `[B, ..., D]` to logits `[B, ..., tokens]`."""
         indices = self.rows.of(x)
-        y: mx.array = self.embedding.as_linear(x)
+        y: mx.array = self.own.as_linear(x)
         first, second = (each.swapaxes(-1, -2) for each in (self.lora_b, self.lora_a))
         return y + _low_rank(x, first, second, self.scale, indices).astype(x.dtype)
 
