@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conch_dna import __version__
-from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
+from conch_dna.command_parts import (
+    HELP,
+    OneLineErrors,
+    config_options,
+    example,
+    passed_on,
+    read_yaml,
+)
 from conch_dna.cortex.cli import cortex
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
@@ -213,19 +220,10 @@ def vocab(
         write_json(Path(json_file), figures)
 
 
-@main.command(
-    cls=OneLineErrors,
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True},
-    epilog=example(
-        "conch-dna benchmark --domain thinking --ego mlx-community/Qwen2.5-7B-Instruct-4bit",
-    ),
-)
-@click.argument(
-    "arguments",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    help="As of python -m conch_dna.training.benchmark.",
+@passed_on(
+    main,
+    "conch_dna.training.benchmark",
+    "conch-dna benchmark --domain thinking --ego mlx-community/Qwen2.5-7B-Instruct-4bit",
 )
 def benchmark(arguments: tuple[str, ...]) -> None:
     """Measure student, adapters and EGO on held-out data; --help shows its options."""

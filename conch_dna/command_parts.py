@@ -91,6 +91,32 @@ def example(*lines: str) -> str:
     return "\n  ".join(["\b\nExample:", *lines])
 
 
+def passed_on(
+    group: click.Group, module: str, *lines: str
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command that gives all its arguments to another module's command.
+
+    Args:
+        group: Where it belongs.
+        module: Whose command, for the help.
+        *lines: The example.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        arguments = click.argument(
+            "arguments", nargs=-1, type=click.UNPROCESSED, help=f"As of python -m {module}."
+        )
+        made: click.Command = group.command(
+            cls=OneLineErrors,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True},
+            epilog=example(*lines),
+        )(arguments(function))
+        return made
+
+    return decorate
+
+
 def read_yaml(path: Path, *, option: str = "--config") -> dict[str, Any]:
     """The settings in a YAML file.
 

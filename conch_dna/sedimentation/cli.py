@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.command_parts import HELP, OneLineErrors, example, passed_on
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.document_files import (
@@ -430,20 +430,11 @@ def make_student_command(
     _write_json(json_file, {**asdict(made), "folder": str(made.folder)})
 
 
-@sediment.command(
-    cls=OneLineErrors,
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True},
-    epilog=example(
-        "conch-dna sediment benchmark --task scifact --model models/student \\",
-        "  --teacher all-MiniLM-L6-v2",
-    ),
-)
-@click.argument(
-    "arguments",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    help="As of python -m conch_dna.sedimentation.benchmark_distillation.",
+@passed_on(
+    sediment,
+    "conch_dna.sedimentation.benchmark_distillation",
+    "conch-dna sediment benchmark --task scifact --model models/student \\",
+    "  --teacher all-MiniLM-L6-v2",
 )
 def benchmark(arguments: tuple[str, ...]) -> None:
     """Measure students, modes and teacher on judged queries; --help shows its options."""
