@@ -8,12 +8,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from conch_dna.cortex.confidence import Calibration
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")
 THINGS = ("ball", "cat", "hat", "dog", "car", "cup", "box", "bird")
+
+
+def calibration(adapter_digest: str, *, threshold: float | None) -> Calibration:
+    """A calibration that leaves confidences as they are."""
+    return Calibration(
+        method="temperature",
+        threshold=threshold,
+        max_risk=0.1,
+        coverage=0.5,
+        risk=0.1,
+        ece_before=0.2,
+        ece_after=0.1,
+        n_fit=20,
+        n_held=20,
+        seed=0,
+        adapter_digest=adapter_digest,
+        ego=TEACHER,
+    )
 
 
 def tales(count: int = 64) -> list[dict[str, str]]:

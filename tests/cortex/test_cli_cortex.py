@@ -26,7 +26,7 @@ from click.testing import CliRunner, Result
 from conch_dna.cli import main
 from conch_dna.cortex.calibrating import calibrate_domain
 from conch_dna.cortex.cli import cortex
-from conch_dna.cortex.confidence import Calibration, save_calibration
+from conch_dna.cortex.confidence import save_calibration
 from conch_dna.cortex.interrupts import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.recording import read_experiences
@@ -38,6 +38,7 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.training.experience import ExperienceBuffer
 from conch_dna.training.settings import KDConfig
 from cortex_models import TEXTS, train_adapter, write_adapter
+from suites import calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
@@ -365,23 +366,6 @@ def test_ctrl_c_is_held_back_for_the_time_of_a_step() -> None:
 
 
 # status
-
-
-def calibration(digest: str, *, threshold: float) -> Calibration:
-    return Calibration(
-        method="temperature",
-        threshold=threshold,
-        max_risk=0.1,
-        coverage=0.5,
-        risk=0.1,
-        ece_before=0.2,
-        ece_after=0.1,
-        n_fit=20,
-        n_held=20,
-        seed=0,
-        adapter_digest=digest,
-        ego=TEACHER,
-    )
 
 
 def test_status_shows_every_neuron_and_loads_no_model(

@@ -6,12 +6,11 @@ object is asked for, and one belongs to a domain without a schema.
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conch_dna.cortex.confidence import Calibration, save_calibration
+from conch_dna.cortex.confidence import save_calibration
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.turn import common
 from conch_dna.ego.model import EgoConfig, EgoModel
@@ -22,6 +21,7 @@ from conch_dna.training.pipeline import TrainingPipeline
 from conch_dna.training.records import plain_prompt, prompt_turns
 from conch_dna.training.retraining import line_of
 from cortex_models import TEXTS, train_adapter
+from suites import calibration
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 QUESTION = "Where is the owl?"
@@ -130,27 +130,11 @@ def test_without_ego_at_hand_the_neurons_own_answer_stands(adapters, tmp_path):
         assert long.text, "the suite goes on"
 
 
-def calibration(suite: CortexSuite, domain: str, threshold: float | None) -> Calibration:
-    return Calibration(
-        method="temperature",
-        temperature=1.0,
-        threshold=threshold,
-        max_risk=0.1,
-        coverage=0.5,
-        risk=0.1,
-        ece_before=0.2,
-        ece_after=0.1,
-        n_fit=20,
-        n_held=20,
-        seed=0,
-        adapter_digest=suite.bank.digest_of(domain),
-        ego=TEACHER,
-    )
-
-
 @pytest.mark.parametrize(("threshold", "by"), [(0.01, "neuron"), (0.999999, "ego"), (None, "ego")])
 def test_the_calibrated_threshold_decides_who_answers(helped, adapters, threshold, by):
-    path = save_calibration(adapters, "owls", calibration(helped, "owls", threshold))
+    path = save_calibration(
+        adapters, "owls", calibration(helped.bank.digest_of("owls"), threshold=threshold)
+    )
     try:
         helped.reload()
         answer = helped["owls"].ask("Mom said", max_tokens=12)
@@ -161,7 +145,7 @@ def test_the_calibrated_threshold_decides_who_answers(helped, adapters, threshol
 
 
 def test_a_calibration_of_another_adapter_is_left_out_and_said(alone, adapters):
-    other = replace(calibration(alone, "owls", 0.5), adapter_digest="0" * 64)
+    other = calibration("0" * 64, threshold=0.5)
     path = save_calibration(adapters, "owls", other)
     try:
         assert alone.reload() == []
