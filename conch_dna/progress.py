@@ -5,7 +5,6 @@ To show another event: a branch in `Progress.__call__`.
 """
 
 import time
-from types import TracebackType
 from typing import Any
 
 EVERY_S = 5.0
@@ -52,12 +51,7 @@ class Progress:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bars:
             self._bars.stop()
 

@@ -7,7 +7,6 @@ turn.py. To give neurons another ability: a method of `Neuron`, made of turns.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from conch_dna.cortex.adapter_bank import AdapterBank
@@ -391,12 +390,7 @@ class CortexSuite:
     def __enter__(self) -> "CortexSuite":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
