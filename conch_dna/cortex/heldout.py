@@ -49,8 +49,7 @@ def heldout_records(
         adapters_dir: The folder of all domains.
         domain: One that has an adapter.
         student: The base of the adapter.
-        data: What the domain was distilled from, where `distill` was given data of its own, which
-            it does not keep.
+        data: What the domain was distilled from, where its folder does not keep it.
 
     Raises:
         ConchError: They cannot be told, or the data are other ones.
@@ -63,8 +62,9 @@ def heldout_records(
     if data is None:
         if not path.is_file():
             raise ConchError(
-                f"what {domain} held out is not known: {path} is not there, as after a "
-                f"distillation from data of your own; give these data, or {WITHOUT}"
+                f"what {domain} held out is not known: {path} is not there, where earlier versions "
+                "left it out after a distillation from data of your own; give these data, or "
+                f"{WITHOUT}"
             )
         data = read_records(path)
     told = _metadata(retraining.distilled / RESULT_FILE)

@@ -59,7 +59,7 @@ class EgoConfig:
     @property
     def is_endpoint(self) -> bool:
         """Whether the model is the URL of an API."""
-        return self.model.lower().startswith(("http://", "https://"))
+        return is_endpoint(self.model)
 
     @property
     def name(self) -> str:
@@ -124,6 +124,11 @@ class EgoConfig:
             for name, (fits, wanted) in ranges.items()
             if not fits
         ]
+
+
+def is_endpoint(model: str) -> bool:
+    """Whether EGO is an address, which gives texts and no distributions."""
+    return model.lower().startswith(("http://", "https://"))
 
 
 def _split(url: str) -> SplitResult | None:

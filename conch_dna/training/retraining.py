@@ -13,6 +13,7 @@ from typing import Any
 
 from conch_dna.checkpoints import DIGESTS, FolderLock, numbered_folders, verify_folder, write_json
 from conch_dna.digests import file_digest
+from conch_dna.ego.settings import is_endpoint
 from conch_dna.errors import ConchError
 from conch_dna.generations.evolve import WORK, train_generation_with_teachers
 from conch_dna.generations.line import HEAD_FILE, Line
@@ -91,11 +92,6 @@ def active_adapter(adapters_dir: Path, domain: str) -> Path:
             f"--domain {domain}', or name another folder of adapters"
         )
     return path
-
-
-def is_endpoint(ego: str) -> bool:
-    """Whether EGO is an address, which gives texts and no distributions."""
-    return ego.startswith(("http://", "https://"))
 
 
 def taught_by(ego: str) -> str:
