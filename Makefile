@@ -26,12 +26,13 @@ DEMO_OPTIONS := \
 # it Python compiles what is used, when it is first used, unless this variable forbids that.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench house clean
 
 help:
 	@echo 'make demo    distil the embedded teacher into the embedded student and measure it'
 	@echo 'make test    ruff, mypy and every test, with line coverage of at least 90%'
 	@echo 'make bench   run every script in tests/benchmarks'
+	@echo 'make house   draw the house into CONTRIBUTING.md, and print its size'
 	@echo 'make clean   remove .venv, caches and the output of the demo; other models stay'
 	@echo 'PYTHON=...   the interpreter that makes .venv (3.11 or newer), now: $(PYTHON)'
 
@@ -51,6 +52,10 @@ bench: .venv/stamp
 		echo "== $$script"; \
 		$(BIN)/python "$$script" || exit 1; \
 	done
+
+house: .venv/stamp
+	$(BIN)/python tests/house.py
+	$(BIN)/python tests/house.py sizes
 
 clean:
 	rm -rf .venv build dist htmlcov .coverage .coverage.* $(DEMO_OUTPUT)

@@ -1,6 +1,6 @@
 """``python -m conch_dna``: the command line under its module name.
 
-It knows nothing about the commands; add those to ``conch_dna/cli.py``.
+It knows nothing about the commands; those stand in the cli.py of their part.
 """
 
 from conch_dna.cli import main

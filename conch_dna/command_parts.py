@@ -6,7 +6,7 @@ its type in `field_option`.
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,6 @@ import click
 
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.option_fields import is_limited, kind_of, range_text
-from conch_dna.training.settings import KDConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED_EXIT = 130
@@ -42,44 +41,54 @@ class OneLineErrors(click.Command):
             sys.exit(INTERRUPTED_EXIT)
 
 
-def config_options(command: F, *, leave_out: Sequence[str] = ()) -> F:
-    """Give a command one option per field of KDConfig; those not given are None.
+def options_of(
+    settings: type,
+    *,
+    only: Sequence[str] | None = None,
+    leave_out: Sequence[str] = (),
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> Callable[[F], F]:
+    """Give a command one option per field of a settings class; those not given are None.
 
     Args:
-        command: The function that becomes a command.
-        leave_out: Fields that mean nothing to it.
+        settings: A dataclass whose fields were made by `option_fields.option`.
+        only: The fields that become options; all by default.
+        leave_out: Fields that mean nothing to the command.
+        names: Other names on the command line, by field.
     """
-    for each in reversed([each for each in fields(KDConfig) if each.name not in leave_out]):
-        name, choices = each.name.replace("_", "-"), each.metadata["choices"]
-        if kind_of(each) == "bool":
-            decorate = field_option(each, f"--{name}/--no-{name}")
-        elif each.name == "num_iters":
-            decorate = field_option(each, "--num-iters", "--iters")
-        else:
-            decorate = field_option(each, f"--{name}", kind=choices and click.Choice(choices))
-        command = decorate(command)
-    return command
+
+    def decorate(command: F) -> F:
+        for each in reversed(fields(settings)):
+            if "help" not in each.metadata or each.name in leave_out:
+                continue
+            if only is not None and each.name not in only:
+                continue
+            command = field_option(each, *(names or {}).get(each.name, ()))(command)
+        return command
+
+    return decorate
 
 
-def field_option(
-    each: Any, *names: str, kind: click.ParamType | None = None, metavar: str | None = None
-) -> Callable[[F], F]:
+def field_option(each: Any, *names: str, metavar: str | None = None) -> Callable[[F], F]:
     """An option from a field of settings, told with its default and range; None where not given.
 
     Args:
         each: The field, made by `option_fields.option`.
-        *names: On the command line; of a field that is true or false `--name/--no-name`.
-        kind: What click checks; None for the field's own type.
+        *names: On the command line; by default the field's own, and its aliases.
         metavar: What the help shows for a value; None for click's own.
     """
+    dashed = each.name.replace("_", "-")
+    if not names and kind_of(each) == "bool":
+        names = (f"--{dashed}/--no-{dashed}",)
+    choices = each.metadata["choices"]
     default = each.default if each.default != "" else "none"
     limits = f"; {range_text(each)}" if is_limited(each) else ""
     described = f"{each.metadata['help']} [default: {str(default).lower()}{limits}]"
     types: dict[str, Any] = {"float": float, "int": int, "str": str, "bool": None}
     return click.option(
-        *names,
+        *(names or (f"--{dashed}",)),
         each.name,
-        type=kind or types[kind_of(each)],
+        type=click.Choice(choices) if choices else types[kind_of(each)],
         metavar=metavar,
         default=None,
         help=described,

@@ -12,11 +12,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from conch_dna.cortex.calibrating import calibrate_domain
+from conch_dna.cortex.calibration.calibrating import calibrate_domain
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
-from conch_dna.training.pipeline import TrainingPipeline
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 

@@ -21,10 +21,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.checkpoints import FolderLock
-from conch_dna.cli import distill, main
+from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.option_fields import kind_of
+from conch_dna.training.cli import distill
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from conch_dna.cli import distill
+from conch_dna.training.cli import distill
 
 KILLS = int(os.environ.get("CONCH_DNA_KILLS", "5"))
 SEED = 20

@@ -23,6 +23,7 @@ import yaml
 
 from conch_dna import cli
 from conch_dna.errors import ConchError
+from conch_dna.training import cli as training_cli
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ SHELLS = {"bash", "sh", "shell", "console"}
 OPERATORS = re.compile(r"[;&|()]+")
 REDIRECTIONS = re.compile(r"[<>]+")
 # What `python -m <module>` runs.
-MODULE_COMMANDS = {"conch_dna": cli.main, "conch_dna.training.true_kd": cli.distill}
+MODULE_COMMANDS = {"conch_dna": cli.main, "conch_dna.training.true_kd": training_cli.distill}
 FIELDS = {field.name: field for field in fields(KDConfig)}
 DEFAULTS = {
     name: field.default if field.default is not MISSING else field.default_factory()
@@ -124,7 +125,7 @@ def parse(command: click.Command, arguments: list[str], name: str) -> None:
         if parameter.name in given and not flag:
             values[parameter.name] = parameter.type_cast_value(context, given[parameter.name])
     settings = {name: value for name, value in values.items() if name in FIELDS}
-    if command is cli.distill:
+    if command is training_cli.distill:
         KDConfig(**settings)
     if not isinstance(command, click.Group):
         if rest:
@@ -296,7 +297,7 @@ def test_the_readme_and_the_guide_show_commands():
 
 
 def test_the_guide_states_every_option_with_its_default():
-    flags, rows = flags_of(cli.distill), option_rows(read(GUIDE))
+    flags, rows = flags_of(training_cli.distill), option_rows(read(GUIDE))
     wrong, stated = [], set()
     for row in rows:
         unknown = [flag for flag in row.flags if flag not in flags]
@@ -315,7 +316,7 @@ def test_the_guide_states_every_option_with_its_default():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_files_shown_are_valid(document):
     """A ```yaml block of settings is one that --config takes, with values in their range."""
-    names = {*cli.RUN_KEYS, *FIELDS}
+    names = {*training_cli.RUN_KEYS, *FIELDS}
     for block in blocks(read(document)):
         values = yaml.safe_load(block.text) if block.language in ("yaml", "yml") else None
         if isinstance(values, dict) and set(values) & set(FIELDS):

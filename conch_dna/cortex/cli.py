@@ -1,7 +1,7 @@
 """The commands of CORTEX: ask neurons, talk to them, serve them, see what there is.
 
 Parses, calls, prints; decides nothing. To add a command: a function here or in
-learning_commands.py with help, an example, a line in README.md, and its name at the end.
+commands/learning.py with help, an example, a line in README.md, and its name at the end.
 """
 
 import os
@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from conch_dna.command_parts import HELP, example
-from conch_dna.cortex.command_options import (
+from conch_dna.cortex.commands.learning import calibrate, record, retrain, rollback
+from conch_dna.cortex.commands.shared_options import (
     adapters_option,
     answer_options,
     ask_options,
@@ -26,7 +27,6 @@ from conch_dna.cortex.command_options import (
     remember_option,
     write_figures,
 )
-from conch_dna.cortex.learning_commands import calibrate, record, retrain, rollback
 from conch_dna.errors import ConchError
 
 
@@ -59,7 +59,7 @@ def ask(domain: str, prompt: str, json_file: str | None, **given: Any) -> None:
     """
     options = ask_options(given)
     question = _question(prompt)
-    from conch_dna.cortex.terminal import Screen
+    from conch_dna.cortex.commands.terminal import Screen
 
     screen = Screen()
     with opened_suite(given, domains=[domain]) as suite:
@@ -75,7 +75,7 @@ def _question(prompt: str) -> str:
     """What is asked: the argument, or standard input."""
     if prompt != "-":
         return prompt
-    from conch_dna.cortex.terminal import decoded
+    from conch_dna.cortex.commands.terminal import decoded
 
     text = decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")
     if not text:
@@ -98,7 +98,7 @@ def chat(domain: str | None, **given: Any) -> None:
     Lines are also taken from a pipe: answers go to standard output, remarks to standard error.
     """
     options = ask_options(given)
-    from conch_dna.cortex.terminal import Screen, TerminalChat
+    from conch_dna.cortex.commands.terminal import Screen, TerminalChat
 
     screen = Screen()
     with opened_suite(given) as suite:
@@ -172,8 +172,8 @@ def serve(
         "keep_alive_s": keep_alive_s,
     }
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.cortex.server_settings import ServerSettings
-    from conch_dna.cortex.serving import serve as run
+    from conch_dna.cortex.server.serving import serve as run
+    from conch_dna.cortex.server.settings import ServerSettings
 
     named: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     settings = ServerSettings(**named)
@@ -193,7 +193,7 @@ def serve(
 @json_option
 def status(min_new: int, json_file: str | None, **given: Any) -> None:
     """Show the neurons, how sure they are, and what was recorded; loads no model."""
-    from conch_dna.cortex.status import neuron_rows, status_table
+    from conch_dna.cortex.commands.status import neuron_rows, status_table
 
     pipeline = pipeline_of(given, min_new=min_new)
     rows, notes = neuron_rows(pipeline)

@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conch_dna.cortex.adapter_bank import AdapterBank
-from conch_dna.cortex.batching import AnswerEngine
-from conch_dna.cortex.confidence import CALIBRATION_FILE, load_calibration
-from conch_dna.cortex.interrupts import interrupt_held_back
+from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.batching import AnswerEngine
+from conch_dna.cortex.engine.interrupts import interrupt_held_back
 from conch_dna.cortex.options import AskOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
+from conch_dna.retraining.domain import active_adapter, adapter_config, known_domains
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.pipeline import TrainingPipeline
 from conch_dna.training.records import Prompt
-from conch_dna.training.retraining import active_adapter, adapter_config, known_domains
 from conch_dna.training.schemas import DOMAIN_SCHEMAS
 
 EGO = "ego"

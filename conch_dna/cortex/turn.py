@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from conch_dna.cortex.confidence import Calibration, answer_confidence
+from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
+from conch_dna.cortex.engine.request import Piece, Request
 from conch_dna.cortex.options import AskOptions
-from conch_dna.cortex.request import Piece, Request
-from conch_dna.cortex.structured import Parsed, parse_answer, repair_messages
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.training.answers import continuation_text
 from conch_dna.training.conversations import checked_turns
 from conch_dna.training.records import Prompt, prompt_ids
+from conch_dna.training.structured_answers import Parsed, parse_answer, repair_messages
 from conch_dna.training.text_stream import TextStream
 
 

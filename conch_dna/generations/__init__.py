@@ -17,7 +17,7 @@ _HOMES = {
     "create_replay_buffer": "conch_dna.generations.replay",
     "disagreement_regularizer": "conch_dna.generations.blending",
     "ensemble_inference": "conch_dna.generations.ensemble",
-    "init_line": "conch_dna.generations.material",
+    "init_line": "conch_dna.generations.data",
     "jensen_shannon_divergence": "conch_dna.generations.blending",
     "mask_taboo_tokens": "conch_dna.generations.taboo",
     "smart_target_selection": "conch_dna.generations.blending",

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, config_options, example, read_yaml
+from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
 from conch_dna.generations.options import NUMBERS, UNUSED
+from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
     from conch_dna.generations.line import Line
@@ -82,7 +83,7 @@ def _line(name: str, root: str) -> "Line":
 def init(name: str, root: str, model: str, data: str, adapter: str | None) -> None:
     """Begin a line with a model as generation 0."""
     line = _line(name, root)
-    from conch_dna.generations.material import init_line
+    from conch_dna.generations.data import init_line
     from conch_dna.training.records import read_records
 
     records = read_records(Path(data))
@@ -134,7 +135,11 @@ def _manifest(path: str | None) -> dict[str, Any]:
 @click.option("--json", "json_file", metavar="FILE", help="Write the verdicts there too.")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
-@partial(config_options, leave_out=[n for n in UNUSED if n != "trust_remote_code"])
+@options_of(
+    KDConfig,
+    leave_out=[n for n in UNUSED if n != "trust_remote_code"],
+    names={"num_iters": ("--num-iters", "--iters")},
+)
 def evolve(
     name: str | None,
     root: str,

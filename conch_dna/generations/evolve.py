@@ -23,9 +23,17 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.generations.foreign import examples_for
+from conch_dna.generations.data import (
+    DATA_FILE,
+    HELDOUT_FILE,
+    Material,
+    base_digests,
+    data_digest,
+    gather,
+    json_lines,
+)
+from conch_dna.generations.foreign_teacher import examples_for
 from conch_dna.generations.laws import violations
-from conch_dna.generations.learning import Learned, Teacher, learn, teach
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.manifest import (
     METRICS_FILE,
@@ -35,19 +43,11 @@ from conch_dna.generations.manifest import (
     outcome_of,
     settings_digest,
 )
-from conch_dna.generations.material import (
-    DATA_FILE,
-    HELDOUT_FILE,
-    Material,
-    base_digests,
-    data_digest,
-    gather,
-    json_lines,
-)
 from conch_dna.generations.measures import Measured, measure
 from conch_dna.generations.promotion import judge, tone_drift
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.tables import draw_learning
+from conch_dna.generations.train_child import Learned, Teacher, learn, teach
 from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.adapters import (

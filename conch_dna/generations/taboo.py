@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.training.token_bytes import token_bytes
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 
 WORD_BYTE = rb"[0-9A-Za-z_\x80-\xff]"
 FEW_EXAMPLES = 5

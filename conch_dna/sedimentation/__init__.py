@@ -13,11 +13,11 @@ _HOMES = {
     "ChelationConfig": "conch_dna.sedimentation.config",
     "InferenceResult": "conch_dna.sedimentation.results",
     "IngestResult": "conch_dna.sedimentation.results",
-    "TeacherDistillationHelper": "conch_dna.sedimentation.teacher_distillation",
-    "create_distillation_helper": "conch_dna.sedimentation.teacher_distillation",
-    "generate_hybrid_targets": "conch_dna.sedimentation.teacher_alignment",
-    "open_embedder": "conch_dna.sedimentation.embedders",
-    "open_store": "conch_dna.sedimentation.stores",
+    "TeacherDistillationHelper": "conch_dna.sedimentation.changes.teacher_distillation",
+    "create_distillation_helper": "conch_dna.sedimentation.changes.teacher_distillation",
+    "generate_hybrid_targets": "conch_dna.sedimentation.adapters.teacher_alignment",
+    "open_embedder": "conch_dna.sedimentation.embedders.open_embedder",
+    "open_store": "conch_dna.sedimentation.stores.open_store",
 }
 
 

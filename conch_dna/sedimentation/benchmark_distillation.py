@@ -1,7 +1,7 @@
 """Measure what sedimentation gains on a collection with judgements, against control and ceiling.
 
-The command and its files; the stages are in benchmark_stages.py, the rows in benchmark_rows.py,
-tables and plot in benchmark_report.py. To add an option: here, and a field of
+The command and its files; the stages are in stages.py, the rows in rows.py,
+tables and plot in report.py. To add an option: here, and a field of
 `BenchmarkSettings` that takes it.
 """
 
@@ -15,9 +15,9 @@ import click
 from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.command_parts import HELP, OneLineErrors, example
 from conch_dna.errors import ConchError, Interrupted
-from conch_dna.sedimentation.beir import read_collection
-from conch_dna.sedimentation.benchmark_rows import Benchmark, BenchmarkSettings
-from conch_dna.sedimentation.benchmark_stages import evaluate_engine, run_training_cycle
+from conch_dna.sedimentation.benchmark.collections import read_collection
+from conch_dna.sedimentation.benchmark.rows import Benchmark, BenchmarkSettings
+from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
 from conch_dna.sedimentation.engine import DEFAULT_STUDENT
 from conch_dna.sedimentation.retrieval import dcg_at_k, ndcg_at_k
 from conch_dna.sedimentation.store_options import setting_options, share_option
@@ -87,7 +87,7 @@ def run_benchmark(
 
 
 def _write(output: Path, document: dict[str, Any]) -> None:
-    from conch_dna.sedimentation.benchmark_report import draw_rows, markdown_table
+    from conch_dna.sedimentation.benchmark.report import draw_rows, markdown_table
 
     write_json(output, document)
     write_atomically(output.with_suffix(TABLE), markdown_table(document))
@@ -176,7 +176,7 @@ def main(
     from rich.console import Console
 
     from conch_dna.progress import Progress
-    from conch_dna.sedimentation.benchmark_report import result_table
+    from conch_dna.sedimentation.benchmark.report import result_table
 
     config = settings_of(config_file, given)
     settings = BenchmarkSettings(

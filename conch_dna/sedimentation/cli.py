@@ -278,7 +278,7 @@ def _changed(
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
     from conch_dna.progress import Progress
-    from conch_dna.sedimentation.beir import read_judgements
+    from conch_dna.sedimentation.benchmark.collections import read_judgements
 
     folder = given["judgements"]
     # Before the models: a mistake here shall not cost their loading.
@@ -349,10 +349,10 @@ def rollback(location: str, **given: Any) -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the student.")
 def export(location: str, folder: str, version: str | None, **given: Any) -> None:
     """Write student and adapter as one sentence-transformers model."""
-    from conch_dna.sedimentation.adapter_export import export_sentence_transformer
-    from conch_dna.sedimentation.local_embedders import LocalEmbedder
-    from conch_dna.sedimentation.vector_store import RAW
-    from conch_dna.sedimentation.versions import OF_TEACHER
+    from conch_dna.sedimentation.adapters.export import export_sentence_transformer
+    from conch_dna.sedimentation.changes.versions import OF_TEACHER
+    from conch_dna.sedimentation.embedders.local import LocalEmbedder
+    from conch_dna.sedimentation.stores.contract import RAW
 
     given |= {"model": None, "teachers": (), "teacher_shares": ()}
     with opened_engine(location, ChelationConfig(), given) as engine:
@@ -410,7 +410,7 @@ def make_student_command(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from dataclasses import asdict
 
-    from conch_dna.sedimentation.make_student import make_student
+    from conch_dna.sedimentation.embedders.make_student import make_student
 
     made = make_student(
         teacher,

@@ -17,37 +17,37 @@ import numpy as np
 
 from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.chelation_log import ChelationLog
+from conch_dna.sedimentation.adapters.fitting import Report
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog
+from conch_dna.sedimentation.changes.cycles import NothingToLearn, cycle_adapter, distilled_adapter
+from conch_dna.sedimentation.changes.gate import judge_all
+from conch_dna.sedimentation.changes.gate_history import read_history, remember
+from conch_dna.sedimentation.changes.heldout_queries import Evidence, measures
+from conch_dna.sedimentation.changes.neighbourhoods import Neighbourhoods
+from conch_dna.sedimentation.changes.teacher_distillation import (
+    TeacherDistillationHelper,
+    create_distillation_helper,
+    shared_embedder,
+)
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.cycles import NothingToLearn, cycle_adapter, distilled_adapter
 from conch_dna.sedimentation.documents import (
     embedded_text,
     read_documents,
 )
-from conch_dna.sedimentation.embedding_contract import Embedder
-from conch_dna.sedimentation.evidence import Evidence, measures
-from conch_dna.sedimentation.fitting import Report
-from conch_dna.sedimentation.gate import judge_all
-from conch_dna.sedimentation.gate_history import read_history, remember
+from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.intake import Intake
-from conch_dna.sedimentation.neighbourhoods import Neighbourhoods
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
 from conch_dna.sedimentation.retrieval import Judgements
-from conch_dna.sedimentation.state_folders import (
+from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
+from conch_dna.sedimentation.stores.folders import (
     LOG,
     TEACHER_VECTORS,
     VECTORS,
     VERSIONS,
     state_of,
 )
-from conch_dna.sedimentation.stores import open_store
-from conch_dna.sedimentation.teacher_distillation import (
-    TeacherDistillationHelper,
-    create_distillation_helper,
-    shared_embedder,
-)
-from conch_dna.sedimentation.vector_store import RAW, Page, VectorStore
-from conch_dna.sedimentation.versions import OF_TEACHER, Versions
+from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.word_fusion import FUSED, WordFusion
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"

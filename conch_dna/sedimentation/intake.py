@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document, DocumentId
-from conch_dna.sedimentation.embedding_contract import Embedder
-from conch_dna.sedimentation.teacher_distillation import TeacherDistillationHelper
-from conch_dna.sedimentation.vector_store import RAW
-from conch_dna.sedimentation.versions import OF_TEACHER, Versions
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.stores.contract import RAW
 
 
 @dataclass

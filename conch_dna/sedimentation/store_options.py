@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import field_option, read_yaml
+from conch_dna.command_parts import options_of, read_yaml
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.sedimentation.config import ChelationConfig
 
@@ -30,20 +30,13 @@ _FIELDS = {each.name: each for each in fields(ChelationConfig)}
 
 
 def setting_options(options: Mapping[str, str]) -> Callable[[F], F]:
-    """Options from fields of ChelationConfig, which checks them; those not given are None.
+    """Options from fields of ChelationConfig; those not given are None.
 
     Args:
         options: Field to option.
     """
-
-    def decorate(command: F) -> F:
-        for name, option in reversed(list(options.items())):
-            choices = _FIELDS[name].metadata["choices"]
-            metavar = f"[{'|'.join(choices)}]" if choices else None
-            command = field_option(_FIELDS[name], option, metavar=metavar)(command)
-        return command
-
-    return decorate
+    names = {field: (option,) for field, option in options.items()}
+    return options_of(ChelationConfig, only=tuple(options), names=names)
 
 
 def place_options(command: F) -> F:

@@ -12,15 +12,15 @@ from typing import Any
 
 from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.adapter import ADAPTER_FILE
-from conch_dna.sedimentation.chelation_log import ChelationLog, log_files
+from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files
+from conch_dna.sedimentation.changes.gate_history import read_history
+from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.edge_store import MANIFEST
-from conch_dna.sedimentation.gate_history import read_history
-from conch_dna.sedimentation.state_folders import LOG, VECTORS, VERSIONS, state_of
-from conch_dna.sedimentation.stores import open_store
-from conch_dna.sedimentation.vector_store import RAW, VectorStore
-from conch_dna.sedimentation.versions import Versions
+from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.stores.edge import MANIFEST
+from conch_dna.sedimentation.stores.folders import LOG, VECTORS, VERSIONS, state_of
+from conch_dna.sedimentation.stores.open_store import open_store
 
 
 class StoredState:

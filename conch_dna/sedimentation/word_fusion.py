@@ -8,7 +8,7 @@ from typing import Any
 
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.retrieval import BM25, rrf
-from conch_dna.sedimentation.vector_store import RAW, Hits, VectorStore
+from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore
 
 # Documents of each ranking that are fused.
 FUSED = 100

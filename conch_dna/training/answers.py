@@ -16,6 +16,7 @@ from conch_dna.checkpoints import write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import (
     TOKENS,
     Record,
@@ -25,7 +26,6 @@ from conch_dna.training.records import (
     require_room,
 )
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.vocabulary import vocabulary_digest
 
 FORMAT = "answers 1"
 SAMPLES = 3

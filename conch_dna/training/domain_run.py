@@ -35,8 +35,6 @@ from conch_dna.training.adapters import (
     save_adapter,
     trained_tensors,
 )
-from conch_dna.training.aligned_loss import make_aligned_loss
-from conch_dna.training.aligned_targets import AlignedTargets
 from conch_dna.training.answers import (
     cached_answer_batch,
     generate_answers,
@@ -45,6 +43,8 @@ from conch_dna.training.answers import (
     texts_of,
 )
 from conch_dna.training.batches import Batch, sequential_batches
+from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
+from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
 from conch_dna.training.examples import Examples

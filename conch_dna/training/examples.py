@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from conch_dna.language_model import ModelSource
-from conch_dna.training.aligned_records import (
+from conch_dna.training.answers import openings
+from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO, INDEX
+from conch_dna.training.cross_tokenizer.records import (
     AlignedExample,
     RecordAligner,
     coverage,
     require_coverage,
 )
-from conch_dna.training.aligned_targets import AlignedTargets
-from conch_dna.training.alignments import ALIGNMENTS, AUTO, INDEX
-from conch_dna.training.answers import openings
-from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.targets import AlignedTargets
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.records import Record, fitting, tokenize_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import (
@@ -29,8 +31,6 @@ from conch_dna.training.soft_targets import (
     Targets,
     target_identity,
 )
-from conch_dna.training.token_bytes import token_bytes
-from conch_dna.training.vocabulary import same_tokens, vocabulary_digest
 
 Report = Callable[[str, dict[str, Any]], None]
 AUTO_ALIGNMENT = "roots"

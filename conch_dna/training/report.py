@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.training.alignments import INDEX
-from conch_dna.training.token_bytes import KINDS
+from conch_dna.training.cross_tokenizer.alignments import INDEX
+from conch_dna.training.cross_tokenizer.token_bytes import KINDS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from conch_dna.training.vocabulary import TokenizerComparison
+    from conch_dna.training.cross_tokenizer.vocabulary import TokenizerComparison
 
 
 def evaluation_table(

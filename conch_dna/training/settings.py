@@ -12,7 +12,7 @@ from typing import Any
 from conch_dna.errors import ConchError
 from conch_dna.losses import LOSSES
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
-from conch_dna.training.alignments import ALIGNMENTS, AUTO
+from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"

@@ -15,6 +15,7 @@ from conch_dna.checkpoints import write_json
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
+from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.domain_run import DomainRun, Prepared
 from conch_dna.training.records import Record
@@ -27,7 +28,6 @@ from conch_dna.training.settings import (
     validate_domain,
 )
 from conch_dna.training.trainer import Report
-from conch_dna.training.vocabulary import align_vocab_sizes
 
 __all__ = [
     "KDConfig",
@@ -226,6 +226,6 @@ class TrueKnowledgeDistiller:
 
 
 if __name__ == "__main__":
-    from conch_dna.cli import distill
+    from conch_dna.training.cli import distill
 
     distill(prog_name="python -m conch_dna.training.true_kd")

@@ -8,10 +8,10 @@ import time
 from _setting import print_setting, shared_data
 
 from conch_dna.language_model import open_tokenizer
-from conch_dna.training.aligned_records import text_coverage
-from conch_dna.training.byte_alignment import align_spans
-from conch_dna.training.token_bytes import encode_all, token_bytes, token_spans
-from conch_dna.training.vocabulary import compare_tokenizers
+from conch_dna.training.cross_tokenizer.byte_alignment import align_spans
+from conch_dna.training.cross_tokenizer.records import text_coverage
+from conch_dna.training.cross_tokenizer.token_bytes import encode_all, token_bytes, token_spans
+from conch_dna.training.cross_tokenizer.vocabulary import compare_tokenizers
 
 TOKENIZERS = ("qwen2.5", "smollm2", "gpt2", "phi-3-mini", "tinystories2k")
 MODELS = ("babyllama105", "babyllama361", "stories260K")

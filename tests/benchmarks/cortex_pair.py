@@ -20,11 +20,11 @@ from _setting import print_setting, shared_data, stories
 from rich.console import Console
 
 from conch_dna.checkpoints import write_json
-from conch_dna.cortex.calibrating import calibrate_domain
+from conch_dna.cortex.benchmark.command import run_benchmark
+from conch_dna.cortex.benchmark.report import domain_table
+from conch_dna.cortex.benchmark.rows import BenchmarkSettings
+from conch_dna.cortex.calibration.calibrating import calibrate_domain
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.training.benchmark import run_benchmark
-from conch_dna.training.benchmark_report import domain_table
-from conch_dna.training.benchmark_rows import BenchmarkSettings
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from generations import settings_of
 from models import keep_layers

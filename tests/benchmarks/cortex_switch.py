@@ -29,7 +29,7 @@ import numpy as np
 from _setting import print_setting
 
 from conch_dna.checkpoints import write_json
-from conch_dna.cortex.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.language_model import ModelSource
 from cortex_models import write_adapter
 from models import make_model_folder

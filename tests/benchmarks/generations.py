@@ -27,10 +27,10 @@ from typing import Any
 import mlx.core as mx
 from _setting import LONGEST, print_setting, shared_data, short_stories, spread, stories
 
+from conch_dna.generations.data import HELDOUT_FILE, earlier_records, init_line
 from conch_dna.generations.evolve import train_generation_with_teachers
 from conch_dna.generations.line import Line
 from conch_dna.generations.manifest import Outcome
-from conch_dna.generations.material import HELDOUT_FILE, earlier_records, init_line
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.two_teachers import BlendSettings

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from _setting import print_setting, spread
 
-from conch_dna.sedimentation.adapter import Adapter
-from conch_dna.sedimentation.pair_sums import PairSums
-from conch_dna.sedimentation.stores import open_store
-from conch_dna.sedimentation.vector_store import RAW
+from conch_dna.sedimentation.adapters.adapter import Adapter
+from conch_dna.sedimentation.adapters.closed_forms import PairSums
+from conch_dna.sedimentation.changes.versions import Versions
+from conch_dna.sedimentation.stores.contract import RAW
+from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.vectors import unit
-from conch_dna.sedimentation.versions import Versions
 
 DIMENSION, BATCH, QUERIES = 384, 1000, 500
 TEXT = "a text of the usual length of an abstract " * 20

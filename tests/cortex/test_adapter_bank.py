@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from conch_dna.checkpoints import DIGESTS
-from conch_dna.cortex.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from cortex_models import write_adapter

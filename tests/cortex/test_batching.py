@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conch_dna.cortex.adapter_bank import AdapterBank
-from conch_dna.cortex.batching import AnswerEngine
-from conch_dna.cortex.request import Piece, Request, make_request_sampler
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.batching import AnswerEngine
+from conch_dna.cortex.engine.request import Piece, Request, make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from cortex_models import TEXTS, FlatMLP, train_adapter, write_adapter

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conch_dna.checkpoints import write_folder
-from conch_dna.cortex.calibrating import (
+from conch_dna.cortex.calibration.calibrating import (
     BY_TEXT,
     BY_TOKENS,
     PICTURE_FILE,
@@ -26,18 +26,18 @@ from conch_dna.cortex.calibrating import (
     calibrate_domain,
     read_by,
 )
-from conch_dna.cortex.confidence import CALIBRATION_FILE, halves
-from conch_dna.cortex.heldout import chosen, heldout_prompts, heldout_records, prompt_of
+from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, halves
+from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records, prompt_of
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, init_line, json_lines
 from conch_dna.generations.evolve import EvolveConfig
 from conch_dna.generations.line import MANIFEST_FILE
-from conch_dna.generations.material import DATA_FILE, HELDOUT_FILE, init_line, json_lines
 from conch_dna.language_model import ModelSource
+from conch_dna.retraining.domain import line_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import split_heldout
-from conch_dna.training.retraining import line_of
 from cortex_models import write_adapter
 from models import ASSETS, make_model_folder
 from suites import STUDENT, TEACHER, answering, distil, tales

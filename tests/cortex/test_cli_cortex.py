@@ -24,18 +24,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.cli import main
-from conch_dna.cortex.calibrating import calibrate_domain
+from conch_dna.cortex.calibration.calibrating import calibrate_domain
+from conch_dna.cortex.calibration.confidence import save_calibration
 from conch_dna.cortex.cli import cortex
-from conch_dna.cortex.confidence import save_calibration
-from conch_dna.cortex.interrupts import interrupt_held_back
+from conch_dna.cortex.commands.terminal import visible
+from conch_dna.cortex.engine.interrupts import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
-from conch_dna.cortex.recording import read_experiences
-from conch_dna.cortex.retrain_settings import settings_over
-from conch_dna.cortex.server_settings import ServerSettings
-from conch_dna.cortex.terminal import visible
+from conch_dna.cortex.server.settings import ServerSettings
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import EvolveConfig
-from conch_dna.training.experience import ExperienceBuffer
+from conch_dna.retraining.experience import ExperienceBuffer
+from conch_dna.retraining.experience_files import read_experiences
+from conch_dna.retraining.settings import settings_over
 from conch_dna.training.settings import KDConfig
 from cortex_models import TEXTS, train_adapter, write_adapter
 from suites import calibration

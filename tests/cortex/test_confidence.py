@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 
-from conch_dna.cortex.confidence import (
+from conch_dna.cortex.calibration.confidence import (
     CALIBRATION_FILE,
     METHODS,
     Calibration,

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from conch_dna.cortex.confidence import save_calibration
+from conch_dna.cortex.calibration.confidence import save_calibration
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.turn import common
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
-from conch_dna.generations.material import init_line
+from conch_dna.generations.data import init_line
+from conch_dna.retraining.domain import line_of
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.pipeline import TrainingPipeline
 from conch_dna.training.records import plain_prompt, prompt_turns
-from conch_dna.training.retraining import line_of
 from cortex_models import TEXTS, train_adapter
 from suites import calibration
 

@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from conch_dna.cortex.adapter_bank import AdapterBank
-from conch_dna.cortex.routing import (
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.routing import (
     RoutedModel,
     RowCache,
     RowLoRAEmbedding,

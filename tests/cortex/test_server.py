@@ -22,16 +22,16 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from conch_dna.cortex.engine.request import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
-from conch_dna.cortex.request import Piece
-from conch_dna.cortex.serving import CortexServer, ServerSettings, running_server
+from conch_dna.cortex.server.serving import CortexServer, ServerSettings, running_server
 from conch_dna.cortex.turn import AskOptions
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
-from conch_dna.generations.material import init_line
+from conch_dna.generations.data import init_line
+from conch_dna.retraining.domain import line_of
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.pipeline import TrainingPipeline
-from conch_dna.training.retraining import line_of
 from cortex_models import TEXTS, train_adapter
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
@@ -624,7 +624,7 @@ def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
     code = (
         "import sys\n"
         "from conch_dna.cortex.neuron import create_cortex_suite\n"
-        "from conch_dna.cortex.serving import ServerSettings, serve\n"
+        "from conch_dna.cortex.server.serving import ServerSettings, serve\n"
         "with create_cortex_suite(sys.argv[1], domains=['tales']) as suite:\n"
         "    serve(suite, ServerSettings(port=0))\n"
         "print('closed')\n"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
+from conch_dna.generations.data import init_line
 from conch_dna.generations.evolve import WORK
 from conch_dna.generations.evolve import train_generation_with_teachers as evolve
 from conch_dna.generations.laws import Law
 from conch_dna.generations.line import Line, folder_digest
-from conch_dna.generations.material import init_line
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays

@@ -14,7 +14,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.taboo import TabooTokens, mask_taboo_tokens
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import log_softmax
-from conch_dna.training.token_bytes import token_bytes
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from models import make_model_folder
 from tokenizers_made import character_tokenizer
 

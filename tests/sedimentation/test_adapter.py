@@ -8,18 +8,18 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.special import erf
 
 from conch_dna.errors import ConchError, NonFiniteLossError, NotWholeError
-from conch_dna.sedimentation.adapter import (
+from conch_dna.sedimentation.adapters.adapter import (
     KINDS,
     Adapter,
     fit_low_rank,
     fit_procrustes,
     fit_ridge,
 )
-from conch_dna.sedimentation.adapter_export import export_sentence_transformer
-from conch_dna.sedimentation.embedders import open_embedder
-from conch_dna.sedimentation.library_warnings import unclosed_files_allowed
-from conch_dna.sedimentation.pair_sums import PairSums
-from conch_dna.sedimentation.residual_adapter import fit_residual
+from conch_dna.sedimentation.adapters.closed_forms import PairSums
+from conch_dna.sedimentation.adapters.export import export_sentence_transformer
+from conch_dna.sedimentation.adapters.residual import fit_residual
+from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 
 TEXTS = [
     "Cold water slows the growth of coral reefs.",
@@ -184,7 +184,7 @@ def test_residual_rows_do_not_depend_on_how_many_are_mapped_at_once(monkeypatch)
     adapter = with_network(Adapter.identity(16), 8)
     rows = random_unit(2, 50, 16)
     whole = adapter.apply(rows)
-    monkeypatch.setattr("conch_dna.sedimentation.adapter.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("conch_dna.sedimentation.adapters.adapter.ROWS_AT_ONCE", 7)
     np.testing.assert_allclose(adapter.apply(rows), whole, atol=1e-6)
     assert adapter.apply(rows[:0]).shape == (0, 16)
 

@@ -17,7 +17,10 @@ from click.testing import CliRunner, Result
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation import benchmark_distillation
-from conch_dna.sedimentation.beir import Collection, read_beir, read_collection
+from conch_dna.sedimentation.benchmark.collections import Collection, read_beir, read_collection
+from conch_dna.sedimentation.benchmark.queries import split_queries
+from conch_dna.sedimentation.benchmark.report import markdown_table
+from conch_dna.sedimentation.benchmark.rows import CONTROL, SWEPT, TEACHER, WORDS, BenchmarkSettings
 from conch_dna.sedimentation.benchmark_distillation import (
     dcg_at_k,
     evaluate_engine,
@@ -26,9 +29,6 @@ from conch_dna.sedimentation.benchmark_distillation import (
     run_benchmark,
     run_training_cycle,
 )
-from conch_dna.sedimentation.benchmark_queries import split_queries
-from conch_dna.sedimentation.benchmark_report import markdown_table
-from conch_dna.sedimentation.benchmark_rows import CONTROL, SWEPT, TEACHER, WORDS, BenchmarkSettings
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
 from topic_models import TOPICS, WORDS_EACH, documents, tables, write_static

@@ -12,7 +12,7 @@ import pytest
 
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.sedimentation.chelation_log import (
+from conch_dna.sedimentation.changes.chelation_log import (
     EVENTS_FILE,
     ChelationLog,
     Event,
@@ -130,7 +130,7 @@ def test_what_was_acknowledged_before_a_kill_is_there(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from conch_dna.sedimentation.chelation_log import ChelationLog
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 log = ChelationLog(Path(sys.argv[1]), rotate_bytes=20_000)
 while True:
     event = log.append(query="q", version="raw", student_digest="s", dispersion=0.1,

@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 import conch_dna.sedimentation as public
 from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import main
-from conch_dna.sedimentation.chelation_log import ChelationLog
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.cli import sediment
-from conch_dna.sedimentation.embedders import open_embedder
+from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.engine import AntigravityEngine
-from conch_dna.sedimentation.library_warnings import unclosed_files_allowed
 from topic_models import WORDS, documents, write_models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -355,7 +355,7 @@ def test_ctrl_c_promises_no_resume_where_there_is_none(
     def stopped(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conch_dna.sedimentation.make_student.make_student", stopped)
+    monkeypatch.setattr("conch_dna.sedimentation.embedders.make_student.make_student", stopped)
     result = run("make-student", models["teacher"], tmp_path / "student")
     assert (result.exit_code, result.stderr) == (130, "stopped\n")
 

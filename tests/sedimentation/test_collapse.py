@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.collapse import (
+from conch_dna.sedimentation.changes.collapse import (
     CollapseNull,
     dispersion,
     dispersions,
@@ -120,7 +120,7 @@ def test_the_sample_is_decided_by_ids_and_seed_and_not_by_the_order_of_the_store
 def test_more_sampled_than_queries_at_once_gives_the_same(monkeypatch):
     store = ExactStore(range(120), corpus())
     whole = CollapseNull.fit(store, version="raw", k=4, sample=120)
-    monkeypatch.setattr("conch_dna.sedimentation.collapse.QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("conch_dna.sedimentation.changes.collapse.QUERIES_AT_ONCE", 7)
     assert CollapseNull.fit(store, version="raw", k=4, sample=120).values_digest == (
         whole.values_digest
     )

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
-from conch_dna.sedimentation import edge_store
-from conch_dna.sedimentation.edge_store import MANIFEST, EdgeStore
-from conch_dna.sedimentation.stored_documents import ContentSum
-from conch_dna.sedimentation.stores import open_store
-from conch_dna.sedimentation.vector_store import RAW
+from conch_dna.sedimentation.stores import edge as edge_store
+from conch_dna.sedimentation.stores.contract import RAW
+from conch_dna.sedimentation.stores.edge import MANIFEST, EdgeStore
+from conch_dna.sedimentation.stores.open_store import open_store
+from conch_dna.sedimentation.stores.stored_documents import ContentSum
 from conch_dna.sedimentation.vectors import unit
 
 D = 16
@@ -65,7 +65,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from test_edge_store import IDENTITY, build, fill
-from conch_dna.sedimentation.edge_store import EdgeStore
+from conch_dna.sedimentation.stores.edge import EdgeStore
 
 def say(*words):
     print(*words, flush=True)
@@ -201,7 +201,7 @@ def test_documents_written_between_versions_survive_the_deletion_of_one(tmp_path
 import os, signal, sys
 from pathlib import Path
 from test_edge_store import IDENTITY, build, fill
-from conch_dna.sedimentation.edge_store import EdgeStore
+from conch_dna.sedimentation.stores.edge import EdgeStore
 store = EdgeStore(Path(sys.argv[1]), IDENTITY)
 fill(store, 0, 25)
 build(store, "v1")
@@ -279,7 +279,7 @@ def test_a_second_process_gets_one_line(tmp_path: Path) -> None:
     program = """
 import sys
 from conch_dna.errors import FolderInUseError
-from conch_dna.sedimentation.stores import open_store
+from conch_dna.sedimentation.stores.open_store import open_store
 try:
     open_store(sys.argv[1])
 except FolderInUseError as error:

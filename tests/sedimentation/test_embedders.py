@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.sedimentation import embedding_contract, local_embedders, make_student, ollama
-from conch_dna.sedimentation.embedders import Embedder, open_embedder
-from conch_dna.sedimentation.model_places import MINILM, find_model, model_digest
-from conch_dna.sedimentation.teacher_cache import CachedEmbedder
-from conch_dna.sedimentation.teacher_ensemble import TeacherEnsemble
+from conch_dna.sedimentation.embedders import contract as embedding_contract
+from conch_dna.sedimentation.embedders import local as local_embedders
+from conch_dna.sedimentation.embedders import make_student, ollama
+from conch_dna.sedimentation.embedders.open_embedder import Embedder, open_embedder
+from conch_dna.sedimentation.embedders.places import MINILM, find_model, model_digest
+from conch_dna.sedimentation.embedders.teacher_cache import CachedEmbedder
+from conch_dna.sedimentation.embedders.teacher_ensemble import TeacherEnsemble
 from tiny_embedders import make_tiny_teacher, ollama_server, tiny_texts
 
 TEXTS = ["baba ceba", "foka", "lemi nopu guce baba", "didi dino foka gule kaka mimi"]
@@ -186,7 +188,7 @@ def test_a_missing_folder_is_refused(name):
 def test_a_hub_that_cannot_be_reached_is_one_line_with_a_way_out():
     code = (
         "from conch_dna.errors import ConchError\n"
-        "from conch_dna.sedimentation.embedders import open_embedder\n"
+        "from conch_dna.sedimentation.embedders.open_embedder import open_embedder\n"
         "try: open_embedder('nobody/nothing')\n"
         "except ConchError as error: print(error)"
     )

@@ -18,7 +18,7 @@ import pytest
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
-from conch_dna.sedimentation.vector_store import RAW
+from conch_dna.sedimentation.stores.contract import RAW
 from topic_models import (
     DIMENSION,
     STUDENT_DIMENSION,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.gate import (
+from conch_dna.sedimentation.changes.gate import (
     PseudoQueries,
     judge,
     judge_all,

@@ -16,10 +16,10 @@ import pytest
 from qdrant_client import QdrantClient
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.server_store import ServerStore
-from conch_dna.sedimentation.stored_documents import ContentSum
-from conch_dna.sedimentation.stores import open_store
-from conch_dna.sedimentation.vector_store import RAW, VectorStore
+from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.stores.open_store import open_store
+from conch_dna.sedimentation.stores.server import ServerStore
+from conch_dna.sedimentation.stores.stored_documents import ContentSum
 from conch_dna.sedimentation.vectors import unit
 from qdrant_over_http import QdrantOverHttp
 

@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation import teacher_cache, teacher_distillation
-from conch_dna.sedimentation.embedders import open_embedder
-from conch_dna.sedimentation.fallback_targets import STEPS, targets_with_fallback
-from conch_dna.sedimentation.teacher_alignment import (
+from conch_dna.sedimentation.adapters.teacher_alignment import (
     SCHEDULES,
     blend,
     compute_alignment_metric,
@@ -27,11 +24,15 @@ from conch_dna.sedimentation.teacher_alignment import (
     generate_hybrid_targets,
     scheduled_weight,
 )
-from conch_dna.sedimentation.teacher_cache import CachedEmbedder, VectorCache
-from conch_dna.sedimentation.teacher_distillation import (
+from conch_dna.sedimentation.changes import teacher_distillation
+from conch_dna.sedimentation.changes.fallback_targets import STEPS, targets_with_fallback
+from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
 )
+from conch_dna.sedimentation.embedders import teacher_cache
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.sedimentation.embedders.teacher_cache import CachedEmbedder, VectorCache
 from tiny_embedders import make_tiny_teacher, tiny_texts
 
 TEXTS = tiny_texts(60, seed=7)

@@ -28,9 +28,9 @@ from conch_dna.training.answers import (
     texts_of,
 )
 from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import tokenize_record
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.vocabulary import vocabulary_digest
 from models import make_model_folder
 
 OPENINGS = [

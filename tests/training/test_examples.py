@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.aligned_records import AlignedExample
-from conch_dna.training.aligned_targets import AlignedTargets
-from conch_dna.training.alignments import ALIGNMENTS
+from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS
+from conch_dna.training.cross_tokenizer.records import AlignedExample
+from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.examples import Examples, resolve_alignment
 from conch_dna.training.records import Record
 from conch_dna.training.settings import KDConfig

@@ -21,14 +21,18 @@ from safetensors import safe_open
 
 from conch_dna.language_model import ASSETS, LanguageModel, ModelSource, open_tokenizer
 from conch_dna.training import domain_run
-from conch_dna.training.aligned_loss import make_aligned_loss
+from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
+from conch_dna.training.cross_tokenizer.vocabulary import (
+    SAME,
+    SAME_UP_TO_PADDING,
+    compare_tokenizers,
+)
 from conch_dna.training.examples import Examples
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.plan import plan_domain
 from conch_dna.training.records import split_heldout
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
-from conch_dna.training.vocabulary import SAME, SAME_UP_TO_PADDING, compare_tokenizers
 from models import make_model_folder
 from tokenizers_made import character_tokenizer
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from conch_dna.errors import ConchError
 from conch_dna.language_model import load_tokenizer
 from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import (
     fitting,
     plain_prompt,
@@ -33,7 +34,6 @@ from conch_dna.training.records import (
     tokenize_record,
     tokenize_records,
 )
-from conch_dna.training.vocabulary import vocabulary_digest
 from models import ASSETS
 
 PHI = (

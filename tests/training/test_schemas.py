@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from conch_dna.cortex.structured import parse_answer
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.schemas import DIALECT, DOMAIN_SCHEMAS
+from conch_dna.training.structured_answers import parse_answer
 
 DOMAINS = sorted(DOMAIN_PROMPTS)
 

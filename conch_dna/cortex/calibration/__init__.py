@@ -1,0 +1,1 @@
+"""How sure a neuron is, measured against EGO on what its training held out."""

@@ -1,0 +1,155 @@
+"""What there is of each neuron, told from its files alone: no model is loaded or looked for.
+
+Knows folders, calibrations and what was recorded; changes nothing. To show another figure: a key
+in `neuron_rows` and its column in `status_table`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conch_dna.cortex.calibration.confidence import Calibration, load_calibration
+from conch_dna.cortex.engine.adapter_modules import adapter_digest
+from conch_dna.cortex.turn import Answer
+from conch_dna.errors import ConchError
+from conch_dna.retraining.domain import active_adapter, known_domains
+from conch_dna.retraining.pipeline import RetrainAdvice, TrainingPipeline
+from conch_dna.training.schemas import DOMAIN_SCHEMAS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def neuron_rows(pipeline: TrainingPipeline) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every neuron of a folder of adapters, and of experience without one.
+
+    Args:
+        pipeline: Knows the folder.
+
+    Returns:
+        For each domain what it is, as JSON can hold; and what is to be known besides.
+
+    Raises:
+        ConchError: There is nothing in the folder.
+    """
+    folder = pipeline.adapters_dir
+    known = known_domains(folder)
+    domains = sorted({*known, *pipeline.buffer.domains})
+    if not domains:
+        raise ConchError(
+            f"{folder} holds no adapter: make one with 'conch-dna distill --domain thinking', or "
+            "name another folder of adapters"
+        )
+    notes: list[str] = []
+    rows = []
+    for domain in domains:
+        if domain in known:
+            rows.append(_row(pipeline, domain, notes))
+        else:
+            notes.append(f"there is experience of {domain} and no adapter")
+        _, problems = pipeline.buffer.read(domain)
+        notes += problems
+    return rows, notes
+
+
+def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str, Any]:
+    path = active_adapter(pipeline.adapters_dir, domain)
+    digest = adapter_digest(path)
+    found = load_calibration(pipeline.adapters_dir, domain, digest, report=notes.append)
+    line = pipeline.line(domain)
+    advice: RetrainAdvice = pipeline.should_retrain(domain)
+    return {
+        "domain": domain,
+        "version": line.head if line.exists else None,
+        "versions": line.generations() if line.exists else [],
+        "refused_versions": line.failed() if line.exists else [],
+        "adapter": str(path),
+        "digest": digest,
+        "structured": domain in DOMAIN_SCHEMAS,
+        "calibration": found.to_json() if found else None,
+        "experience": advice.counts,
+        "retrain": advice.retrain,
+        "advice": advice.reason,
+    }
+
+
+def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
+    """The rows of `neuron_rows` for people."""
+    from rich.text import Text
+
+    table = _table(f"neurons in {folder}")
+    table.add_column("neuron", overflow="fold")
+    # Folded, since a folder that ends in an ellipsis is of no use.
+    table.add_column("version and adapter", overflow="fold", min_width=18)
+    for name in ("answers", "calibrated", "new"):
+        table.add_column(name)
+    table.add_column("retrain?")
+    for row in rows:
+        path, counts = Path(row["adapter"]), row["experience"]
+        shown = path.relative_to(folder) if path.is_relative_to(folder) else path
+        table.add_row(
+            row["domain"],
+            Text(f"{row['version'] or 'distilled'}\n{shown}"),
+            "JSON" if row["structured"] else "text",
+            _calibrated(row["calibration"]),
+            str(counts["new"]),
+            f"{'yes' if row['retrain'] else 'no'}: {row['advice']}",
+        )
+    return table
+
+
+def _calibrated(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "no"
+    threshold = found["threshold"]
+    sure = "EGO answers all" if threshold is None else f"from {threshold:.3f}"
+    return f"{found['method']}, {sure}"
+
+
+def calibration_table(found: dict[str, Calibration]) -> "Table":
+    """How sure neurons are, against how often they agree with EGO.
+
+    Args:
+        found: The calibration of each domain.
+    """
+    table = _table("calibration on held-out answers")
+    for name in ("neuron", "method", "fitted", "held out", "ECE before", "ECE after"):
+        table.add_column(name)
+    for name in ("answers itself from", "coverage", "risk"):
+        table.add_column(name)
+    for domain, each in found.items():
+        table.add_row(
+            domain,
+            each.method,
+            str(each.n_fit),
+            str(each.n_held),
+            f"{each.ece_before:.3f}",
+            f"{each.ece_after:.3f}",
+            "never" if each.threshold is None else f"{each.threshold:.3f}",
+            f"{each.coverage:.0%}",
+            "-" if each.risk is None else f"{each.risk:.3f}",
+        )
+    return table
+
+
+def _table(title: str) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title))
+
+
+def who_answered(answer: Answer) -> str:
+    """One line for people: who answered, why, and at what cost."""
+    who = "EGO" if answer.answered_by == "ego" else answer.domain
+    parts = [f"{who}: {answer.reason}"]
+    if answer.answered_by == "neuron" and not answer.calibrated and answer.confidence is not None:
+        parts.append(f"bare confidence {answer.confidence:.3f}")
+    if answer.repaired:
+        parts.append("asked a second time for a valid answer")
+    if answer.valid is False:
+        parts.append(f"not valid: {'; '.join(answer.problems)}")
+    if answer.finish_reason == "length":
+        parts.append("cut off at its longest")
+    parts.append(f"{answer.completion_tokens} tokens in {answer.seconds:.1f} s")
+    return " · ".join(parts)

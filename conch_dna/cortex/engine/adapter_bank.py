@@ -1,0 +1,174 @@
+"""Several adapters on one base model in memory, switched in place.
+
+Knows modules and their arrays; nothing of requests, tokens or domains' meaning. What an adapter is
+made of is read in `adapter_modules`; this module keeps them and says which one is active.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from conch_dna.cortex.engine.adapter_modules import Adapter, read_adapter
+from conch_dna.cortex.engine.shared_tree import SharedTree
+from conch_dna.errors import ConchError
+from conch_dna.language_model import LanguageModel, named_arrays
+from conch_dna.training.adapters import adapter_tensors
+
+
+class AdapterBank:
+    """Adapters by name on one base, whose arrays all of them share.
+
+    Not for several threads at once.
+
+    Args:
+        base: Loaded without an adapter; its module tree is what `activate` changes.
+
+    Attributes:
+        base: The model.
+        version: Grows whenever an adapter comes, goes or is replaced.
+
+    Raises:
+        ConchError: The base already carries an adapter.
+    """
+
+    def __init__(self, base: LanguageModel) -> None:
+        if base.source.adapter or adapter_tensors(base.model):
+            raise ConchError(
+                f"{base.model_id} already carries an adapter: load the base without one"
+            )
+        self.base = base
+        self.version = 0
+        # Asked before anything is active; it runs the model once.
+        self.vocabulary_size = base.vocabulary_size
+        self._shared = SharedTree(base.model)
+        self._adapters: dict[str, Adapter] = {}
+        self._active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters, in the order they came."""
+        return list(self._adapters)
+
+    @property
+    def active(self) -> str | None:
+        """Which adapter the base's module tree carries now; None for the base as it was."""
+        return self._active
+
+    def add(self, name: str, folder: Path) -> None:
+        """Read an adapter; it stays until `remove`.
+
+        Args:
+            name: Not taken yet.
+            folder: See `read_adapter`.
+
+        Raises:
+            ConchError: The name is taken, or the folder's adapter does not belong to the base.
+        """
+        if name in self._adapters:
+            raise ConchError(f"there is an adapter {name!r} already: replace it, or remove it")
+        self._adapters[name] = read_adapter(Path(folder), self.base, self._shared)
+        self.version += 1
+
+    def replace(self, name: str, folder: Path) -> None:
+        """Read another version of an adapter; if it is refused, the old one stays.
+
+        If it is the active one, the new version is active afterwards.
+
+        Raises:
+            ConchError: There is no such adapter, or see `add`.
+        """
+        self.get(name)
+        new = read_adapter(Path(folder), self.base, self._shared)
+        was_active = self._active == name
+        if was_active:
+            self.activate(None)
+        self._adapters[name] = new
+        self.version += 1
+        if was_active:
+            self.activate(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; if it is the active one, the base is as it was.
+
+        Raises:
+            ConchError: There is no such adapter.
+        """
+        self.get(name)
+        if self._active == name:
+            self.activate(None)
+        del self._adapters[name]
+        self.version += 1
+
+    def get(self, name: str) -> Adapter:
+        """The adapter of that name.
+
+        Raises:
+            ConchError: There is none.
+        """
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none yet"
+            raise ConchError(f"there is no adapter {name!r}: known are {known}")
+        return self._adapters[name]
+
+    def activate(self, name: str | None) -> None:
+        """Let the base's module tree be the model with that adapter; None: the base as it was.
+
+        Exchanges references to modules: nothing is loaded, computed or copied.
+
+        Raises:
+            ConchError: There is no such adapter; the active one stays.
+        """
+        swaps = self.get(name).swaps if name is not None else ()
+        if self._active is not None:
+            for swap in self._adapters[self._active].swaps:
+                swap.holder[swap.key] = swap.own
+        for swap in swaps:
+            swap.holder[swap.key] = swap.other
+        self._active = name
+
+    def tree(self, name: str | None) -> nn.Module:
+        """The model with an adapter as a module tree of its own, whatever is active.
+
+        It shares the arrays, and goes on being that version after `replace` or `remove`.
+
+        Raises:
+            ConchError: There is no such adapter.
+        """
+        return self._shared.pristine if name is None else self.get(name).tree
+
+    def new_tree(self) -> nn.Module:
+        """The base's modules anew over the same arrays, for someone who exchanges some of them."""
+        return self._shared.tree()
+
+    def can_share_batch(self, names: Iterable[str | None]) -> bool:
+        """Whether rows of one batch can have these adapters: plain LoRA on plain layers only.
+
+        Not so for DoRA, full weights, layers of experts, and tensors of several dtypes.
+        """
+        from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+        dtypes = set()
+        for name in names:
+            for swap in self.get(name).swaps if name is not None else ():
+                if type(swap.other) not in (LoRALinear, LoRAEmbedding):
+                    return False
+                dtypes |= {swap.other.lora_a.dtype, swap.other.lora_b.dtype}
+        return len(dtypes) <= 1
+
+    def digest_of(self, name: str) -> str:
+        """Content address of an adapter's configuration and tensors."""
+        return self.get(name).digest
+
+    def bytes_of(self, name: str) -> int:
+        """Memory of an adapter's own tensors, in bytes."""
+        return self.get(name).nbytes
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory of the base's arrays, in bytes; arrays used twice count once."""
+        arrays: dict[int, mx.array] = {
+            id(array): array for array in named_arrays(self._shared.pristine.parameters()).values()
+        }
+        return sum(array.nbytes for array in arrays.values())

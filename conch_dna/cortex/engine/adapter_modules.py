@@ -1,0 +1,207 @@
+"""An adapter's folder as modules around a base model's own arrays.
+
+Knows mlx_lm's adapter folders and module trees; nothing of which adapter is active or of requests.
+A kind of adapter that mlx_lm learns to build is built here too, since mlx_lm builds all of them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from conch_dna.checkpoints import DIGESTS, verify_folder
+from conch_dna.cortex.engine.shared_tree import SharedTree, Swap
+from conch_dna.digests import content_digest, file_digest
+from conch_dna.errors import ConchError
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
+
+KINDS = ("lora", "dora", "full")
+# Where a line of generations keeps what base all of them stand on.
+_LINE_MANIFESTS = ("manifest.json", "../G000/manifest.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter that fits a base model.
+
+    Attributes:
+        folder: Where it was read.
+        kind: One of KINDS.
+        digest: Content address of its configuration and tensors.
+        tree: The base with this adapter, as a module tree of its own over the base's arrays.
+        swaps: What to exchange in the live tree for it.
+        nbytes: Memory of its tensors.
+    """
+
+    folder: Path
+    kind: str
+    digest: str
+    tree: nn.Module
+    swaps: tuple[Swap, ...]
+    nbytes: int
+
+
+def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Adapter:
+    """Read an adapter's folder onto a base, as `mlx_lm.load` would.
+
+    Args:
+        folder: Holds adapter_config.json and adapters.safetensors.
+        base: The model it must belong to.
+        shared: The base's modules.
+
+    Raises:
+        ConchError: The folder is not whole, belongs to another base, or does not fit; all
+            tensors that do not are listed.
+    """
+    config = _read_config(folder)
+    require_same_base(folder, config, base)
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise ConchError(
+            f"{folder} holds an adapter of the kind {kind!r}: known are {', '.join(KINDS)}"
+        )
+    tensors = _read_tensors(folder)
+    tree = shared.tree(leaves=kind == "full")
+    if kind != "full":
+        _attach(tree, config, folder, dora=kind == "dora")
+    _require_fits(tree, tensors, folder, full=kind == "full")
+    tree.load_weights(list(tensors.items()), strict=False)
+    # Or dropout would be at work in every answer.
+    tree.eval()
+    return Adapter(
+        folder=folder,
+        kind=kind,
+        digest=adapter_digest(folder),
+        tree=tree,
+        swaps=shared.swaps(tree),
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def adapter_digest(folder: Path) -> str:
+    """Content address of an adapter's configuration and tensors."""
+    return content_digest(*(file_digest(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ConchError(
+            f"{folder} holds no adapter, there is no {' and no '.join(missing)}: give a folder "
+            "that 'conch-dna distill' or mlx_lm.lora made"
+        )
+    if (folder / DIGESTS).is_file():
+        verify_folder(folder)
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if config is None:
+        raise ConchError(f"cannot read {folder / ADAPTER_CONFIG}: it is no JSON object")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _read_tensors(folder: Path) -> dict[str, mx.array]:
+    try:
+        loaded = mx.load(str(folder / ADAPTER_FILE))
+        # Arrays are read when they are needed, and by then the folder may be another.
+        mx.eval(loaded)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConchError(
+            f"cannot read {folder / ADAPTER_FILE}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if not isinstance(loaded, dict) or not loaded:
+        raise ConchError(f"{folder / ADAPTER_FILE} holds no tensors: make the adapter again")
+    return loaded
+
+
+def _attach(tree: nn.Module, config: dict[str, Any], folder: Path, *, dora: bool) -> None:
+    """Put fresh LoRA or DoRA modules where the configuration says, by mlx_lm's own function."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    random_state: Any = mx.random.state
+    high, low = np.asarray(random_state[0])
+    try:
+        linear_to_lora_layers(tree, config["num_layers"], config["lora_parameters"], use_dora=dora)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConchError(
+            f"cannot build the adapter that {folder / ADAPTER_CONFIG} describes: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    finally:
+        # What it draws is replaced at once; nobody's sampling must depend on it.
+        mx.random.seed(int(high) << 32 | int(low))
+
+
+def _require_fits(
+    tree: nn.Module, tensors: dict[str, mx.array], folder: Path, *, full: bool
+) -> None:
+    """Refuse tensors that are unknown, of another shape or, for LoRA and DoRA, missing."""
+    wanted = named_arrays(tree.parameters()) if full else adapter_tensors(tree)
+    problems = [f"{name} is no part of it" for name in sorted(set(tensors) - set(wanted))]
+    for name in sorted(wanted):
+        if name not in tensors:
+            # mlx_lm trains all weights of some layers only, and keeps only those.
+            problems += [] if full else [f"{name} is missing"]
+        elif tensors[name].shape != wanted[name].shape:
+            problems.append(f"{name} is {tensors[name].shape}, not {wanted[name].shape}")
+    if not full and not wanted:
+        problems.append("its configuration names no layer of the model")
+    if problems:
+        raise ConchError(
+            f"the adapter in {folder} does not fit the model, {len(problems)} differences: "
+            f"{'; '.join(problems)}. Distil it from this model, or load the one it was made for"
+        )
+
+
+def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel) -> None:
+    """Refuse an adapter that was made for another model, as far as its folder tells.
+
+    A recorded digest decides. Without one the recorded name does: it must be the base's, or lead
+    to a folder with the same weights. An adapter that records nothing is judged by its shapes.
+
+    Raises:
+        ConchError: It is another model's; names both.
+    """
+    source = base.source
+    made_by = config.get("conch_dna")
+    digest = made_by.get("student_digest") if isinstance(made_by, dict) else None
+    name = config.get("model")
+    for manifest in () if digest else _LINE_MANIFESTS:
+        recorded = (_read_json(folder / manifest) or {}).get("base")
+        if isinstance(recorded, dict):
+            digest, name = digest or recorded.get("weights"), name or recorded.get("model")
+    if digest is None and isinstance(name, str) and name != source.model_id:
+        digest = _digest_of(name)
+        if digest is None:
+            raise ConchError(
+                f"the adapter in {folder} was made for {name}, and whether that is "
+                f"{source.model_id} cannot be told here: load the base as {name}, or, if both are "
+                f'the same, set "model" in its {ADAPTER_CONFIG} to {source.model_id}'
+            )
+    if digest is not None and digest != source.weights_digest:
+        raise ConchError(
+            f"the adapter in {folder} was made for {name or 'another model'} (weights "
+            f"{digest[:12]}), not for {source.model_id} (weights {source.weights_digest[:12]}): "
+            "load that model as the base, or distil the domain into this one"
+        )
+
+
+def _digest_of(name: str) -> str | None:
+    """The weights' digest of a model that is here; None rather than a download."""
+    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
+        return None
+    try:
+        return ModelSource(name).weights_digest
+    except ConchError:
+        return None

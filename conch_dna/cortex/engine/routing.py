@@ -1,0 +1,285 @@
+"""One batch whose rows have different adapters.
+
+Knows an adapter bank and mlx_lm's prompt caches; nothing of requests, sampling or when rows come
+and go. Each row's adapter travels through mlx_lm's batches as the last entry of its prompt cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from conch_dna.cortex.engine.adapter_bank import AdapterBank
+
+
+class RowShapeError(ValueError):
+    """A layer got an array whose first axis is not the batch's rows."""
+
+
+class Rows:
+    """Which adapter each row of the batch has that the model is computing now.
+
+    Attributes:
+        indices: `[B]`, int32.
+    """
+
+    def __init__(self) -> None:
+        self.indices = mx.array([], dtype=mx.int32)
+
+    def of(self, x: mx.array) -> mx.array:
+        """The indices for an input whose first axis must be the rows.
+
+        Raises:
+            RowShapeError: It is not.
+        """
+        if x.ndim < 2 or x.shape[0] != self.indices.size:
+            raise RowShapeError(f"{self.indices.size} rows, but an input of shape {x.shape}")
+        return self.indices
+
+
+class RowCache:
+    """The row's adapter, in the form of an entry of mlx_lm's prompt cache.
+
+    Args:
+        rows: Index of each row's adapter; one row where it belongs to one sequence.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = list(rows)
+
+    @staticmethod
+    def merge(caches: Sequence["RowCache"]) -> "RowCache":
+        """One entry for the rows of several, in their order."""
+        return RowCache([row for cache in caches for row in cache.rows])
+
+    def extend(self, other: "RowCache") -> None:
+        """Put another batch's rows behind these."""
+        self.rows += other.rows
+
+    def filter(self, keep: Sequence[int]) -> None:
+        """Keep only these rows, in that order."""
+        self.rows = [self.rows[index] for index in keep]
+
+    def extract(self, index: int) -> "RowCache":
+        """The entry of one row."""
+        return RowCache([self.rows[index]])
+
+    def prepare(self, **padding: Any) -> None:
+        """Padding of prompts does not concern it."""
+
+    def finalize(self) -> None:
+        """See `prepare`."""
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Arrays to compute: none."""
+        return []
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of arrays."""
+        return 0
+
+    def size(self) -> int:
+        """Tokens in it: none."""
+        return 0
+
+    def empty(self) -> bool:
+        """Whether it holds nothing of a sequence yet; it never does."""
+        return True
+
+    def is_trimmable(self) -> bool:
+        """Tokens can be taken back without changing it."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Take tokens back."""
+        return count
+
+
+def _low_rank(
+    x: mx.array, first: mx.array, second: mx.array, scale: mx.array, indices: mx.array
+) -> mx.array:
+    """`s x A B` with each row's own factors.
+
+    Args:
+        x: `[B, ..., in]`.
+        first: A of every adapter, `[N + 1, in, r]`.
+        second: B of every adapter, `[N + 1, r, out]`.
+        scale: s of every adapter, `[N + 1]`.
+        indices: `[B]`.
+
+    Returns:
+        `[B, ..., out]`, in the dtype that x and the factors have together.
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    z = mx.gather_mm(flat, first, rhs_indices=indices)
+    z = mx.gather_mm(z, second, rhs_indices=indices)
+    z = scale.astype(z.dtype)[indices][:, None, None] * z
+    return z.reshape(*x.shape[:-1], z.shape[-1])
+
+
+class _RowLoRA(nn.Module):
+    """A layer with low-rank updates of several adapters, one for each row.
+
+    Args:
+        own: The base's own layer.
+        lora_a: `[N + 1, in, r]`, in an embedding's tokens; the last is zero, for rows without an
+            adapter.
+        lora_b: `[N + 1, r, out]`, likewise.
+        scale: `[N + 1]`.
+        rows: Which adapter each row has.
+    """
+
+    def __init__(
+        self, own: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: mx.array, rows: Rows
+    ) -> None:
+        super().__init__()
+        self.own = own
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self.rows = rows
+
+
+class RowLoRALinear(_RowLoRA):
+    """A linear layer whose rows have different adapters."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[B, ..., in]` to `[B, ..., out]`."""
+        indices = self.rows.of(x)
+        y: mx.array = self.own(x)
+        return y + _low_rank(x, self.lora_a, self.lora_b, self.scale, indices).astype(x.dtype)
+
+
+class RowLoRAEmbedding(_RowLoRA):
+    """An embedding whose rows have different adapters."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Ids `[B, T]` to `[B, T, D]`."""
+        indices = self.rows.of(x)
+        y: mx.array = self.own(x)
+        z = mx.gather_mm(self.lora_a[indices[:, None], x], self.lora_b, rhs_indices=indices)
+        return y + (self.scale.astype(z.dtype)[indices][:, None, None] * z).astype(y.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Hidden states `[B, ..., D]` to logits `[B, ..., tokens]`."""
+        indices = self.rows.of(x)
+        y: mx.array = self.own.as_linear(x)
+        first, second = (each.swapaxes(-1, -2) for each in (self.lora_b, self.lora_a))
+        return y + _low_rank(x, first, second, self.scale, indices).astype(x.dtype)
+
+
+class RoutedModel:
+    """A bank's model, called with a prompt cache whose last entry is a `RowCache`.
+
+    Rows that all have the same adapter are computed by that adapter's own modules, to the bit as
+    mlx_lm would; a mixed batch by layers with a low-rank update for each row.
+
+    Args:
+        bank: It may change afterwards; this stays as it is.
+        names: The adapters of the rows; index i means the i-th, one more than the last means none.
+    """
+
+    def __init__(self, bank: AdapterBank, names: Sequence[str | None]) -> None:
+        self.vocabulary_size = bank.vocabulary_size
+        self._trees = [*(bank.tree(name) for name in names), bank.tree(None)]
+        self._new_tree = bank.new_tree
+        self._rows = Rows()
+        self._mixed: nn.Module | None = None
+
+    @property
+    def no_adapter(self) -> int:
+        """The index of rows without an adapter."""
+        return len(self._trees) - 1
+
+    def tree(self, row: int) -> nn.Module:
+        """The module tree of a row's adapter alone."""
+        return self._trees[row]
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Any]) -> mx.array:
+        """Ids `[B, T]` to logits of the real tokens `[B, T, V]`, float32.
+
+        Args:
+            inputs: Token ids.
+            cache: mlx_lm's batched prompt cache, and a `RowCache` of B rows behind it.
+        """
+        *own, rows = cache
+        if len(set(rows.rows)) == 1:
+            tree = self._trees[rows.rows[0]]
+        else:
+            tree = self._mixed_tree()
+            self._rows.indices = mx.array(rows.rows, dtype=mx.int32)
+        logits: mx.array = tree(inputs, cache=own)
+        # Padding rows of the head are no tokens, and have no share in any probability.
+        return logits[..., : self.vocabulary_size].astype(mx.float32)
+
+    def routes(self) -> bool:
+        """Whether the model keeps the batch's rows on the first axis in every adapted layer.
+
+        Tried on two rows without a cache, since a model's class does not tell.
+        """
+        tree = self._mixed_tree()
+        self._rows.indices = mx.array([0, self.no_adapter], dtype=mx.int32)
+        try:
+            for length in (3, 1):
+                mx.eval(tree(mx.zeros((2, length), dtype=mx.int32)))
+        except RowShapeError:
+            return False
+        return True
+
+    def _mixed_tree(self) -> nn.Module:
+        if self._mixed is None:
+            self._mixed = self._new_tree()
+            self._mixed.update_modules(tree_unflatten(_row_layers(self._trees, self._rows)))
+            self._mixed.eval()
+            mx.eval(self._mixed.parameters())
+        return self._mixed
+
+
+def _row_layers(trees: Sequence[nn.Module], rows: Rows) -> list[tuple[str, nn.Module]]:
+    """For every layer that a tree adapts, one with the factors of all trees, by its name."""
+    from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+    adapted = [
+        {
+            name: module
+            for name, module in tree.named_modules()
+            if type(module) in (LoRALinear, LoRAEmbedding)
+        }
+        for tree in trees
+    ]
+    result: list[tuple[str, nn.Module]] = []
+    for name in dict.fromkeys(name for layers in adapted for name in layers):
+        layers = [each.get(name) for each in adapted]
+        first, second, scale = _stacked(layers)
+        one = next(layer for layer in layers if layer is not None)
+        if isinstance(one, LoRALinear):
+            made: nn.Module = RowLoRALinear(one.linear, first, second, scale, rows)
+        else:
+            made = RowLoRAEmbedding(one.embedding, first, second, scale, rows)
+        result.append((name, made))
+    return result
+
+
+def _stacked(layers: Sequence[Any]) -> tuple[mx.array, mx.array, mx.array]:
+    """A `[N, in, r]`, B `[N, r, out]` and s `[N]` of several LoRA layers; zero where one is None.
+
+    Smaller ranks are filled with zeros up to the largest.
+    """
+    present = [layer for layer in layers if layer is not None]
+    rank = max(layer.lora_a.shape[1] for layer in present)
+    like = present[0]
+    first, second = [], []
+    for layer in layers:
+        if layer is None:
+            first.append(mx.zeros((like.lora_a.shape[0], rank), like.lora_a.dtype))
+            second.append(mx.zeros((rank, like.lora_b.shape[1]), like.lora_b.dtype))
+        else:
+            missing = rank - layer.lora_a.shape[1]
+            first.append(mx.pad(layer.lora_a, [(0, 0), (0, missing)]))
+            second.append(mx.pad(layer.lora_b, [(0, missing), (0, 0)]))
+    scale = mx.array([0.0 if layer is None else float(layer.scale) for layer in layers])
+    return mx.stack(first), mx.stack(second), scale

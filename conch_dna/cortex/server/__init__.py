@@ -1,0 +1,1 @@
+"""Neurons behind OpenAI's chat API."""

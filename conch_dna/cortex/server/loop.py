@@ -1,0 +1,283 @@
+"""The one thread that owns a suite and its engine: it takes turns on, steps, tells and reloads.
+
+Knows jobs, turns and the engine; nothing of HTTP. Everything reaches it through an inbox, so that
+nothing here needs a lock. Something else to do between two steps: a method put into the inbox.
+"""
+
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from conch_dna.cortex.neuron import EGO, CortexSuite
+from conch_dna.cortex.server.ego_thread import EgoThread
+from conch_dna.cortex.server.jobs import Accepted, Event, Job, Text, tell_all
+from conch_dna.cortex.server.metrics import ServerMetrics
+from conch_dna.cortex.server.replies import Reply, reply_of, unknown_model
+from conch_dna.cortex.server.requests import ApiError
+from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.errors import ConchError
+
+STOPPING = "the server is stopping: ask again when it is back"
+# Longest sleep of an idle loop, in seconds; what comes in wakes it.
+_IDLE_S = 1.0
+# After which silence it looks whether the last client has its answer.
+_LEAVING_S = 0.02
+
+
+class ServerLoop:
+    """Answers jobs until it is stopped. `run` is for the thread that owns the suite.
+
+    Args:
+        suite: The neurons, and EGO.
+        settings: Of the server.
+        report: Gets a line for what the one who runs the server should know.
+
+    Attributes:
+        metrics: What is counted.
+        unfinished: How many requests have a connection that waits; set by whoever has those.
+        stopping: Whether new requests are to be refused.
+
+    Raises:
+        ConchError: A domain has EGO's name.
+    """
+
+    def __init__(
+        self, suite: CortexSuite, settings: ServerSettings, *, report: Callable[[str], None]
+    ) -> None:
+        if suite.ego is not None and EGO in suite:
+            raise ConchError(
+                f"a domain is called {EGO!r}, as the big teacher is: rename its folder in "
+                f"{suite.adapters_dir}"
+            )
+        self.suite = suite
+        self.settings = settings
+        self.unfinished: Callable[[], int] = lambda: 0
+        self.stopping = False
+        self.metrics = ServerMetrics(
+            unfinished=lambda: self.unfinished(), computed=lambda: suite.engine.pending
+        )
+        self._report = report
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: set[Job] = set()
+        self._under_way: dict[int, Job] = {}
+        self._told: list[tuple[Job, Event]] = []
+        self._deadline = float("inf")
+        self._marks: dict[str, Any] = {}
+        self._next_look = 0.0
+        self._problem = ""
+        self._failure: BaseException | None = None
+        self._ego: EgoThread | None = None
+        if suite.ego is not None:
+            self._ego = EgoThread(suite, finish=self._ego_is_done, failed=self.fail)
+        suite.engine.max_batch = settings.max_batch
+
+    # From any thread
+
+    @property
+    def models(self) -> list[str]:
+        """What can be asked."""
+        return [*self.suite.domains, *([EGO] if self._ego else [])]
+
+    def put(self, job: Job) -> None:
+        """Answer a request; its events tell the rest."""
+        self._inbox.put(lambda: self._take(job))
+
+    def forget(self, job: Job) -> None:
+        """Nobody waits for it any more; nothing happens where it is done."""
+        job.gone = True
+        self._inbox.put(lambda: self._drop(job))
+
+    def reload(self) -> "Future[list[str]]":
+        """Take in what is new in the folder of adapters; gives the domains that changed."""
+        found: Future[list[str]] = Future()
+
+        def now() -> None:
+            try:
+                found.set_result(self._reload())
+            except ConchError as error:
+                found.set_exception(error)
+
+        self._inbox.put(now)
+        return found
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new requests, and end when those under way are done or the time is over."""
+
+        def leave() -> None:
+            self._deadline = min(self._deadline, time.monotonic() + grace_s)
+
+        self.stopping = True
+        self._inbox.put(leave)
+
+    def fail(self, error: BaseException) -> None:
+        """End at once, and raise this in `run`."""
+
+        def leave() -> None:
+            self._failure = error
+
+        self._inbox.put(leave)
+
+    def _ego_is_done(self, job: Job, found: Reply | ApiError) -> None:
+        self._inbox.put(lambda: self._finish(job, found))
+
+    # In its own thread
+
+    def run(self) -> None:
+        """Answer until `stop`; requests that are not done by then are told so."""
+        if self._ego is not None:
+            self._ego.start()
+        self._marks = self.suite.marks()
+        self._next_look = time.monotonic() + self.settings.poll_s
+        try:
+            while not self._over():
+                self._read_inbox()
+                self._look()
+                self._step()
+                self._tell()
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            self.stopping = True
+            while not self._inbox.empty():
+                self._inbox.get()()
+            for job in list(self._jobs):
+                self._drop(job)
+                self._told.append((job, ApiError(503, STOPPING)))
+            self._tell()
+            if self._ego is not None and not self._ego.stop(wait_s=1.0):
+                self._report("EGO was left in the middle of an answer")
+
+    def _over(self) -> bool:
+        if self._failure is not None:
+            return True
+        if not self.stopping:
+            return False
+        return time.monotonic() >= self._deadline or not (self._jobs or self.unfinished())
+
+    def _read_inbox(self) -> None:
+        """Do what came in; sleeps until something does where no request is computed."""
+        if not self.suite.engine.pending:
+            try:
+                self._inbox.get(timeout=_LEAVING_S if self.stopping else self._until_look())()
+            except queue.Empty:
+                return
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _until_look(self) -> float:
+        if not self.settings.poll_s:
+            return _IDLE_S
+        return min(_IDLE_S, max(0.0, self._next_look - time.monotonic()))
+
+    def _look(self) -> None:
+        """Take in new versions, where it is time to look for them."""
+        if not self.settings.poll_s or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + self.settings.poll_s
+        try:
+            if self.suite.marks() != self._marks:
+                self._reload()
+            self._problem = ""
+        except ConchError as error:
+            # Once, and not at every look.
+            if str(error) != self._problem:
+                self._problem = str(error)
+                self._report(f"not taken in: {error}")
+
+    def _reload(self) -> list[str]:
+        # Before, so that what changes meanwhile is seen at the next look.
+        self._marks = self.suite.marks()
+        before = {name: id(self.suite.bank.get(name)) for name in self.suite.bank.names}
+        try:
+            return self.suite.reload()
+        finally:
+            for name in self.suite.bank.names:
+                if before.get(name) != id(self.suite.bank.get(name)):
+                    self.metrics.reloaded(name)
+                    self._report(f"{name} answers by {self.suite.folder(name)} now")
+
+    def _take(self, job: Job) -> None:
+        if job.gone:
+            return
+        self._jobs.add(job)
+        chat = job.chat
+        try:
+            if chat.model == EGO and self._ego is not None:
+                if chat.options.top_p != 1:
+                    raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
+                self._told.append((job, Accepted()))
+                self._ego.put(job)
+                return
+            if chat.model not in self.suite:
+                raise ApiError(
+                    404,
+                    unknown_model(chat.model, self.models),
+                    param="model",
+                    code="model_not_found",
+                )
+            job.turn = self.suite.turn(chat.model, list(chat.messages), chat.options)
+            if job.turn.request is not None:
+                self.suite.engine.check(job.turn.request)
+            self._told.append((job, Accepted()))
+            self._go_on(job)
+        except ApiError as error:
+            self._finish(job, error)
+        except ConchError as error:
+            self._finish(job, ApiError(400, str(error)))
+
+    def _go_on(self, job: Job) -> None:
+        """Whatever is next for a neuron's turn: the engine, EGO, or its end."""
+        turn = job.turn
+        assert turn is not None
+        if turn.request is not None:
+            try:
+                job.uid = self.suite.engine.submit(turn.request)
+                self._under_way[job.uid] = job
+            except ConchError as error:
+                turn.refuse_request(error)
+        if turn.asks_ego:
+            assert self._ego is not None
+            self._ego.put(job)
+        elif turn.answer is not None:
+            self._finish(job, reply_of(turn.answer))
+
+    def _step(self) -> None:
+        engine = self.suite.engine
+        if not engine.pending:
+            return
+        for piece in engine.step():
+            job = self._under_way[piece.uid]
+            assert job.turn is not None
+            text = job.turn.add(piece)
+            if text and job.turn.streams:
+                self._told.append((job, Text(text)))
+            if piece.finish_reason is not None:
+                del self._under_way[piece.uid]
+                job.uid = None
+                self._go_on(job)
+
+    def _finish(self, job: Job, found: Reply | ApiError) -> None:
+        if job not in self._jobs:
+            return
+        self._jobs.discard(job)
+        if isinstance(found, Reply):
+            by_ego = found.conch["answered_by"] == EGO
+            handed_over = by_ego and job.turn is not None
+            self.metrics.answered(job.chat.model, found, handed_over=handed_over)
+        self._told.append((job, found))
+
+    def _drop(self, job: Job) -> None:
+        self._jobs.discard(job)
+        if job.uid is not None:
+            self.suite.engine.cancel(job.uid)
+            self._under_way.pop(job.uid, None)
+            job.uid = None
+
+    def _tell(self) -> None:
+        told, self._told = self._told, []
+        tell_all(told)

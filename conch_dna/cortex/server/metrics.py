@@ -1,0 +1,82 @@
+"""What the server counts, for Prometheus.
+
+Knows prometheus_client; nothing of HTTP or models. A registry of its own, so that several servers
+can be in one process. Another figure: a metric here, and a method for whoever sees it happen.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from conch_dna.cortex.server.replies import Reply
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Seconds; a token of a small model takes milliseconds, an answer of EGO minutes.
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class ServerMetrics:
+    """Counters and histograms of one server; any thread may use them.
+
+    Args:
+        unfinished: How many requests wait or are answered.
+        computed: How many of these are in the engine.
+    """
+
+    def __init__(self, *, unfinished: Callable[[], int], computed: Callable[[], int]) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry = CollectorRegistry()
+        more: dict[str, Any] = {"registry": self.registry, "namespace": "conch_dna"}
+        self._requests = Counter(
+            "requests", "Chat completions by model and HTTP status.", ["model", "status"], **more
+        )
+        self._hand_overs = Counter(
+            "hand_overs", "Questions to a neuron that EGO answered.", ["model"], **more
+        )
+        self._tokens = Counter("tokens", "Tokens read and written.", ["model", "kind"], **more)
+        self._reloads = Counter("adapter_reloads", "Adapters taken in anew.", ["model"], **more)
+        self._first = Histogram(
+            "first_text_seconds",
+            "From the request to the first text of its answer.",
+            ["model"],
+            buckets=_BUCKETS,
+            **more,
+        )
+        self._duration = Histogram(
+            "request_seconds",
+            "From the request to the end of its answer.",
+            ["model"],
+            buckets=_BUCKETS,
+            **more,
+        )
+        Gauge("unfinished_requests", "Requests that wait or are answered.", **more).set_function(
+            unfinished
+        )
+        Gauge("engine_requests", "Of these, the ones in the engine.", **more).set_function(computed)
+
+    def ended(self, model: str, status: int, seconds: float) -> None:
+        """A request is over; 499 where the client had gone."""
+        self._requests.labels(model, str(status)).inc()
+        if status == 200:
+            self._duration.labels(model).observe(seconds)
+
+    def first_text(self, model: str, seconds: float) -> None:
+        """The first text of an answer is on its way."""
+        self._first.labels(model).observe(seconds)
+
+    def answered(self, model: str, reply: Reply, *, handed_over: bool) -> None:
+        """There is a whole answer, EGO's in a neuron's place where it was handed over."""
+        self._tokens.labels(model, "prompt").inc(reply.prompt_tokens or 0)
+        self._tokens.labels(model, "completion").inc(reply.completion_tokens or 0)
+        if handed_over:
+            self._hand_overs.labels(model).inc()
+
+    def reloaded(self, model: str) -> None:
+        """A domain has another adapter now."""
+        self._reloads.labels(model).inc()
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)

@@ -1,0 +1,185 @@
+"""A suite of neurons behind OpenAI's chat API: from a socket and a suite to the last answer.
+
+Knows how threads and signals belong together; the addresses are in app.py, the models in
+loop.py. More to listen to than one socket: `CortexServer.__init__`.
+"""
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.cortex.server.app import make_app
+from conch_dna.cortex.server.loop import ServerLoop
+from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.errors import ConchError, one_line
+
+__all__ = ["CortexServer", "ServerSettings", "running_server", "serve"]
+
+# For connections that stay open when all answers are sent.
+_CLOSING_S = 2
+
+
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class CortexServer:
+    """A server that listens; it answers while `run` runs.
+
+    The thread that calls `run` owns the suite. Connections have a thread of their own, and EGO
+    has one.
+
+    Args:
+        suite: Neurons, EGO and what remembers; closed by whoever made it.
+        settings: `ServerSettings()` by default.
+        report: Gets a line for what the one who runs it should know.
+
+    Attributes:
+        url: The base URL for clients.
+
+    Raises:
+        ConchError: The address is taken or not this machine's, the key is missing, or a domain
+            has EGO's name.
+    """
+
+    def __init__(
+        self,
+        suite: CortexSuite,
+        settings: ServerSettings | None = None,
+        *,
+        report: Callable[[str], None] = _to_standard_error,
+    ) -> None:
+        import uvicorn
+
+        self.settings = settings or ServerSettings()
+        self._report = report
+        self._loop = ServerLoop(suite, self.settings, report=report)
+        app, chat = make_app(self._loop, self.settings.key())
+        self._loop.unfinished = lambda: chat.unfinished
+        self._socket = _listening(self.settings)
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
+        self._connections = uvicorn.Server(config)
+
+    def run(self) -> None:
+        """Answer until `stop`, and then until those who wait have their answers."""
+        thread = threading.Thread(target=self._connect, name="connections")
+        thread.start()
+        self._report(f"{', '.join(self._loop.models)} answer at {self.url}")
+        try:
+            self._loop.run()
+        finally:
+            self._connections.should_exit = True
+            thread.join()
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Refuse new requests and end when those under way are done; from any thread.
+
+        Args:
+            grace_s: Longest wait for them in seconds; the settings' by default.
+        """
+        self._loop.stop(self.settings.grace_s if grace_s is None else grace_s)
+
+    def _connect(self) -> None:
+        try:
+            self._connections.run(sockets=[self._socket])
+        finally:
+            # Without connections there is nothing left to answer.
+            self._loop.stop(0)
+
+
+def _listening(settings: ServerSettings) -> socket.socket:
+    host, port = settings.host.strip("[]"), settings.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ConchError(
+            f"cannot listen at {host}, port {port} ({one_line(error)}): name another by --port"
+        ) from error
+
+
+def serve(
+    suite: CortexSuite,
+    settings: ServerSettings | None = None,
+    *,
+    report: Callable[[str], None] = _to_standard_error,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second one does not wait for requests under way.
+
+    Called in the main thread. See `CortexServer`.
+    """
+    server = CortexServer(suite, settings, report=report)
+    asked = 0
+
+    def leave(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked += 1
+        server.stop(None if asked == 1 else 0)
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def running_server(
+    make_suite: Callable[[], CortexSuite],
+    settings: ServerSettings | None = None,
+    *,
+    report: Callable[[str], None] = _to_standard_error,
+) -> Iterator[CortexServer]:
+    """A server in a thread of its own, for programs that do more than serve.
+
+    Args:
+        make_suite: Called in that thread, which owns the suite and closes it.
+        settings: By default those of `ServerSettings`, at a free port.
+        report: See `CortexServer`.
+
+    Raises:
+        ConchError: See `CortexServer`.
+    """
+    started = threading.Event()
+    made: list[CortexServer] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with make_suite() as suite:
+                made.append(CortexServer(suite, settings or ServerSettings(port=0), report=report))
+                started.set()
+                made[0].run()
+        except BaseException as error:  # noqa: BLE001  (raised where the server was asked for)
+            failed.append(error)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=work, name="neurons")
+    thread.start()
+    started.wait()
+    try:
+        if made:
+            yield made[0]
+    finally:
+        if made:
+            made[0].stop()
+        thread.join()
+        if failed:
+            raise failed[0]

@@ -1,0 +1,245 @@
+"""The data of a line: what generation 0 brings, what a new one learns from and is judged by.
+
+Knows records, examples and a line's folders; nothing of training or gates. What earlier generations
+learned lies in their folders, so nothing but the new data has to be given.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conch_dna.checkpoints import remove_unfinished, write_folder
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError
+from conch_dna.generations.line import MANIFEST_FILE, Line, generation_name
+from conch_dna.generations.replay import ReplayBatches, create_replay_buffer
+from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.two_teachers import TwoTeacherTargets
+from conch_dna.language_model import ModelSource
+from conch_dna.provenance import provenance
+from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+from conch_dna.training.batches import Batch, Example
+from conch_dna.training.cross_tokenizer.records import AlignedExample
+from conch_dna.training.examples import Examples
+from conch_dna.training.records import Record, read_records, split_heldout
+
+FORMAT = "generation 1"
+DATA_FILE = "data.jsonl"
+HELDOUT_FILE = "heldout.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The tokenized data of a generation.
+
+    Attributes:
+        train: New examples to learn from.
+        heldout: New ones to be judged by.
+        replay: Earlier ones to learn from again.
+        recall: Earlier ones to be judged by.
+        records: The new records of `train` and of `heldout`.
+        aligned: For each teacher with another tokenizer, by its role: its example for the digest of
+            each that is taught.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    replay: list[Example]
+    recall: list[Example]
+    records: tuple[list[Record], list[Record]]
+    aligned: Mapping[str, Mapping[str, AlignedExample]]
+
+    @property
+    def taught(self) -> list[Example]:
+        """All that needs the teachers' targets."""
+        return [*self.train, *self.heldout, *self.replay]
+
+
+class TwoTeacherBatches(ReplayBatches):
+    """A seeded stream of new and replayed examples that carry the target of two teachers."""
+
+    def __init__(
+        self,
+        material: Material,
+        targets: TwoTeacherTargets,
+        config: EvolveConfig,
+    ) -> None:
+        super().__init__(
+            material.train,
+            material.replay,
+            config.training.batch_size,
+            share=config.replay_share if material.replay else 0.0,
+            seed=config.training.seed,
+        )
+        self.targets = targets
+        self.temperature = config.training.temperature
+
+    @property
+    def digest(self) -> str:
+        """Content address of the stream and of the targets in it."""
+        return content_digest(super().digest, self.targets.digest, str(self.temperature))
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` of the stream with its targets."""
+        examples = [self.examples[i] for i in self.indices(index)]
+        return self.targets.collate(examples, self.temperature)
+
+
+def init_line(
+    line: Line,
+    model_id: str,
+    records: Sequence[Record],
+    *,
+    config: EvolveConfig | None = None,
+    adapter: Path | None = None,
+) -> str:
+    """Begin a line with a model as generation 0.
+
+    Args:
+        line: It must not exist yet.
+        model_id: The base of all generations; see `resolve_model`.
+        records: What it was trained on, or should not forget: later generations replay these and
+            are measured on a part of them.
+        config: For the split.
+        adapter: An adapter that belongs to the model.
+
+    Returns:
+        The generation's name.
+
+    Raises:
+        ConchError: The line exists, or the records cannot be split.
+    """
+    config = config or EvolveConfig()
+    folder = Path(model_id).expanduser()
+    model_id = str(folder.resolve()) if folder.is_dir() else model_id
+    base = ModelSource(model_id)
+    train, heldout = split_heldout(records, config.training.val_fraction, seed=config.training.seed)
+    with line.lock():
+        remove_unfinished(line.folder)
+        if line.generations():
+            raise ConchError(
+                f"line {line.name!r} has generations already: evolve it, or choose another name"
+            )
+        documents: dict[str, Any] = {
+            MANIFEST_FILE: {
+                "format": FORMAT,
+                "line": line.name,
+                "generation": generation_name(0),
+                "parent": None,
+                "grandparent": None,
+                "base": {"model": model_id, **base_digests(base)},
+                "digests": {"parents": {}, "data": data_digest(records)},
+                **provenance(),
+                "seed": config.training.seed,
+                "created": now(),
+            },
+            DATA_FILE: json_lines([records[index] for index in train]),
+            HELDOUT_FILE: json_lines([records[index] for index in heldout]),
+        }
+        writers: dict[str, Callable[[Path], Any]] = {}
+        if adapter is not None:
+            writers = {
+                name: partial(shutil.copyfile, adapter / name)
+                for name in (ADAPTER_CONFIG, ADAPTER_FILE)
+            }
+        write_folder(line.candidate, documents=documents, writers=writers)
+        return line.promote(line.candidate, event="init")
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def json_lines(records: Sequence[Record]) -> str:
+    """Records as the text of a JSONL file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def data_digest(records: Sequence[Record]) -> str:
+    """Content address of records in their order."""
+    return content_digest(json.dumps(list(records), sort_keys=True))
+
+
+def base_digests(base: ModelSource) -> dict[str, str]:
+    """Content addresses of a line's base model and of its tokenizer."""
+    return {"weights": base.weights_digest, "tokenizer": base.tokenizer_digest}
+
+
+def earlier_records(line: Line, chain: Sequence[str], file: str) -> Mapping[str, list[Record]]:
+    """The records in one file of every generation, by its name; none for one that kept none."""
+    found = {}
+    for name in chain:
+        path = line.path(name) / file
+        has_some = path.is_file() and path.stat().st_size > 0
+        found[name] = read_records(path) if has_some else []
+    return found
+
+
+def gather(
+    line: Line,
+    chain: Sequence[str],
+    examples: Examples,
+    records: Sequence[Record],
+    config: EvolveConfig,
+    *,
+    foreign: Mapping[str, Examples],
+) -> Material:
+    """Tokenize and split new data, and draw from those of the generations before.
+
+    Args:
+        line: For what they kept.
+        chain: The parent, its parent, and so on.
+        examples: Of the line's base.
+        records: New ones.
+        config: Shares, sizes, split and seed.
+        foreign: What makes the examples of teachers with another tokenizer, by their role; what
+            one of them cannot be given is left out.
+
+    Raises:
+        ConchError: Earlier generations kept nothing to be measured on, or to replay.
+    """
+    seed = config.training.seed
+    earlier = earlier_records(line, chain, HELDOUT_FILE)
+    recall = create_replay_buffer(earlier, config.measured, seed=seed)
+    aligned: dict[str, dict[str, AlignedExample]] = {role: {} for role in foreign}
+    kept, made = _made(examples, foreign, records, aligned)
+    records = [records[index] for index in kept]
+    train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
+    replay: list[Record] = []
+    if config.replay_share:
+        earlier = earlier_records(line, chain, DATA_FILE)
+        replay = create_replay_buffer(earlier, config.replay_size, seed=seed)
+    return Material(
+        [made[index] for index in train],
+        [made[index] for index in heldout],
+        _made(examples, foreign, replay, aligned)[1] if replay else [],
+        examples.make(recall)[1],
+        ([records[index] for index in train], [records[index] for index in heldout]),
+        aligned,
+    )
+
+
+def _made(
+    examples: Examples,
+    foreign: Mapping[str, Examples],
+    records: Sequence[Record],
+    aligned: Mapping[str, dict[str, AlignedExample]],
+) -> tuple[list[int], list[Example]]:
+    """Indices of the records that every teacher can be given, and their examples.
+
+    What the foreign ones read is added to `aligned`.
+    """
+    kept, made = examples.make(records)
+    for role, view in foreign.items():
+        places, found = view.make([records[index] for index in kept])
+        kept = [kept[place] for place in places]
+        made = [made[place] for place in places]
+        own = zip(made, found, strict=True)
+        aligned[role].update((one.digest, other) for one, other in own)
+    return kept, made

@@ -1,0 +1,1 @@
+"""Learning from use: experience on disk, and the adapter that is trained on it again."""

@@ -1,0 +1,1 @@
+"""The map that raw vectors go through: its forms, its training and its export."""

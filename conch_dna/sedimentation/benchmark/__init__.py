@@ -1,0 +1,1 @@
+"""What sedimentation gains on collections with judgements."""

@@ -1,0 +1,405 @@
+"""The rows of a benchmark: every mode on copies of one untouched store, beside control and ceiling.
+
+Knows a collection, engines and their stages; nothing of files of results or of the command line.
+To compare another mode: a method of `Benchmark` that calls `_add`, and its call in `run`.
+"""
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError
+from conch_dna.metrics import paired_interval
+from conch_dna.provenance import provenance
+from conch_dna.sedimentation.benchmark.collections import Collection
+from conch_dna.sedimentation.benchmark.queries import split_queries
+from conch_dna.sedimentation.benchmark.stages import (
+    QUERY_EMBEDDING,
+    answers,
+    fused_rankings,
+    run_training_cycle,
+    word_rankings,
+    words_of,
+)
+from conch_dna.sedimentation.changes.heldout_queries import Evidence, evaluated, teacher_rankings
+from conch_dna.sedimentation.changes.teacher_distillation import (
+    TeacherDistillationHelper,
+    create_distillation_helper,
+)
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.engine import AntigravityEngine
+from conch_dna.sedimentation.results import ChangeResult
+from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation
+
+CONTROL, TEACHER, WORDS = "student untouched (control)", "teacher (ceiling)", "BM25"
+MODES = {"baseline": "baseline", "hybrid": "hybrid", "offline": "offline symmetric"}
+SWEPT = tuple(tenth / 10 for tenth in range(1, 11))
+CONFIDENCE = 0.95
+FIGURES = {"ndcg_at_10": "ndcg", "recall_at_100": "recall"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What is compared.
+
+    Attributes:
+        student: See `open_embedder`.
+        teacher: One or several.
+        teacher_shares: Weights of several, in their order; the same for all where None.
+        cycles: Of each mode, 1 or more.
+        queries_per_cycle: Asked before each, 1 or more.
+        sweep: Whether the offline symmetric mode is run with every teacher_weight of SWEPT.
+        config: Of every engine, but for training_mode and space; its seed splits the queries too.
+        teacher_cache: Where the teacher's vectors stay for another run; gone with this where None.
+        device: Of the models; chosen where None.
+        trust_remote_code: Let Python code that comes with a model run.
+
+    Raises:
+        ConchError: A number is out of its range.
+    """
+
+    student: str
+    teacher: Sequence[str]
+    teacher_shares: Sequence[float] | None = None
+    cycles: int = 3
+    queries_per_cycle: int = 50
+    sweep: bool = False
+    config: ChelationConfig = field(default_factory=ChelationConfig)
+    teacher_cache: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}: it must be 1 or more"
+            for name, value in (
+                ("cycles", self.cycles),
+                ("queries_per_cycle", self.queries_per_cycle),
+            )
+            if value < 1
+        ]
+        shares = self.teacher_shares
+        if shares is not None and len(shares) != len(self.teacher):
+            problems.append(f"{len(shares)} shares do not fit {len(self.teacher)} teachers")
+        if not self.config.teacher_weight:
+            problems.append(
+                "teacher_weight is 0: the teacher would teach nothing, and the control is that "
+                "row; give a weight up to 1"
+            )
+        if problems:
+            raise ConchError("; ".join(problems))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Benchmark:
+    """One run over one collection; `run` measures, `document` holds what was measured so far.
+
+    Args:
+        collection: See `read_collection`.
+        settings: See `BenchmarkSettings`.
+        folder: An empty one for the stores.
+        report: Gets events, see `progress.Progress`.
+        save: Gets `document` after every row, so that what was measured outlives what comes.
+
+    Raises:
+        ConchError: The queries cannot be divided as asked; see `split_queries`.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        settings: BenchmarkSettings,
+        *,
+        folder: Path,
+        report: Callable[[str, dict[str, Any]], None] = lambda event, row: None,
+        save: Callable[[dict[str, Any]], None] = lambda document: None,
+    ) -> None:
+        self.collection = collection
+        self.settings = settings
+        self.folder = folder
+        self.report = report
+        self.save = save
+        self.split = split_queries(
+            collection,
+            cycles=settings.cycles,
+            queries_per_cycle=settings.queries_per_cycle,
+            seed=settings.config.seed,
+        )
+        self.evidence = Evidence.judged(self.split.evaluated, collection.judgements)
+        self.rows: list[dict[str, Any]] = []
+        self._control: Evaluation | None = None
+        self._words: list[list[DocumentId]] = []
+        # Rankings of the student's rows, of which the best is fused.
+        self._dense: dict[str, list[list[DocumentId]]] = {}
+        self._models: dict[str, Any] = {}
+
+    @property
+    def _cache(self) -> Path:
+        given = self.settings.teacher_cache
+        return Path(given).expanduser() if given else self.folder / "teacher_vectors"
+
+    def run(self) -> dict[str, Any]:
+        """Measure every row.
+
+        Raises:
+            ConchError: A model cannot be used, or a document or query cannot be taken.
+        """
+        self._untouched()
+        for mode in MODES:
+            self._cycles(mode)
+        self._distilled("asymmetric", space="asymmetric")
+        if self.settings.sweep:
+            for weight in SWEPT:
+                self._distilled(f"offline symmetric, teacher_weight {weight:g}", weight=weight)
+        self._fusion()
+        return self.document(complete=True)
+
+    def document(self, *, complete: bool = False) -> dict[str, Any]:
+        """What was measured so far, for JSON.
+
+        Args:
+            complete: Whether that is all.
+        """
+        collection, split = self.collection, self.split
+        return {
+            "task": collection.name,
+            "complete": complete,
+            "config": {
+                **{n: v for n, v in vars(self.settings).items() if n != "config"},
+                "teacher": list(self.settings.teacher),
+                "engine": self.settings.config.to_json(),
+                "confidence": CONFIDENCE,
+            },
+            **provenance(),
+            "processors": os.cpu_count(),
+            "models": self._models,
+            "corpus": {
+                "documents": len(collection.documents),
+                "empty_left_out": collection.empty,
+                "judgements_outside": collection.outside,
+                "digest": self._corpus_digest,
+            },
+            "queries": {
+                "cycles": split.cycles,
+                "evaluated": list(split.evaluated),
+                "repeated_left_out": split.repeated,
+            },
+            "rows": self.rows,
+        }
+
+    @cached_property
+    def _corpus_digest(self) -> str:
+        rows = self.collection.documents
+        return content_digest(*(each[part] for each in rows for part in ("id", "title", "text")))
+
+    def _untouched(self) -> None:
+        """The store that all modes begin with: control, teacher and words."""
+        seconds: dict[str, float] = {"ingest": 0.0, "embedding": 0.0}
+        errors: dict[DocumentId, str] = {}
+        with self._engine("untouched") as engine:
+            # What an earlier run left must not pass for this one's.
+            self.save(self.document())
+            total = len(self.collection.documents)
+            self.report("phase", {"name": "ingest", "total": total, "unit": "documents"})
+            source = iter(self.collection.documents)
+            while part := list(islice(source, engine.config.batch_size)):
+                result = engine.ingest(part)
+                seconds["ingest"] += result.seconds
+                seconds["embedding"] += result.embedding_seconds
+                errors |= result.errors
+                self.report("advance", {"by": len(part)})
+            student = engine.student
+            self._models["student"] = {
+                "name": student.name,
+                "digest": student.digest,
+                "dimension": student.dimension,
+            }
+            found, taken = answers(engine, self.evidence.texts)
+            self._dense[CONTROL] = found
+            failed = {"not_embedded": {str(each): why for each, why in errors.items()}}
+            self._add(CONTROL, found, {**seconds, **taken}, failed)
+            self._ceiling(engine)
+            self._bm25(engine)
+
+    def _ceiling(self, engine: AntigravityEngine) -> None:
+        self.report("phase", {"name": TEACHER})
+        settings = self.settings
+        helper = self._helper(self._cache)
+        teacher = helper.teacher
+        began = time.perf_counter()
+        found = teacher_rankings(engine.store, helper, self.evidence.texts, top_k=RECALL_AT)
+        seconds = {"documents_and_search": time.perf_counter() - began}
+        # Without the cache, and with the model in memory: what a query really costs.
+        plain = self._helper(None)
+        plain.load_teacher_model()
+        plain.embed(self.evidence.texts[:1], queries=True)
+        began = time.perf_counter()
+        plain.embed(self.evidence.texts, queries=True)
+        seconds[QUERY_EMBEDDING] = time.perf_counter() - began
+        self._models["teacher"] = {
+            "names": list(settings.teacher),
+            "digest": teacher.digest,
+            "dimension": teacher.dimension,
+        }
+        self._add(TEACHER, found, seconds)
+
+    def _helper(self, cache: Path | None) -> TeacherDistillationHelper:
+        return create_distillation_helper(
+            self.settings.teacher,
+            cache_dir=cache,
+            weights=self.settings.teacher_shares,
+            device=self.settings.device,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
+
+    def _bm25(self, engine: AntigravityEngine) -> None:
+        began = time.perf_counter()
+        words = words_of(engine)
+        indexed = time.perf_counter()
+        self._words = word_rankings(words, self.evidence.texts)
+        seconds = {"index": indexed - began, "search": time.perf_counter() - indexed}
+        self._add(WORDS, self._words, seconds)
+
+    def _cycles(self, mode: str) -> None:
+        config, asked = self.settings.config, self.split
+        with self._engine(mode, training_mode=mode) as engine:
+            for number, names in enumerate(asked.cycles, 1):
+                name = f"{MODES[mode]}, cycle {number}"
+                self.report("phase", {"name": name})
+                began = time.perf_counter()
+                change = run_training_cycle(
+                    engine,
+                    [asked.texts[each] for each in names],
+                    threshold=config.threshold,
+                    learning_rate=config.learning_rate,
+                    epochs=config.epochs,
+                )
+                self._changed(name, engine, change, {"cycle": time.perf_counter() - began})
+        shutil.rmtree(self.folder / mode)
+
+    def _distilled(
+        self, name: str, *, space: str = "symmetric", weight: float | None = None
+    ) -> None:
+        self.report("phase", {"name": name})
+        with self._engine(
+            "distilled", training_mode="offline", space=space, weight=weight
+        ) as engine:
+            self._changed(name, engine, engine.run_offline_distillation(), {})
+        shutil.rmtree(self.folder / "distilled")
+
+    def _changed(
+        self,
+        name: str,
+        engine: AntigravityEngine,
+        change: ChangeResult,
+        seconds: Mapping[str, float],
+    ) -> None:
+        found, taken = answers(engine, self.evidence.texts)
+        self._dense[name] = found
+        more = {
+            "kind": change.kind,
+            "mode": change.mode,
+            "space": engine.config.space,
+            "teacher_weight": engine.config.teacher_weight,
+            "activated": change.activated,
+            "version": change.version,
+            "candidate": change.candidate,
+            "reason": change.reason,
+            "gate": change.figures,
+            "documents": change.documents,
+            "fit": change.fit,
+            "steps": change.steps,
+            "reasons": change.reasons,
+        }
+        self._add(name, found, {**seconds, **change.seconds, **taken}, more)
+
+    def _fusion(self) -> None:
+        figures = {row["name"]: row["ndcg_at_10"] for row in self.rows}
+        best = max(self._dense, key=lambda name: figures[name])
+        began = time.perf_counter()
+        k = self.settings.config.rrf_k
+        found = fused_rankings(self._dense[best], self._words, k=k)
+        seconds = {"fusion": time.perf_counter() - began}
+        # The choice saw the queries that it is judged by; whoever reads the figure must know.
+        more = {"fused": [best, WORDS], "chosen_on_evaluated_queries": True}
+        self._add("fusion of the best student row and BM25", found, seconds, more)
+
+    def _engine(
+        self,
+        name: str,
+        *,
+        training_mode: str = "baseline",
+        space: str = "symmetric",
+        weight: float | None = None,
+    ) -> AntigravityEngine:
+        settings = self.settings
+        place = self.folder / name
+        if name != "untouched":
+            shutil.copytree(self.folder / "untouched", place)
+        values = {**asdict(settings.config), "space": space, "fusion": "none"}
+        return AntigravityEngine(
+            place,
+            settings.student,
+            training_mode,
+            settings.teacher if training_mode != "baseline" else None,
+            weight,
+            config=ChelationConfig(**values),
+            teacher_weights=settings.teacher_shares if training_mode != "baseline" else None,
+            teacher_cache=self._cache,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def _add(
+        self,
+        name: str,
+        rankings: Sequence[Sequence[DocumentId]],
+        seconds: Mapping[str, float],
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A row: figures of rankings, and intervals of the difference to the control."""
+        found = evaluated(self.evidence, rankings)
+        self._control = control = self._control or found
+        row: dict[str, Any] = {"name": name, **found.to_json()}
+        row["against_control"] = {
+            figure: _difference(getattr(found, part), getattr(control, part), self._seed)
+            for figure, part in FIGURES.items()
+        }
+        row["gap_closed"] = None
+        ceiling = next((each["ndcg_at_10"] for each in self.rows if each["name"] == TEACHER), None)
+        gap = None if ceiling is None else ceiling - float(control.ndcg.mean())
+        if gap is not None and gap > 0:
+            row["gap_closed"] = (row["ndcg_at_10"] - float(control.ndcg.mean())) / gap
+        if QUERY_EMBEDDING in seconds:
+            row["milliseconds_per_query"] = 1000 * seconds[QUERY_EMBEDDING] / len(found.queries)
+        row |= {**(more or {}), "seconds": dict(seconds), "peak_memory_bytes": peak_memory_bytes()}
+        self.rows.append(row)
+        self.report("message", {"message": f"{name}: nDCG@10 {row['ndcg_at_10']:.4f}"})
+        self.save(self.document())
+
+    @property
+    def _seed(self) -> int:
+        return self.settings.config.seed
+
+
+def _difference(own: np.ndarray, control: np.ndarray, seed: int) -> dict[str, Any]:
+    low, high = paired_interval(own, control, confidence=CONFIDENCE, seed=seed)
+    return {"difference": float((own - control).mean()), "interval": [low, high]}

@@ -1,0 +1,1 @@
+"""What turns texts into unit vectors: models in this process, a server, a teacher's cache."""

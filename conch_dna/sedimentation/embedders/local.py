@@ -1,0 +1,207 @@
+"""Embedders that run here: sentence-transformers models and model2vec's static ones.
+
+Knows the two libraries; nothing of the hub, of stores or of what vectors are for.
+To add a layout: a class here, and the sign by which `open_local` tells its folder.
+"""
+
+import json
+import threading
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conch_dna.checkpoints import DIGESTS, verify_folder
+from conch_dna.errors import ConchError, one_line
+from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
+from conch_dna.sedimentation.embedders.library_warnings import (
+    no_loading_bars,
+    unclosed_files_allowed,
+)
+from conch_dna.sedimentation.embedders.places import ModelPlace, find_model, model_digest
+
+
+def choose_device() -> str:
+    """`cuda`, `mps` or `cpu`: the first that this machine has."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class LocalEmbedder(CheckedEmbedder):
+    """A model in a folder, loaded when it is first needed.
+
+    Args:
+        place: Where it lies.
+        device: cpu, cuda or mps; chosen where None.
+        batch_size: Texts at once.
+        trust_remote_code: Let Python code that comes with the model run.
+    """
+
+    def __init__(
+        self, place: ModelPlace, *, device: str | None, batch_size: int, trust_remote_code: bool
+    ) -> None:
+        self.place = place
+        self.batch_size = batch_size
+        self.trust_remote_code = trust_remote_code
+        self._device = device
+        self._loaded: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """See `Embedder`."""
+        return self.place.name
+
+    @cached_property
+    def digest(self) -> str:
+        """Content address of the files that decide the vectors."""
+        return model_digest(self.place.folder, code=self.trust_remote_code)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._loaded is not None
+
+    @property
+    def model(self) -> Any:
+        """The library's own model, loaded once, whatever the number of threads that ask.
+
+        Raises:
+            ConchError: It cannot be loaded; the reason stands in one line.
+        """
+        with self._lock:
+            if self._loaded is None:
+                try:
+                    self._loaded = self._load()
+                except ConchError:
+                    raise
+                except ImportError as error:
+                    raise ConchError(f"cannot load {self.name}: {error}. Install it") from error
+                except Exception as error:
+                    # Broken files make the libraries below raise all kinds.
+                    reason = one_line(error, trust_option="trust_remote_code")
+                    raise ConchError(f"cannot load {self.name}: {reason}") from error
+        return self._loaded
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """The library's own model; whatever it raises becomes one line."""
+
+
+class SentenceTransformersEmbedder(LocalEmbedder):
+    """A sentence-transformers model with its own prompts for queries and documents."""
+
+    def _load(self) -> Any:
+        from huggingface_hub import constants
+        from sentence_transformers import SentenceTransformer
+
+        with no_loading_bars():
+            return SentenceTransformer(
+                str(self.place.folder),
+                device=self._device or choose_device(),
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+
+    @cached_property
+    def dimension(self) -> int:
+        """D, as the model says, or as one text shows where it does not."""
+        return int(self.model.get_embedding_dimension() or len(self.model.encode("dimension")))
+
+    @property
+    def report(self) -> str:
+        """What it is and how much of a long text it reads, which the model itself decides."""
+        limit = self.model.max_seq_length
+        reads = f"reads the first {limit} tokens of a text" if limit else "reads whole texts"
+        return (
+            f"{self.name} from {self.place.origin}, sentence-transformers on {self.model.device}, "
+            f"{self.dimension} dimensions, {reads}"
+        )
+
+    def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
+        import torch
+
+        encode = self.model.encode_query if queries else self.model.encode_document
+        try:
+            rows = encode(texts, batch_size=self.batch_size, show_progress_bar=False)
+        except torch.OutOfMemoryError as error:
+            raise ConchError(
+                f"{self.name} ran out of memory with {self.batch_size} texts at once: choose a "
+                "smaller batch_size"
+            ) from error
+        return rows, {}
+
+
+class StaticEmbedder(LocalEmbedder):
+    """A model2vec static model: the mean of its tokens' vectors; the same for queries.
+
+    Padding and truncation that a tokenizer brings from its teacher are switched off: model2vec
+    0.8 would average padding tokens into every vector (fixed there later) and cut texts at 512.
+    """
+
+    def _load(self) -> Any:
+        from model2vec import StaticModel
+
+        if (self.place.folder / DIGESTS).is_file():
+            verify_folder(self.place.folder)
+        with unclosed_files_allowed():
+            model = StaticModel.from_pretrained(self.place.folder)
+        model.tokenizer.no_padding()
+        model.tokenizer.no_truncation()
+        return model
+
+    @property
+    def dimension(self) -> int:
+        """D of its table."""
+        return int(self.model.dim)
+
+    @property
+    def report(self) -> str:
+        """What it is; a text's length is not limited."""
+        return (
+            f"{self.name} from {self.place.origin}, model2vec on the CPU, {self.dimension} "
+            f"dimensions, {len(self.model.tokens)} tokens, reads whole texts"
+        )
+
+    def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
+        rows = self.model.encode(
+            texts, max_length=None, batch_size=self.batch_size, use_multiprocessing=False
+        )
+        return rows, {}
+
+
+def open_local(
+    name: str, *, device: str | None, batch_size: int, trust_remote_code: bool
+) -> LocalEmbedder:
+    """The embedder of a folder or hub id; which kind it is, its configuration says.
+
+    Raises:
+        ConchError: See `find_model`; or the folder holds no embedding model.
+    """
+    place = find_model(name)
+    kind: type[LocalEmbedder]
+    if _model_type(place.folder / "config.json") == "model2vec":
+        kind = StaticEmbedder
+    elif (place.folder / "modules.json").is_file():
+        kind = SentenceTransformersEmbedder
+    else:
+        raise ConchError(
+            f"{name} is no embedding model: it has no modules.json of sentence-transformers, and "
+            "its config.json does not say model2vec"
+        )
+    return kind(place, device=device, batch_size=batch_size, trust_remote_code=trust_remote_code)
+
+
+def _model_type(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConchError(f"{path} is no JSON: the model is not whole") from error
+    return config.get("model_type") if isinstance(config, dict) else None

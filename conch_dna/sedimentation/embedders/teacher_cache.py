@@ -1,0 +1,241 @@
+"""A teacher's vectors on disk, found again by the content of text and teacher.
+
+Knows an embedder and one folder format; nothing of targets, students or stores. A shard is a
+safetensors file named by its own digest, never changed: several processes may add at once, a kill
+loses what was not yet a shard, and a damaged one is found, deleted and computed again.
+To change what a vector depends on: put it into `_key` or into the embedder's digest.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from conch_dna.checkpoints import write_atomically
+from conch_dna.digests import content_digest
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problem_of
+
+logger = logging.getLogger(__name__)
+
+SHARD_ROWS = 1024
+# What lies this long was left by a process that is no more.
+_STALE_S = 3600
+
+
+class VectorCache:
+    """Vectors of one embedder in shards; read when first asked.
+
+    Args:
+        folder: Of all caches; this one lies in a folder below, named by the embedder's digest.
+        digest: The embedder's.
+
+    Attributes:
+        damaged: Names of shards that were found damaged and deleted.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.folder = folder / digest[:32]
+        self.damaged: list[str] = []
+        self._places: dict[bytes, tuple[Path, int]] | None = None
+        self._dimension: int | None = None
+        self._last: tuple[Path, np.ndarray] | None = None
+
+    @property
+    def dimension(self) -> int | None:
+        """Of the vectors; None where there are none."""
+        self._read()
+        return self._dimension
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def _read(self) -> dict[bytes, tuple[Path, int]]:
+        """Where each key's vector lies; the shards are verified the first time."""
+        if self._places is None:
+            self._places = {}
+            for path in self.folder.glob(".writing-*"):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink(missing_ok=True)
+            for path in sorted(self.folder.glob("vectors-*.safetensors")):
+                self._read_shard(path, self._places)
+        return self._places
+
+    def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
+        from safetensors.numpy import load
+
+        data = path.read_bytes()
+        if path.name != _shard_name(data):
+            logger.warning(
+                "%s is damaged: it is deleted, and its vectors will be computed again", path
+            )
+            self.damaged.append(path.name)
+            path.unlink(missing_ok=True)
+            return
+        arrays = load(data)
+        self._dimension = arrays["vectors"].shape[1]
+        places.update((key.tobytes(), (path, row)) for row, key in enumerate(arrays["keys"]))
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The vectors `[D]` of those keys that have one."""
+        places = self._read()
+        known = sorted(
+            ((*places[key], key) for key in set(keys) if key in places), key=lambda found: found[:2]
+        )
+        return {key: self._vectors(path)[row] for path, row, key in known}
+
+    def _vectors(self, path: Path) -> np.ndarray:
+        from safetensors.numpy import load_file
+
+        if self._last is None or self._last[0] != path:
+            self._last = (path, load_file(path)["vectors"])
+        return self._last[1]
+
+    def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        """Write a shard, durable when this returns.
+
+        Args:
+            keys: 32 bytes each.
+            vectors: float32 `[n, D]`.
+
+        Raises:
+            ConchError: The disk is full or not writable.
+        """
+        from safetensors.numpy import save
+
+        if not keys:
+            return
+        places = self._read()
+        names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 32)
+        data = save({"keys": names, "vectors": np.ascontiguousarray(vectors, np.float32)})
+        path = self.folder / _shard_name(data)
+        write_atomically(path, data)
+        self._dimension = vectors.shape[1]
+        places.update((key, (path, row)) for row, key in enumerate(keys))
+
+
+def _shard_name(data: bytes) -> str:
+    return f"vectors-{content_digest(data)[:32]}.safetensors"
+
+
+def _key(text: str, *, queries: bool) -> bytes:
+    return bytes.fromhex(content_digest("query" if queries else "document", text))
+
+
+class CachedEmbedder:
+    """An embedder that computes a text's vector once; the model loads only for what is missing.
+
+    Args:
+        embedder: Whose vectors they are.
+        folder: Of all caches.
+
+    Attributes:
+        computed: Texts that the model had to embed.
+        found: Texts whose vector lay in the cache.
+    """
+
+    def __init__(self, embedder: Embedder, folder: Path) -> None:
+        self.embedder = embedder
+        self._folder = folder
+        self._cache: VectorCache | None = None
+        self.computed = 0
+        self.found = 0
+
+    @property
+    def cache(self) -> VectorCache:
+        """Its shards."""
+        if self._cache is None:
+            self._cache = VectorCache(self._folder, self.embedder.digest)
+        return self._cache
+
+    @property
+    def name(self) -> str:
+        """The embedder's."""
+        return self.embedder.name
+
+    @property
+    def dimension(self) -> int:
+        """The embedder's; told by the cache where it holds vectors."""
+        return self.cache.dimension or self.embedder.dimension
+
+    @property
+    def digest(self) -> str:
+        """The embedder's."""
+        return self.embedder.digest
+
+    @property
+    def report(self) -> str:
+        """The embedder's, and where its vectors are kept."""
+        return f"{self.embedder.report}, cached in {self.cache.folder}"
+
+    def documents(self, texts: Iterable[str]) -> Embedded:
+        """See `Embedder`."""
+        return self._embed(texts, queries=False)
+
+    def queries(self, texts: Iterable[str]) -> Embedded:
+        """See `Embedder`."""
+        return self._embed(texts, queries=True)
+
+    def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
+        if isinstance(texts, str):
+            return self.embedder.documents(texts)  # refuses it, as it does without a cache
+        parts = list(self._parts(iter(texts), queries=queries))
+        if not parts:
+            return Embedded(np.zeros((0, self.dimension), np.float32), [])
+        kept: list[int] = []
+        errors: dict[int, str] = {}
+        start = 0
+        for part in parts:
+            kept += [start + number for number in part.kept]
+            errors |= {start + number: reason for number, reason in part.errors.items()}
+            start += len(part.kept) + len(part.errors)
+        return Embedded(np.concatenate([part.vectors for part in parts]), kept, errors)
+
+    def _parts(self, texts: Iterator[str], *, queries: bool) -> Iterator[Embedded]:
+        """A shard's worth at a time, so that a kill loses no more than that."""
+        while batch := list(islice(texts, SHARD_ROWS)):
+            yield self._part(batch, queries=queries)
+
+    def _part(self, texts: list[str], *, queries: bool) -> Embedded:
+        errors = {
+            number: reason
+            for number, text in enumerate(texts)
+            if (reason := problem_of(text)) is not None
+        }
+        keys = {
+            number: _key(text, queries=queries)
+            for number, text in enumerate(texts)
+            if number not in errors
+        }
+        vectors = self.cache.find(list(keys.values()))
+        self.found += sum(key in vectors for key in keys.values())
+        missing = {key: texts[number] for number, key in keys.items() if key not in vectors}
+        reasons = self._compute(missing, vectors, queries=queries)
+        errors |= {number: reasons[key] for number, key in keys.items() if key in reasons}
+        kept = [number for number, key in keys.items() if key in vectors]
+        rows = [vectors[keys[number]] for number in kept]
+        table = np.stack(rows) if rows else np.zeros((0, self.dimension), np.float32)
+        return Embedded(table, kept, dict(sorted(errors.items())))
+
+    def _compute(
+        self, missing: dict[bytes, str], vectors: dict[bytes, np.ndarray], *, queries: bool
+    ) -> dict[bytes, str]:
+        """Embed what is missing, add it to the shards and to `vectors`; reasons of the rest."""
+        if not missing:
+            return {}
+        embed = self.embedder.queries if queries else self.embedder.documents
+        made, keys = embed(missing.values()), list(missing)
+        known = self.cache.dimension
+        if known is not None and made.vectors.shape[1] != known:
+            raise ConchError(
+                f"{self.name} gives {made.vectors.shape[1]} dimensions and {self.cache.folder} "
+                f"holds vectors of {known}: delete that folder"
+            )
+        kept = [keys[number] for number in made.kept]
+        self.cache.add(kept, made.vectors)
+        self.computed += len(kept)
+        vectors.update(zip(kept, made.vectors, strict=True))
+        return {keys[number]: reason for number, reason in made.errors.items()}

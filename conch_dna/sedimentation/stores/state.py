@@ -1,0 +1,84 @@
+"""What a store is beside its documents: who made it, and which versions it has.
+
+Knows neither files nor servers. What more a store must remember of a version: `VersionState.kept`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.stores.contract import RAW
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Found(NamedTuple):
+    """A stored document: its payload with reserved fields, and a vector or a score if asked for."""
+
+    key: str
+    payload: Mapping[str, Any]
+    vector: Any = None
+    score: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionState:
+    """Which versions there are; what a store commits in one step.
+
+    Attributes:
+        active: The version queries use.
+        previous: What was active before it.
+        kept: Versions that were active once, with `dimension`, and `count` and `digest` at that
+            time.
+        building: Versions that were not, or that are being deleted, with their dimension.
+    """
+
+    active: str = RAW
+    previous: str | None = None
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    building: dict[str, int] = field(default_factory=dict)
+
+    def as_document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def checked_identity(
+    given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None, place: str
+) -> dict[str, Any]:
+    """The identity of a store, compared with what is asked for.
+
+    Raises:
+        ConchError: They differ, there is none, or one is incomplete.
+    """
+    if given is not None:
+        for name, kind in (("student", str), ("dimension", int)):
+            if not isinstance(given.get(name), kind) or not given[name]:
+                raise ConchError(
+                    f"identity has {name} {given.get(name)!r}: a store needs student, digest and "
+                    "dimension of what makes its vectors"
+                )
+    if stored is None:
+        if given is None:
+            raise ConchError(f"{place} holds no store yet: ingest documents first")
+        return dict(given)
+    if given is not None and dict(given) != dict(stored):
+        reasons = []
+        if given["student"] != stored["student"]:
+            reasons.append(f"with student {stored['student']}, not {given['student']}")
+        elif given.get("digest") != stored.get("digest"):
+            reasons.append(
+                f"with other weights or settings of {stored['student']} (digest "
+                f"{stored.get('digest')}, now {given.get('digest')})"
+            )
+        if given["dimension"] != stored["dimension"]:
+            reasons.append(f"in {stored['dimension']} dimensions, not {given['dimension']}")
+        if not reasons:
+            reasons.append(f"with {dict(stored)}, not {dict(given)}")
+        raise ConchError(
+            f"the store in {place} was made {' and '.join(reasons)}: open it with that student, "
+            "or ingest into a new store"
+        )
+    return dict(stored)

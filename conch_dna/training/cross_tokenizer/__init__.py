@@ -1,0 +1,1 @@
+"""A teacher with another tokenizer: which tokens, texts and classes of tokens belong together."""
