@@ -110,6 +110,7 @@ def test_a_refused_child_ends_with_1_and_its_reasons(line: Path, tmp_path: Path)
     assert "refused by generalize" in run("log", "tales", *root(line)).output
 
 
+@pytest.mark.slow
 def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
     """Line, data, teachers, laws, settings; and a generation's own manifest asks the same."""
     import shutil

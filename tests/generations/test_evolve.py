@@ -186,6 +186,7 @@ def test_every_step_is_logged_and_drawn(grown: tuple[Line, list[Any]]) -> None:
     assert (line.path("G002") / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_generation_is_trained_in_full_from_a_lora_parent(
     grown: tuple[Line, list[Any]], tmp_path: Path
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_generation_is_trained_in_full_from_a_lora_parent(
     assert line.head == "G004" and line.problems() == []
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer_takes_a_place(
     grown: tuple[Line, list[Any]], tmp_path: Path
 ) -> None:
@@ -288,6 +290,7 @@ def test_a_teacher_that_cannot_be_aligned_is_refused(
     assert line.head == "G002" and line.problems() == []
 
 
+@pytest.mark.slow
 def test_poisoned_data_are_refused_by_the_gates(
     grown: tuple[Line, list[Any]], tmp_path: Path
 ) -> None:
@@ -337,6 +340,7 @@ def test_a_line_is_begun_once(grown: tuple[Line, list[Any]]) -> None:
         init_line(grown[0], "embedded:student", stories(0))
 
 
+@pytest.mark.slow
 def test_an_interrupted_generation_goes_on_where_it_was(
     grown: tuple[Line, list[Any]], tmp_path: Path
 ) -> None:
@@ -368,6 +372,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(
         assert got.metrics["child"][name] == expected.metrics["child"][name]
 
 
+@pytest.mark.slow
 def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
     grown: tuple[Line, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +395,7 @@ def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
     assert line.problems() == []
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again_when_resumed(
     grown: tuple[Line, list[Any]], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def killed_behind(words: list[str], text: str, after_s: float) -> tuple[bool, st
         return process.returncode == -signal.SIGKILL, last.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_anywhere_the_line_is_whole_and_ends_the_same(tmp_path: Path) -> None:
     for name, word in (("old", "cat"), ("new", "ball")):

@@ -256,6 +256,7 @@ def test_an_interrupted_retraining_goes_on_with_what_it_began_with(
     assert stopped.should_retrain(DOMAIN).counts["lessons"] == 5
 
 
+@pytest.mark.slow
 def test_killed_when_all_was_done_but_to_say_so_it_is_done(
     distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

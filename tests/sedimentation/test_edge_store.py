@@ -137,6 +137,7 @@ def run_and_kill(folder: Path, stage: str, times: int, after_s: float) -> list[l
     return said + [line.split() for line in rest.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     """The same folder each time, so that later kills meet what earlier ones left."""
     folder = tmp_path / "db"

@@ -425,6 +425,7 @@ KILLS = int(os.environ.get("CONCH_DNA_KILLS", "3"))
 INGESTS, INGEST_S, CHANGE_S = 5, 0.02, 0.6
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_old_or_the_new_version_whole(
     models: dict[str, str], tmp_path: Path
 ) -> None:

@@ -363,6 +363,7 @@ class DropoutModel(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputing_draws_the_dropout_of_the_forward_pass(compiled):
     """The output is linear in each weight of 1, so it equals weight times gradient: its sum."""

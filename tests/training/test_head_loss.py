@@ -415,6 +415,7 @@ def test_cross_entropy_of_a_batch(folders: dict[str, Path]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiled_as_the_trainer_compiles_it(folders: dict[str, Path]) -> None:
     student = with_adapter(load(folders["tied"]))
     arrays = batch_arrays(student)

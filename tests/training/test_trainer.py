@@ -187,6 +187,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Tr
 # Learning
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_on_texts_it_never_saw(tmp_path):
     trainer = Trainer(
         tiny_llama(),
@@ -303,6 +304,7 @@ def test_large_gradients_are_scaled_down_and_small_ones_are_not(tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_losses_are_reported_per_token_over_the_steps_since_the_last_report(tmp_path):
     """Two batches of 1 and 9 tokens whose losses per token are 2 and 18 at the start."""
     rows = []

@@ -442,6 +442,7 @@ def make_capped_folder(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capped", ["teacher", "student"])
 def test_a_model_that_caps_its_logits(capped: str, pair: Pair, tmp_path: Path) -> None:
     """Its head cannot be taken apart from its body, on either side."""
