@@ -1,13 +1,21 @@
 """Progress of long work: live bars in a terminal, plain lines elsewhere.
 
-Knows events and their rows, see `trainer.Report`; nothing of what the work is.
+Knows events and their rows; nothing of what the work is.
 To show another event: a branch in `Progress.__call__`.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 EVERY_S = 5.0
+
+Report = Callable[[str, dict[str, Any]], None]
+"""Gets `(event, row)`; the events are those that `Progress` shows, and `checkpoint`."""
+
+
+def silent(event: str, row: dict[str, Any]) -> None:
+    """The report of those who want none."""
 
 
 class Progress:

@@ -50,6 +50,7 @@ from conch_dna.generations.tables import draw_learning
 from conch_dna.generations.train_child import Learned, Teacher, learn, teach
 from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -60,7 +61,7 @@ from conch_dna.training.adapters import (
 from conch_dna.training.answers import openings
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record
-from conch_dna.training.trainer import CHECKPOINT_PREFIX, Report
+from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
 SAMPLES_FILE = "samples.json"
 LOG_FILE = "training_log.json"
@@ -85,7 +86,7 @@ class Evolution:
         line: An existing one.
         records: New data.
         config: See `EvolveConfig`.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
     """
 
     def __init__(
@@ -418,14 +419,14 @@ class TeacherStudentTrainer:
 
     Args:
         config: See `EvolveConfig`.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
     """
 
     def __init__(
         self,
         config: EvolveConfig | None = None,
         *,
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         self.config = config or EvolveConfig()
         self.report = report
@@ -448,7 +449,7 @@ def train_generation_with_teachers(
     records: Sequence[Record],
     config: EvolveConfig | None = None,
     *,
-    report: Report = lambda event, row: None,
+    report: Report = silent,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Outcome:
@@ -458,7 +459,7 @@ def train_generation_with_teachers(
         line: Begun with `material.init_line`.
         records: New data, as `distill` takes them.
         config: See `EvolveConfig`.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
         resume: Go on with an unfinished run of the same data and settings.
         overwrite: Start again over an unfinished one.
 

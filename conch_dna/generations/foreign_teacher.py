@@ -12,10 +12,11 @@ import numpy as np
 
 from conch_dna.digests import content_digest
 from conch_dna.language_model import ModelSource
+from conch_dna.progress import Report
 from conch_dna.training.batches import Batch, Example
 from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import AlignedExample
-from conch_dna.training.examples import Examples, Report
+from conch_dna.training.examples import Examples
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
 

@@ -18,12 +18,13 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
 from conch_dna.language_model import ModelSource
+from conch_dna.progress import Report
 from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.examples import Examples
 from conch_dna.training.soft_targets import Targets
-from conch_dna.training.trainer import Report, Trainer, TrainingResult, trainer_settings
+from conch_dna.training.trainer import Trainer, TrainingResult, trainer_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def teach(
         base: The student's model.
         config: Batches, blend and taboo words.
         folder: Of the caches.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
         before_leaving: Called with each teacher before its model's memory is freed, so that
             nothing else that the model is asked needs it loaded once more.
     """
@@ -128,7 +129,7 @@ def learn(
         config: See `EvolveConfig`.
         folder: For checkpoints.
         resume: Go on from the last one.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
 
     Raises:
         ConchError: Every held-out token would be skipped.

@@ -29,7 +29,7 @@ from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.promotion import Verdict
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.retraining.experience import Report
+from conch_dna.progress import Report
 from conch_dna.retraining.lessons import EXPERIENCE, Prepared
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.domain_run import DATA_FILE as TRAINING_DATA

@@ -17,10 +17,10 @@ from typing import Any
 from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, FolderInUseError
+from conch_dna.progress import Report, silent
 from conch_dna.retraining.redaction import redacted, redaction_names
 from conch_dna.training.settings import validate_domain
 
-Report = Callable[[str, dict[str, Any]], None]
 Message = dict[str, str]
 
 KINDS = ("success", "correction", "fallback")
@@ -197,7 +197,7 @@ class ExperienceBuffer:
         max_records: int = 10_000,
         redact: Sequence[str] | bool = False,
         settled: Callable[[str], Collection[str]] = lambda domain: (),
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         if max_records < 1:
             raise ConchError(f"max_records is {max_records}: it must be 1 or more")

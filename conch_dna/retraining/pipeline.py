@@ -15,6 +15,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
+from conch_dna.progress import Report, silent
 from conch_dna.retraining.domain import (
     EXPERIENCE_FOLDER,
     LINES,
@@ -23,7 +24,7 @@ from conch_dna.retraining.domain import (
     active_adapter,
     line_of,
 )
-from conch_dna.retraining.experience import Experience, ExperienceBuffer, Message, Report
+from conch_dna.retraining.experience import Experience, ExperienceBuffer, Message
 from conch_dna.retraining.lessons import Prepared, lessons_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Record
@@ -98,7 +99,7 @@ class TrainingPipeline:
         min_new: int = 50,
         max_records: int = 10_000,
         redact: Sequence[str] | bool = False,
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         if min_new < 1:
             raise ConchError(f"min_new is {min_new}: it must be 1 or more")

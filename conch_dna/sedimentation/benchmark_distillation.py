@@ -15,6 +15,7 @@ import click
 from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.command_parts import HELP, OneLineErrors, example
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
 from conch_dna.sedimentation.benchmark.rows import Benchmark, BenchmarkSettings
 from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
@@ -50,7 +51,7 @@ def run_benchmark(
     *,
     split: str = "test",
     cycle_split: str | None = None,
-    report: Any = lambda event, row: None,
+    report: Report = silent,
 ) -> dict[str, Any]:
     """Measure every row and write the JSON, with a plot and a Markdown table beside it.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.adapters.fitting import Report
+from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.changes.cycles import NothingToLearn, cycle_adapter, distilled_adapter
 from conch_dna.sedimentation.changes.gate import judge_all
@@ -114,7 +114,7 @@ class AntigravityEngine:
                 f"training_mode {self.config.training_mode} in the {self.config.space} space needs "
                 "a teacher: give teacher_model_name"
             )
-        self.report: Report = lambda event, row: None
+        self.report: Report = silent
         self._judged: Evidence | None = None
         self._pseudo: tuple[int, Evidence] | None = None
         with ExitStack() as opening:

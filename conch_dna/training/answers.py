@@ -15,6 +15,7 @@ import numpy as np
 from conch_dna.checkpoints import write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Example
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import (
@@ -144,7 +145,7 @@ def generate_answers(
     system: str,
     config: KDConfig,
     folder: Path,
-    report: Callable[[str, dict[str, Any]], None] = lambda event, row: None,
+    report: Report = silent,
 ) -> list[Record]:
     """Let the teacher answer every prompt; reuse what an earlier, equal run left.
 

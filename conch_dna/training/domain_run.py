@@ -27,6 +27,7 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import closed_gap
+from conch_dna.progress import Report
 from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
     checkpoint_layers,
@@ -56,7 +57,6 @@ from conch_dna.training.soft_targets import TargetBatches, Targets
 from conch_dna.training.trainer import (
     CHECKPOINT_PREFIX,
     Loss,
-    Report,
     Trainer,
     TrainingResult,
     trainer_settings,
@@ -121,7 +121,7 @@ class DomainRun:
         student: Likewise.
         config: See `KDConfig`.
         domain: A checked name.
-        report: See `trainer.Report`.
+        report: See `progress.Report`.
     """
 
     def __init__(

@@ -4,13 +4,14 @@ Knows which of the two cases it is, and what fits the models' contexts; nothing 
 A third case would be a third class with the methods of `SameTokenizer`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conch_dna.language_model import ModelSource
+from conch_dna.progress import Report, silent
 from conch_dna.training.answers import openings
 from conch_dna.training.batches import Example
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO, INDEX
@@ -32,7 +33,6 @@ from conch_dna.training.soft_targets import (
     target_identity,
 )
 
-Report = Callable[[str, dict[str, Any]], None]
 AUTO_ALIGNMENT = "roots"
 
 
@@ -56,7 +56,7 @@ class Examples:
         student: ModelSource,
         config: KDConfig,
         *,
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         self.teacher = teacher
         self.student = student

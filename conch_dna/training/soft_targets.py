@@ -5,7 +5,7 @@ figure per position: an array in `compute_targets`, its line in TARGET_ARRAYS, a
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import log_softmax, log_sum_exp
+from conch_dna.progress import Report, silent
 from conch_dna.training.batches import (
     Batch,
     Example,
@@ -30,8 +31,6 @@ FORMAT = "soft targets 1"
 SHARD_POSITIONS = 16_384
 HEAD_ROWS = 512
 TARGET_ARRAYS = ("kept_ids", "kept_log_probs", "log_normalizer", "log_rest", "gold_log_prob")
-
-Report = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +219,7 @@ class SoftTargetCache:
         report: Gets ("warning", …) and ("advance", …).
     """
 
-    def __init__(
-        self, folder: Path, identity: TargetIdentity, *, report: Report = lambda event, row: None
-    ) -> None:
+    def __init__(self, folder: Path, identity: TargetIdentity, *, report: Report = silent) -> None:
         self.identity = identity
         self.folder = folder / identity.digest[:16]
         self.report = report

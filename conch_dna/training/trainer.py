@@ -31,6 +31,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
 from conch_dna.language_model import named_arrays
+from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
 from conch_dna.training.settings import KDConfig
@@ -45,9 +46,6 @@ STATE_FILE = "state.json"
 
 Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
 """`loss(model, arrays)` returns scalars that are SUMS over counted tokens; `loss` is minimised."""
-
-Report = Callable[[str, dict[str, Any]], None]
-"""Gets `(event, row)`; the events are those that `progress.Progress` shows, and `checkpoint`."""
 
 
 class BatchStream(Protocol):
@@ -155,7 +153,7 @@ class Trainer:
         settings: See `TrainerSettings`.
         folder: Where `checkpoint_<step>` folders go.
         select_by: The held-out figure whose lowest value chooses the parameters that are kept.
-        report: See `Report`.
+        report: See `progress.Report`.
     """
 
     def __init__(
@@ -168,7 +166,7 @@ class Trainer:
         folder: Path,
         *,
         select_by: str = "loss",
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         if not heldout_batches:
             raise ConchError("no held-out batches: the best step could not be chosen; give more")

@@ -15,6 +15,7 @@ from conch_dna.checkpoints import write_json
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
+from conch_dna.progress import Report, silent
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.domain_run import DomainRun, Prepared
@@ -27,7 +28,6 @@ from conch_dna.training.settings import (
     get_kd_adapter_path,
     validate_domain,
 )
-from conch_dna.training.trainer import Report
 
 __all__ = [
     "KDConfig",
@@ -60,7 +60,7 @@ class TrueKnowledgeDistiller:
         student_model_id: str = DEFAULT_STUDENT,
         config: KDConfig | None = None,
         *,
-        report: Report = lambda event, row: None,
+        report: Report = silent,
     ) -> None:
         self.teacher_model_id = teacher_model_id
         self.student_model_id = student_model_id

@@ -17,13 +17,11 @@ import mlx.core as mx
 from conch_dna.cortex.calibration.calibrating import (
     Asked,
     Judged,
-    Report,
     Said,
     answered,
     asked_of,
     curves_of,
     judged,
-    silent,
 )
 from conch_dna.cortex.calibration.confidence import MIN_ANSWERS, Calibration, calibrate
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
@@ -32,6 +30,7 @@ from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import TokenMetrics, closed_gap
+from conch_dna.progress import Report, silent
 from conch_dna.retraining.domain import Retraining
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics

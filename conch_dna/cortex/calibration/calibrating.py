@@ -5,7 +5,7 @@ in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.generations.measures import text_scores
 from conch_dna.metrics import reliability
+from conch_dna.progress import Report, silent
 from conch_dna.training.answers import continuation_text
 from conch_dna.training.records import (
     Prompt,
@@ -41,16 +42,11 @@ from conch_dna.training.records import (
 )
 from conch_dna.training.structured_answers import parse_answer
 
-Report = Callable[[str, dict[str, Any]], None]
 PICTURE_FILE = "risk_coverage.png"
 MAX_TOKENS = AskOptions.max_tokens
 BY_TOKENS = "the share of an answer's tokens that EGO holds likeliest, reading prompt and answer"
 BY_TEXT = "the likeness (Indel) of an answer to EGO's own, since an API scores no tokens"
 NOT_VALID = "not valid for the domain's schema, so that EGO answers whatever the confidence is"
-
-
-def silent(event: str, row: dict[str, Any]) -> None:
-    """A report that nobody reads."""
 
 
 @dataclass(frozen=True, eq=False)

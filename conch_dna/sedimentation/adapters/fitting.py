@@ -5,13 +5,13 @@ adapters are solved from sums, so that memory does not grow with the store; a re
 trained on pairs in memory. To add a kind of adapter: a branch in `_solved`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import Adapter
 from conch_dna.sedimentation.adapters.closed_forms import PairSums
 from conch_dna.sedimentation.adapters.residual import fit_residual
@@ -25,7 +25,6 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 
-Report = Callable[[str, dict[str, Any]], None]
 # Pairs on which the two spaces are brought together before they are mixed.
 ALIGNED_PAIRS = 20_000
 
@@ -44,7 +43,7 @@ class Taught:
     documents: int = 0
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
-    report: Report = field(default=lambda event, row: None, repr=False)
+    report: Report = field(default=silent, repr=False)
 
     @property
     def steps(self) -> dict[str, int]:
@@ -92,7 +91,7 @@ def fit_to_teacher(
     learning_rate: float,
     epochs: int,
     batch_size: int,
-    report: Report = lambda event, row: None,
+    report: Report = silent,
 ) -> tuple[Adapter, Taught]:
     """An adapter from the raw vectors to the teacher's targets of the same documents.
 

@@ -21,6 +21,7 @@ import numpy as np
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
+from conch_dna.progress import Report, silent
 from conch_dna.provenance import provenance
 from conch_dna.sedimentation.benchmark.collections import Collection
 from conch_dna.sedimentation.benchmark.queries import split_queries
@@ -129,7 +130,7 @@ class Benchmark:
         settings: BenchmarkSettings,
         *,
         folder: Path,
-        report: Callable[[str, dict[str, Any]], None] = lambda event, row: None,
+        report: Report = silent,
         save: Callable[[dict[str, Any]], None] = lambda document: None,
     ) -> None:
         self.collection = collection

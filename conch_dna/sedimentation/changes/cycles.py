@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import Adapter
 from conch_dna.sedimentation.adapters.closed_forms import sums_of
-from conch_dna.sedimentation.adapters.fitting import Report, fit_to_teacher, scheduled_weights
+from conch_dna.sedimentation.adapters.fitting import fit_to_teacher, scheduled_weights
 from conch_dna.sedimentation.adapters.residual import fit_residual
 from conch_dna.sedimentation.adapters.teacher_alignment import blend, fit_alignment
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
@@ -62,7 +63,7 @@ def distilled_adapter(
     config: ChelationConfig,
     *,
     without: Sequence[DocumentId],
-    report: Report = lambda event, row: None,
+    report: Report = silent,
 ) -> LearnedAdapter:
     """From a teacher's vectors of all documents but those held out; see `fit_to_teacher`."""
     adapter, taught = fit_to_teacher(
