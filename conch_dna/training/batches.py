@@ -7,6 +7,7 @@ index, so a run can start again anywhere. To add an order: a function like `buck
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 
 import numpy as np
 
@@ -167,6 +168,12 @@ class ExampleBatches:
         """Which examples batch `index` holds."""
         epoch, within = divmod(index, self.batches_per_epoch)
         return self._epoch(epoch)[within]
+
+    def drawn(self, batches: int) -> list[Example]:
+        """The examples that the first so many batches hold, each once, in that order."""
+        epochs = -(-batches // self.batches_per_epoch)
+        drawn = islice(chain.from_iterable(map(self._draw, range(epochs))), batches)
+        return [self.examples[index] for index in dict.fromkeys(chain.from_iterable(drawn))]
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, counted over all epochs."""

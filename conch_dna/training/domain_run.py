@@ -26,7 +26,7 @@ from conch_dna.checkpoints import (
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.metrics import closed_gap
+from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.progress import Report
 from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
@@ -43,14 +43,14 @@ from conch_dna.training.answers import (
     sample_texts,
     texts_of,
 )
-from conch_dna.training.batches import Batch, sequential_batches
+from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
-from conch_dna.training.examples import Examples
-from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.records import Record, split_heldout
+from conch_dna.training.examples import Examples, Split
+from conch_dna.training.head_loss import make_cross_entropy_loss, make_distillation_loss
+from conch_dna.training.records import Record, json_lines
 from conch_dna.training.report import draw_curve, samples_text
 from conch_dna.training.settings import KDConfig, KDResult, domain_folder, get_kd_adapter_path
 from conch_dna.training.soft_targets import TargetBatches, Targets
@@ -66,26 +66,25 @@ RUN_FILE = "run.json"
 RESULT_FILE = "kd_result.json"
 EVALUATION_FILE = "evaluation.json"
 DATA_FILE = "training_data.jsonl"
+HELDOUT_FILE = "heldout.jsonl"
 CANDIDATE = "candidate"
 # Where a run lies and whether code may run do not change what it computes.
 _NOT_IDENTITY = ("output_dir", "adapter_subdir", "trust_remote_code")
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class RunData:
     """All that training needs once the teacher has gone.
 
     Attributes:
-        train: Training examples.
-        heldout: Held-out examples.
-        targets: The teacher's, for all of them.
+        split: The examples.
+        targets: The teacher's, for those of them that are read.
         prompts: The student's token ids of a few held-out prompts.
         teacher_texts: What the teacher made of them.
         finish_reasons: How many records ended how.
     """
 
-    train: list[Any]
-    heldout: list[Any]
+    split: Split
     targets: Targets
     prompts: list[list[int]]
     teacher_texts: list[str]
@@ -235,68 +234,71 @@ class DomainRun:
 
     def keep(self, records: Sequence[Record]) -> None:
         """Write down what the domain learns from: a later retraining replays it."""
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        write_atomically(self.folder / DATA_FILE, "".join(lines))
+        write_atomically(self.folder / DATA_FILE, json_lines(records))
 
-    def prepare(self, records: Sequence[Record]) -> Prepared:
+    def prepare(self, records: Sequence[Record]) -> RunData:
         """Tokenize, split, and compute what is missing of the teacher's targets and samples.
 
         The teacher is loaded only if something is missing; the caller releases it.
         """
         config = self.config
-        kept, examples = self.examples.make(records)
-        records = [records[index] for index in kept]
-        train, heldout = (
-            [examples[index] for index in part]
-            for part in split_heldout(records, config.val_fraction, seed=config.seed)
-        )
+        split = self.examples.split(records)
+        needed = split.read(config)
         targets = self.examples.targets(self.folder / "soft_targets")
-        missing = targets.missing(examples)
+        missing = targets.missing(needed)
         if missing:
             tokens = sum(example.count for example in missing)
             self._phase("the teacher's targets", tokens, "tokens")
-        targets.fill(self.teacher, examples, batch_size=config.batch_size)
-        teacher_prompts, prompts = self.examples.prompts(heldout)
+        targets.fill(self.teacher, needed, batch_size=config.batch_size)
+        teacher_prompts, prompts = self.examples.prompts(split.heldout)
         answers = cached_answer_batch(
             self.teacher, self.folder / "answers", teacher_prompts, **sample_draw(config)
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
-        reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in records))
-        return Prepared(train, heldout, targets, prompts, texts, reasons)
+        kept = [*split.train_records, *split.heldout_records]
+        reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
+        return RunData(split, targets, prompts, texts, reasons)
 
-    def train(self, prepared: Prepared) -> Trained:
+    def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
         self._phase("evaluating the student")
         student = self.student.load()
-        before = heldout_metrics(student, self._evaluated(prepared), chunk=self.config.head_chunk)
-        before_texts = sample_texts(student, prepared.prompts, self.config)
+        before = self._metrics(student, data)
+        before_texts = sample_texts(student, data.prompts, self.config)
         adapter_config = make_trainable(student, self.config)
         if self.config.grad_checkpoint:
             checkpoint_layers(student.model)
         self._phase("training", self.config.num_iters, "steps")
-        training = self._fit(student, prepared)
+        training = self._fit(student, data)
         tensors = trained_tensors(student)
         student.release()
         peak = mx.get_peak_memory()
         return Trained(before.to_json(), before_texts, adapter_config, training, tensors, peak)
 
-    def _fit(self, student: LanguageModel, prepared: Prepared) -> TrainingResult:
+    def _fit(self, student: LanguageModel, data: RunData) -> TrainingResult:
         config = self.config
-        stream = TargetBatches(
-            prepared.train,
-            config.batch_size,
-            prepared.targets,
-            temperature=self.examples.temperature,
-            seed=config.seed,
-        )
-        settings = trainer_settings(config)
+        train, targets, temperature = data.split.train, data.targets, self.examples.temperature
+        loss = heldout_loss = self._loss(student, targets)
+        stream: ExampleBatches
+        if config.alpha > 0:
+            stream = TargetBatches(
+                train, config.batch_size, targets, temperature=temperature, seed=config.seed
+            )
+        else:
+            # No step needs the teacher; what is held out is still compared with it.
+            loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
+            stream = ExampleBatches(train, config.batch_size, seed=config.seed)
         trainer = Trainer(
             student.model,
-            self._loss(student, prepared.targets),
+            loss,
             stream,
-            list(self._heldout(prepared, self.examples.temperature, config.val_batches)),
-            settings,
+            [
+                targets.collate(part, temperature)
+                for part in self._heldout(data, config.val_batches)
+            ],
+            trainer_settings(config),
             self.folder,
+            heldout_loss=heldout_loss,
             # Cross-entropy alone is judged by cross-entropy.
             select_by="kd" if config.alpha > 0 else "loss",
             report=self.report,
@@ -326,15 +328,16 @@ class DomainRun:
             chunk=config.head_chunk,
         )
 
-    def _evaluated(self, prepared: Prepared) -> Iterator[Batch]:
-        for indices in sequential_batches(prepared.heldout, self.config.batch_size):
-            yield prepared.targets.evaluation_batch([prepared.heldout[i] for i in indices])
+    def _heldout(self, data: RunData, limit: int = -1) -> Iterator[list[Any]]:
+        heldout = data.split.heldout
+        for indices in sequential_batches(heldout, self.config.batch_size, limit):
+            yield [heldout[index] for index in indices]
 
-    def _heldout(self, prepared: Prepared, temperature: float, limit: int = -1) -> Iterator[Batch]:
-        for indices in sequential_batches(prepared.heldout, self.config.batch_size, limit):
-            yield prepared.targets.collate([prepared.heldout[i] for i in indices], temperature)
+    def _metrics(self, student: LanguageModel, data: RunData) -> TokenMetrics:
+        batches = map(data.targets.evaluation_batch, self._heldout(data))
+        return heldout_metrics(student, batches, chunk=self.config.head_chunk)
 
-    def finish(self, prepared: Prepared, trained: Trained) -> KDResult:
+    def finish(self, data: RunData, trained: Trained) -> KDResult:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
         self._phase("evaluating the adapter")
         provenance = self._provenance()
@@ -346,19 +349,19 @@ class DomainRun:
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
-        after = heldout_metrics(student, self._evaluated(prepared), chunk=self.config.head_chunk)
-        after_texts = sample_texts(student, prepared.prompts, self.config)
+        after = self._metrics(student, data)
+        after_texts = sample_texts(student, data.prompts, self.config)
         student.release()
         evaluation = {
             "before": trained.before,
             "after": after.to_json(),
-            "teacher": teacher_metrics(prepared.heldout, prepared.targets).to_json(),
+            "teacher": teacher_metrics(data.split.heldout, data.targets).to_json(),
             "gap_closed": closed_gap(trained.before, after.to_json()),
             "alignment": self.examples.alignment,
         }
-        result = self._result(prepared, trained, evaluation, provenance)
+        result = self._result(data, trained, evaluation, provenance)
         columns = {
-            "teacher": prepared.teacher_texts,
+            "teacher": data.teacher_texts,
             "student before": trained.before_texts,
             "student after": after_texts,
         }
@@ -371,12 +374,15 @@ class DomainRun:
                 EVALUATION_FILE: evaluation,
                 RESULT_FILE: result.to_json(),
                 "training_log.json": history,
-                "samples.md": self._samples(prepared, columns),
+                "samples.md": self._samples(data, columns),
             },
             writers={
+                HELDOUT_FILE: lambda path: path.write_text(
+                    json_lines(data.split.heldout_records), encoding="utf-8"
+                ),
                 "training_curve.png": lambda path: draw_curve(
                     path, history, title=f"{self.domain}: losses", best=best
-                )
+                ),
             },
         )
         shutil.rmtree(candidate, ignore_errors=True)
@@ -386,12 +392,12 @@ class DomainRun:
 
     def _result(
         self,
-        prepared: Prepared,
+        data: RunData,
         trained: Trained,
         evaluation: dict[str, Any],
         provenance: dict[str, Any],
     ) -> KDResult:
-        training = trained.training
+        training, train, heldout = trained.training, data.split.train, data.split.heldout
         kept = next(
             row
             for row in training.history
@@ -400,20 +406,20 @@ class DomainRun:
         metadata = {
             **provenance,
             "best_step": training.best_step,
-            "train_examples": len(prepared.train),
-            "heldout_examples": len(prepared.heldout),
-            "train_tokens": sum(example.count for example in prepared.train),
-            "heldout_tokens": sum(example.count for example in prepared.heldout),
-            "data_digest": content_digest(*(example.digest for example in prepared.train)),
-            "finish_reasons": prepared.finish_reasons,
-            "cache_bytes_per_token": prepared.targets.identity.bytes_per_token,
-            **self.examples.described([*prepared.train, *prepared.heldout]),
+            "train_examples": len(train),
+            "heldout_examples": len(heldout),
+            "train_tokens": sum(example.count for example in train),
+            "heldout_tokens": sum(example.count for example in heldout),
+            "data_digest": content_digest(*(example.digest for example in train)),
+            "finish_reasons": data.finish_reasons,
+            "cache_bytes_per_token": data.targets.identity.bytes_per_token,
+            **self.examples.described([*train, *heldout]),
             "peak_memory_bytes": trained.peak_memory_bytes,
             "resumed": training.steps_run < self.config.num_iters,
         }
         return KDResult(
             domain=self.domain,
-            num_samples=len(prepared.train) + len(prepared.heldout),
+            num_samples=len(train) + len(heldout),
             adapter_path=str(self.adapter_path),
             final_kd_loss=kept["kd"],
             final_ce_loss=kept["ce"],
@@ -424,9 +430,9 @@ class DomainRun:
             metadata=metadata,
         )
 
-    def _samples(self, prepared: Prepared, columns: dict[str, list[str]]) -> str:
+    def _samples(self, data: RunData, columns: dict[str, list[str]]) -> str:
         decode = self.student.tokenizer.decode
-        prompts = [decode(prompt, skip_special_tokens=True) for prompt in prepared.prompts]
+        prompts = [decode(prompt, skip_special_tokens=True) for prompt in data.prompts]
         draw = f"temperature {self.config.sampling_temperature:g}, seed {self.config.seed}"
         return samples_text(self.domain, prompts, columns, draw=draw)
 

@@ -5,6 +5,7 @@ A third case would be a third class with the methods of `SameTokenizer`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.answers import openings
-from conch_dna.training.batches import Example
+from conch_dna.training.batches import Example, ExampleBatches
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import (
     AlignedExample,
@@ -24,7 +25,7 @@ from conch_dna.training.cross_tokenizer.records import (
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
-from conch_dna.training.records import Record, fitting, tokenize_records
+from conch_dna.training.records import Record, fitting, split_heldout, tokenize_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,
@@ -34,6 +35,35 @@ from conch_dna.training.soft_targets import (
 )
 
 AUTO_ALIGNMENT = "roots"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The examples of a run, and which of them are held out.
+
+    Attributes:
+        train: Training examples.
+        heldout: Held-out examples.
+        train_records: What the training examples were made of.
+        heldout_records: What the held-out ones were made of.
+    """
+
+    train: list[Any]
+    heldout: list[Any]
+    train_records: list[Record]
+    heldout_records: list[Record]
+
+    def read(self, config: KDConfig) -> list[Any]:
+        """The examples whose targets a run will read, each once, in the order of their use.
+
+        Cross-entropy alone needs the teacher for what is held out only.
+
+        Raises:
+            ConchError: The training examples do not fill one batch.
+        """
+        stream = ExampleBatches(self.train, config.batch_size, seed=config.seed)
+        batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
+        return [*self.heldout, *stream.drawn(batches)]
 
 
 class Examples:
@@ -98,6 +128,22 @@ class Examples:
         of_teacher = [aligned[index].teacher for index in kept]
         kept = [kept[i] for i in self._fitting(of_teacher, (self.teacher.context_length,))]
         return self._covered(kept, aligned)
+
+    def split(self, records: Sequence[Record]) -> Split:
+        """Tokenize records and hold a share of them out.
+
+        Raises:
+            ConchError: See `make` and `records.split_heldout`.
+        """
+        indices, examples = self.make(records)
+        kept = [records[index] for index in indices]
+        train, heldout = split_heldout(kept, self.config.val_fraction, seed=self.config.seed)
+        return Split(
+            [examples[index] for index in train],
+            [examples[index] for index in heldout],
+            [kept[index] for index in train],
+            [kept[index] for index in heldout],
+        )
 
     def _covered(
         self, kept: list[int], aligned: list[AlignedExample]

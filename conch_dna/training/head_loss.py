@@ -303,6 +303,26 @@ def make_distillation_loss(
     return make_logit_loss(student, names, sums_of, rule, chunk=chunk)
 
 
+def make_cross_entropy_loss(
+    student: LanguageModel, *, chunk: int = 1024
+) -> Callable[[nn.Module, Sums], Sums]:
+    """Cross-entropy alone, for batches that carry nothing of a teacher.
+
+    Args:
+        student: Loaded model, adapter attached.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+
+    Returns:
+        `loss(model, arrays)` as `trainer.Loss` wants it, with the equal sums `loss` and `ce`.
+    """
+
+    def sums_of(logits: mx.array, targets: Sums) -> Sums:
+        ce = (token_cross_entropy(logits, targets["labels"]) * targets["weights"]).sum()
+        return {"loss": ce, "ce": ce}
+
+    return make_logit_loss(student, ("labels", "weights"), sums_of, autodiff(sums_of), chunk=chunk)
+
+
 def make_logit_loss(
     student: LanguageModel,
     names: Sequence[str],

@@ -42,14 +42,16 @@ def plan_domain(
     Raises:
         ConchError: As the run itself would.
     """
+    batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
-        kept, examples = pair.make(data)
-        _, heldout = split_heldout([data[i] for i in kept], config.val_fraction, seed=config.seed)
-        count, heldout_count = len(examples), len(heldout)
-        tokens = sum(getattr(example, "teacher", example).count for example in examples)
+        split = pair.split(data)
+        examples = [*split.train, *split.heldout]
+        count, heldout_count = len(examples), len(split.heldout)
+        read = (getattr(example, "teacher", example) for example in split.read(config))
+        tokens = sum({example.digest: example.count for example in read}.values())
         aligned = pair.described(examples)
         longest = max(len(example.ids) for example in examples)
     else:
@@ -65,7 +67,8 @@ def plan_domain(
         _, heldout = split_heldout(wanted, config.val_fraction, seed=config.seed)
         count, heldout_count = len(wanted), len(heldout)
         longest = max(len(ids) for ids in encoded) + config.max_tokens
-        tokens = count * config.max_tokens
+        drawn = min(count - heldout_count, batches * config.batch_size)
+        tokens = (heldout_count + drawn) * config.max_tokens
     if count - heldout_count < config.batch_size:
         raise ConchError(
             f"{count - heldout_count} training examples do not fill one batch of "

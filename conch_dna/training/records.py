@@ -100,6 +100,11 @@ def _are_turns(turns: Any) -> bool:
     )
 
 
+def json_lines(rows: Sequence[Any]) -> str:
+    """JSON objects as the text of a file, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read prompts: a text file with one a line, or JSONL of strings or `prompt` objects.
 

@@ -150,6 +150,7 @@ class Trainer:
         loss: See `Loss`.
         train_batches: See `BatchStream`.
         heldout_batches: Evaluated at step 0, every `steps_per_eval` steps and at the end.
+        heldout_loss: What these are evaluated by; None for the loss itself.
         settings: See `TrainerSettings`.
         folder: Where `checkpoint_<step>` folders go.
         select_by: The held-out figure whose lowest value chooses the parameters that are kept.
@@ -165,6 +166,7 @@ class Trainer:
         settings: TrainerSettings,
         folder: Path,
         *,
+        heldout_loss: Loss | None = None,
         select_by: str = "loss",
         report: Report = silent,
     ) -> None:
@@ -172,6 +174,7 @@ class Trainer:
             raise ConchError("no held-out batches: the best step could not be chosen; give more")
         self.model = model
         self.loss = loss
+        self.heldout_loss = heldout_loss or loss
         self.train_batches = train_batches
         self.heldout_batches = heldout_batches
         self.settings = settings
@@ -224,7 +227,7 @@ class Trainer:
     def _compile_evaluation(self) -> Callable[..., dict[str, mx.array]]:
         @partial(mx.compile, inputs=[self.model.state])
         def evaluate(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-            return self.loss(self.model, arrays)
+            return self.heldout_loss(self.model, arrays)
 
         return evaluate
 

@@ -18,7 +18,7 @@ from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.domain_run import DomainRun, Prepared
+from conch_dna.training.domain_run import DomainRun, RunData
 from conch_dna.training.records import Record
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -181,7 +181,7 @@ class TrueKnowledgeDistiller:
         runs = {name: self._run(name, with_own_data=False) for name in names}
         results: dict[str, KDResult] = {}
         failures: dict[str, str] = {}
-        ready: dict[str, Prepared] = {}
+        ready: dict[str, RunData] = {}
 
         def attempt(name: str, work: Callable[[DomainRun], None]) -> None:
             try:

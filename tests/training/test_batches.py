@@ -212,6 +212,16 @@ def test_a_batch_holds_the_examples_its_indices_say():
         np.testing.assert_array_equal(value, expected.arrays[name])
 
 
+@pytest.mark.parametrize("batches", [0, 1, 3, 4, 10])
+def test_what_is_drawn_is_what_the_batches_hold_each_once(batches):
+    first = stream()
+    indices = [int(index) for batch in range(batches) for index in first.indices(batch)]
+    expected = [first.examples[index] for index in dict.fromkeys(indices)]
+    drawn = first.drawn(batches)
+    assert len(drawn) == len(expected)
+    assert all(found is wanted for found, wanted in zip(drawn, expected, strict=True))
+
+
 def test_too_few_examples_for_a_batch_are_refused():
     with pytest.raises(
         ConchError, match=r"3 training examples do not fill one batch of 4: .*--batch-size"

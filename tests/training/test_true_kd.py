@@ -24,7 +24,9 @@ from conch_dna.errors import ConchError, NonFiniteLossError
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.losses import LOSSES
 from conch_dna.training import domain_run
+from conch_dna.training.batches import ExampleBatches
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.examples import Examples
 from conch_dna.training.records import split_heldout
 from conch_dna.training.true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
 from models import make_model_folder
@@ -170,6 +172,13 @@ class TestFinishedRun:
         assert result.metadata["versions"].keys() >= {"conch_dna", "mlx", "mlx-lm"}
         assert result.metadata["heldout_examples"] == 3
 
+    def test_what_was_held_out_lies_with_the_adapter(self, finished):
+        text = (finished.folder / "adapters_kd" / "heldout.jsonl").read_text(encoding="utf-8")
+        config = finished.distiller.config
+        _, heldout = split_heldout(finished.records, config.val_fraction, seed=config.seed)
+        expected = [finished.records[index] for index in heldout]
+        assert [json.loads(line) for line in text.splitlines()] == expected
+
     def test_its_losses_are_those_of_the_kept_step(self, finished):
         log = json.loads((finished.folder / "adapters_kd" / "training_log.json").read_text())
         heldout = [row for row in log if row["split"] == "heldout"]
@@ -185,6 +194,7 @@ class TestFinishedRun:
             "adapters.safetensors",
             "digests.json",
             "evaluation.json",
+            "heldout.jsonl",
             "kd_result.json",
             "samples.md",
             "training_curve.png",
@@ -928,3 +938,23 @@ def test_given_data_are_kept_with_the_adapter_that_learned_them(
     with pytest.raises(ConchError, match="cannot be split"):
         make(tiny_teacher, tiny_student, tmp_path).distill_domain("own", data=rows[:1])
     assert len(kept.read_text().splitlines()) == 12, "the adapter that lies there learned these"
+
+
+@pytest.mark.parametrize(("alpha", "batches"), [(0.7, 2), (0.0, 0)])
+def test_the_teacher_works_only_for_what_is_read(
+    tiny_teacher, tiny_student, tmp_path, no_curve, alpha, batches
+):
+    """Of 9 training examples two steps of two read at most four; cross-entropy reads none."""
+    run = make(tiny_teacher, tiny_student, tmp_path, alpha=alpha, num_iters=2)
+    result = run.distill_domain("own", data=TEXTS)
+    examples = Examples(run.teacher, run.student, run.config)
+    split = examples.split(TEXTS)
+    stream = ExampleBatches(split.train, run.config.batch_size, seed=run.config.seed)
+    read = {id(split.train[i]) for batch in range(batches) for i in stream.indices(batch)}
+    absent = examples.targets(tmp_path / "own" / "soft_targets").missing(
+        [*split.train, *split.heldout]
+    )
+    expected = [example.digest for example in split.train if id(example) not in read]
+    assert [example.digest for example in absent] == expected
+    assert 0 < len(expected) <= len(split.train)
+    assert result.final_kd_loss > 0, "what is held out is compared with the teacher all the same"
