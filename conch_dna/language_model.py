@@ -6,6 +6,7 @@ To embed another model: a folder under assets/ is enough, its name becomes `embe
 
 import gc
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,30 @@ class LanguageModel:
     def logits(self, inputs: mx.array) -> mx.array:
         """Ids `[B, T]` to logits of the real tokens `[B, T, V]`."""
         return self.model(inputs)[..., : self.vocabulary_size]
+
+    def logits_at(
+        self, inputs: mx.array, positions: mx.array, *, chunk: int
+    ) -> Iterator[tuple[slice, mx.array]]:
+        """Logits of some positions, a chunk of them at a time.
+
+        Where the head can be taken apart from the body, no more logits exist than those of a
+        chunk, as long as the caller evaluates what it makes of one before it takes the next.
+
+        Args:
+            inputs: Ids `[B, T]`.
+            positions: Indices into the flattened `[B * T]` positions `[N]`.
+            chunk: Positions at once; 0 takes all.
+
+        Yields:
+            Which of the positions, and their logits of the real tokens `[n, V]`.
+        """
+        plain = self.has_plain_head
+        states = self.body(inputs) if plain else self.logits(inputs)
+        states = states.reshape(-1, states.shape[-1])[positions]
+        size = chunk or len(states)
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
+            yield part, self.head(states[part]) if plain else states[part]
 
     @cached_property
     def has_plain_head(self) -> bool:

@@ -15,11 +15,9 @@ from conch_dna.cortex.engine.request import Piece, Request
 from conch_dna.cortex.options import AskOptions
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
-from conch_dna.training.answers import continuation_text
-from conch_dna.training.conversations import checked_turns
-from conch_dna.training.records import Prompt, prompt_ids
+from conch_dna.training.answers import TextStream, continuation_text
+from conch_dna.training.chats import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.structured_answers import Parsed, parse_answer, repair_messages
-from conch_dna.training.text_stream import TextStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +146,7 @@ class Turn:
         self._began = time.perf_counter()
         self._first: float | None = None
         own = options.system is None
-        self.turns = checked_turns(prompt, domain.system if own else options.system or "")
+        self.turns = prompt_turns(prompt, domain.system if own else options.system or "")
         self.schema = domain.schema if own and options.structured else None
         self._repaired = False
         self._why = ""

@@ -19,17 +19,17 @@ from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.answers import (
+    TextStream,
     answer_batch,
     continuation_text,
     generate_answers,
     make_sampler,
 )
 from conch_dna.training.batches import Example
-from conch_dna.training.conversations import checked_turns
+from conch_dna.training.chats import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import Prompt, Record, prompt_ids, tokenize_record
+from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.settings import KDConfig, validate_domain
-from conch_dna.training.text_stream import TextStream
 
 _CORRECTION = """{request}
 
@@ -168,7 +168,7 @@ class EgoModel:
         if isinstance(prompts, str):
             raise ConchError("generate_many takes several prompts: put the one in a list")
         config = self._drawn(max_tokens, temperature, seed)
-        conversations = [checked_turns(prompt, system) for prompt in prompts]
+        conversations = [prompt_turns(prompt, system) for prompt in prompts]
         if config.is_endpoint:
             return self._remote().answers(conversations, config)
         encoded = self._encoded(conversations)
@@ -199,7 +199,7 @@ class EgoModel:
         Arguments are checked at once, and the model is loaded with the first piece.
         """
         config = self._drawn(max_tokens, temperature, seed)
-        turns = checked_turns(prompt, system)
+        turns = prompt_turns(prompt, system)
         if config.is_endpoint:
             return self._remote().stream(turns, config)
         return self._local_stream(self._encoded([turns])[0], config)
@@ -245,7 +245,7 @@ class EgoModel:
         from tempfile import TemporaryDirectory
 
         system = _system(domain)
-        turns = checked_turns(prompt, system)
+        turns = prompt_turns(prompt, system)
         if self.config.is_endpoint:
             answer = self._remote().answer(turns, self.config)
             turn = {"role": "assistant", "content": answer.text}
@@ -279,7 +279,7 @@ class EgoModel:
         """
         if not problem.strip():
             raise ConchError("a correction needs its problem: say what is wrong with the answer")
-        *earlier, last = checked_turns(input, "")
+        *earlier, last = prompt_turns(input, "")
         request = _CORRECTION.format(
             request=last["content"], output=output.strip() or "(nothing)", problem=problem.strip()
         )

@@ -10,7 +10,7 @@ from conch_dna.ego.settings import TextScore
 from conch_dna.language_model import LanguageModel
 from conch_dna.training.batches import Example
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
-from conch_dna.training.token_scores import token_scores
+from conch_dna.training.evaluation import token_scores
 
 
 def score_examples(

@@ -13,8 +13,8 @@ from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel
 from conch_dna.training.answers import sample_texts
 from conch_dna.training.batches import Example
+from conch_dna.training.evaluation import token_scores
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.token_scores import token_scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from conch_dna.retraining.experience import Experience, Message
-from conch_dna.training.records import Record, prompt_messages
+from conch_dna.training.chats import prompt_messages
+from conch_dna.training.records import Record
 
 EXPERIENCE = "experience"
 """The key of a record that holds the ids of the experience it was made of."""

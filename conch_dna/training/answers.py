@@ -17,21 +17,19 @@ from conch_dna.digests import content_digest
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Example
+from conch_dna.training.chats import plain_prompt, prompt_ids, prompt_messages, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.records import (
-    TOKENS,
-    Record,
-    plain_prompt,
-    prompt_ids,
-    prompt_messages,
-    require_room,
-)
+from conch_dna.training.records import TOKENS, Record
 from conch_dna.training.settings import KDConfig
 
 FORMAT = "answers 1"
 SAMPLES = 3
 SHORTEST_PROMPT = 4
 OPENING_TOKENS = 12
+# Tokens that are decoded anew with each new one, and those before them that they lean on.
+_WINDOW = 16
+_CONTEXT = 8
+_UNFINISHED = "\ufffd"
 
 
 def make_sampler(
@@ -265,3 +263,40 @@ def texts_of(
         continuation_text(tokenizer, prompt, answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+class TextStream:
+    """Token ids in, pieces of text out.
+
+    A piece is kept back while its last character may still lack bytes.
+
+    Args:
+        tokenizer: As mlx_lm wraps it.
+        prompt: Token ids that the answer continues.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._context = list(prompt)
+        self._window: list[int] = []
+        self._given = ""
+
+    def add(self, token: int) -> str:
+        """The text that a token makes certain, often empty."""
+        self._window.append(token)
+        text = self._text()
+        if text.endswith(_UNFINISHED) or not text.startswith(self._given):
+            return ""
+        piece = text[len(self._given) :]
+        self._given = text
+        if len(self._window) >= _WINDOW:
+            self._context = [*self._context, *self._window][-_CONTEXT:]
+            self._window, self._given = [], ""
+        return piece
+
+    def end(self) -> str:
+        """What was kept back, unfinished characters included."""
+        return self._text()[len(self._given) :] if self._window else ""
+
+    def _text(self) -> str:
+        return continuation_text(self._tokenizer, self._context, self._window)

@@ -223,7 +223,7 @@ def _print_plan(
     from rich.table import Table
 
     from conch_dna.language_model import ModelSource
-    from conch_dna.training.plan import plan_domain
+    from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code
     teacher, student = (

@@ -1,10 +1,11 @@
-"""Before and after: held-out figures of a model against the teacher's targets.
+"""What a model makes of given texts: held-out figures against a teacher, scores of tokens.
 
-Knows loaded models and batches that carry targets; nothing of training or files.
-To add a figure: a sum here, a field of `metrics.TokenMetrics`.
+Knows loaded models, batches and examples; nothing of training or files. To add a held-out figure:
+a sum in `heldout_metrics` and a field of `metrics.TokenMetrics`; one of tokens: `TokenScores`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl
 from conch_dna.metrics import TokenMetrics, token_metrics
-from conch_dna.training.batches import Batch, Example
+from conch_dna.training.batches import Batch, Example, collate, sequential_batches
 from conch_dna.training.head_loss import chunk_log_probs, gold_log_probs, with_nothing
 from conch_dna.training.soft_targets import Targets
 
@@ -33,19 +34,13 @@ def heldout_metrics(
     """
     totals = dict.fromkeys(("kl", "agreeing", "compared", "gold", "chunk_kl", "chunks"), 0.0)
     tokens = text_bytes = 0
-    plain = model.has_plain_head
     for batch in batches:
         tokens += batch.count
         text_bytes += batch.text_bytes
         arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-        states = model.body(arrays["inputs"]) if plain else model.logits(arrays["inputs"])
-        states = states.reshape(-1, states.shape[-1])[arrays["positions"]]
-        size = chunk or states.shape[0]
         gold = []
-        for start in range(0, states.shape[0], size):
-            rows = {n: arrays[n][start : start + size] for n in _ROWS if n in arrays}
-            part = states[start : start + size]
-            logits = model.head(part) if plain else part
+        for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
+            rows = {name: arrays[name][part] for name in _ROWS if name in arrays}
             gold.append(gold_log_probs(logits, rows["labels"]))
             sums = {"gold": (gold[-1] * rows["weights"]).sum()}
             if "kept_ids" in rows:
@@ -97,3 +92,51 @@ def teacher_metrics(examples: Iterable[Example], targets: Targets) -> TokenMetri
         chunks=tokens,
         text_bytes=text_bytes,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """One text's counted tokens under a model, at temperature 1.
+
+    Attributes:
+        log_probs: Log-probability of each, in nats `[n]`.
+        likeliest: Whether it is the token that the model holds likeliest there `[n]`.
+    """
+
+    log_probs: np.ndarray
+    likeliest: np.ndarray
+
+
+def token_scores(
+    model: LanguageModel, examples: Sequence[Example], *, batch_size: int, chunk: int = 1024
+) -> list[TokenScores]:
+    """Score the counted tokens of every example.
+
+    Args:
+        model: Loaded.
+        examples: With at least one counted token each.
+        batch_size: Examples at once.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+
+    Returns:
+        Scores in the order of the examples.
+    """
+    found: dict[int, TokenScores] = {}
+    for indices in sequential_batches(examples, batch_size):
+        batch = collate([examples[index] for index in indices])
+        inputs = mx.array(batch.arrays["inputs"])
+        positions = mx.array(batch.arrays["positions"][: batch.count])
+        labels = mx.array(batch.arrays["labels"][: batch.count])
+        log_probs, likeliest = [], []
+        for part, logits in model.logits_at(inputs, positions, chunk=chunk):
+            log_probs.append(gold_log_probs(logits, labels[part]))
+            likeliest.append(mx.argmax(logits, axis=-1) == labels[part])
+            # Here, so that only one chunk's logits exist.
+            mx.eval(log_probs[-1], likeliest[-1])
+        all_probs = np.asarray(mx.concatenate(log_probs))
+        all_likeliest = np.asarray(mx.concatenate(likeliest))
+        ends = np.cumsum([examples[index].count for index in indices])
+        for index, end in zip(indices, ends, strict=True):
+            part = slice(end - examples[index].count, end)
+            found[int(index)] = TokenScores(all_probs[part], all_likeliest[part])
+    return [found[index] for index in range(len(examples))]

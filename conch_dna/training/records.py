@@ -1,7 +1,7 @@
 """Training records: JSONL and prompt files in, tokenized examples out.
 
-Knows mlx-lm's three record forms (`messages`, `prompt`/`completion`, `text`), chat templates and
-which tokens of a conversation count. To add a form: a branch in `tokenize_record` and its test.
+Knows mlx-lm's three record forms (`messages`, `prompt`/`completion`, `text`); how a conversation
+is rendered stands in chats.py. To add a form: a branch in `record_tokens` and its test.
 """
 
 import json
@@ -13,9 +13,16 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
+from conch_dna.training.chats import (
+    are_turns,
+    common_prefix,
+    conversation_ids,
+    ended_ids,
+    prompt_messages,
+    text_ids,
+)
 
 Record = dict[str, Any]
-Prompt = str | Sequence[dict[str, str]]
 TOKENS = "tokens"
 
 
@@ -76,7 +83,7 @@ def _check_record(record: Any, where: str) -> None:
         raise ConchError(f"{where}: a record is a JSON object with {forms}")
     if "messages" in record:
         turns = record["messages"]
-        if not _are_turns(turns):
+        if not are_turns(turns):
             raise ConchError(f"{where}: messages is a list of objects with role and content")
         if not any(turn["role"] == "assistant" for turn in turns):
             raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
@@ -89,15 +96,6 @@ def _check_record(record: Any, where: str) -> None:
             raise ConchError(f"{where}: {name} is not text")
     if not record[names[-1]]:
         raise ConchError(f"{where}: {names[-1]} is empty, nothing could be learned")
-
-
-def _are_turns(turns: Any) -> bool:
-    return isinstance(turns, list) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
 
 
 def json_lines(rows: Sequence[Any]) -> str:
@@ -129,130 +127,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompt_turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
-    """A conversation that waits for its answer, the system prompt its first turn.
-
-    Args:
-        prompt: What a user asks, or a whole conversation. Where that has a system turn of its
-            own in front, the system prompt stands above its text.
-        system: May be empty.
-
-    Raises:
-        ConchError: The conversation is none, or does not wait for an answer.
-    """
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not turns or not _are_turns(turns) or turns[-1]["role"] in ("assistant", "system"):
-        raise ConchError(
-            "a prompt is a text, or messages with role and content as text, of which the last is "
-            "not the assistant's or the system's: nothing else waits for an answer"
-        )
-    if turns[0]["role"] == "system":
-        system = "\n\n".join(filter(None, [system, turns.pop(0)["content"]]))
-    if any(turn["role"] == "system" for turn in turns):
-        raise ConchError("a prompt has a system message behind others: put it in front of them")
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def prompt_messages(tokenizer: Any, prompt: Prompt, system: str) -> list[dict[str, str]]:
-    """A conversation that waits for its answer, for a tokenizer with a chat template.
-
-    The system prompt is a turn of its own, or stands above the prompt where the template has no
-    place for such a turn (Gemma's refuses it, others drop it).
-    """
-    turns = prompt_turns(prompt, system)
-    if turns[0]["role"] != "system" or _takes_system_turn(tokenizer, turns[0]["content"]):
-        return turns
-    above = f"{turns[0]['content']}\n\n{turns[1]['content']}"
-    return [{**turns[1], "content": above}, *turns[2:]]
-
-
-def _takes_system_turn(tokenizer: Any, system: str) -> bool:
-    from jinja2 import TemplateError
-
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return False
-    return system.strip() in text
-
-
-def prompt_ids(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
-    """Token ids that a model continues with its answer.
-
-    Through the tokenizer's chat template where it has one; else plainly, the system prompt above
-    the prompt.
-    """
-    if tokenizer.has_chat_template:
-        return _template(
-            tokenizer, prompt_messages(tokenizer, prompt, system), generation_prompt=True
-        )
-    return _encode(tokenizer, plain_prompt(prompt, system))
-
-
-def plain_prompt(prompt: Prompt, system: str) -> str:
-    """The prompt for a model without a chat template: its turns, a blank line apart."""
-    return "\n\n".join(turn["content"] for turn in prompt_turns(prompt, system))
-
-
-def require_room(prompts: Sequence[Sequence[int]], *, answer: int, longest: int) -> None:
-    """Refuse prompts that leave too little room for their answers.
-
-    Args:
-        prompts: Token ids of each, system prompt included.
-        answer: Most tokens of an answer.
-        longest: Most tokens of both together.
-
-    Raises:
-        ConchError: A prompt is too long; names the first.
-    """
-    for number, ids in enumerate(prompts, 1):
-        if len(ids) + answer > longest:
-            raise ConchError(
-                f"prompt {number} has {len(ids)} tokens with its system prompt; with {answer} for "
-                f"the answer it exceeds {longest}, the teacher's context or --max-seq-length: "
-                "shorten it, or lower --max-tokens"
-            )
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text with what the tokenizer puts in front, without an end-of-sequence behind."""
-    ids = list(tokenizer.encode(text))
-    ends = tokenizer.eos_token_ids
-    spelled = _spelled(tokenizer, text)
-    while len(ids) > 1 and ids[-1] in ends and (not spelled or ids[-2] in ends):
-        ids.pop()
-    return ids
-
-
-def _spelled(tokenizer: Any, text: str) -> bool:
-    """Whether the text itself ends with an end-of-sequence token."""
-    ends = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
-    return any(end and text.endswith(end) for end in ends)
-
-
-def _template(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool
-) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise ConchError(
-            f"the tokenizer's chat template refuses a conversation of {roles}: {error}"
-        ) from error
-    return [int(token) for token in ids]
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
-
-
 def record_tokens(
     record: Record, tokenizer: Any, *, name: str, vocabulary: str = ""
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -272,21 +146,21 @@ def record_tokens(
     if "messages" in record and not tokenizer.has_chat_template:
         record = _without_template(record, name)
     if "messages" in record:
-        return _conversation(record["messages"], tokenizer, name, cut_off=cut_off)
+        return conversation_ids(record["messages"], tokenizer, name, cut_off=cut_off)
     if "completion" in record and tokenizer.has_chat_template:
         turns = [
             *prompt_messages(tokenizer, record["prompt"], ""),
             {"role": "assistant", "content": record["completion"]},
         ]
-        return _conversation(turns, tokenizer, name, cut_off=cut_off)
+        return conversation_ids(turns, tokenizer, name, cut_off=cut_off)
     if "completion" in record:
-        ids = _encode(tokenizer, record["prompt"] + record["completion"])
+        ids = text_ids(tokenizer, record["prompt"] + record["completion"])
         # Where a token straddles the border, it belongs to the completion.
-        start = _common_prefix(_encode(tokenizer, record["prompt"]), ids)
+        start = common_prefix(text_ids(tokenizer, record["prompt"]), ids)
         if not cut_off:
-            ids = _ended(ids, tokenizer)
+            ids = ended_ids(ids, tokenizer)
         return ids, [(start, len(ids))]
-    ids = _ended(_encode(tokenizer, record["text"]), tokenizer)
+    ids = ended_ids(text_ids(tokenizer, record["text"]), tokenizer)
     return ids, [(0, len(ids))]
 
 
@@ -353,13 +227,6 @@ def tokenize_record(
     return Example(np.asarray(ids, np.int32), counted, name, text_bytes)
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """The ids with an end-of-sequence token behind, if the tokenizer has one."""
-    if tokenizer.eos_token_id is None or ids[-1] in tokenizer.eos_token_ids:
-        return ids
-    return [*ids, tokenizer.eos_token_id]
-
-
 def _without_template(record: Record, name: str) -> Record:
     """A conversation with one answer as prompt and completion, its turns a blank line apart."""
     turns = record["messages"]
@@ -373,53 +240,6 @@ def _without_template(record: Record, name: str) -> Record:
     prompt = "\n\n".join([*(turn["content"] for turn in turns[:-1]), ""])
     plain = {key: value for key, value in record.items() if key != "messages"}
     return {**plain, "prompt": prompt, "completion": turns[-1]["content"]}
-
-
-def _conversation(
-    messages: Sequence[dict[str, str]], tokenizer: Any, name: str, *, cut_off: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a whole conversation and the span of every assistant turn, its end token included.
-
-    A last turn that was cut off has no end token.
-    """
-    if messages[0]["role"] == "assistant":
-        raise ConchError(f"{name} begins with an assistant turn: put what it answers before it")
-    last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-    messages = messages[: last + 1]
-    ids = _template(tokenizer, messages, generation_prompt=False)
-    spans = []
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        before = _template(tokenizer, messages[:index], generation_prompt=True)
-        start = _common_prefix(before, ids)
-        unasked = _template(tokenizer, messages[:index], generation_prompt=False)
-        after = _template(tokenizer, messages[: index + 1], generation_prompt=False)
-        end = _common_prefix(after, ids)
-        # The text as the tokenizer gives it back, which may compose or lose characters.
-        content = tokenizer.encode(turn["content"], add_special_tokens=False)
-        tail = _squeezed(tokenizer, content)[-20:]
-        # A template may put more than one end behind a turn; the model stops at the first.
-        ends = [i + 1 for i in range(start, end) if ids[i] in tokenizer.eos_token_ids]
-        end = next((e for e in ends if tail in _squeezed(tokenizer, ids[start:e])), end)
-        if start < _common_prefix(unasked, ids) or tail not in _squeezed(tokenizer, ids[start:end]):
-            raise ConchError(
-                f"{name}: the chat template changes or drops assistant turn {index + 1}, so the "
-                "tokens that count cannot be told; give prompt and completion instead"
-            )
-        if index == last and cut_off:
-            end -= end in ends
-            ids = ids[:end]
-        elif index == last and not ends:
-            ids = _ended(ids[:end], tokenizer)
-            end = len(ids)
-        spans.append((start, end))
-    return ids, spans
-
-
-def _squeezed(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids without white space, which not every tokenizer gives back exactly."""
-    return "".join(tokenizer.decode(list(ids)).split())
 
 
 def tokenize_records(

@@ -173,19 +173,13 @@ def compute_targets(
     for indices in sequential_batches(examples, batch_size):
         chosen = [examples[i] for i in indices]
         batch = collate(chosen)
-        inputs, positions = mx.array(batch.arrays["inputs"]), batch.arrays["positions"]
-        labels = mx.array(batch.arrays["labels"])
-        plain = teacher.has_plain_head
-        states = teacher.body(inputs) if plain else teacher.logits(inputs)
-        states = states.reshape(-1, states.shape[-1])[mx.array(positions)]
+        inputs, positions, labels = (
+            mx.array(batch.arrays[name]) for name in ("inputs", "positions", "labels")
+        )
         parts = []
-        for start in range(0, batch.count, HEAD_ROWS):
-            rows = states[start : start + HEAD_ROWS]
+        for rows, logits in teacher.logits_at(inputs, positions, chunk=HEAD_ROWS):
             part = compress(
-                teacher.head(rows) if plain else rows,
-                labels[start : start + HEAD_ROWS],
-                top_k=identity.top_k,
-                temperatures=identity.temperatures,
+                logits, labels[rows], top_k=identity.top_k, temperatures=identity.temperatures
             )
             mx.eval(part)
             parts.append({name: np.asarray(value) for name, value in part.items()})

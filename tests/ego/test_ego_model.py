@@ -15,12 +15,18 @@ import pytest
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.answers import answer_batch, continuation_text, generate_answers, texts_of
+from conch_dna.training.answers import (
+    TextStream,
+    answer_batch,
+    continuation_text,
+    generate_answers,
+    texts_of,
+)
+from conch_dna.training.chats import prompt_ids
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import prompt_ids, tokenize_record
+from conch_dna.training.records import tokenize_record
 from conch_dna.training.settings import DEFAULT_TEACHER, KDConfig
-from conch_dna.training.text_stream import TextStream
 from models import make_model_folder
 
 OPENINGS = [

@@ -29,10 +29,9 @@ from conch_dna.training.cross_tokenizer.vocabulary import (
 )
 from conch_dna.training.examples import Examples
 from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.plan import plan_domain
 from conch_dna.training.records import split_heldout
 from conch_dna.training.settings import KDConfig, KDResult
-from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 from models import make_model_folder
 from tokenizers_made import character_tokenizer
 

@@ -11,11 +11,11 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
+from conch_dna.training.chats import prompt_ids
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.plan import plan_domain
-from conch_dna.training.records import prompt_ids
 from conch_dna.training.settings import KDConfig
+from conch_dna.training.true_kd import plan_domain
 from models import make_model_folder
 
 DATA = [{"text": f"{number} dogs ran to the park." + " They ran." * number} for number in range(20)]
