@@ -6,7 +6,7 @@ To embed another model: a folder under assets/ is enough, its name becomes `embe
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,15 @@ def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[A
     folder = Path(model_id).expanduser()
     if not (folder.is_dir() and _has_tokenizer(folder)):
         folder = resolve_model(model_id, weights=False)
-    rows = None
-    if (folder / "config.json").is_file():
-        config = read_config(folder)
-        text = config.get("text_config")
-        rows = (text if isinstance(text, dict) else config).get("vocab_size")
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return tokenizer, rows if isinstance(rows, int) else None
+    rows = head_rows(read_config(folder)) if (folder / "config.json").is_file() else None
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code), rows
+
+
+def head_rows(config: dict[str, Any]) -> int | None:
+    """How many rows a model's configuration gives its head; None where it does not say."""
+    text = config.get("text_config")
+    rows = (text if isinstance(text, dict) else config).get("vocab_size")
+    return rows if isinstance(rows, int) else None
 
 
 class ModelSource:
@@ -176,6 +178,34 @@ class ModelSource:
     def token_count(self) -> int:
         """One more than the tokenizer's largest id: rows of the head from here on are padding."""
         return int(max(self.tokenizer.get_vocab().values())) + 1
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Real tokens V that its head can predict: the tokenizer's, as far as there are rows."""
+        return min(self.token_count, head_rows(self.config) or self.token_count)
+
+    def require_rows(self, ids: Iterable[int], name: str) -> None:
+        """Refuse token ids for which embedding and head have no row.
+
+        A tokenizer may have more tokens than its model has rows, such as markers that were added
+        without resizing; mlx would read whatever lies behind the last row.
+
+        Args:
+            ids: Token ids of a text.
+            name: What the message calls the text.
+
+        Raises:
+            ConchError: One is beyond the last row.
+        """
+        rows = head_rows(self.config)
+        beyond = max(ids, default=0)
+        if rows is not None and beyond >= rows:
+            piece = self.tokenizer.convert_ids_to_tokens([int(beyond)])[0]
+            raise ConchError(
+                f"{name} has token {beyond} ({piece}), but {self.model_id} has rows for 0 to "
+                f"{rows - 1}: its embedding was not resized when tokens were added; leave such "
+                "tokens out of the text, or resize the model"
+            )
 
     @cached_property
     def context_length(self) -> int | None:

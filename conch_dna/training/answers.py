@@ -163,6 +163,8 @@ def generate_answers(
         ConchError: A prompt leaves no room for an answer in the teacher's context.
     """
     once = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+    for number, ids in enumerate(once, 1):
+        teacher.require_rows(ids, f"prompt {number}")
     longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
     require_room(once, answer=config.max_tokens, longest=longest)
     wanted = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]

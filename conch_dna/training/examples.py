@@ -117,6 +117,9 @@ class Examples:
                 train_on_prompt=self.config.train_on_prompt,
                 vocabulary=vocabulary_digest(self.student.tokenizer),
             )
+            for model in (self.teacher, self.student):
+                for example in examples:
+                    model.require_rows(example.ids, example.name)
             contexts = (self.teacher.context_length, self.student.context_length)
             kept = self._fitting(examples, contexts)
             return kept, [examples[index] for index in kept]
@@ -124,6 +127,9 @@ class Examples:
             self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
         )
         aligned = [aligner.align(r, f"example {number}") for number, r in enumerate(records, 1)]
+        for each in aligned:
+            self.student.require_rows(each.ids, each.name)
+            self.teacher.require_rows(each.teacher.ids, each.name)
         kept = self._fitting(aligned, (self.student.context_length,))
         of_teacher = [aligned[index].teacher for index in kept]
         kept = [kept[i] for i in self._fitting(of_teacher, (self.teacher.context_length,))]
@@ -225,6 +231,7 @@ class Examples:
             self.teacher,
             top_k=self.config.top_k if soft else 0,
             temperature=self.config.temperature,
+            student=self.student if self.alignment == INDEX else None,
             with_digests=with_digests,
         )
 

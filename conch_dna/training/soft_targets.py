@@ -41,6 +41,7 @@ class TargetIdentity:
         teacher: Digest of configuration and weights.
         tokenizer: Digest of the tokenizer.
         vocabulary_size: Real tokens of the teacher.
+        kept_below: Only ids below it are kept, since a student has no rows for others.
         top_k: Kept tokens per position; with 0 only the text's own log-probability is stored.
         temperatures: At which the rest is exact, ascending; 1 is always among them, unless
             nothing is kept.
@@ -49,14 +50,17 @@ class TargetIdentity:
     teacher: str
     tokenizer: str
     vocabulary_size: int
+    kept_below: int
     top_k: int
     temperatures: tuple[float, ...]
 
     @property
     def digest(self) -> str:
         """Content address of all of it and of the storage format."""
-        numbers = json.dumps([self.vocabulary_size, self.top_k, self.temperatures])
-        return content_digest(FORMAT, self.teacher, self.tokenizer, numbers)
+        numbers: list[Any] = [self.vocabulary_size, self.top_k, self.temperatures]
+        if self.kept_below < self.vocabulary_size:
+            numbers.append(self.kept_below)
+        return content_digest(FORMAT, self.teacher, self.tokenizer, json.dumps(numbers))
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -76,7 +80,12 @@ class TargetIdentity:
 
 
 def target_identity(
-    teacher: ModelSource, *, top_k: int, temperature: float, with_digests: bool = True
+    teacher: ModelSource,
+    *,
+    top_k: int,
+    temperature: float,
+    student: ModelSource | None = None,
+    with_digests: bool = True,
 ) -> TargetIdentity:
     """The identity of a teacher's targets, told without loading its weights.
 
@@ -84,27 +93,41 @@ def target_identity(
         teacher: The model's source.
         top_k: Kept tokens per position, or 0.
         temperature: Of the loss.
+        student: The one whose ids these are to be, where both have the same tokenizer.
         with_digests: Read the weight files for their digest; without, only sizes are right.
 
     Raises:
-        ConchError: More tokens are to be kept than the teacher has.
+        ConchError: More tokens are to be kept than the teacher has, or than the student has rows
+            for where the teacher says others too.
     """
-    if top_k > teacher.token_count:
+    size = teacher.vocabulary_size
+    if top_k > size:
         raise ConchError(
-            f"top_k is {top_k}, but teacher {teacher.model_id} has {teacher.token_count} "
-            "tokens: lower --top-k"
+            f"top_k is {top_k}, but teacher {teacher.model_id} has {size} tokens: lower --top-k"
+        )
+    kept_below = min(size, student.vocabulary_size if student else size)
+    if top_k >= kept_below < size:
+        raise ConchError(
+            f"top_k is {top_k}, but the student has rows for {kept_below} of the teacher's {size} "
+            "tokens, so that nothing would be left for the others: lower --top-k"
         )
     return TargetIdentity(
         teacher=teacher.weights_digest if with_digests else "",
         tokenizer=teacher.tokenizer_digest,
-        vocabulary_size=teacher.token_count,
+        vocabulary_size=size,
+        kept_below=kept_below,
         top_k=top_k,
         temperatures=tuple(sorted({1.0, float(temperature)})) if top_k else (),
     )
 
 
 def compress(
-    logits: mx.array, labels: mx.array, *, top_k: int, temperatures: Sequence[float]
+    logits: mx.array,
+    labels: mx.array,
+    *,
+    top_k: int,
+    temperatures: Sequence[float],
+    kept_below: int | None = None,
 ) -> dict[str, mx.array]:
     """Keep the K likeliest tokens of each position, and what makes the rest exact.
 
@@ -113,6 +136,7 @@ def compress(
         labels: The text's own next tokens `[N]`.
         top_k: K, at most V.
         temperatures: At which the rest is stored.
+        kept_below: Only ids below it are kept; None for all.
 
     Returns (with K = 0 only the last):
         `kept_ids` `[N, K]`, likeliest first; `kept_log_probs` `[N, K]` at temperature 1;
@@ -126,7 +150,7 @@ def compress(
         return {"gold_log_prob": gold}
     size = log_probs.shape[-1]
     if top_k < size:
-        kept = mx.argpartition(-log_probs, top_k - 1, axis=-1)[:, :top_k]
+        kept = mx.argpartition(-log_probs[:, :kept_below], top_k - 1, axis=-1)[:, :top_k]
         values = mx.take_along_axis(log_probs, kept, axis=-1)
         order = mx.argsort(-values, axis=-1)
         kept = mx.take_along_axis(kept, order, axis=-1)
@@ -179,7 +203,11 @@ def compute_targets(
         parts = []
         for rows, logits in teacher.logits_at(inputs, positions, chunk=HEAD_ROWS):
             part = compress(
-                logits, labels[rows], top_k=identity.top_k, temperatures=identity.temperatures
+                logits,
+                labels[rows],
+                top_k=identity.top_k,
+                temperatures=identity.temperatures,
+                kept_below=identity.kept_below,
             )
             mx.eval(part)
             parts.append({name: np.asarray(value) for name, value in part.items()})

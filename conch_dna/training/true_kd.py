@@ -269,6 +269,8 @@ def plan_domain(
             prompts = known["examples"]
         system = known["system"] if known else ""
         encoded = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+        for number, ids in enumerate(encoded, 1):
+            teacher.require_rows(ids, f"prompt {number}")
         longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
         require_room(encoded, answer=config.max_tokens, longest=longest)
         wanted = [{"text": prompt} for prompt in prompts for _ in range(config.samples_per_prompt)]

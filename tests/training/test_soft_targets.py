@@ -246,8 +246,8 @@ def test_sizes_are_told_without_reading_the_weights(tmp_path: Path, tiny_teacher
 
 def test_ids_take_two_bytes_only_where_they_fit() -> None:
     shape: dict[str, Any] = {"teacher": "", "tokenizer": "", "temperatures": (1.0,)}
-    fits = TargetIdentity(vocabulary_size=65_536, top_k=10, **shape)
-    exceeds = TargetIdentity(vocabulary_size=65_537, top_k=10, **shape)
+    fits = TargetIdentity(vocabulary_size=65_536, kept_below=65_536, top_k=10, **shape)
+    exceeds = TargetIdentity(vocabulary_size=65_537, kept_below=65_537, top_k=10, **shape)
     assert (fits.id_type, fits.bytes_per_token) == (np.uint16, 10 * 6 + 12)
     assert (exceeds.id_type, exceeds.bytes_per_token) == (np.uint32, 10 * 8 + 12)
 

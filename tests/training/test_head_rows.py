@@ -1,0 +1,120 @@
+"""Models whose head has fewer rows than their tokenizer has tokens.
+
+A marker was added to the tokenizer and the embedding not resized: mlx would read and write whatever
+lies behind the last row. gemma-3-1b is such a model.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from conch_dna.errors import ConchError
+from conch_dna.language_model import ASSETS, ModelSource
+from conch_dna.training.examples import Examples
+from conch_dna.training.soft_targets import compress
+from conch_dna.training.true_kd import KDConfig, TrueKnowledgeDistiller, plan_domain
+from models import make_model_folder
+
+TOKENS, MARKER = 1536, "<marker>"
+DATA = [{"prompt": f"There was a {n}", "completion": f" and {n} red balls."} for n in range(12)]
+SETTINGS = {
+    "num_iters": 4,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "warmup_iters": 0,
+    "steps_per_eval": 2,
+    "steps_per_save": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded tokenizer with one token more, number 1536."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for path in (ASSETS / "student").glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    marker = {**whole["added_tokens"][0], "id": TOKENS, "content": MARKER, "special": True}
+    whole["added_tokens"].append(marker)
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It has a row for the marker, and some for padding."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    return make_model_folder(folder, seed=1, tokenizer=tokenizer, vocab_size=TOKENS + 32)
+
+
+@pytest.fixture(scope="module")
+def student(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It has none for the marker."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    return make_model_folder(folder, seed=2, tokenizer=tokenizer, vocab_size=TOKENS)
+
+
+def test_the_real_tokens_of_a_model_are_those_it_has_rows_for(teacher, student):
+    assert ModelSource(str(teacher)).vocabulary_size == TOKENS + 1
+    assert ModelSource(str(student)).vocabulary_size == TOKENS
+    assert ModelSource(str(student)).load().vocabulary_size == TOKENS
+
+
+def test_what_the_student_has_no_row_for_is_part_of_the_rest():
+    """Forward KL over K + 1 outcomes would be infinite if such a token were kept."""
+    logits = mx.array([[0.0, 1.0, 2.0, 9.0]])
+    kept = compress(logits, mx.array([0]), top_k=2, temperatures=(1.0, 2.0), kept_below=3)
+    assert sorted(np.asarray(kept["kept_ids"])[0].tolist()) == [1, 2]
+    for column, t in enumerate((1.0, 2.0)):
+        powers = [math.exp(value / t) for value in (0.0, 1.0, 2.0, 9.0)]
+        rest = math.log((powers[0] + powers[3]) / sum(powers))
+        assert float(kept["log_rest"][0, column]) == pytest.approx(rest, abs=1e-6)
+
+
+def test_a_pair_trains_and_keeps_no_token_beyond_the_last_row(teacher, student, tmp_path):
+    config = KDConfig(**SETTINGS, top_k=1500, output_dir=str(tmp_path))
+    distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
+    result = distiller.distill_domain("own", data=DATA)
+    assert math.isfinite(result.final_kd_loss)
+    examples = Examples(distiller.teacher, distiller.student, config)
+    split = examples.split(DATA)
+    targets = examples.targets(tmp_path / "own" / "soft_targets")
+    batch = targets.collate(split.heldout, config.temperature)
+    assert batch.arrays["kept_ids"].max() < TOKENS
+    assert np.allclose(np.exp(batch.arrays["teacher_log_probs"]).sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [TOKENS, TOKENS + 1])
+def test_nothing_left_for_the_others_is_refused_before_anything_runs(
+    teacher, student, tmp_path, top_k
+):
+    config = KDConfig(**SETTINGS, top_k=top_k, output_dir=str(tmp_path))
+    models = ModelSource(str(teacher)), ModelSource(str(student))
+    with pytest.raises(ConchError, match="rows for 1536 of the teacher's 1537 tokens"):
+        plan_domain(*models, config, "own", data=DATA)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_text_with_such_a_token_is_refused_before_anything_runs(
+    teacher, student, tmp_path, planned
+):
+    config = KDConfig(**SETTINGS, output_dir=str(tmp_path))
+    data = [*DATA, {"prompt": "A", "completion": f" ball {MARKER} and a cat."}]
+    message = r"example 13 has token 1536 \(<marker>\), but .*student has rows for 0 to 1535"
+    models = ModelSource(str(teacher)), ModelSource(str(student))
+    run = TrueKnowledgeDistiller(str(teacher), str(student), config).distill_domain
+    work = partial(plan_domain, *models, config) if planned else run
+    with pytest.raises(ConchError, match=message):
+        work("own", data=data)
+
+
+def test_a_prompt_with_such_a_token_is_refused(student, tmp_path):
+    config = KDConfig(**SETTINGS, output_dir=str(tmp_path))
+    distiller = TrueKnowledgeDistiller(str(student), str(student), config)
+    with pytest.raises(ConchError, match="prompt 2 has token 1536"):
+        distiller.generate_training_data(["A cat", f"A {MARKER} cat"], "own")
