@@ -1,15 +1,98 @@
 """Conversations as a model reads them: through its tokenizer's chat template, or plainly.
 
 Knows turns of text, tokenizers and their templates; nothing of files, losses or models. To take
-another kind of turn: `are_turns`, and `conversation_ids`, which finds the tokens of an answer.
+another kind of turn: `turn_problem`, `plain_turns`, and `_holds`, which sees whether it is whole.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
-from conch_dna.errors import ConchError
+import numpy as np
 
+from conch_dna.errors import ConchError, one_line
+from conch_dna.training.cross_tokenizer.token_bytes import (
+    TokenBytes,
+    encode_all,
+    token_bytes,
+    token_spans,
+)
+
+Turn = dict[str, Any]
 Prompt = str | Sequence[dict[str, str]]
+# Of the text before an answer: white space that a template adds, and what must be alike before it.
+MOST_SPACES, LEAST_ALIKE = 4, 4
+THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"
+
+
+def turn_problem(turn: Any) -> str | None:
+    """What a turn of a training record lacks; None where nothing.
+
+    A turn has a role and content: text, a list of parts of type text, or null beside tool_calls.
+    """
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return "a turn is an object with a role and content"
+    content, calls = turn.get("content"), turn.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
+        return f"tool_calls of {turn['role']} is not a list of objects"
+    if isinstance(content, list):
+        if all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            return None
+        return f"content of {turn['role']} has a part that is not text; only text can be learned"
+    if isinstance(content, str) or (content is None and calls):
+        return None
+    return f"{turn['role']} has no content: give text, parts of type text, or tool_calls"
+
+
+def plain_turns(messages: Sequence[Turn]) -> list[Turn]:
+    """Turns as chat templates expect them.
+
+    Content is text, arguments of calls are objects, system turns in front are one.
+
+    Args:
+        messages: Turns in which `turn_problem` finds nothing wrong.
+    """
+    turns: list[Turn] = []
+    for message in messages:
+        turn = {key: value for key, value in message.items() if key != "weight"}
+        content = turn.get("content") or ""
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        turn["content"] = content
+        if turn.get("tool_calls"):
+            turn["tool_calls"] = [_plain_call(call) for call in turn["tool_calls"]]
+        else:
+            turn.pop("tool_calls", None)
+        if turns and turn["role"] == "system" and all(t["role"] == "system" for t in turns):
+            turns[0]["content"] += f"\n\n{content}"
+        else:
+            turns.append(turn)
+    return turns
+
+
+def _plain_call(call: Turn) -> Turn:
+    """A tool call whose arguments are an object, which OpenAI's API writes as text."""
+    function = dict(call.get("function", call))
+    with suppress(KeyError, TypeError, ValueError):
+        function["arguments"] = json.loads(function["arguments"])
+    return {**call, "function": function} if "function" in call else function
+
+
+def answer_text(turn: Turn) -> str:
+    """What an assistant's turn says, in the same words for every tokenizer."""
+    (plain,) = plain_turns([turn])
+    calls = [json.dumps(call, ensure_ascii=False) for call in plain.get("tool_calls", [])]
+    return "".join([plain["content"], *calls])
 
 
 def are_turns(turns: Any) -> bool:
@@ -40,7 +123,7 @@ def prompt_turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
             "a prompt is a text, or messages with role and content as text, of which the last is "
             "not the assistant's or the system's: nothing else waits for an answer"
         )
-    if turns[0]["role"] == "system":
+    while turns and turns[0]["role"] == "system":
         system = "\n\n".join(filter(None, [system, turns.pop(0)["content"]]))
     if any(turn["role"] == "system" for turn in turns):
         raise ConchError("a prompt has a system message behind others: put it in front of them")
@@ -68,14 +151,11 @@ def prompt_messages(tokenizer: Any, prompt: Prompt, system: str) -> list[dict[st
 
 
 def _takes_system_turn(tokenizer: Any, system: str) -> bool:
-    from jinja2 import TemplateError
-
     turns = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+        return system.strip() in render(tokenizer, turns, generation_prompt=True)
+    except ConchError:
         return False
-    return system.strip() in text
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
@@ -85,9 +165,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
     the prompt.
     """
     if tokenizer.has_chat_template:
-        return _template(
-            tokenizer, prompt_messages(tokenizer, prompt, system), generation_prompt=True
-        )
+        turns = prompt_messages(tokenizer, prompt, system)
+        return encode_all(tokenizer, [render(tokenizer, turns, generation_prompt=True)])[0]
     return text_ids(tokenizer, plain_prompt(prompt, system))
 
 
@@ -128,31 +207,18 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 def _spelled(tokenizer: Any, text: str) -> bool:
     """Whether the text itself ends with an end-of-sequence token."""
-    ends = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
-    return any(end and text.endswith(end) for end in ends)
+    return any(end and text.endswith(end) for end in _end_tokens(tokenizer))
 
 
-def _template(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, generation_prompt: bool
-) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise ConchError(
-            f"the tokenizer's chat template refuses a conversation of {roles}: {error}"
-        ) from error
-    return [int(token) for token in ids]
+def _end_tokens(tokenizer: Any) -> list[str]:
+    names: list[str] = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+    return names
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their beginning."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def ended_ids(ids: list[int], tokenizer: Any) -> list[int]:
@@ -162,48 +228,238 @@ def ended_ids(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def conversation_ids(
-    messages: Sequence[dict[str, str]], tokenizer: Any, name: str, *, cut_off: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a whole conversation and the span of every assistant turn, its end token included.
+def render(
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    *,
+    generation_prompt: bool,
+    tools: Sequence[Turn] | None = None,
+) -> str:
+    """A conversation as its tokenizer's chat template writes it.
 
-    A last turn that was cut off has no end token.
+    Args:
+        tokenizer: With a chat template.
+        turns: Of `plain_turns`.
+        generation_prompt: End with what asks for an answer.
+        tools: JSON schemas of functions that the model may call.
+
+    Raises:
+        ConchError: The template refuses the conversation, or breaks off.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns],
+            tools=list(tools) if tools else None,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+        )
+    except Exception as error:
+        # A template is a program of whoever published the model: it may raise whatever it likes.
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ConchError(
+            f"the tokenizer's chat template refuses a conversation of {roles}: {one_line(error)}"
+        ) from error
+    return str(text)
+
+
+def conversation_ids(
+    messages: Sequence[Turn],
+    tokenizer: Any,
+    name: str,
+    *,
+    cut_off: bool,
+    tools: Sequence[Turn] | None = None,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a whole conversation and the span of every answer in it, its end token included.
+
+    What stands before the last answer is what a model is asked at inference: the rendering of the
+    turns before it with a generation prompt. Earlier answers are looked for in that, since many
+    templates write them otherwise than when they were asked for. Where the rendering of the whole
+    conversation does not go on from there, as with templates that put a system prompt into the
+    last user turn or cut thoughts off, the answer itself follows, with the template's ending.
+
+    Args:
+        messages: With at least one answer; what follows the last one is left out. An assistant
+            turn whose `weight` is 0 does not count.
+        tokenizer: With a chat template, as mlx_lm wraps it.
+        name: What messages call the conversation.
+        cut_off: The last answer goes on, so that no end token follows it.
+        tools: See `render`.
+
+    Raises:
+        ConchError: The template drops or changes a turn, so that it would be lost in silence.
     """
     if messages[0]["role"] == "assistant":
         raise ConchError(f"{name} begins with an assistant turn: put what it answers before it")
     last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-    messages = messages[: last + 1]
-    ids = _template(tokenizer, messages, generation_prompt=False)
+    weights = [turn.get("weight", 1) for turn in messages[: last + 1]]
+    turns = _with_system(tokenizer, plain_turns(messages[: last + 1]))
+    left_out = last + 1 - len(turns)
+    weights = weights[left_out:]
+    last -= left_out
+    written = partial(render, tokenizer, tools=tools)
+    prompt = written(turns[:last], generation_prompt=True)
+    if tools and prompt == render(tokenizer, turns[:last], generation_prompt=True):
+        raise ConchError(f"{name}: the chat template has no place for tools; leave them out")
+
+    def lost(index: int) -> ConchError:
+        number, role = index + 1 + left_out, turns[index]["role"]
+        remedy = "write it as the template keeps it"
+        if role == "assistant":
+            remedy = 'give it "weight": 0 here, and a record of its own that ends with it'
+        return ConchError(
+            f"{name}: the chat template changes or drops {role} turn {number}, so that it would be "
+            f"lost in silence: {remedy}"
+        )
+
+    ends = [end for end in _end_tokens(tokenizer) if end]
+    places: list[tuple[int, int]] = []
+    for index, turn in enumerate(turns[:last]):
+        if turn["role"] == "assistant":
+            place = _earlier_answer(turns, index, prompt, written, ends)
+            if weights[index] and (place is None or not _holds(prompt[slice(*place)], turn)):
+                raise lost(index)
+            if weights[index] and place is not None:
+                places.append(place)
+        elif _squeezed(turn["content"]) not in _squeezed(prompt):
+            raise lost(index)
+    text, place = _last_answer(turns, prompt, written)
+    if not _holds(text[slice(*place)], turns[last]):
+        raise lost(last)
+    return _ids_and_spans(tokenizer, text, [*places, place], cut_off=cut_off)
+
+
+def _with_system(tokenizer: Any, turns: list[Turn]) -> list[Turn]:
+    """Turns whose system prompt stands where the tokenizer's template has a place for it."""
+    if turns[0]["role"] != "system" or _takes_system_turn(tokenizer, turns[0]["content"]):
+        return turns
+    if len(turns) == 1 or turns[1]["role"] != "user":
+        return turns
+    above = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+    return [{**turns[1], "content": above}, *turns[2:]]
+
+
+def _squeezed(text: str) -> str:
+    """A text without white space, of which templates trim some."""
+    return "".join(text.split())
+
+
+def _holds(text: str, turn: Turn) -> bool:
+    """Whether a rendering has all that a turn says."""
+    squeezed = _squeezed(text)
+    thought, _, answer = turn["content"].rpartition(THOUGHT_END)
+    names = [str(call.get("function", call).get("name", "")) for call in turn.get("tool_calls", [])]
+    parts = [thought.replace(THOUGHT_BEGIN, ""), answer, *names]
+    return all(_squeezed(part) in squeezed for part in parts)
+
+
+def _probe(text: str) -> str:
+    """A text that has no character in common with another."""
+    return next(mark for mark in ("\u2603", "\u2604", "\u2605", "\u2606") if mark not in text)
+
+
+def _earlier_answer(
+    turns: Sequence[Turn],
+    index: int,
+    prompt: str,
+    written: Callable[..., str],
+    ends: Sequence[str],
+) -> tuple[int, int] | None:
+    """Where in the prompt of a later answer an earlier one stands; None where it does not."""
+    mark = _probe(prompt)
+    probe: Turn = {"content": mark}
+    calls = turns[index].get("tool_calls")
+    if calls:
+        other_call = {"name": mark, "arguments": {mark: mark}}
+        nested = [
+            {**call, "function": other_call} if "function" in call else other_call for call in calls
+        ]
+        probe = {"tool_calls": nested}
+    others = [*turns[:-1]]
+    others[index] = {**turns[index], **probe}
+    changed = written(others, generation_prompt=True)
+    if changed == prompt:
+        return None
+    start = common_prefix(prompt, changed)
+    end = max(start, len(prompt) - common_prefix(prompt[::-1], changed[::-1]))
+    asked = written(turns[:index], generation_prompt=True)
+    if prompt.startswith(asked) and len(asked) <= start:
+        start = len(asked)
+    elif calls:
+        return None
+    if calls:
+        # What closes the call belongs to it.
+        found = [place for mark in ends if (place := prompt.find(mark, end)) >= 0]
+        end = min(found, default=end)
+    return start, end
+
+
+def _last_answer(
+    turns: Sequence[Turn], prompt: str, written: Callable[..., str]
+) -> tuple[str, tuple[int, int]]:
+    """The text of a conversation, and where in it the last answer stands."""
+    answer = turns[-1]
+    whole = written(turns, generation_prompt=False)
+    mark = _probe(whole)
+    plain = {key: value for key, value in answer.items() if key != "tool_calls"}
+    probed = written([*turns[:-1], {**plain, "content": mark}], generation_prompt=False)
+    ending = probed.rpartition(mark)[2] if mark in probed else ""
+    if whole.startswith(prompt) and _holds(whole[len(prompt) :], answer):
+        end = len(whole) - len(ending) if whole.endswith(ending) else len(whole)
+        return whole, (len(prompt), max(len(prompt), end))
+    said = answer["content"]
+    if prompt.rstrip().endswith(THOUGHT_BEGIN):
+        # The question itself opens a thought: the answer's own is continued, or closed at once.
+        if said.lstrip().startswith(THOUGHT_BEGIN):
+            said = said.lstrip().removeprefix(THOUGHT_BEGIN).lstrip("\n")
+        elif THOUGHT_END not in said:
+            said = f"\n{THOUGHT_END}\n\n{said}"
+    text = prompt + _lead(probed.partition(mark)[0], prompt) + said
+    return text + ending, (len(prompt), len(text))
+
+
+def _lead(before: str, prompt: str) -> str:
+    """The white space that a template puts between a question and its answer.
+
+    Args:
+        before: What it writes before an answer.
+        prompt: What it writes to ask for one.
+    """
+    for length in range(MOST_SPACES + 1):
+        space = before[len(before) - length :]
+        if not space.strip() and prompt.endswith(before[: len(before) - length][-LEAST_ALIKE:]):
+            return space
+    return ""
+
+
+@lru_cache(maxsize=4)
+def _with_names(tokenizer: Any) -> TokenBytes:
+    """The bytes of every token, markers by their names, as a template spells them."""
+    return replace(token_bytes(tokenizer), special_ids=frozenset())
+
+
+def _ids_and_spans(
+    tokenizer: Any, text: str, places: Sequence[tuple[int, int]], *, cut_off: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of a text, and of them those of some places in it with the end token behind."""
+    (ids,) = encode_all(tokenizer, [text])
+    table, ends_of_sequence = _with_names(tokenizer), tokenizer.eos_token_ids
+    laid = token_spans(text.encode(), ids, table)
     spans = []
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        before = _template(tokenizer, messages[:index], generation_prompt=True)
-        start = common_prefix(before, ids)
-        unasked = _template(tokenizer, messages[:index], generation_prompt=False)
-        after = _template(tokenizer, messages[: index + 1], generation_prompt=False)
-        end = common_prefix(after, ids)
-        # The text as the tokenizer gives it back, which may compose or lose characters.
-        content = tokenizer.encode(turn["content"], add_special_tokens=False)
-        tail = _squeezed(tokenizer, content)[-20:]
+    for start, end in places:
+        first_byte, last_byte = (len(text[:place].encode()) for place in (start, end))
+        first = int(np.searchsorted(laid.ends, first_byte, side="right"))
+        after = max(first, int(np.searchsorted(laid.starts, last_byte, side="left")))
+        behind = after
+        while behind < len(ids) and not table.pieces[ids[behind]].strip():
+            behind += 1
         # A template may put more than one end behind a turn; the model stops at the first.
-        ends = [i + 1 for i in range(start, end) if ids[i] in tokenizer.eos_token_ids]
-        end = next((e for e in ends if tail in _squeezed(tokenizer, ids[start:e])), end)
-        if start < common_prefix(unasked, ids) or tail not in _squeezed(tokenizer, ids[start:end]):
-            raise ConchError(
-                f"{name}: the chat template changes or drops assistant turn {index + 1}, so the "
-                "tokens that count cannot be told; give prompt and completion instead"
-            )
-        if index == last and cut_off:
-            end -= end in ends
-            ids = ids[:end]
-        elif index == last and not ends:
-            ids = ended_ids(ids[:end], tokenizer)
-            end = len(ids)
-        spans.append((start, end))
+        ended = behind < len(ids) and ids[behind] in ends_of_sequence
+        spans.append((first, behind + 1 if ended else after))
+    if cut_off:
+        ids = ids[:after]
+        spans[-1] = (first, after)
+    elif not ended:
+        ids = ended_ids(ids[:after], tokenizer)
+        spans[-1] = (first, len(ids))
     return ids, spans
-
-
-def _squeezed(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids without white space, which not every tokenizer gives back exactly."""
-    return "".join(tokenizer.decode(list(ids)).split())

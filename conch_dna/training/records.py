@@ -14,12 +14,14 @@ import numpy as np
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
 from conch_dna.training.chats import (
-    are_turns,
+    answer_text,
     common_prefix,
     conversation_ids,
     ended_ids,
+    plain_turns,
     prompt_messages,
     text_ids,
+    turn_problem,
 )
 
 Record = dict[str, Any]
@@ -83,8 +85,10 @@ def _check_record(record: Any, where: str) -> None:
         raise ConchError(f"{where}: a record is a JSON object with {forms}")
     if "messages" in record:
         turns = record["messages"]
-        if not are_turns(turns):
+        if not isinstance(turns, list):
             raise ConchError(f"{where}: messages is a list of objects with role and content")
+        if problem := next(filter(None, map(turn_problem, turns)), None):
+            raise ConchError(f"{where}: messages: {problem}")
         if not any(turn["role"] == "assistant" for turn in turns):
             raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
         return
@@ -146,7 +150,8 @@ def record_tokens(
     if "messages" in record and not tokenizer.has_chat_template:
         record = _without_template(record, name)
     if "messages" in record:
-        return conversation_ids(record["messages"], tokenizer, name, cut_off=cut_off)
+        tools = record.get("tools")
+        return conversation_ids(record["messages"], tokenizer, name, cut_off=cut_off, tools=tools)
     if "completion" in record and tokenizer.has_chat_template:
         turns = [
             *prompt_messages(tokenizer, record["prompt"], ""),
@@ -167,7 +172,11 @@ def record_tokens(
 def record_texts(record: Record) -> list[str]:
     """The texts of a record's answers; see `record_tokens`."""
     if "messages" in record:
-        return [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
+        return [
+            answer_text(turn)
+            for turn in record["messages"]
+            if turn["role"] == "assistant" and turn.get("weight", 1)
+        ]
     return [str(record["completion"] if "completion" in record else record["text"])]
 
 
@@ -177,7 +186,7 @@ def counted_bytes(record: Record, *, train_on_prompt: bool) -> int:
     if train_on_prompt and "messages" in record:
         turns = record["messages"]
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        texts = [turn["content"] for turn in turns[: last + 1]]
+        texts = [answer_text(turn) for turn in turns[: last + 1]]
     elif train_on_prompt and "completion" in record:
         texts = [record["prompt"], *texts]
     return sum(len(text.encode()) for text in texts)
@@ -229,8 +238,12 @@ def tokenize_record(
 
 def _without_template(record: Record, name: str) -> Record:
     """A conversation with one answer as prompt and completion, its turns a blank line apart."""
-    turns = record["messages"]
+    turns = plain_turns(record["messages"])
     answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if any("tool_calls" in turn for turn in turns) or "tools" in record:
+        raise ConchError(
+            f"{name} calls tools, but the tokenizer has no chat template that could write them"
+        )
     if len(answers) > 1 or turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise ConchError(
             f"{name} has messages, but the tokenizer has no chat template, and without one only "

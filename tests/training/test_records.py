@@ -159,10 +159,10 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
         ('{"text": ""}', "text is empty"),
         ('{"prompt": "a", "completion": ""}', "completion is empty"),
         ('{"messages": "hello"}', "messages is a list"),
-        ('{"messages": ["hello"]}', "messages is a list"),
-        ('{"messages": [{"role": "user"}]}', "messages is a list"),
-        ('{"messages": [{"role": 1, "content": "a"}]}', "messages is a list"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "messages is a list"),
+        ('{"messages": ["hello"]}', "a turn is an object with a role"),
+        ('{"messages": [{"role": "user"}]}', "user has no content"),
+        ('{"messages": [{"role": 1, "content": "a"}]}', "a turn is an object with a role"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "assistant has no content"),
         ('{"messages": []}', "no assistant turn"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
         (r'{"text": "half \ud83d"}', "surrogate"),
@@ -562,11 +562,9 @@ THOUGHTS = "<think>Seven times six is forty-two, surely.</think>It is 42."
         (STRIPS_THOUGHTS, (THOUGHTS, "Yes."), 2),
         (IGNORES_EARLIER, ("It is 42.", "Yes."), 2),
         (IGNORES_EARLIER, ("And then?", "Yes."), 2),
-        (SHOUTS, ("It is 42, surely.",), 2),
-        (CUTS, ("It is forty-two, and that is the answer to everything.",), 2),
-        (COUNTS_TURNS, ("It is 42.", "Yes."), 2),
+        (CUTS, ("It is forty-two, and that is the answer to everything.", "Yes."), 2),
     ],
-    ids=["thoughts", "dropped", "dropped but repeated", "changed", "cut", "header"],
+    ids=["thoughts", "dropped", "dropped but repeated", "cut"],
 )
 def test_a_template_that_does_not_keep_a_turn_is_refused(tokenizers, template, answers, turn):
     tokenizer = tokenizers("smollm2", template)
@@ -574,6 +572,22 @@ def test_a_template_that_does_not_keep_a_turn_is_refused(tokenizers, template, a
         ConchError, match=rf"example 4: the chat template changes or drops assistant turn {turn}, "
     ):
         tokenize_record(chat(*answers), tokenizer, name="example 4")
+
+
+def test_a_question_that_a_template_changes_is_refused(tokenizers):
+    with pytest.raises(ConchError, match="changes or drops user turn 1, so that it would be lost"):
+        tokenize_record(chat("Yes."), tokenizers("smollm2", SHOUTS), name="a")
+
+
+@pytest.mark.parametrize("template", [CUTS, COUNTS_TURNS], ids=["cut", "header"])
+def test_a_last_answer_that_a_template_changes_follows_what_was_asked(tokenizers, template):
+    """A model is asked the question, and answers without the template."""
+    tokenizer = tokenizers("smollm2", template)
+    answer = "It is forty-two, and that is the answer to everything."
+    example = tokenize_record(chat(answer), tokenizer, name="a")
+    assert runs(example, tokenizer) == [f"{answer}<|im_end|>"]
+    prompt = prompt_ids(tokenizer, "And then?", "")
+    assert example.ids[: len(prompt)].tolist() == prompt
 
 
 def test_thoughts_in_the_last_turn_are_kept_and_count(tokenizers):
@@ -587,7 +601,8 @@ def test_a_generation_prompt_that_opens_a_thought_does_not_hide_the_answer(token
     template += ASK.replace("assistant\n", "assistant\n<think>\n")
     tokenizer = tokenizers("smollm2", template)
     example = tokenize_record(chat("It is 42.", "Yes."), tokenizer, name="a")
-    assert runs(example, tokenizer) == ["It is 42.<|im_end|>", "Yes.<|im_end|>"]
+    closed = "\n</think>\n\nYes.<|im_end|>"
+    assert runs(example, tokenizer) == ["It is 42.<|im_end|>", closed]
 
 
 def test_no_user_token_counts_where_a_generation_prompt_changes_what_stands_before(tokenizers):
@@ -596,8 +611,10 @@ def test_no_user_token_counts_where_a_generation_prompt_changes_what_stands_befo
         "{{ '<|im_start|>system\n' + ('Think.' if add_generation_prompt else 'Talk.') + "
         "'<|im_end|>\n' }}{% for m in messages %}" + TURN + "{% endfor %}" + ASK
     )
-    with pytest.raises(ConchError, match="the tokens that count cannot be told"):
-        tokenize_record(chat("It is 42."), tokenizers("smollm2", template), name="a")
+    tokenizer = tokenizers("smollm2", template)
+    example = tokenize_record(chat("It is 42."), tokenizer, name="a")
+    assert runs(example, tokenizer) == ["It is 42.<|im_end|>"]
+    assert "Think." in tokenizer.decode(example.ids.tolist())
 
 
 def test_a_conversation_that_the_template_refuses_is_one_message(tokenizers):

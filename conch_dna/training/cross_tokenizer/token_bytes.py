@@ -74,6 +74,7 @@ class TokenBytes:
         return tuple(b"" if i in special else piece for i, piece in enumerate(self.pieces))
 
 
+@lru_cache(maxsize=4)
 def token_bytes(tokenizer: Any) -> TokenBytes:
     """Read what every id of a tokenizer stands for.
 
