@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from conch_dna.digests import file_digest
-from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
+from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
 
 DIGESTS = "digests.json"
 _TEMPORARY = ".writing-"
@@ -78,6 +78,28 @@ def write_json(path: Path, document: Any) -> None:
 def json_text(document: Any) -> str:
     """A document as indented JSON text; NaN and infinities are refused."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, *, needs: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object from a file that another process may have cut off or altered.
+
+    Args:
+        path: The file.
+        needs: Keys that must be there, and the types of their values.
+
+    Raises:
+        NotWholeError: It cannot be read, is not JSON or nested too deeply, is no object, or
+            lacks a key or has another type there.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotWholeError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise NotWholeError(f"{path} is no JSON object")
+    if wrong := [name for name, kind in needs.items() if not isinstance(value.get(name), kind)]:
+        raise NotWholeError(f"{path} has no {', '.join(wrong)} as it should")
+    return value
 
 
 def save_arrays(

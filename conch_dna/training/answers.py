@@ -6,14 +6,16 @@ answers is on disk as soon as it is there, so a stopped run goes on where it was
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically
+from conch_dna.checkpoints import read_json, write_json
 from conch_dna.digests import content_digest
+from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Example
@@ -22,7 +24,7 @@ from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import TOKENS, Record
 from conch_dna.training.settings import KDConfig
 
-FORMAT = "answers 1"
+FORMAT = "answers 2"
 SAMPLES = 3
 SHORTEST_PROMPT = 4
 OPENING_TOKENS = 12
@@ -115,25 +117,14 @@ def cached_answer_batch(
     shape = json.dumps([draw, [list(ids) for ids in prompts]], sort_keys=True)
     address = content_digest(FORMAT, teacher.weights_digest, teacher.tokenizer_digest, shape)
     path = folder / f"{address[:32]}.json"
-    try:
-        kept: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
-        if _whole(kept, len(prompts)):
-            return kept
-    except (OSError, ValueError):
-        pass
+    with suppress(NotWholeError):
+        kept = read_json(path, needs={"answers": list, "digest": str})
+        if kept["digest"] == content_digest(json.dumps(kept["answers"])):
+            answers: list[list[int]] = kept["answers"]
+            return answers
     answers = answer_batch(teacher.resident(), prompts, **draw)
-    write_atomically(path, json.dumps(answers))
+    write_json(path, {"answers": answers, "digest": content_digest(json.dumps(answers))})
     return answers
-
-
-def _whole(kept: Any, count: int) -> bool:
-    """Whether what was read is that many answers of at least one token."""
-    return (
-        isinstance(kept, list)
-        and len(kept) == count
-        and all(isinstance(answer, list) and answer for answer in kept)
-        and all(isinstance(token, int) for answer in kept for token in answer)
-    )
 
 
 def generate_answers(

@@ -199,6 +199,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text with what the tokenizer puts in front, without an end-of-sequence behind."""
     ids = list(tokenizer.encode(text))
     ends = tokenizer.eos_token_ids
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        # The text spells its beginning itself, and the tokenizer put another one in front.
+        ids = ids[1:]
     spelled = _spelled(tokenizer, text)
     while len(ids) > 1 and ids[-1] in ends and (not spelled or ids[-2] in ends):
         ids.pop()

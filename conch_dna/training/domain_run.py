@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,6 +19,7 @@ from conch_dna.checkpoints import (
     FolderLock,
     differences,
     numbered_folders,
+    read_json,
     remove_unfinished,
     verify_folder,
     write_atomically,
@@ -52,10 +54,15 @@ from conch_dna.training.examples import Examples, Split
 from conch_dna.training.head_loss import make_cross_entropy_loss, make_distillation_loss
 from conch_dna.training.records import Record, json_lines
 from conch_dna.training.report import draw_curve, samples_text
-from conch_dna.training.settings import KDConfig, KDResult, domain_folder, get_kd_adapter_path
+from conch_dna.training.settings import (
+    CHECKPOINT_PREFIX,
+    KDConfig,
+    KDResult,
+    domain_folder,
+    get_kd_adapter_path,
+)
 from conch_dna.training.soft_targets import TargetBatches, Targets
 from conch_dna.training.trainer import (
-    CHECKPOINT_PREFIX,
     Loss,
     Trainer,
     TrainingResult,
@@ -139,6 +146,7 @@ class DomainRun:
         self.folder = domain_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
         self.examples = Examples(teacher, student, config, report=report)
+        self._identity: dict[str, Any] = {}
         self._resume = False
 
     def lock(self) -> FolderLock:
@@ -171,10 +179,9 @@ class DomainRun:
             "data": content_digest(json.dumps(source))[:16],
             **config,
         }
-        try:
-            run = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            run = None
+        run = None
+        with suppress(NotWholeError):
+            run = read_json(self.folder / RUN_FILE, needs={"identity": dict, "finished": bool})
         if run and resume:
             changed = differences(run["identity"], identity)
             if changed:
@@ -201,15 +208,15 @@ class DomainRun:
             for _, path in checkpoints:
                 shutil.rmtree(path)
         write_json(self.folder / RUN_FILE, {"identity": identity, "finished": False})
+        self._identity = identity
         self._resume = resume
         return None
 
     def _read_result(self) -> KDResult | None:
         try:
             verify_folder(self.adapter_path)
-            text = (self.adapter_path / RESULT_FILE).read_text(encoding="utf-8")
-            return KDResult(**json.loads(text))
-        except (NotWholeError, OSError, ValueError, TypeError):
+            return KDResult(**read_json(self.adapter_path / RESULT_FILE, needs={"domain": str}))
+        except (NotWholeError, TypeError):
             return None
 
     def generate(self, prompts: Sequence[str] | None) -> list[Record]:
@@ -386,8 +393,7 @@ class DomainRun:
             },
         )
         shutil.rmtree(candidate, ignore_errors=True)
-        run = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
-        write_json(self.folder / RUN_FILE, {**run, "finished": True})
+        write_json(self.folder / RUN_FILE, {"identity": self._identity, "finished": True})
         return result
 
     def _result(

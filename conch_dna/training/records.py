@@ -5,7 +5,7 @@ is rendered stands in chats.py. To add a form: a branch in `record_tokens` and i
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,46 @@ def read_lines(path: Path, option: str) -> list[str]:
     return lines
 
 
+def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file holds, or each item of the array in a .json file.
+
+    Yields:
+        Where it stands, for messages, and the value.
+    """
+    array = path.suffix == ".json"
+    lines = _lines(path, option)
+    if array:
+        lines = [(1, "\n".join(line for _, line in lines))] if lines else []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            where = str(path) if array else f"{path}, line {number}"
+            raise ConchError(f"{where}: not JSON ({error})") from error
+        if not array:
+            yield f"{path}, line {number}", value
+        elif not isinstance(value, list):
+            raise ConchError(
+                f"{path} is no array: give a list of objects, or .jsonl with one a line"
+            )
+        else:
+            yield from ((f"{path}, item {place}", item) for place, item in enumerate(value, 1))
+
+
 def read_records(path: Path) -> list[Record]:
-    """Read a JSONL file of training records.
+    """Read training records: JSONL, or a .json file with an array of them.
 
     Raises:
         ConchError: The file cannot be read, is empty, or a line is not a record; names the line.
     """
     records = []
-    for number, line in _lines(path, "--data"):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConchError(f"{path}, line {number}: not JSON ({error})") from error
-        _check_record(record, f"{path}, line {number}")
+    for where, record in _values(path, "--data"):
+        _check_record(record, where)
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ConchError(
-                f"{path}, line {number}: half a surrogate pair (\\ud800 to \\udfff) is no character"
+                f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character"
             ) from error
         records.append(record)
     if not records:
@@ -108,23 +130,20 @@ def json_lines(rows: Sequence[Any]) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: a text file with one a line, or JSONL of strings or `prompt` objects.
+    """Read prompts: a text file with one a line, or strings or `prompt` objects as JSON.
+
+    In a .jsonl file each line is one, in a .json file each item of an array.
 
     Raises:
         ConchError: The file cannot be read, is empty, or a JSONL line has no prompt.
     """
     prompts = []
-    for number, line in _lines(path, "--prompts"):
-        if path.suffix != ".jsonl":
-            prompts.append(line.rstrip("\r"))
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ConchError(f"{path}, line {number}: not JSON ({error})") from error
+    if path.suffix not in (".json", ".jsonl"):
+        return read_lines(path, "--prompts")
+    for where, value in _values(path, "--prompts"):
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt:
-            raise ConchError(f"{path}, line {number}: no prompt; give a string or a prompt object")
+            raise ConchError(f"{where}: no prompt; give a string or a prompt object")
         prompts.append(prompt)
     if not prompts:
         raise ConchError(f"{path} is empty: give one prompt a line")

@@ -16,8 +16,17 @@ from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
-# Folders that a run makes for itself beside the adapter's.
-RUN_FOLDERS = ("answers", "candidate", "soft_targets")
+# What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
+RUN_NAMES = (
+    "answers",
+    "candidate",
+    "run.json",
+    "run.lock",
+    "run.lock.json",
+    "soft_targets",
+    "training_data.jsonl",
+)
+CHECKPOINT_PREFIX = "checkpoint_"
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
 
 
@@ -140,9 +149,12 @@ class KDConfig:
         problem = option_problem(each, value, kind_words=_KIND_WORDS)
         if problem or each.name != "adapter_subdir":
             return problem
-        if value in ("", "..", *RUN_FOLDERS) or Path(value).name != value:
-            taken = ", ".join(RUN_FOLDERS)
-            return f"adapter_subdir is {value!r}: use one plain folder name, none of {taken}"
+        plain = value not in ("", ".", "..") and Path(value).name == value
+        if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
+            return (
+                f"adapter_subdir is {value!r}: use one plain folder name that does not begin with "
+                f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
+            )
         return None
 
     @classmethod

@@ -34,9 +34,8 @@ from conch_dna.language_model import named_arrays
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
 
-CHECKPOINT_PREFIX = "checkpoint_"
 ADAPTER_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"

@@ -741,3 +741,28 @@ def test_answers_to_one_prompt_stay_together():
 def test_one_prompt_alone_cannot_be_split(records):
     with pytest.raises(ConchError, match="give at least two"):
         split_heldout(records, 0.1, seed=0)
+
+
+def test_an_array_of_a_json_file_is_read_item_by_item(tmp_path):
+    records = [{"text": "One."}, {"text": "Two."}]
+    path = write(tmp_path, json.dumps(records, indent=1), "data.json")
+    assert read_records(path) == records
+    assert read_prompts(write(tmp_path, '["A?",\n {"prompt": "B?"}]', "p.json")) == ["A?", "B?"]
+    with pytest.raises(ConchError, match=r"p\.json, item 2: no prompt"):
+        read_prompts(write(tmp_path, '["A?", 3]', "p.json"))
+    with pytest.raises(ConchError, match=r"p\.json is no array"):
+        read_prompts(write(tmp_path, '{"prompt": "B?"}', "p.json"))
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_json_that_is_nested_too_deeply_is_one_line(tmp_path, name):
+    with pytest.raises(ConchError, match="not JSON") as error:
+        read_records(write(tmp_path, "[" * 200_000, name))
+    assert len(str(error.value)) < 300
+
+
+def test_a_text_that_spells_its_beginning_gets_no_second_one(shared_data):
+    tokenizer = load_tokenizer(shared_data / "models" / "stories260K")
+    example = tokenize_record({"text": "<s>Once upon</s>"}, tokenizer, name="a")
+    assert example.ids.tolist() == [1, 403, 407, 2]
+    assert example.counted.tolist() == [False, True, True, True]

@@ -138,7 +138,13 @@ def test_several_greedy_answers_to_one_prompt_are_refused():
     assert KDConfig(samples_per_prompt=1, sampling_temperature=0).samples_per_prompt == 1
 
 
-@pytest.mark.parametrize("name", ["a/b", "/a", "..", ".", "", "../a", "a/"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a/b", "/a", "..", ".", "", "../a", "a/", ".hidden"),
+        *("run.json", "run.lock", "training_data.jsonl", "checkpoint_2", "answers", "candidate"),
+    ],
+)
 def test_adapter_subdir_is_one_plain_folder_name(name):
     with pytest.raises(ConchError, match=r"adapter_subdir is .*: use one plain folder name"):
         KDConfig(adapter_subdir=name)

@@ -958,3 +958,17 @@ def test_the_teacher_works_only_for_what_is_read(
     assert [example.digest for example in absent] == expected
     assert 0 < len(expected) <= len(split.train)
     assert result.final_kd_loss > 0, "what is held out is compared with the teacher all the same"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", '{"finished": true}', '{"identity": [], "finished": 1}', "[" * 200_000],
+)
+def test_a_run_file_of_another_form_does_not_stop_a_new_run(
+    tiny_teacher, tiny_student, tmp_path, no_curve, content
+):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "run.json").write_text(content)
+    run = make(tiny_teacher, tiny_student, tmp_path, num_iters=1)
+    result = run.distill_domain("own", data=TEXTS, resume=True)
+    assert Path(result.adapter_path).is_dir()
