@@ -22,7 +22,7 @@ from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import active_adapter, adapter_config, known_domains
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
-from conch_dna.training.chats import Prompt
+from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.schemas import DOMAIN_SCHEMAS
 

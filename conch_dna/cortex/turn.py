@@ -16,7 +16,7 @@ from conch_dna.cortex.options import AskOptions
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.training.answers import TextStream, continuation_text
-from conch_dna.training.chats import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.structured_answers import Parsed, parse_answer, repair_messages
 
 

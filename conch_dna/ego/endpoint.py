@@ -58,7 +58,7 @@ class Endpoint:
         """Answer one conversation.
 
         Args:
-            turns: See `chats.prompt_turns`.
+            turns: See `conversations.prompt_turns`.
             config: Length, temperature and seed.
 
         Raises:

@@ -26,7 +26,7 @@ from conch_dna.training.answers import (
     make_sampler,
 )
 from conch_dna.training.batches import Example
-from conch_dna.training.chats import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.settings import KDConfig, validate_domain

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import SplitResult, urlsplit
 
 from conch_dna.errors import ConchError
-from conch_dna.training.chats import Prompt
+from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.settings import DEFAULT_TEACHER
 
 _LAST_SEED = 10**9

@@ -337,7 +337,7 @@ def ensemble(
     from conch_dna.language_model import ModelSource
     from conch_dna.training.adapters import ADAPTER_FILE
     from conch_dna.training.answers import continuation_text
-    from conch_dna.training.chats import prompt_ids
+    from conch_dna.training.chats.conversations import prompt_ids
 
     head = line.head
     chosen = names.split(",") if names else [head, *line.ancestors(head)[:1]]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conch_dna.retraining.experience import Experience, Message
-from conch_dna.training.chats import prompt_messages
+from conch_dna.training.chats.conversations import prompt_messages
 from conch_dna.training.records import Record
 
 EXPERIENCE = "experience"

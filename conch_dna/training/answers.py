@@ -19,7 +19,12 @@ from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Example
-from conch_dna.training.chats import plain_prompt, prompt_ids, prompt_messages, require_room
+from conch_dna.training.chats.conversations import (
+    plain_prompt,
+    prompt_ids,
+    prompt_messages,
+    require_room,
+)
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import TOKENS, Record
 from conch_dna.training.settings import KDConfig

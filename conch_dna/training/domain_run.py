@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +46,7 @@ from conch_dna.training.answers import (
     texts_of,
 )
 from conch_dna.training.batches import ExampleBatches, sequential_batches
+from conch_dna.training.chats.templates import dated
 from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -146,7 +147,7 @@ class DomainRun:
         self.folder = domain_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
         self.examples = Examples(teacher, student, config, report=report)
-        self._identity: dict[str, Any] = {}
+        self._record: dict[str, Any] = {"begun": date.today().isoformat()}
         self._resume = False
 
     def lock(self) -> FolderLock:
@@ -207,8 +208,12 @@ class DomainRun:
             # Before the new settings are written, or a kill here would mix two runs.
             for _, path in checkpoints:
                 shutil.rmtree(path)
-        write_json(self.folder / RUN_FILE, {"identity": identity, "finished": False})
-        self._identity = identity
+        begun = date.today().isoformat()
+        if resume and run:
+            with suppress(KeyError, TypeError, ValueError):
+                begun = date.fromisoformat(run["begun"]).isoformat()
+        self._record = {"identity": identity, "begun": begun}
+        write_json(self.folder / RUN_FILE, {**self._record, "finished": False})
         self._resume = resume
         return None
 
@@ -228,14 +233,15 @@ class DomainRun:
             prompts = known["examples"]
         total = len(prompts) * self.config.samples_per_prompt
         self._phase("the teacher answers", total, "prompts")
-        records = generate_answers(
-            self.teacher,
-            prompts,
-            system=known["system"] if known else "",
-            config=self.config,
-            folder=self.folder / "answers",
-            report=self.report,
-        )
+        with dated(self._record["begun"]):
+            records = generate_answers(
+                self.teacher,
+                prompts,
+                system=known["system"] if known else "",
+                config=self.config,
+                folder=self.folder / "answers",
+                report=self.report,
+            )
         self.keep(records)
         return records
 
@@ -249,7 +255,8 @@ class DomainRun:
         The teacher is loaded only if something is missing; the caller releases it.
         """
         config = self.config
-        split = self.examples.split(records)
+        with dated(self._record["begun"]):
+            split = self.examples.split(records)
         needed = split.read(config)
         targets = self.examples.targets(self.folder / "soft_targets")
         missing = targets.missing(needed)
@@ -393,7 +400,7 @@ class DomainRun:
             },
         )
         shutil.rmtree(candidate, ignore_errors=True)
-        write_json(self.folder / RUN_FILE, {"identity": self._identity, "finished": True})
+        write_json(self.folder / RUN_FILE, {**self._record, "finished": True})
         return result
 
     def _result(

@@ -13,7 +13,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
-from conch_dna.training.chats import (
+from conch_dna.training.chats.conversations import (
     answer_text,
     common_prefix,
     conversation_ids,

@@ -17,7 +17,7 @@ from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
-from conch_dna.training.chats import prompt_ids, require_room
+from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.domain_run import DomainRun, RunData
@@ -153,13 +153,13 @@ class TrueKnowledgeDistiller:
             finished = run.begin(source, resume=resume, overwrite=overwrite)
             if finished:
                 return finished
-            prepared = run.prepare(run.generate(prompts) if data is None else data)
+            run_data = run.prepare(run.generate(prompts) if data is None else data)
             self.teacher.release()
-            trained = run.train(prepared)
+            trained = run.train(run_data)
             if data is not None:
                 # Not sooner: until now an earlier adapter may lie here, which is of other data.
                 run.keep(data)
-            return run.finish(prepared, trained)
+            return run.finish(run_data, trained)
 
     def distill_all(
         self,
@@ -204,8 +204,8 @@ class TrueKnowledgeDistiller:
                 ready[run.domain] = run.prepare(run.generate(None))
 
         def train(run: DomainRun) -> None:
-            prepared = ready.pop(run.domain)
-            results[run.domain] = run.finish(prepared, run.train(prepared))
+            run_data = ready.pop(run.domain)
+            results[run.domain] = run.finish(run_data, run.train(run_data))
 
         with ExitStack() as locks:
             for name in names:

@@ -29,7 +29,7 @@ from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.answers import answer_batch, generate_answers
 from conch_dna.training.answers import texts_of as answers_of
 from conch_dna.training.batches import sequential_batches
-from conch_dna.training.chats import prompt_ids
+from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.evaluation import heldout_metrics
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import read_records

@@ -18,7 +18,7 @@ from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.generations.data import init_line
 from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
-from conch_dna.training.chats import plain_prompt, prompt_turns
+from conch_dna.training.chats.conversations import plain_prompt, prompt_turns
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from cortex_models import TEXTS, train_adapter
 from suites import calibration

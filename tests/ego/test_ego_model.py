@@ -22,7 +22,7 @@ from conch_dna.training.answers import (
     generate_answers,
     texts_of,
 )
-from conch_dna.training.chats import prompt_ids
+from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import tokenize_record

@@ -5,6 +5,7 @@ asked at inference, what counts is what it should answer, and nothing is lost in
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ import pytest
 from chat_templates import FAMILIES, family_tokenizer
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
-from conch_dna.training.chats import plain_turns, prompt_ids, prompt_turns, turn_problem
+from conch_dna.training.chats.conversations import (
+    plain_turns,
+    prompt_ids,
+    prompt_turns,
+    turn_problem,
+)
+from conch_dna.training.chats.templates import dated
 from conch_dna.training.records import record_texts, tokenize_record
 
 
@@ -217,6 +224,35 @@ def test_a_template_that_breaks_off_is_one_line(tokenizers, tmp_path):
         with pytest.raises(ConchError, match="refuses a conversation of user") as error:
             tokenize_record({"messages": turns("Hi", "Hello.")}, tokenizer, name="a")
         assert "\n" not in str(error.value)
+
+
+def test_a_template_writes_the_day_on_which_a_run_began(tmp_path):
+    tokenizer = family_tokenizer(tmp_path / "dated", "ChatML")
+    tokenizer._tokenizer.chat_template = (
+        "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + FAMILIES["ChatML"].template
+    )
+    with dated("2026-01-31"):
+        ids = prompt_ids(tokenizer, "Hi", "")
+        record = tokenize_record({"messages": turns("Hi", "Hello.")}, tokenizer, name="a")
+    assert tokenizer.decode(ids).startswith("Today: 31 Jan 2026\n")
+    assert record.ids[: len(ids)].tolist() == ids
+    today = datetime.now().strftime("%Y")
+    assert today in tokenizer.decode(prompt_ids(tokenizer, "Hi", ""))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 20000000000 }}",
+        "{{ 'a' * 5000000 }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_without_bounds_is_refused(tmp_path, template):
+    tokenizer = family_tokenizer(tmp_path / "endless", "ChatML")
+    tokenizer._tokenizer.chat_template = template
+    with pytest.raises(ConchError, match="takes more than 3 s, 2 GiB or 1,000,000 characters"):
+        prompt_ids(tokenizer, "Hi", "")
 
 
 def test_several_system_prompts_in_front_are_one():

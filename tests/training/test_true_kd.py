@@ -972,3 +972,15 @@ def test_a_run_file_of_another_form_does_not_stop_a_new_run(
     run = make(tiny_teacher, tiny_student, tmp_path, num_iters=1)
     result = run.distill_domain("own", data=TEXTS, resume=True)
     assert Path(result.adapter_path).is_dir()
+
+
+def test_a_resumed_run_keeps_the_day_on_which_it_began(
+    tiny_teacher, tiny_student, tmp_path, no_curve
+):
+    run = make(tiny_teacher, tiny_student, tmp_path, num_iters=2, steps_per_save=1)
+    run.distill_domain("own", data=TEXTS)
+    file = tmp_path / "own" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "begun": "2026-01-31"}))
+    shutil.rmtree(tmp_path / "own" / "adapters_kd")
+    run.distill_domain("own", data=TEXTS, resume=True)
+    assert json.loads(file.read_text())["begun"] == "2026-01-31"

@@ -11,7 +11,7 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.chats import prompt_ids
+from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig

@@ -33,7 +33,7 @@ from conch_dna.generations.measures import text_scores
 from conch_dna.metrics import reliability
 from conch_dna.progress import Report, silent
 from conch_dna.training.answers import continuation_text
-from conch_dna.training.chats import Prompt, plain_prompt, prompt_messages
+from conch_dna.training.chats.conversations import Prompt, plain_prompt, prompt_messages
 from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.structured_answers import parse_answer
 

@@ -18,7 +18,7 @@ from conch_dna.generations.line import Line
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import Retraining, line_of
 from conch_dna.training.answers import openings
-from conch_dna.training.chats import Prompt
+from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.domain_run import DATA_FILE as TRAINING_DATA
 from conch_dna.training.domain_run import RESULT_FILE
 from conch_dna.training.examples import Examples

@@ -14,7 +14,7 @@ from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.replies import Reply, reply_of, reply_of_ego
 from conch_dna.cortex.server.requests import ApiError
 from conch_dna.errors import ConchError, EgoUnavailableError
-from conch_dna.training.chats import prompt_ids, prompt_turns
+from conch_dna.training.chats.conversations import prompt_ids, prompt_turns
 
 Finish = Callable[[Job, Reply | ApiError], None]
 

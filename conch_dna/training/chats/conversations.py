@@ -1,7 +1,7 @@
-"""Conversations as a model reads them: through its tokenizer's chat template, or plainly.
+"""Conversations as a model reads them: their turns, and which tokens are an answer's.
 
-Knows turns of text, tokenizers and their templates; nothing of files, losses or models. To take
-another kind of turn: `turn_problem`, `plain_turns`, and `_holds`, which sees whether it is whole.
+Knows turns of text and tokenizers; nothing of files, losses or models. To take another kind of
+turn: `turn_problem`, `plain_turns`, and `_holds`, which sees whether it is whole.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.errors import ConchError, one_line
+from conch_dna.errors import ConchError
+from conch_dna.training.chats.templates import Turn, render
 from conch_dna.training.cross_tokenizer.token_bytes import (
     TokenBytes,
     encode_all,
@@ -21,7 +22,6 @@ from conch_dna.training.cross_tokenizer.token_bytes import (
     token_spans,
 )
 
-Turn = dict[str, Any]
 Prompt = str | Sequence[dict[str, str]]
 # Of the text before an answer: white space that a template adds, and what must be alike before it.
 MOST_SPACES, LEAST_ALIKE = 4, 4
@@ -229,40 +229,6 @@ def ended_ids(ids: list[int], tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is None or ids[-1] in tokenizer.eos_token_ids:
         return ids
     return [*ids, tokenizer.eos_token_id]
-
-
-def render(
-    tokenizer: Any,
-    turns: Sequence[Turn],
-    *,
-    generation_prompt: bool,
-    tools: Sequence[Turn] | None = None,
-) -> str:
-    """A conversation as its tokenizer's chat template writes it.
-
-    Args:
-        tokenizer: With a chat template.
-        turns: Of `plain_turns`.
-        generation_prompt: End with what asks for an answer.
-        tools: JSON schemas of functions that the model may call.
-
-    Raises:
-        ConchError: The template refuses the conversation, or breaks off.
-    """
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
-    except Exception as error:
-        # A template is a program of whoever published the model: it may raise whatever it likes.
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise ConchError(
-            f"the tokenizer's chat template refuses a conversation of {roles}: {one_line(error)}"
-        ) from error
-    return str(text)
 
 
 def conversation_ids(
