@@ -78,7 +78,7 @@ def answer_batch(
         model: Loaded.
         prompts: Token ids of each prompt.
         max_tokens: Longest answer; shorter where the model's context ends.
-        temperature: See `make_sampler`.
+        temperature: 0 takes the likeliest token.
         seed: Whole numbers that decide the draw.
 
     Returns:
@@ -116,8 +116,8 @@ def cached_answer_batch(
     Args:
         teacher: The model's source.
         folder: Where answers are kept, addressed by all they depend on.
-        prompts: See `answer_batch`.
-        **draw: max_tokens, temperature and seed, see there.
+        prompts: Token ids of each prompt.
+        **draw: max_tokens, temperature and seed, as `answer_batch` takes them.
     """
     shape = json.dumps([draw, [list(ids) for ids in prompts]], sort_keys=True)
     address = content_digest(FORMAT, teacher.weights_digest, teacher.tokenizer_digest, shape)
@@ -227,13 +227,13 @@ def openings(examples: Sequence[Example], most: int = SAMPLES) -> list[tuple[Exa
 
     They are the examples' prompts, or their first tokens where there is no prompt to speak of.
     """
-    found: dict[tuple[int, ...], tuple[Example, int]] = {}
+    beginnings: dict[tuple[int, ...], tuple[Example, int]] = {}
     for example in examples:
         first = int(np.flatnonzero(example.counted)[0])
         length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
         length = max(1, length)
-        found[tuple(example.ids[:length].tolist())] = (example, length)
-    return list(found.values())[:most]
+        beginnings[tuple(example.ids[:length].tolist())] = (example, length)
+    return list(beginnings.values())[:most]
 
 
 def sample_draw(config: KDConfig) -> dict[str, Any]:

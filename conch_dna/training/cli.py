@@ -148,7 +148,7 @@ def distill(
     ),
 )
 @click.argument("teacher", help="Hub id, folder (a tokenizer alone will do) or embedded name.")
-@click.argument("student", help="Likewise.")
+@click.argument("student", help="Hub id, folder (a tokenizer alone will do) or embedded name.")
 @click.option(
     "--text",
     "text_file",

@@ -106,7 +106,7 @@ class Trained:
     Attributes:
         before: Its held-out figures without the adapter.
         before_texts: What it made of the held-out prompts.
-        adapter_config: See `adapters.make_trainable`.
+        adapter_config: What adapter_config.json says of its layers.
         training: What the loop came to.
         tensors: The adapter.
         peak_memory_bytes: The highest so far in this process.
@@ -124,11 +124,11 @@ class DomainRun:
     """The stages of one domain's distillation; call them in their order, holding `lock`.
 
     Args:
-        teacher: Its tokenizer is the student's.
-        student: Likewise.
-        config: See `KDConfig`.
+        teacher: Whose distributions are learned; loaded only where something is missing.
+        student: Whose adapter is trained; it may have another tokenizer.
+        config: Everything else that shapes the run.
         domain: A checked name.
-        report: See `progress.Report`.
+        report: Gets the run's progress.
     """
 
     def __init__(

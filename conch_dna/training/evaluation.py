@@ -121,7 +121,7 @@ def token_scores(
     Returns:
         Scores in the order of the examples.
     """
-    found: dict[int, TokenScores] = {}
+    scores: dict[int, TokenScores] = {}
     for indices in sequential_batches(examples, batch_size):
         batch = collate([examples[index] for index in indices])
         inputs = mx.array(batch.arrays["inputs"])
@@ -138,5 +138,5 @@ def token_scores(
         ends = np.cumsum([examples[index].count for index in indices])
         for index, end in zip(indices, ends, strict=True):
             part = slice(end - examples[index].count, end)
-            found[int(index)] = TokenScores(all_probs[part], all_likeliest[part])
-    return [found[index] for index in range(len(examples))]
+            scores[int(index)] = TokenScores(all_probs[part], all_likeliest[part])
+    return [scores[index] for index in range(len(examples))]

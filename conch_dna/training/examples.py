@@ -71,8 +71,8 @@ class Examples:
 
     Args:
         teacher: Its tokenizer is used, not its weights.
-        student: Likewise.
-        config: See `KDConfig`.
+        student: The same of the student.
+        config: How texts are cut, held out and compared.
         report: Gets ("message", …) and ("warning", …).
 
     Attributes:

@@ -62,8 +62,8 @@ def evaluation_table(
     }
     columns = {}
     for heading, (name, form) in figures.items():
-        told = [row.get(name) for row in rows.values()]
-        columns[heading] = ["–" if value is None else f"{value:{form}}" for value in told]
+        values = [row.get(name) for row in rows.values()]
+        columns[heading] = ["–" if value is None else f"{value:{form}}" for value in values]
     lengths = [max(map(len, (heading, *column))) for heading, column in columns.items()]
     whole = 1 + sum(length + 3 for length in (max(map(len, rows)), *lengths))
     for heading, column in columns.items():
@@ -84,8 +84,8 @@ def comparison_table(
 
     Args:
         teacher: What the user called it.
-        student: Likewise.
-        comparison: See `vocabulary.compare_tokenizers`.
+        student: What the user called the other one.
+        comparison: What `vocabulary.compare_tokenizers` found.
         rows: Further lines over both columns.
     """
     from rich.markup import escape

@@ -127,7 +127,7 @@ class KDConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = [said for each in fields(self) if (said := self._problem(each)) is not None]
+        problems = [p for each in fields(self) if (p := self._problem(each)) is not None]
         # A comparison of values whose types or ranges are wrong would say nothing.
         if not problems and self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             problems.append(

@@ -212,8 +212,8 @@ def compute_targets(
             mx.eval(part)
             parts.append({name: np.asarray(value) for name, value in part.items()})
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in identity.arrays}
-        told = arrays.get("kept_log_probs", arrays["gold_log_prob"])
-        if not np.isfinite(told).all():
+        log_probs = arrays.get("kept_log_probs", arrays["gold_log_prob"])
+        if not np.isfinite(log_probs).all():
             raise ConchError(
                 f"teacher {teacher.model_id} gives non-finite log-probabilities on "
                 f"{', '.join(batch.names)}: its weights or its precision are broken"

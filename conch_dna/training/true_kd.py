@@ -52,8 +52,8 @@ class TrueKnowledgeDistiller:
 
     Args:
         teacher_model_id: Hub id, local folder or embedded name.
-        student_model_id: Likewise; it may have another tokenizer.
-        config: See `KDConfig`.
+        student_model_id: The same of the student, which may have another tokenizer.
+        config: Everything that shapes a run; the defaults where None.
         report: Gets `(event, row)` of all progress, see `conch_dna.progress.Progress`.
     """
 
@@ -77,7 +77,7 @@ class TrueKnowledgeDistiller:
 
     @property
     def student(self) -> ModelSource:
-        """The student, likewise."""
+        """The student, found on disk or downloaded."""
         return self._models[1]
 
     @cached_property
@@ -144,8 +144,8 @@ class TrueKnowledgeDistiller:
             prompts: For the teacher to answer, instead of the domain's examples.
             data: Records to train on, instead of the teacher's answers; kept in the domain's
                 folder, since a later retraining replays them.
-            resume: See `train_with_kd`.
-            overwrite: Likewise.
+            resume: Go on from the newest whole checkpoint.
+            overwrite: Start again although an unfinished run lies in the folder.
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
@@ -174,8 +174,8 @@ class TrueKnowledgeDistiller:
 
         Args:
             domains: Names; all of DOMAIN_PROMPTS by default.
-            resume: See `train_with_kd`.
-            overwrite: Likewise.
+            resume: Go on with stopped runs, each from its newest whole checkpoint.
+            overwrite: Start again over unfinished runs.
 
         Returns:
             `results` by domain and `failures` by domain, as written to kd_summary.json.

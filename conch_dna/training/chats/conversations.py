@@ -358,8 +358,8 @@ def _earlier_answer(
         return None
     if calls:
         # What closes the call belongs to it.
-        found = [place for mark in ends if (place := prompt.find(mark, end)) >= 0]
-        end = min(found, default=end)
+        closings = [place for mark in ends if (place := prompt.find(mark, end)) >= 0]
+        end = min(closings, default=end)
     return start, end
 
 
@@ -376,14 +376,14 @@ def _last_answer(
     if whole.startswith(prompt) and _holds(whole[len(prompt) :], answer):
         end = len(whole) - len(ending) if whole.endswith(ending) else len(whole)
         return whole, (len(prompt), max(len(prompt), end))
-    said = answer["content"]
+    words = answer["content"]
     if prompt.rstrip().endswith(THOUGHT_BEGIN):
         # The question itself opens a thought: the answer's own is continued, or closed at once.
-        if said.lstrip().startswith(THOUGHT_BEGIN):
-            said = said.lstrip().removeprefix(THOUGHT_BEGIN).lstrip("\n")
-        elif THOUGHT_END not in said:
-            said = f"\n{THOUGHT_END}\n\n{said}"
-    text = prompt + _lead(probed.partition(mark)[0], prompt) + said
+        if words.lstrip().startswith(THOUGHT_BEGIN):
+            words = words.lstrip().removeprefix(THOUGHT_BEGIN).lstrip("\n")
+        elif THOUGHT_END not in words:
+            words = f"\n{THOUGHT_END}\n\n{words}"
+    text = prompt + _lead(probed.partition(mark)[0], prompt) + words
     return text + ending, (len(prompt), len(text))
 
 
