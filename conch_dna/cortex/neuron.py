@@ -11,8 +11,7 @@ from typing import Any
 
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine
-from conch_dna.cortex.engine.interrupts import interrupt_held_back
+from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
 from conch_dna.cortex.options import AskOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
@@ -130,7 +129,7 @@ class CortexSuite:
             except ConchError as error:
                 problems.append(str(error))
                 continue
-            self.engine.forget_prefixes(name)
+            self.engine.prefixes.forget(name)
             self._folders[name] = folder
             self._taken[name] = mark
             changed.append(name)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
-from conch_dna.cortex.engine.request import Piece, Request
+from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.options import AskOptions
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError

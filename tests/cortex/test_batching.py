@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine
-from conch_dna.cortex.engine.request import Piece, Request, make_request_sampler
+from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request, make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from cortex_models import TEXTS, FlatMLP, train_adapter, write_adapter
@@ -207,7 +206,7 @@ def test_one_domain_alone_is_the_adapters_own_modules(base, adapters, bank):
     with AnswerEngine(bank) as engine:
         [pieces] = engine.run([request])
         [lane] = engine._lanes
-        assert lane.model._mixed is None
+        assert "_mixed" not in vars(lane.model)
     model, _ = load(str(base.source.folder), adapter_path=str(adapters["debug"]))
     steps = generate_step(mx.array(request.tokens), model, max_tokens=8)
     expected = [float(log_probs[token]) for token, log_probs in steps][: len(pieces)]
@@ -365,7 +364,7 @@ def test_requests_under_way_finish_with_the_adapter_they_came_with(base, adapter
         for piece in engine.step():
             answers.setdefault(piece.uid, []).append(piece)
     bank.replace("thinking", adapters["debug"])
-    engine.forget_prefixes("thinking")
+    engine.prefixes.forget("thinking")
     new = engine.submit(request)
     bank.remove("task")
     assert len(engine._lanes) == 2

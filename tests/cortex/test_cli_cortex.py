@@ -28,9 +28,9 @@ from conch_dna.cortex.calibration.calibrating import calibrate_domain
 from conch_dna.cortex.calibration.confidence import save_calibration
 from conch_dna.cortex.cli import cortex
 from conch_dna.cortex.commands.terminal import visible
-from conch_dna.cortex.engine.interrupts import interrupt_held_back
+from conch_dna.cortex.engine.batching import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
-from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.retraining.experience import ExperienceBuffer

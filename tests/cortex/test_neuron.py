@@ -191,7 +191,7 @@ def test_questions_of_several_domains_are_answered_as_each_alone(alone):
 
 
 def test_the_system_prompt_is_computed_once(alone):
-    alone.engine.forget_prefixes("thinking")
+    alone.engine.prefixes.forget("thinking")
     before = alone.engine.prefixes.computed
     for question in (QUESTION, "Who sat there?", "How many stars?"):
         alone["thinking"].ask(question, max_tokens=2, hand_over="never")

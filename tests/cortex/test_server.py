@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from conch_dna.cortex.engine.request import Piece
+from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.server.serving import CortexServer, ServerSettings, running_server
 from conch_dna.cortex.turn import AskOptions

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.replies import Reply, Shapes, reply_of
 from conch_dna.cortex.server.requests import ApiError, parse_chat
-from conch_dna.cortex.server.settings import ServerSettings
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 

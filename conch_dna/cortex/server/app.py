@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from conch_dna import __version__
+from conch_dna.cortex.options import is_loopback
 from conch_dna.cortex.server.chat import ChatEndpoint
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
 from conch_dna.cortex.server.replies import model_entry, model_list, unknown_model
 from conch_dna.cortex.server.requests import ApiError
-from conch_dna.cortex.server.settings import is_loopback
 from conch_dna.errors import ConchError
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from conch_dna.cortex.neuron import EGO, CortexSuite
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.ego_thread import EgoThread
 from conch_dna.cortex.server.jobs import Accepted, Event, Job, Text, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
 from conch_dna.cortex.server.replies import Reply, reply_of, unknown_model
 from conch_dna.cortex.server.requests import ApiError
-from conch_dna.cortex.server.settings import ServerSettings
 from conch_dna.errors import ConchError
 
 STOPPING = "the server is stopping: ask again when it is back"

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.loop import ServerLoop
-from conch_dna.cortex.server.settings import ServerSettings
 from conch_dna.errors import ConchError, one_line
 
 __all__ = ["CortexServer", "ServerSettings", "running_server", "serve"]
