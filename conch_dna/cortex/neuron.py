@@ -23,7 +23,7 @@ from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Prompt
-from conch_dna.training.schemas import DOMAIN_SCHEMAS
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 EGO = "ego"
 
