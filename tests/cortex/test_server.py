@@ -24,8 +24,8 @@ import pytest
 
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
-from conch_dna.cortex.server.serving import CortexServer, ServerSettings, running_server
-from conch_dna.cortex.turn import AskOptions
+from conch_dna.cortex.options import AskOptions, ServerSettings
+from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.generations.data import init_line
@@ -33,6 +33,7 @@ from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from cortex_models import TEXTS, train_adapter
+from suites import running_server
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 OPENINGS = {"owls": "The owl", "boxes": "First, get", "cars": "The toy"}
@@ -76,7 +77,7 @@ def served(
         return suite
 
     chosen = ServerSettings(**({"port": 0} | settings))
-    with running_server(make, chosen, report=lambda line: None) as server:
+    with running_server(make, chosen) as server:
         yield server
 
 
@@ -508,7 +509,7 @@ def test_hand_overs_are_remembered(adapters, tmp_path):
 
     settings = ServerSettings(port=0)
     with (
-        running_server(make, settings, report=lambda line: None) as server,
+        running_server(make, settings) as server,
         client_of(server) as client,
     ):
         text = ask(client, "task", "First, get", max_tokens=8).choices[0].message.content
@@ -611,7 +612,7 @@ def test_a_fault_ends_the_server_and_is_raised(adapters):
 
     with (
         pytest.raises(FaultError),
-        running_server(make, ServerSettings(port=0), report=lambda line: None) as server,
+        running_server(make, ServerSettings(port=0)) as server,
         client_of(server) as client,
         pytest.raises(openai.InternalServerError, match="the server is stopping"),
     ):
@@ -624,7 +625,8 @@ def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
     code = (
         "import sys\n"
         "from conch_dna.cortex.neuron import create_cortex_suite\n"
-        "from conch_dna.cortex.server.serving import ServerSettings, serve\n"
+        "from conch_dna.cortex.options import ServerSettings\n"
+        "from conch_dna.cortex.server.serving import serve\n"
         "with create_cortex_suite(sys.argv[1], domains=['tales']) as suite:\n"
         "    serve(suite, ServerSettings(port=0))\n"
         "print('closed')\n"

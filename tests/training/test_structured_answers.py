@@ -1,8 +1,8 @@
 """Answers out of texts as models write them: what is found, what is refused, and in which words.
 
-Expected values are the objects that the texts were made from (`json.dumps`), never the parser's. The domains'
-schemas are held against the system prompts, which tell a model the same in words; a new domain is
-covered as soon as it has a prompt, and a good answer of it stands in ANSWERS.
+Expected values are the objects that the texts were made from (`json.dumps`), never the parser's.
+The domains' schemas are held against the system prompts, which tell a model the same in words; a
+new domain is covered as soon as it has a prompt, and a good answer of it stands in ANSWERS.
 """
 
 import copy

@@ -12,11 +12,10 @@ from typing import Any
 
 from conch_dna.cortex.neuron import EGO, CortexSuite
 from conch_dna.cortex.options import ServerSettings
-from conch_dna.cortex.server.ego_thread import EgoThread
-from conch_dna.cortex.server.jobs import Accepted, Event, Job, Text, tell_all
+from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
-from conch_dna.cortex.server.replies import Reply, reply_of, unknown_model
-from conch_dna.cortex.server.requests import ApiError
+from conch_dna.cortex.server.openai_api import ApiError, unknown_model
+from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 
 STOPPING = "the server is stopping: ask again when it is back"
@@ -62,7 +61,7 @@ class ServerLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
         self._under_way: dict[int, Job] = {}
-        self._told: list[tuple[Job, Event]] = []
+        self._events: list[tuple[Job, Event]] = []
         self._deadline = float("inf")
         self._marks: dict[str, Any] = {}
         self._next_look = 0.0
@@ -70,7 +69,11 @@ class ServerLoop:
         self._failure: BaseException | None = None
         self._ego: EgoThread | None = None
         if suite.ego is not None:
-            self._ego = EgoThread(suite, finish=self._ego_is_done, failed=self.fail)
+            self._ego = EgoThread(
+                suite,
+                finish=lambda job, end: self._inbox.put(lambda: self._finish(job, end)),
+                failed=self.fail,
+            )
         suite.engine.max_batch = settings.max_batch
 
     # From any thread
@@ -91,16 +94,16 @@ class ServerLoop:
 
     def reload(self) -> "Future[list[str]]":
         """Take in what is new in the folder of adapters; gives the domains that changed."""
-        found: Future[list[str]] = Future()
+        changed: Future[list[str]] = Future()
 
         def now() -> None:
             try:
-                found.set_result(self._reload())
+                changed.set_result(self._reload())
             except ConchError as error:
-                found.set_exception(error)
+                changed.set_exception(error)
 
         self._inbox.put(now)
-        return found
+        return changed
 
     def stop(self, grace_s: float) -> None:
         """Refuse new requests, and end when those under way are done or the time is over."""
@@ -118,9 +121,6 @@ class ServerLoop:
             self._failure = error
 
         self._inbox.put(leave)
-
-    def _ego_is_done(self, job: Job, found: Reply | ApiError) -> None:
-        self._inbox.put(lambda: self._finish(job, found))
 
     # In its own thread
 
@@ -144,7 +144,7 @@ class ServerLoop:
                 self._inbox.get()()
             for job in list(self._jobs):
                 self._drop(job)
-                self._told.append((job, ApiError(503, STOPPING)))
+                self._events.append((job, ApiError(503, STOPPING)))
             self._tell()
             if self._ego is not None and not self._ego.stop(wait_s=1.0):
                 self._report("EGO was left in the middle of an answer")
@@ -198,7 +198,7 @@ class ServerLoop:
         finally:
             for name in self.suite.bank.names:
                 if before.get(name) != id(self.suite.bank.get(name)):
-                    self.metrics.reloaded(name)
+                    self.metrics.reloads.labels(name).inc()
                     self._report(f"{name} answers by {self.suite.folder(name)} now")
 
     def _take(self, job: Job) -> None:
@@ -210,20 +210,15 @@ class ServerLoop:
             if chat.model == EGO and self._ego is not None:
                 if chat.options.top_p != 1:
                     raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
-                self._told.append((job, Accepted()))
+                self._events.append((job, ""))
                 self._ego.put(job)
                 return
             if chat.model not in self.suite:
-                raise ApiError(
-                    404,
-                    unknown_model(chat.model, self.models),
-                    param="model",
-                    code="model_not_found",
-                )
-            job.turn = self.suite.turn(chat.model, list(chat.messages), chat.options)
+                raise unknown_model(chat.model, self.models)
+            job.turn = self.suite.turn(chat.model, chat.turns, chat.options)
             if job.turn.request is not None:
                 self.suite.engine.check(job.turn.request)
-            self._told.append((job, Accepted()))
+            self._events.append((job, ""))
             self._go_on(job)
         except ApiError as error:
             self._finish(job, error)
@@ -244,7 +239,7 @@ class ServerLoop:
             assert self._ego is not None
             self._ego.put(job)
         elif turn.answer is not None:
-            self._finish(job, reply_of(turn.answer))
+            self._finish(job, turn.answer)
 
     def _step(self) -> None:
         engine = self.suite.engine
@@ -255,21 +250,20 @@ class ServerLoop:
             assert job.turn is not None
             text = job.turn.add(piece)
             if text and job.turn.streams:
-                self._told.append((job, Text(text)))
+                self._events.append((job, text))
             if piece.finish_reason is not None:
                 del self._under_way[piece.uid]
                 job.uid = None
                 self._go_on(job)
 
-    def _finish(self, job: Job, found: Reply | ApiError) -> None:
+    def _finish(self, job: Job, end: Answer | ApiError) -> None:
         if job not in self._jobs:
             return
         self._jobs.discard(job)
-        if isinstance(found, Reply):
-            by_ego = found.conch["answered_by"] == EGO
-            handed_over = by_ego and job.turn is not None
-            self.metrics.answered(job.chat.model, found, handed_over=handed_over)
-        self._told.append((job, found))
+        if isinstance(end, Answer):
+            handed_over = end.answered_by == "ego" and job.turn is not None
+            self.metrics.answered(job.chat.model, end, handed_over=handed_over)
+        self._events.append((job, end))
 
     def _drop(self, job: Job) -> None:
         self._jobs.discard(job)
@@ -279,5 +273,5 @@ class ServerLoop:
             job.uid = None
 
     def _tell(self) -> None:
-        told, self._told = self._told, []
-        tell_all(told)
+        events, self._events = self._events, []
+        tell_all(events)

@@ -8,8 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from conch_dna.cortex.neuron import CortexSuite
@@ -17,8 +16,6 @@ from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.errors import ConchError, one_line
-
-__all__ = ["CortexServer", "ServerSettings", "running_server", "serve"]
 
 # For connections that stay open when all answers are sent.
 _CLOSING_S = 2
@@ -137,49 +134,3 @@ def serve(
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def running_server(
-    make_suite: Callable[[], CortexSuite],
-    settings: ServerSettings | None = None,
-    *,
-    report: Callable[[str], None] = _to_standard_error,
-) -> Iterator[CortexServer]:
-    """A server in a thread of its own, for programs that do more than serve.
-
-    Args:
-        make_suite: Called in that thread, which owns the suite and closes it.
-        settings: By default those of `ServerSettings`, at a free port.
-        report: See `CortexServer`.
-
-    Raises:
-        ConchError: See `CortexServer`.
-    """
-    started = threading.Event()
-    made: list[CortexServer] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with make_suite() as suite:
-                made.append(CortexServer(suite, settings or ServerSettings(port=0), report=report))
-                started.set()
-                made[0].run()
-        except BaseException as error:  # noqa: BLE001  (raised where the server was asked for)
-            failed.append(error)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=work, name="neurons")
-    thread.start()
-    started.wait()
-    try:
-        if made:
-            yield made[0]
-    finally:
-        if made:
-            made[0].stop()
-        thread.join()
-        if failed:
-            raise failed[0]
