@@ -36,6 +36,15 @@ _KINDS = {
     "null": "null",
 }
 
+# What is said of schema keywords that need no more than numbers.
+_WORDS = {
+    "minItems": "{place} needs at least {bound} items, and has {count}",
+    "maxItems": "{place} may have at most {bound} items, and has {count}",
+    "minimum": "{place} must be at least {bound}, and is {given}",
+    "maximum": "{place} must be at most {bound}, and is {given}",
+    "uniqueItems": "{place} holds the same item more than once",
+}
+
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
@@ -384,16 +393,9 @@ def _in_words(error: "ValidationError") -> str:
         return f"{place} must be one of {wanted}, and is {json.dumps(given, ensure_ascii=False)}"
     if keyword == "pattern" and isinstance(given, str) and not given.strip():
         return f"{place} is blank"
-    if keyword == "minItems":
-        return f"{place} needs at least {bound} items, and has {len(given)}"
-    if keyword == "maxItems":
-        return f"{place} may have at most {bound} items, and has {len(given)}"
-    if keyword == "minimum":
-        return f"{place} must be at least {bound}, and is {given}"
-    if keyword == "maximum":
-        return f"{place} must be at most {bound}, and is {given}"
-    if keyword == "uniqueItems":
-        return f"{place} holds the same item more than once"
+    if keyword in _WORDS:
+        count = len(given) if isinstance(given, list) else 0
+        return _WORDS[keyword].format(place=place, bound=bound, given=given, count=count)
     return f"{place}: {error.message}"
 
 

@@ -78,13 +78,11 @@ class AdapterBank:
         """
         self.get(name)
         new = read_adapter(Path(folder), self.base, self.shared)
-        was_active = self.active == name
-        if was_active:
-            self.activate(None)
+        active = self.active
+        self.activate(None)
         self._adapters[name] = new
         self.version += 1
-        if was_active:
-            self.activate(name)
+        self.activate(active)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; if it is the active one, the base is as it was.

@@ -52,78 +52,56 @@ class SharedTree:
     """
 
     def __init__(self, live: nn.Module) -> None:
-        made: dict[int, Any] = {}
-        self.pristine: nn.Module = _clone(live, made, leaves=False)
-        self._live = {id(clone): original for original, clone in made.values()}
+        clones: dict[int, Any] = {}
+        self.pristine: nn.Module = _clone(live, clones)
+        self._live = {id(clone): original for original, clone in clones.values()}
         # Kept, so that no id is given out again.
-        self._made = made
+        self._clones = clones
 
-    def tree(self, *, leaves: bool = False) -> nn.Module:
-        """A new module tree over the base's arrays.
-
-        Args:
-            leaves: Make new objects of the leaf modules too, so that their arrays can be replaced
-                without the base noticing.
-        """
-        cloned: nn.Module = _clone(self.pristine, {}, leaves=leaves)
-        return cloned
+    def tree(self) -> nn.Module:
+        """A new module tree over the base's arrays, of which any may be replaced."""
+        tree: nn.Module = _clone(self.pristine, {})
+        return tree
 
     def swaps(self, adapted: nn.Module) -> tuple[Swap, ...]:
         """What of the live tree must be exchanged to make it the adapted one."""
-        return tuple(self._differences(self.pristine, adapted, set()))
+        seen: set[int] = set()
 
-    def _differences(self, own: Any, other: Any, seen: set[int]) -> Iterator[Swap]:
-        if id(own) in seen:
-            return
-        seen.add(id(own))
-        for key, part in _entries(own):
-            new = other[key]
-            if new is part:
-                continue
-            if id(part) in self._live and type(new) is type(part):
-                yield from self._differences(part, new, seen)
-            elif _differs(part, new):
-                yield Swap(self._live[id(own)], key, part, new)
+        def differences(own: Any, other: Any) -> Iterator[Swap]:
+            seen.add(id(own))
+            for key, part in _entries(own):
+                new = other[key]
+                if id(part) in self._live and type(new) is type(part):
+                    if id(part) not in seen:
+                        yield from differences(part, new)
+                elif new is not part:
+                    yield Swap(self._live[id(own)], key, self._live.get(id(part), part), new)
 
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, (nn.Module, dict, list, tuple))
-
-
-def _is_leaf(value: Any) -> bool:
-    return isinstance(value, nn.Module) and not value.children()
+        return tuple(differences(self.pristine, adapted))
 
 
 def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
     yield from value.items() if isinstance(value, dict) else enumerate(value)
 
 
-def _differs(own: Any, new: Any) -> bool:
-    """Whether a part is another one; a copied leaf with the same arrays is not."""
-    if not (_is_leaf(own) and type(new) is type(own)):
-        return True
-    return any(new.get(key) is not value for key, value in own.items())
-
-
-def _clone(value: Any, made: dict[int, Any], *, leaves: bool) -> Any:
+def _clone(value: Any, clones: dict[int, Any]) -> Any:
     """New modules, lists and dicts around the same arrays; parts used twice stay one.
 
     Args:
         value: A part of a module tree.
-        made: Filled with (original, clone) by the original's id.
-        leaves: Clone modules without children too.
+        clones: Filled with (original, clone) by the original's id.
     """
-    if not _is_container(value) or (not leaves and _is_leaf(value)):
+    if not isinstance(value, nn.Module | dict | list | tuple):
         return value
-    if id(value) in made:
-        return made[id(value)][1]
+    if id(value) in clones:
+        return clones[id(value)][1]
     if isinstance(value, tuple):
-        result: Any = tuple(_clone(part, made, leaves=leaves) for part in value)
+        result: Any = tuple(_clone(part, clones) for part in value)
     else:
         result = copy.copy(value)
         for key, part in list(_entries(value)):
-            result[key] = _clone(part, made, leaves=leaves)
-    made[id(value)] = (value, result)
+            result[key] = _clone(part, clones)
+    clones[id(value)] = (value, result)
     return result
 
 
@@ -168,7 +146,7 @@ def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Loade
             f"{folder} holds an adapter of the kind {kind!r}: known are {', '.join(KINDS)}"
         )
     tensors = _read_tensors(folder)
-    tree = shared.tree(leaves=kind == "full")
+    tree = shared.tree()
     if kind != "full":
         _attach(tree, config, folder, dora=kind == "dora")
     _require_fits(tree, tensors, folder, full=kind == "full")

@@ -8,7 +8,8 @@ event to send: a branch in `_Connection`.
 import asyncio
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -57,11 +58,10 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     def refused(request: "Request", error: Any) -> "Response":
-        return JSONResponse(error.to_json(), error.status, headers=error.headers)
+        return json_response(error.to_json(), error.status, headers=error.headers)
 
     def not_there(request: "Request", error: Any) -> "Response":
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -84,6 +84,15 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     ]
     handlers: dict[Any, Any] = {ApiError: refused, HTTPException: not_there, Exception: broken}
     return Starlette(routes=routes, exception_handlers=handlers), chat
+
+
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> "Response":
+    """A reply whose body is JSON."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content, status, headers=headers)
 
 
 def check_door(request: "Request", *, key: bytes) -> None:
@@ -121,76 +130,67 @@ def check_door(request: "Request", *, key: bytes) -> None:
         )
 
 
+@dataclass
 class Addresses:
     """What is answered besides chat completions.
 
-    Args:
+    Attributes:
         loop: Knows the suite.
         chat: Knows who waits.
         check: Refuses who may not ask.
+        began: When the server did, in seconds since 1970.
     """
 
-    def __init__(
-        self, loop: ServerLoop, chat: "ChatEndpoint", check: "Callable[[Request], None]"
-    ) -> None:
-        self._loop = loop
-        self._chat = chat
-        self._check = check
-        self._began = time.time()
+    loop: ServerLoop
+    chat: "ChatEndpoint"
+    check: "Callable[[Request], None]"
+    began: float = field(default_factory=time.time)
 
     async def models(self, request: "Request") -> "Response":
         """GET /v1/models."""
-        from starlette.responses import JSONResponse
-
-        self._check(request)
-        entries = [model_entry(name, int(self._began)) for name in self._loop.models]
-        return JSONResponse({"object": "list", "data": entries})
+        self.check(request)
+        entries = [model_entry(name, int(self.began)) for name in self.loop.models]
+        return json_response({"object": "list", "data": entries})
 
     async def model(self, request: "Request") -> "Response":
         """GET /v1/models/NAME."""
-        from starlette.responses import JSONResponse
-
-        self._check(request)
-        name, known = request.path_params["name"], self._loop.models
+        self.check(request)
+        name, known = request.path_params["name"], self.loop.models
         if name not in known:
             raise unknown_model(name, known)
-        return JSONResponse(model_entry(name, int(self._began)))
+        return json_response(model_entry(name, int(self.began)))
 
     async def health(self, request: "Request") -> "Response":
         """GET /health; needs no key."""
-        from starlette.responses import JSONResponse
-
-        loop = self._loop
+        loop = self.loop
         state = {
             "status": "stopping" if loop.stopping else "ok",
             "version": __version__,
             "domains": loop.suite.domains,
             "ego": loop.suite.ego is not None,
-            "queue": {"unfinished": self._chat.unfinished, "max": loop.settings.max_queue},
-            "uptime_s": round(time.time() - self._began, 1),
+            "queue": {"unfinished": self.chat.unfinished, "max": loop.settings.max_queue},
+            "uptime_s": round(time.time() - self.began, 1),
         }
-        return JSONResponse(state, status_code=503 if loop.stopping else 200)
+        return json_response(state, 503 if loop.stopping else 200)
 
     async def metrics(self, request: "Request") -> "Response":
         """GET /metrics, for Prometheus."""
         from starlette.responses import Response
 
-        self._check(request)
-        return Response(self._loop.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        self.check(request)
+        return Response(self.loop.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def reload(self, request: "Request") -> "Response":
         """POST /admin/reload: take in new versions of adapters now."""
-        from starlette.responses import JSONResponse
-
-        self._check(request)
-        if self._loop.stopping:
+        self.check(request)
+        if self.loop.stopping:
             raise ApiError(503, STOPPING)
         try:
-            changed = await asyncio.wrap_future(self._loop.reload())
+            changed = await asyncio.wrap_future(self.loop.reload())
         except ConchError as error:
             raise ApiError(409, str(error)) from error
-        notes = list(self._loop.suite.notes)
-        return JSONResponse({"changed": changed, "domains": self._loop.models, "notes": notes})
+        notes = list(self.loop.suite.notes)
+        return json_response({"changed": changed, "domains": self.loop.models, "notes": notes})
 
 
 class ChatEndpoint:
@@ -295,45 +295,41 @@ async def read_body(request: "Request", most: int) -> bytes:
     return b"".join(parts)
 
 
+@dataclass
 class _Connection:
     """One job and the client that waits for it.
 
-    Args:
+    Attributes:
         loop: Answers.
         job: Is put into it.
         request: Of the client.
         send: To the client.
         leave: Frees the client's place in the queue.
+        done: Whether the last event has come.
+        has_text: Whether a text has come.
     """
 
-    def __init__(
-        self,
-        loop: ServerLoop,
-        job: Job,
-        request: "Request",
-        send: "Send",
-        leave: Callable[[], None],
-    ) -> None:
-        self._loop = loop
-        self._job = job
-        self._request = request
-        self._send = send
-        self._leave = leave
-        self._shapes = Shapes(job.chat.model)
-        self._deadline = job.began + loop.settings.request_timeout_s
-        self._done = False
-        self._has_text = False
-        loop.put(job)
+    loop: ServerLoop
+    job: Job
+    request: "Request"
+    send: "Send"
+    leave: Callable[[], None]
+    done: bool = False
+    has_text: bool = False
+
+    def __post_init__(self) -> None:
+        self.shapes = Shapes(self.job.chat.model)
+        self.loop.put(self.job)
 
     async def client_gone(self) -> None:
         """Wait until the client has left."""
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
     def close(self) -> None:
         """Nobody reads the rest."""
-        if not self._done:
-            self._loop.forget(self._job)
+        if not self.done:
+            self.loop.forget(self.job)
 
     async def answer(self) -> int:
         """Send the whole reply; gives its status.
@@ -343,14 +339,12 @@ class _Connection:
         """
         # Whether the request can be answered.
         await self._next()
-        if self._job.chat.stream:
+        if self.job.chat.stream:
             return await self._stream()
-        from starlette.responses import JSONResponse
-
         while not isinstance(answer := await self._next(), Answer):
             pass
-        response = JSONResponse(self._shapes.completion(answer))
-        await response(self._request.scope, self._request.receive, self._send)
+        response = json_response(self.shapes.completion(answer))
+        await response(self.request.scope, self.request.receive, self.send)
         return 200
 
     async def _next(self, wait_s: float | None = None) -> str | Answer | None:
@@ -359,37 +353,37 @@ class _Connection:
         Raises:
             ApiError: It was one, or the request took too long.
         """
-        left = self._deadline - time.perf_counter()
+        longest = self.loop.settings.request_timeout_s
+        left = self.job.began + longest - time.perf_counter()
         try:
             async with asyncio.timeout(left if wait_s is None else min(wait_s, left)):
-                event = await self._job.events.get()
+                event = await self.job.events.get()
         except TimeoutError:
-            if time.perf_counter() < self._deadline:
+            if wait_s is not None and wait_s < left:
                 return None
-            longest = self._loop.settings.request_timeout_s
             raise ApiError(
                 504, f"the request took longer than {longest:g} s: ask for fewer tokens"
             ) from None
         if isinstance(event, Answer | ApiError):
-            self._done = True
-            self._leave()
+            self.done = True
+            self.leave()
         if isinstance(event, ApiError):
             raise event
-        if event and not self._has_text:
-            self._has_text = True
-            passed = time.perf_counter() - self._job.began
-            self._loop.metrics.first_text.labels(self._job.chat.model).observe(passed)
+        if event and not self.has_text:
+            self.has_text = True
+            passed = time.perf_counter() - self.job.began
+            self.loop.metrics.first_text.labels(self.job.chat.model).observe(passed)
         return event
 
     async def _stream(self) -> int:
-        await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        include_usage = bool(self._job.chat.stream_options.include_usage)
+        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        include_usage = bool(self.job.chat.stream_options.include_usage)
         usage = {"usage": None} if include_usage else {}
-        await self._write(self._shapes.chunk({"role": "assistant", "content": ""}, **usage))
+        await self._write(self.shapes.chunk({"role": "assistant", "content": ""}, **usage))
         status, sent = 200, False
-        while not self._done:
+        while not self.done:
             try:
-                event = await self._next(self._loop.settings.keep_alive_s)
+                event = await self._next(self.loop.settings.keep_alive_s)
             except ApiError as error:
                 status = error.status
                 await self._write(sent_event(error.to_json()))
@@ -400,11 +394,11 @@ class _Connection:
             text = event if isinstance(event, str) else ("" if sent else event.text)
             if text:
                 sent = True
-                await self._write(self._shapes.chunk({"content": text}, **usage))
+                await self._write(self.shapes.chunk({"content": text}, **usage))
             if isinstance(event, Answer):
-                await self._write(self._shapes.end(event, include_usage=include_usage))
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._write(self.shapes.end(event, include_usage=include_usage))
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         return status
 
     async def _write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})

@@ -4,6 +4,7 @@ Knows jobs, turns and the engine; nothing of HTTP. Everything reaches it through
 nothing here needs a lock. Something else to do between two steps: a method put into the inbox.
 """
 
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class ServerLoop:
         self._events: list[tuple[Job, Event]] = []
         self._deadline = float("inf")
         self._marks: dict[str, Any] = {}
+        self._between_looks = settings.poll_s or math.inf
         self._next_look = 0.0
         self._problem = ""
         self._failure: BaseException | None = None
@@ -129,7 +131,7 @@ class ServerLoop:
         if self._ego is not None:
             self._ego.start()
         self._marks = self.suite.marks()
-        self._next_look = time.monotonic() + self.settings.poll_s
+        self._next_look = time.monotonic() + self._between_looks
         try:
             while not self._over():
                 self._read_inbox()
@@ -152,33 +154,26 @@ class ServerLoop:
     def _over(self) -> bool:
         if self._failure is not None:
             return True
-        if not self.stopping:
-            return False
-        return time.monotonic() >= self._deadline or not (self._jobs or self.unfinished())
+        done = not (self._jobs or self.unfinished())
+        return self.stopping and (done or time.monotonic() >= self._deadline)
 
     def _read_inbox(self) -> None:
         """Do what came in; sleeps until something does where no request is computed."""
-        if not self.suite.engine.pending:
-            try:
-                self._inbox.get(timeout=_LEAVING_S if self.stopping else self._until_look())()
-            except queue.Empty:
-                return
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
-
-    def _until_look(self) -> float:
-        if not self.settings.poll_s:
-            return _IDLE_S
-        return min(_IDLE_S, max(0.0, self._next_look - time.monotonic()))
+        wait_s = _LEAVING_S if self.stopping else min(_IDLE_S, self._next_look - time.monotonic())
+        if self.suite.engine.pending:
+            wait_s = 0
+        try:
+            while True:
+                self._inbox.get(timeout=max(wait_s, 0))()
+                wait_s = 0
+        except queue.Empty:
+            pass
 
     def _look(self) -> None:
         """Take in new versions, where it is time to look for them."""
-        if not self.settings.poll_s or time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + self.settings.poll_s
+        self._next_look = time.monotonic() + self._between_looks
         try:
             if self.suite.marks() != self._marks:
                 self._reload()

@@ -252,10 +252,10 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     except ValidationError as error:
         problems = [_problem(each) for each in error.errors(include_url=False)]
-    told = [message for _, message in problems[:MAX_PROBLEMS]]
+    messages = [message for _, message in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
-        told.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    raise ApiError(400, " ".join("; ".join(told).split()), param=problems[0][0])
+        messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
+    raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
 
 
 def _matters(name: str, value: Any) -> bool:
