@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
-from conch_dna.cortex.options import AskOptions, DrawOptions
+from conch_dna.cortex.options import MAX_BATCH, AskOptions, DrawOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
@@ -89,7 +89,7 @@ class CortexSuite:
         ego: EgoModel | EgoConfig | str | None = None,
         domains: Sequence[str] | None = None,
         pipeline: TrainingPipeline | None = None,
-        max_batch: int = 32,
+        max_batch: int = MAX_BATCH,
         trust_remote_code: bool = False,
     ) -> None:
         self.adapters_dir = Path(adapters_dir).expanduser()
@@ -157,11 +157,11 @@ class CortexSuite:
         return marks
 
     def _domain(self, name: str) -> Domain:
-        known = DOMAIN_PROMPTS.get(name)
+        prompt = DOMAIN_PROMPTS.get(name)
         return Domain(
             name=name,
             tokenizer=self.source.tokenizer,
-            system=known["system"] if known else "",
+            system=prompt["system"] if prompt else "",
             schema=DOMAIN_SCHEMAS.get(name),
             calibration=load_calibration(
                 self.adapters_dir, name, self.bank.digest_of(name), report=self.notes.append
@@ -213,12 +213,12 @@ class CortexSuite:
         """The answer to one question; see `ask_many`."""
         return self.ask_many([(domain, prompt)], **options)[0]
 
-    def ask_many(self, asked: Sequence[tuple[str, Prompt]], **options: Any) -> list[Answer]:
+    def ask_many(self, questions: Sequence[tuple[str, Prompt]], **options: Any) -> list[Answer]:
         """Answer questions of any domains together.
 
         Args:
-            asked: Domain and prompt of each: a text, or a conversation of messages with role and
-                content that waits for its answer.
+            questions: Domain and prompt of each: a text, or a conversation that waits for its
+                answer, of messages with role and content.
             **options: Of all; see `AskOptions`.
 
         Returns:
@@ -229,8 +229,8 @@ class CortexSuite:
                 option is out of its range; nothing is answered then.
             EgoUnavailableError: EGO was asked for by name and is not there.
         """
-        chosen = AskOptions(**options)
-        turns = [self.turn(domain, prompt, chosen) for domain, prompt in asked]
+        how = AskOptions(**options)
+        turns = [self.turn(domain, prompt, how) for domain, prompt in questions]
         for turn in turns:
             if turn.request is not None:
                 self.engine.check(turn.request)
@@ -396,7 +396,7 @@ class Neuron:
         return self.suite.ask(self.domain, prompt, **options)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
-        """See `CortexSuite.stream`."""
+        """Parts of an answer as they become certain; see `CortexSuite.stream`."""
         return self.suite.stream(self.domain, prompt, **options)
 
     def chat(self, **options: Any) -> "Chat":
@@ -424,12 +424,12 @@ class Chat:
         Raises:
             ConchError: See `CortexSuite.ask_many`; the conversation is as it was.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         options = replace(self.options, **changes)
-        for delta in self.neuron.stream(asked, **vars(options)):
+        for delta in self.neuron.stream(messages, **vars(options)):
             if delta.answer is not None:
-                said = {"role": "assistant", "content": delta.answer.text}
-                self.messages = [*asked, said]
+                answer = {"role": "assistant", "content": delta.answer.text}
+                self.messages = [*messages, answer]
             yield delta
 
 

@@ -21,8 +21,8 @@ MAX_BATCH = 32
 def _problems(settings: Any) -> list[str]:
     """What is out of its range, of the fields that `option` made."""
     checked = [each for each in fields(settings) if each.metadata]
-    found = (option_problem(each, getattr(settings, each.name)) for each in checked)
-    return [problem for problem in found if problem]
+    problems = (option_problem(each, getattr(settings, each.name)) for each in checked)
+    return [problem for problem in problems if problem]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,7 @@ class Turn:
     Args:
         domain: Who is asked.
         prompt: A text, or a conversation of messages with role and content.
-        options: See there.
+        options: How it is to be answered.
         has_ego: Whether there is somebody to hand over to.
 
     Attributes:
@@ -244,8 +244,8 @@ class Turn:
             self._end("the neuron's confidence is not calibrated, so its answer stands")
         elif calibration.should_fallback(confidence):
             least = calibration.threshold
-            wanted = "none is enough" if least is None else f"below {least:.3f}"
-            why = f"the neuron's confidence is {confidence:.3f}, {wanted}"
+            enough = "none is enough" if least is None else f"below {least:.3f}"
+            why = f"the neuron's confidence is {confidence:.3f}, {enough}"
             self._end(why, hand_over=True)
         else:
             self._end(

@@ -40,8 +40,8 @@ _KINDS = {
 _WORDS = {
     "minItems": "{place} needs at least {bound} items, and has {count}",
     "maxItems": "{place} may have at most {bound} items, and has {count}",
-    "minimum": "{place} must be at least {bound}, and is {given}",
-    "maximum": "{place} must be at most {bound}, and is {given}",
+    "minimum": "{place} must be at least {bound}, and is {value}",
+    "maximum": "{place} must be at most {bound}, and is {value}",
     "uniqueItems": "{place} holds the same item more than once",
 }
 
@@ -126,12 +126,10 @@ class Parsed:
         value: The object; None where there is none, or more than one. With problems it is as the
             model wrote it, and not valid.
         problems: What is wrong, each in words; empty for a valid answer.
-        raw: The whole text.
     """
 
     value: dict[str, Any] | None
     problems: list[str]
-    raw: str
 
     @property
     def valid(self) -> bool:
@@ -163,7 +161,7 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> Parsed:
     value, problems = _read(text)
     if value is not None and not problems:
         problems = _schema_problems(value, validator)
-    return Parsed(value, problems, text)
+    return Parsed(value, problems)
 
 
 def repair_messages(
@@ -376,26 +374,25 @@ def _schema_problems(value: dict[str, Any], validator: Any) -> list[str]:
 def _in_words(error: "ValidationError") -> str:
     """One problem as a person would say it."""
     path = list(error.absolute_path)
-    place, given, bound = _place(path), error.instance, error.validator_value
+    place, value, bound = _place(path), error.instance, error.validator_value
     keyword = error.validator
     if keyword == "required":
         # There is one error for each missing key; all of them get these words, which stand once.
-        return f"{place} lacks {_quoted(key for key in bound if key not in given)}"
+        return f"{place} lacks {_quoted(key for key in bound if key not in value)}"
     if keyword == "additionalProperties" and bound is False:
-        extra = [key for key in given if key not in error.schema.get("properties", {})]
+        extra = [key for key in value if key not in error.schema.get("properties", {})]
         return f"{place} must not have {_quoted(extra)}"
     if keyword == "type":
-        kinds = [bound] if isinstance(bound, str) else bound
-        wanted = " or ".join(_KINDS[kind] for kind in kinds)
-        return f"{place} must be {wanted}, and is {_kind(given)}"
+        names = [bound] if isinstance(bound, str) else bound
+        kinds = " or ".join(_KINDS[name] for name in names)
+        return f"{place} must be {kinds}, and is {_kind(value)}"
     if keyword == "enum":
-        wanted = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in bound)
-        return f"{place} must be one of {wanted}, and is {json.dumps(given, ensure_ascii=False)}"
-    if keyword == "pattern" and isinstance(given, str) and not given.strip():
+        return f"{place} must be one of {_quoted(bound)}, and is {_quoted([value])}"
+    if keyword == "pattern" and isinstance(value, str) and not value.strip():
         return f"{place} is blank"
     if keyword in _WORDS:
-        count = len(given) if isinstance(given, list) else 0
-        return _WORDS[keyword].format(place=place, bound=bound, given=given, count=count)
+        count = len(value) if isinstance(value, list) else 0
+        return _WORDS[keyword].format(place=place, bound=bound, value=value, count=count)
     return f"{place}: {error.message}"
 
 
@@ -410,8 +407,8 @@ def _place(path: Sequence[str | int]) -> str:
     return words or "the object"
 
 
-def _quoted(keys: Iterable[str]) -> str:
-    return ", ".join(json.dumps(key, ensure_ascii=False) for key in keys)
+def _quoted(values: Iterable[Any]) -> str:
+    return ", ".join(json.dumps(value, ensure_ascii=False) for value in values)
 
 
 def _kind(value: Any) -> str:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import openai
@@ -25,7 +26,7 @@ import pytest
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.options import AskOptions, ServerSettings
-from conch_dna.cortex.server.serving import CortexServer
+from conch_dna.cortex.server.serving import CortexServer, serve
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.generations.data import init_line
@@ -39,7 +40,7 @@ STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 OPENINGS = {"owls": "The owl", "boxes": "First, get", "cars": "The toy"}
 SAYS = {"owls": TEXTS["thinking"], "boxes": TEXTS["task"], "cars": TEXTS["debug"]}
 TALE = "Once upon a time there was a"
-LONG = 300
+LONG = 150
 
 
 @pytest.fixture(scope="module")
@@ -619,6 +620,30 @@ def test_a_fault_ends_the_server_and_is_raised(adapters):
         ask(client, "owls", "The owl")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_those_under_way_finish(adapters, whole_tale, number):
+    texts: list[str] = []
+    clients: list[threading.Thread] = []
+
+    def read(url: str) -> None:
+        with client_of(SimpleNamespace(url=url)) as client:
+            for part in tale(client):
+                if not texts:
+                    os.kill(os.getpid(), number)
+                texts.append(part)
+
+    def report(line: str) -> None:
+        clients.append(threading.Thread(target=read, args=(line.split()[-1],)))
+        clients[0].start()
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with create_cortex_suite(adapters, domains=["tales"]) as suite:
+        serve(suite, ServerSettings(port=0), report=report)
+    clients[0].join()
+    assert "".join(texts) == whole_tale
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
@@ -641,8 +666,7 @@ def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
     try:
         said = process.stderr.readline()
         assert said.startswith("tales answer at http://127.0.0.1:")
-        address = type("Address", (), {"url": said.split()[-1]})()
-        with client_of(address) as client:
+        with client_of(SimpleNamespace(url=said.split()[-1])) as client:
             parts = tale(client)
             first = next(parts)
             process.send_signal(number)

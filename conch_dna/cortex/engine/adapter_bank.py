@@ -58,7 +58,7 @@ class AdapterBank:
 
         Args:
             name: Not taken yet.
-            folder: See `read_adapter`.
+            folder: Holds adapter_config.json and adapters.safetensors.
 
         Raises:
             ConchError: The name is taken, or the folder's adapter does not belong to the base.
@@ -74,7 +74,7 @@ class AdapterBank:
         If it is the active one, the new version is active afterwards.
 
         Raises:
-            ConchError: There is no such adapter, or see `add`.
+            ConchError: There is no such adapter, or the folder's does not belong to the base.
         """
         self.get(name)
         new = read_adapter(Path(folder), self.base, self.shared)

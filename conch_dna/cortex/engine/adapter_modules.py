@@ -110,16 +110,12 @@ class LoadedAdapter:
     """An adapter that fits a base model.
 
     Attributes:
-        folder: Where it was read.
-        kind: One of KINDS.
         digest: Content address of its configuration and tensors.
         tree: The base with this adapter, as a module tree of its own over the base's arrays.
         swaps: What to exchange in the live tree for it.
         nbytes: Memory of its tensors.
     """
 
-    folder: Path
-    kind: str
     digest: str
     tree: nn.Module
     swaps: tuple[Swap, ...]
@@ -154,8 +150,6 @@ def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Loade
     # Or dropout would be at work in every answer.
     tree.eval()
     return LoadedAdapter(
-        folder=folder,
-        kind=kind,
         digest=adapter_digest(folder),
         tree=tree,
         swaps=shared.swaps(tree),
@@ -227,15 +221,15 @@ def _require_fits(
     tree: nn.Module, tensors: dict[str, mx.array], folder: Path, *, full: bool
 ) -> None:
     """Refuse tensors that are unknown, of another shape or, for LoRA and DoRA, missing."""
-    wanted = named_arrays(tree.parameters()) if full else adapter_tensors(tree)
-    problems = [f"{name} is no part of it" for name in sorted(set(tensors) - set(wanted))]
-    for name in sorted(wanted):
+    expected = named_arrays(tree.parameters()) if full else adapter_tensors(tree)
+    problems = [f"{name} is no part of it" for name in sorted(set(tensors) - set(expected))]
+    for name in sorted(expected):
         if name not in tensors:
             # mlx_lm trains all weights of some layers only, and keeps only those.
             problems += [] if full else [f"{name} is missing"]
-        elif tensors[name].shape != wanted[name].shape:
-            problems.append(f"{name} is {tensors[name].shape}, not {wanted[name].shape}")
-    if not full and not wanted:
+        elif tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tensors[name].shape}, not {expected[name].shape}")
+    if not full and not expected:
         problems.append("its configuration names no layer of the model")
     if problems:
         raise ConchError(

@@ -97,14 +97,14 @@ def interrupt_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
-    asked: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
+    interrupts: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if asked:
-            previous(*asked[0])
+        if interrupts:
+            previous(*interrupts[0])
 
 
 @dataclass(eq=False)
@@ -199,7 +199,7 @@ class AnswerEngine:
             Its number, which its pieces carry.
 
         Raises:
-            ConchError: See `check`; nothing is queued then.
+            ConchError: The model cannot answer it, see `check`; nothing is queued then.
         """
         room = self.check(request)
         lane = self._lane(request.domain)
@@ -347,9 +347,9 @@ class AnswerEngine:
         if not responses:
             return []
         # One transfer for the whole batch.
-        said = mx.stack([response.logprobs[response.token] for response in responses])
+        log_probs = mx.stack([response.logprobs[response.token] for response in responses])
         pieces = []
-        for response, log_prob in zip(responses, np.asarray(said), strict=True):
+        for response, log_prob in zip(responses, np.asarray(log_probs), strict=True):
             uid = lane.uids[response.uid]
             pieces.append(Piece(uid, int(response.token), float(log_prob), response.finish_reason))
             if response.finish_reason is not None:

@@ -52,16 +52,16 @@ class PrefixCaches:
         if not prefix:
             return _computed(tree, prefix)
         key = (owner, tuple(prefix))
-        found = self._kept.get(key)
-        if found is None or found[0] is not tree:
+        entry = self._kept.get(key)
+        if entry is None or entry[0] is not tree:
             cache = _computed(tree, prefix)
-            found = (tree, cache, sum(entry.nbytes for entry in cache))
+            entry = (tree, cache, sum(part.nbytes for part in cache))
             self.computed += 1
-            self._kept[key] = found
+            self._kept[key] = entry
         self._kept.move_to_end(key)
         while self._kept and self.nbytes > self.max_bytes:
             self._kept.popitem(last=False)
-        return copy.deepcopy(found[1])
+        return copy.deepcopy(entry[1])
 
     def forget(self, owner: str | None) -> None:
         """Drop all that was kept for an owner."""

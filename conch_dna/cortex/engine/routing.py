@@ -240,10 +240,10 @@ def _row_layers(trees: Sequence[nn.Module], rows: Rows) -> list[tuple[str, nn.Mo
         first, second, scale = _stacked(layers)
         one = next(layer for layer in layers if layer is not None)
         if isinstance(one, LoRALinear):
-            made: nn.Module = RowLoRALinear(one.linear, first, second, scale, rows)
+            layer: nn.Module = RowLoRALinear(one.linear, first, second, scale, rows)
         else:
-            made = RowLoRAEmbedding(one.embedding, first, second, scale, rows)
-        result.append((name, made))
+            layer = RowLoRAEmbedding(one.embedding, first, second, scale, rows)
+        result.append((name, layer))
     return result
 
 
@@ -257,12 +257,10 @@ def _stacked(layers: Sequence[Any]) -> tuple[mx.array, mx.array, mx.array]:
     like = present[0]
     first, second = [], []
     for layer in layers:
-        if layer is None:
-            first.append(mx.zeros((like.lora_a.shape[0], rank), like.lora_a.dtype))
-            second.append(mx.zeros((rank, like.lora_b.shape[1]), like.lora_b.dtype))
-        else:
-            missing = rank - layer.lora_a.shape[1]
-            first.append(mx.pad(layer.lora_a, [(0, 0), (0, missing)]))
-            second.append(mx.pad(layer.lora_b, [(0, missing), (0, 0)]))
+        lora_a = like.lora_a[:, :0] if layer is None else layer.lora_a
+        lora_b = like.lora_b[:0] if layer is None else layer.lora_b
+        missing = rank - lora_a.shape[1]
+        first.append(mx.pad(lora_a, [(0, 0), (0, missing)]))
+        second.append(mx.pad(lora_b, [(0, missing), (0, 0)]))
     scale = mx.array([0.0 if layer is None else float(layer.scale) for layer in layers])
     return mx.stack(first), mx.stack(second), scale

@@ -305,31 +305,25 @@ class Shapes:
 
     def completion(self, answer: Answer) -> dict[str, Any]:
         """The whole answer at once."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": answer.finish_reason,
-        }
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [choice],
+            "choices": [_choice(answer.finish_reason, message=message)],
             "usage": _usage(answer),
             "conch": _conch(answer),
         }
 
     def chunk(self, delta: Mapping[str, str], **more: Any) -> bytes:
         """A part of a streamed answer, as the event that is sent."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._event(choices=[choice], **more)
+        return self._event(choices=[_choice(None, delta=delta)], **more)
 
     def end(self, answer: Answer, *, include_usage: bool) -> bytes:
         """The last events of a streamed answer, whose text was sent before."""
-        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": answer.finish_reason}
+        choices, conch = [_choice(answer.finish_reason, delta={})], _conch(answer)
         if not include_usage:
-            return self._event(choices=[choice], conch=_conch(answer)) + DONE
-        last = self._event(choices=[choice], conch=_conch(answer), usage=None)
+            return self._event(choices=choices, conch=conch) + DONE
+        last = self._event(choices=choices, conch=conch, usage=None)
         return last + self._event(choices=[], usage=_usage(answer)) + DONE
 
     def _event(self, **more: Any) -> bytes:
@@ -344,6 +338,10 @@ def sent_event(value: Any) -> bytes:
 def model_entry(name: str, created: int) -> dict[str, Any]:
     """What /v1/models says of one of them."""
     return {"id": name, "object": "model", "created": created, "owned_by": "conch_dna"}
+
+
+def _choice(finish_reason: str | None, **text: Mapping[str, Any]) -> dict[str, Any]:
+    return {"index": 0, **text, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _conch(answer: Answer) -> dict[str, Any]:

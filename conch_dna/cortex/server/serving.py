@@ -6,10 +6,12 @@ loop.py. More to listen to than one socket: `CortexServer.__init__`.
 
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import click
 
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
@@ -21,8 +23,7 @@ from conch_dna.errors import ConchError, one_line
 _CLOSING_S = 2
 
 
-def _to_standard_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+_to_standard_error = partial(click.echo, err=True)
 
 
 class CortexServer:
@@ -118,15 +119,23 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one does not wait for requests under way.
 
-    Called in the main thread. See `CortexServer`.
+    Called in the main thread.
+
+    Args:
+        suite: Neurons, EGO and what remembers; closed by whoever made it.
+        settings: `ServerSettings()` by default.
+        report: Gets a line for what the one who runs it should know; standard error by default.
+
+    Raises:
+        ConchError: What a `CortexServer` cannot be made of.
     """
     server = CortexServer(suite, settings, report=report)
-    asked = 0
+    signals = 0
 
     def leave(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked += 1
-        server.stop(None if asked == 1 else 0)
+        nonlocal signals
+        signals += 1
+        server.stop(None if signals == 1 else 0)
 
     before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
