@@ -5,14 +5,14 @@ turn.py. To give neurons another ability: a method of `Neuron`, made of turns.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
-from conch_dna.cortex.options import MAX_BATCH, AskOptions, DrawOptions
+from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
@@ -68,7 +68,6 @@ class CortexSuite:
             nobody where None. It is loaded when it is first needed.
         domains: Which; all that have an adapter where None.
         pipeline: Remembers what was handed over; nothing is remembered where None.
-        max_batch: Most requests that are computed at once.
         trust_remote_code: Let Python code that comes with the student run.
 
     Attributes:
@@ -89,7 +88,6 @@ class CortexSuite:
         ego: EgoModel | EgoConfig | str | None = None,
         domains: Sequence[str] | None = None,
         pipeline: TrainingPipeline | None = None,
-        max_batch: int = MAX_BATCH,
         trust_remote_code: bool = False,
     ) -> None:
         self.adapters_dir = Path(adapters_dir).expanduser()
@@ -109,7 +107,7 @@ class CortexSuite:
         self.source = ModelSource(student, trust_remote_code=trust_remote_code)
         self.base = self.source.load()
         self.bank = AdapterBank(self.base)
-        self.engine = AnswerEngine(self.bank, max_batch=max_batch)
+        self.engine = AnswerEngine(self.bank)
         self._taken: dict[str, Mark] = {}
         self._domains: dict[str, Domain] = {}
         self.reload()
@@ -357,11 +355,8 @@ class CortexSuite:
             {
                 "domain": name,
                 "adapter": str(self.folder(name)),
-                "digest": self.bank.digest_of(name),
-                "bytes": self.bank.bytes_of(name),
                 "structured": domain.schema is not None,
                 "calibrated": domain.calibration is not None,
-                "threshold": domain.calibration.threshold if domain.calibration else None,
             }
             for name, domain in self._domains.items()
         ]
@@ -380,16 +375,17 @@ class CortexSuite:
         self.close()
 
 
+@dataclass(frozen=True, eq=False)
 class Neuron:
-    """One domain of a suite; see `CortexSuite`.
+    """One domain of a suite.
 
     Attributes:
+        suite: Answers.
         domain: Its name.
     """
 
-    def __init__(self, suite: CortexSuite, domain: str) -> None:
-        self.suite = suite
-        self.domain = domain
+    suite: CortexSuite
+    domain: str
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
         """The answer to a question; see `CortexSuite.ask_many`."""
@@ -404,6 +400,7 @@ class Neuron:
         return Chat(self, AskOptions(**options))
 
 
+@dataclass(eq=False)
 class Chat:
     """A conversation with a neuron.
 
@@ -413,10 +410,9 @@ class Chat:
         messages: What was said so far, without a system prompt.
     """
 
-    def __init__(self, neuron: Neuron, options: AskOptions) -> None:
-        self.neuron = neuron
-        self.options = options
-        self.messages: list[dict[str, str]] = []
+    neuron: Neuron
+    options: AskOptions
+    messages: list[dict[str, str]] = field(default_factory=list)
 
     def say(self, text: str, **changes: Any) -> Iterator[Delta]:
         """Ask the next question; what is said is part of the conversation when it is whole.

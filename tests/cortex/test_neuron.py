@@ -249,7 +249,7 @@ def test_another_active_version_is_taken_in(adapters, tmp_path):
 def test_the_base_is_loaded_once_and_adapters_share_it(alone):
     assert alone.bank.base is alone.base
     assert {row["domain"] for row in alone.status()} == {"owls", "task", "thinking"}
-    assert all(0 < row["bytes"] < alone.bank.base_bytes for row in alone.status())
+    assert all(0 < alone.bank.bytes_of(name) < alone.bank.base_bytes for name in alone)
     assert [row["structured"] for row in alone.status() if row["domain"] == "owls"] == [False]
 
 

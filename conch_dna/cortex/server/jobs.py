@@ -34,6 +34,7 @@ class Job:
         turn: A neuron's question; None where EGO was asked for, or before it is taken on.
         uid: Its number in the engine, while it is there.
         gone: Whether nobody waits for it any more.
+        connections: The event loop in which the connection waits.
     """
 
     def __init__(self, chat: ChatRequest) -> None:
