@@ -144,7 +144,7 @@ def test_a_routed_model_stays_as_it_is_when_the_bank_changes(tmp_path):
     before = np.array(routed(IDS, cache=cache))
     bank.activate("a1")
     bank.replace("a0", tmp_path / "a2")
-    bank.remove("a1")
+    bank.replace("a1", tmp_path / "a2")
     np.testing.assert_array_equal(np.array(routed(IDS, cache=cache)), before)
 
 

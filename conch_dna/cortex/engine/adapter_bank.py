@@ -29,7 +29,7 @@ class AdapterBank:
         vocabulary_size: Of the base: real tokens, without padding rows of its head.
         shared: The base's modules without an adapter, and new trees over its arrays.
         active: Which adapter the base's module tree carries now; None for the base as it was.
-        version: Grows whenever an adapter comes, goes or is replaced.
+        version: Grows whenever an adapter comes or is replaced.
 
     Raises:
         ConchError: The base already carries an adapter.
@@ -54,7 +54,7 @@ class AdapterBank:
         return list(self._adapters)
 
     def add(self, name: str, folder: Path) -> None:
-        """Read an adapter; it stays until `remove`.
+        """Read an adapter, under a name of its own.
 
         Args:
             name: Not taken yet.
@@ -64,7 +64,7 @@ class AdapterBank:
             ConchError: The name is taken, or the folder's adapter does not belong to the base.
         """
         if name in self._adapters:
-            raise ConchError(f"there is an adapter {name!r} already: replace it, or remove it")
+            raise ConchError(f"there is an adapter {name!r} already: replace it")
         self._adapters[name] = read_adapter(Path(folder), self.base, self.shared)
         self.version += 1
 
@@ -83,18 +83,6 @@ class AdapterBank:
         self._adapters[name] = new
         self.version += 1
         self.activate(active)
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter; if it is the active one, the base is as it was.
-
-        Raises:
-            ConchError: There is no such adapter.
-        """
-        self.get(name)
-        if self.active == name:
-            self.activate(None)
-        del self._adapters[name]
-        self.version += 1
 
     def get(self, name: str) -> LoadedAdapter:
         """The adapter of that name.
@@ -126,7 +114,7 @@ class AdapterBank:
     def tree(self, name: str | None) -> nn.Module:
         """The model with an adapter as a module tree of its own, whatever is active.
 
-        It shares the arrays, and goes on being that version after `replace` or `remove`.
+        It shares the arrays, and goes on being that version after `replace`.
 
         Raises:
             ConchError: There is no such adapter.

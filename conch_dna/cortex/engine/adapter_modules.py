@@ -18,7 +18,7 @@ import numpy as np
 
 from conch_dna.checkpoints import DIGESTS, verify_folder
 from conch_dna.digests import content_digest, file_digest
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
 
@@ -191,9 +191,7 @@ def _read_tensors(folder: Path) -> dict[str, mx.array]:
         # Arrays are read when they are needed, and by then the folder may be another.
         mx.eval(loaded)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConchError(
-            f"cannot read {folder / ADAPTER_FILE}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConchError(f"cannot read {folder / ADAPTER_FILE}: {one_line(error)}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise ConchError(f"{folder / ADAPTER_FILE} holds no tensors: make the adapter again")
     return loaded
@@ -210,7 +208,7 @@ def _attach(tree: nn.Module, config: dict[str, Any], folder: Path, *, dora: bool
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConchError(
             f"cannot build the adapter that {folder / ADAPTER_CONFIG} describes: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
         # What it draws is replaced at once; nobody's sampling must depend on it.

@@ -310,12 +310,6 @@ class AnswerEngine:
             lane.generator.close()
         self._lanes = []
 
-    def __enter__(self) -> "AnswerEngine":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _lane(self, domain: str | None) -> _Lane:
         """The generator that takes a domain's new requests."""
         from mlx_lm.generate import BatchGenerator

@@ -38,9 +38,6 @@ class PrefixCaches:
         """Memory of what is kept."""
         return sum(size for _, _, size in self._kept.values())
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def get(self, owner: str | None, tree: nn.Module, prefix: Sequence[int]) -> list[Any]:
         """A prompt cache of the beginning that the caller may change.
 

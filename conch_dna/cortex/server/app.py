@@ -25,7 +25,7 @@ from conch_dna.cortex.server.openai_api import (
     Shapes,
     model_entry,
     parse_chat,
-    sent_event,
+    server_sent_event,
     unknown_model,
 )
 from conch_dna.cortex.turn import Answer
@@ -386,7 +386,7 @@ class _Connection:
                 event = await self._next(self.loop.settings.keep_alive_s)
             except ApiError as error:
                 status = error.status
-                await self._write(sent_event(error.to_json()))
+                await self._write(server_sent_event(error.to_json()))
                 break
             if event is None:
                 await self._write(COMMENT)

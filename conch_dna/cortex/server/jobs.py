@@ -8,7 +8,6 @@ EGO is to do for clients: a branch in `EgoThread._answer`.
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from conch_dna.cortex.neuron import CortexSuite
@@ -80,7 +79,7 @@ class EgoThread:
         self._suite = suite
         self._finish = finish
         self._failed = failed
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
         self._change = threading.Condition()
         self._ending = False
         # A daemon, since a model that is in the middle of an answer cannot be stopped.
@@ -124,12 +123,10 @@ class EgoThread:
         """
         with self._change:
             while not self._ending:
-                while self._waiting and self._waiting[0].gone:
-                    self._waiting.popleft()
+                self._waiting = [job for job in self._waiting if not job.gone]
                 if self._waiting:
                     jobs = self._alike(self._waiting[0])
-                    for job in jobs:
-                        self._waiting.remove(job)
+                    self._waiting = [job for job in self._waiting if job not in jobs]
                     return jobs
                 self._change.wait()
         return []
@@ -139,11 +136,8 @@ class EgoThread:
         if first.turn is None or first.turn.options.temperature > 0:
             return [first]
         assert self._suite.ego is not None
-        alike = [
-            job
-            for job in self._waiting
-            if not job.gone and job.turn is not None and job.turn.drawn == first.turn.drawn
-        ]
+        drawn = first.turn.drawn
+        alike = [job for job in self._waiting if job.turn is not None and job.turn.drawn == drawn]
         return alike[: self._suite.ego.config.batch_size]
 
     def _answer(self, jobs: list[Job]) -> None:

@@ -327,10 +327,10 @@ class Shapes:
         return last + self._event(choices=[], usage=_usage(answer)) + DONE
 
     def _event(self, **more: Any) -> bytes:
-        return sent_event({**self._head, "object": "chat.completion.chunk", **more})
+        return server_sent_event({**self._head, "object": "chat.completion.chunk", **more})
 
 
-def sent_event(value: Any) -> bytes:
+def server_sent_event(value: Any) -> bytes:
     """A server-sent event with a JSON value."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
