@@ -53,7 +53,14 @@ def write_adapter(
 
 
 def train_adapter(
-    folder: Path, model_id: str, text: str, *, steps: int = 30, **settings: Any
+    folder: Path,
+    model_id: str,
+    text: str,
+    *,
+    prompt: str = "",
+    steps: int = 30,
+    learning_rate: float = 1e-3,
+    **settings: Any,
 ) -> Path:
     """Train an adapter to say one text and stop.
 
@@ -61,19 +68,23 @@ def train_adapter(
         folder: Where to.
         model_id: Its base.
         text: What to say.
+        prompt: What goes before it, and is not learnt.
         steps: Of Adam.
+        learning_rate: Of Adam; full weights take half of it.
         **settings: Of `KDConfig`.
     """
     student = ModelSource(model_id).load()
     config = make_trainable(student, KDConfig(**settings))
     tokenizer = student.tokenizer
-    ids = mx.array([[*tokenizer.encode(text), min(tokenizer.eos_token_ids)]])
+    ids = mx.array([[*tokenizer.encode(prompt + text), min(tokenizer.eos_token_ids)]])
+    start = len(tokenizer.encode(prompt)) - 1 if prompt else 0
 
     def loss(model: nn.Module) -> mx.array:
-        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+        logits = model(ids[:, :-1])[:, start:]
+        return nn.losses.cross_entropy(logits, ids[:, start + 1 :], reduction="mean")
 
     student.model.train()
-    optimizer = optim.Adam(5e-4 if settings.get("full") else 1e-3)
+    optimizer = optim.Adam(learning_rate / 2 if settings.get("full") else learning_rate)
     step = nn.value_and_grad(student.model, loss)
     for _ in range(steps):
         _, gradients = step(student.model)

@@ -1,4 +1,4 @@
-"""A domain distilled in seconds from the embedded pair, and an API that answers what it is told."""
+"""A domain distilled in seconds, an API that answers what it is told, a server in a thread."""
 
 import json
 import threading
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.cortex.calibration.confidence import Calibration
+from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.cortex.options import ServerSettings
+from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
@@ -118,3 +121,40 @@ def answering(said: Callable[[list[dict[str, str]]], str]) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def running_server(
+    make_suite: Callable[[], CortexSuite],
+    settings: ServerSettings = ServerSettings(port=0),  # noqa: B008
+    *,
+    report: Callable[[str], None] = lambda line: None,
+) -> Iterator[CortexServer]:
+    """A server in a thread of its own, which makes the suite, owns it and closes it."""
+    started = threading.Event()
+    made: list[CortexServer] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with make_suite() as suite:
+                made.append(CortexServer(suite, settings, report=report))
+                started.set()
+                made[0].run()
+        except BaseException as error:  # noqa: BLE001  (raised where the server was asked for)
+            failed.append(error)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=work, name="neurons")
+    thread.start()
+    started.wait()
+    try:
+        if made:
+            yield made[0]
+    finally:
+        if made:
+            made[0].stop()
+        thread.join()
+        if failed:
+            raise failed[0]

@@ -163,7 +163,8 @@ def test_the_command_line_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     ).stdout.split()
     assert "conch_dna" in loaded
-    assert not HEAVY & set(loaded)
+    # The server reads its requests with pydantic; no command needs that to start.
+    assert not (HEAVY | {"pydantic"}) & set(loaded)
 
 
 @pytest.mark.parametrize(

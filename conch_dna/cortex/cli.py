@@ -172,8 +172,8 @@ def serve(
         "keep_alive_s": keep_alive_s,
     }
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.cortex.options import ServerSettings
     from conch_dna.cortex.server.serving import serve as run
-    from conch_dna.cortex.server.settings import ServerSettings
 
     named: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     settings = ServerSettings(**named)

@@ -4,16 +4,15 @@ Knows folders of adapters, the engine that answers, and EGO; how a question beco
 turn.py. To give neurons another ability: a method of `Neuron`, made of turns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine
-from conch_dna.cortex.engine.interrupts import interrupt_held_back
-from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
+from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
@@ -24,13 +23,26 @@ from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.schemas import DOMAIN_SCHEMAS
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 EGO = "ego"
 
 # Time of change and size of a file; None where there is none.
-_Stamp = tuple[int, int] | None
-_Mark = tuple[Path, _Stamp]
+Stamp = tuple[int, int] | None
+
+
+class Mark(NamedTuple):
+    """What lies on disk of a domain, at a glance.
+
+    Attributes:
+        folder: Of its active adapter.
+        adapter: Of the adapter's tensors; distilled anew, it has the same folder.
+        calibration: Of its calibration.
+    """
+
+    folder: Path
+    adapter: Stamp
+    calibration: Stamp
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,6 @@ class CortexSuite:
             nobody where None. It is loaded when it is first needed.
         domains: Which; all that have an adapter where None.
         pipeline: Remembers what was handed over; nothing is remembered where None.
-        max_batch: Most requests that are computed at once.
         trust_remote_code: Let Python code that comes with the student run.
 
     Attributes:
@@ -77,7 +88,6 @@ class CortexSuite:
         ego: EgoModel | EgoConfig | str | None = None,
         domains: Sequence[str] | None = None,
         pipeline: TrainingPipeline | None = None,
-        max_batch: int = 32,
         trust_remote_code: bool = False,
     ) -> None:
         self.adapters_dir = Path(adapters_dir).expanduser()
@@ -87,26 +97,20 @@ class CortexSuite:
         self.pipeline = pipeline
         self.notes: list[str] = []
         self._wanted = list(domains) if domains is not None else None
-        found = self._found()
-        if not found:
+        marks = self.marks()
+        if not marks:
             raise ConchError(
                 f"{self.adapters_dir} holds no adapter: make one with 'conch-dna distill --domain "
                 "thinking', or name another folder of adapters"
             )
-        student = student or student_of(next(iter(found.values())))
+        student = student or student_of(next(iter(marks.values())).folder)
         self.source = ModelSource(student, trust_remote_code=trust_remote_code)
         self.base = self.source.load()
         self.bank = AdapterBank(self.base)
-        self.engine = AnswerEngine(self.bank, max_batch=max_batch)
-        self._folders: dict[str, Path] = {}
-        self._taken: dict[str, _Mark] = {}
+        self.engine = AnswerEngine(self.bank)
+        self._taken: dict[str, Mark] = {}
         self._domains: dict[str, Domain] = {}
         self.reload()
-
-    def _found(self) -> dict[str, Path]:
-        """Where the active adapter of each domain lies."""
-        names = known_domains(self.adapters_dir) if self._wanted is None else self._wanted
-        return {name: active_adapter(self.adapters_dir, name) for name in names}
 
     def reload(self) -> list[str]:
         """Take in adapters that are new or have another active version, and calibrations.
@@ -120,47 +124,42 @@ class CortexSuite:
             ConchError: One is not whole, or belongs to another student; the others are taken in.
         """
         changed, problems = [], []
-        for name, folder in self._found().items():
-            # Distilled anew, it has the same folder.
-            mark = (folder, _stamp(folder / ADAPTER_FILE))
-            if self._taken.get(name) == mark:
-                continue
-            try:
-                (self.bank.replace if name in self._folders else self.bank.add)(name, folder)
-            except ConchError as error:
-                problems.append(str(error))
-                continue
-            self.engine.forget_prefixes(name)
-            self._folders[name] = folder
-            self._taken[name] = mark
-            changed.append(name)
+        for name, mark in self.marks().items():
+            taken = self._taken.get(name)
+            if taken is None or taken[:2] != mark[:2]:
+                try:
+                    (self.bank.replace if taken else self.bank.add)(name, mark.folder)
+                except ConchError as error:
+                    problems.append(str(error))
+                    continue
+                self.engine.prefixes.forget(name)
+                self._taken[name] = mark
+                changed.append(name)
         self.notes = []
-        self._domains = {name: self._domain(name) for name in self._folders}
+        self._domains = {name: self._domain(name) for name in self._taken}
         if problems:
             raise ConchError("; ".join(problems))
         return changed
 
-    def marks(self) -> dict[str, Any]:
-        """What lies on disk, at a glance: `reload` finds something where it is another than then.
+    def marks(self) -> dict[str, Mark]:
+        """What lies on disk of each domain: `reload` finds something where it is another than then.
 
         Raises:
             ConchError: A domain that was named has no adapter any more.
         """
-        return {
-            name: (
-                folder,
-                _stamp(folder / ADAPTER_FILE),
-                _stamp(self.adapters_dir / name / CALIBRATION_FILE),
-            )
-            for name, folder in self._found().items()
-        }
+        marks = {}
+        for name in known_domains(self.adapters_dir) if self._wanted is None else self._wanted:
+            folder = active_adapter(self.adapters_dir, name)
+            calibration = self.adapters_dir / name / CALIBRATION_FILE
+            marks[name] = Mark(folder, _stamp(folder / ADAPTER_FILE), _stamp(calibration))
+        return marks
 
     def _domain(self, name: str) -> Domain:
-        known = DOMAIN_PROMPTS.get(name)
+        prompt = DOMAIN_PROMPTS.get(name)
         return Domain(
-            name,
-            self.source.tokenizer,
-            system=known["system"] if known else "",
+            name=name,
+            tokenizer=self.source.tokenizer,
+            system=prompt["system"] if prompt else "",
             schema=DOMAIN_SCHEMAS.get(name),
             calibration=load_calibration(
                 self.adapters_dir, name, self.bank.digest_of(name), report=self.notes.append
@@ -180,7 +179,7 @@ class CortexSuite:
     def folder(self, domain: str) -> Path:
         """Where a domain's active adapter lies."""
         self.domain(domain)
-        return self._folders[domain]
+        return self._taken[domain].folder
 
     def domain(self, name: str) -> Domain:
         """What a neuron knows.
@@ -202,12 +201,6 @@ class CortexSuite:
     def __iter__(self) -> Iterator[str]:
         return iter(self.domains)
 
-    def __len__(self) -> int:
-        return len(self._domains)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._domains
-
     # Questions
 
     def turn(self, domain: str, prompt: Prompt, options: AskOptions) -> Turn:
@@ -218,12 +211,12 @@ class CortexSuite:
         """The answer to one question; see `ask_many`."""
         return self.ask_many([(domain, prompt)], **options)[0]
 
-    def ask_many(self, asked: Sequence[tuple[str, Prompt]], **options: Any) -> list[Answer]:
+    def ask_many(self, questions: Sequence[tuple[str, Prompt]], **options: Any) -> list[Answer]:
         """Answer questions of any domains together.
 
         Args:
-            asked: Domain and prompt of each: a text, or a conversation of messages with role and
-                content that waits for its answer.
+            questions: Domain and prompt of each: a text, or a conversation that waits for its
+                answer, of messages with role and content.
             **options: Of all; see `AskOptions`.
 
         Returns:
@@ -234,8 +227,8 @@ class CortexSuite:
                 option is out of its range; nothing is answered then.
             EgoUnavailableError: EGO was asked for by name and is not there.
         """
-        chosen = AskOptions(**options)
-        turns = [self.turn(domain, prompt, chosen) for domain, prompt in asked]
+        how = AskOptions(**options)
+        turns = [self.turn(domain, prompt, how) for domain, prompt in questions]
         for turn in turns:
             if turn.request is not None:
                 self.engine.check(turn.request)
@@ -270,10 +263,7 @@ class CortexSuite:
             for turn in turns:
                 self._submit(turn, under_way)
             while under_way:
-                # Broken off in a step, the engine could not be used again.
-                with interrupt_held_back():
-                    pieces = self.engine.step()
-                for piece in pieces:
+                for piece in self.engine.step():
                     turn = under_way[piece.uid]
                     text = turn.add(piece)
                     if piece.finish_reason is not None:
@@ -283,24 +273,22 @@ class CortexSuite:
         finally:
             for uid in under_way:
                 self.engine.cancel(uid)
-        self._hand_over([turn for turn in turns if turn.asks_ego])
+        alike: dict[DrawOptions, list[Turn]] = {}
+        for turn in turns:
+            if turn.asks_ego:
+                alike.setdefault(turn.drawn, []).append(turn)
+        for group in alike.values():
+            self.answer_by_ego(group)
 
     def _submit(self, turn: Turn, under_way: dict[int, Turn]) -> None:
         if turn.request is None:
             return
         try:
+            # Broken off between the two, nobody would know of the request.
             with interrupt_held_back():
                 under_way[self.engine.submit(turn.request)] = turn
         except ConchError as error:
             turn.refuse_request(error)
-
-    def _hand_over(self, turns: Sequence[Turn]) -> None:
-        """Let EGO answer what waits for it: those that are drawn alike at once."""
-        alike: dict[tuple[Any, ...], list[Turn]] = {}
-        for turn in turns:
-            alike.setdefault(turn.drawn, []).append(turn)
-        for group in alike.values():
-            self.answer_by_ego(group)
 
     def answer_by_ego(self, turns: Sequence[Turn]) -> None:
         """Let EGO answer turns that wait for it and are drawn alike; nothing else is touched.
@@ -310,16 +298,16 @@ class CortexSuite:
                 have it.
         """
         refused = None
-        for turn, answer in zip(turns, self._said_by_ego(turns), strict=True):
+        for turn, answer in zip(turns, self._ego_answers(turns), strict=True):
             try:
                 turn.take_ego(answer)
             except EgoUnavailableError as error:
                 refused = refused or error
-            self.remember(turn)
+            self._remember(turn)
         if refused is not None:
             raise refused
 
-    def _said_by_ego(self, turns: Sequence[Turn]) -> Sequence[EgoAnswer | EgoUnavailableError]:
+    def _ego_answers(self, turns: Sequence[Turn]) -> Sequence[EgoAnswer | EgoUnavailableError]:
         assert self.ego is not None
         options = turns[0].options
         try:
@@ -334,17 +322,16 @@ class CortexSuite:
         except ConchError as error:
             # EGO is there and cannot answer one of them, such as a prompt too long for it.
             if len(turns) == 1:
-                cannot = f"EGO {self.ego.model_id} cannot answer: {error}"
-                return [EgoUnavailableError(cannot)]
-            return [answer for turn in turns for answer in self._said_by_ego([turn])]
+                return [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {error}")]
+            return [answer for turn in turns for answer in self._ego_answers([turn])]
 
-    def remember(self, turn: Turn) -> None:
+    def _remember(self, turn: Turn) -> None:
         """Keep what was handed over, where there is a pipeline and the neuron had answered."""
         answer = turn.answer
         if self.pipeline is None or answer is None or answer.answered_by != EGO:
             return
+        # EGO was asked for, so that the neuron had no chance; or there is nothing to learn.
         if answer.confidence is None or not answer.text:
-            # EGO was asked for, so that the neuron had no chance; or there is nothing to learn.
             return
         try:
             self.pipeline.record_fallback(
@@ -364,21 +351,15 @@ class CortexSuite:
 
     def status(self) -> list[dict[str, Any]]:
         """For each neuron what it is and where it comes from, as JSON can hold."""
-        rows = []
-        for name, domain in self._domains.items():
-            calibration = domain.calibration
-            rows.append(
-                {
-                    "domain": name,
-                    "adapter": str(self._folders[name]),
-                    "digest": self.bank.digest_of(name),
-                    "bytes": self.bank.bytes_of(name),
-                    "structured": domain.schema is not None,
-                    "calibrated": calibration is not None,
-                    "threshold": calibration.threshold if calibration else None,
-                }
-            )
-        return rows
+        return [
+            {
+                "domain": name,
+                "adapter": str(self.folder(name)),
+                "structured": domain.schema is not None,
+                "calibrated": domain.calibration is not None,
+            }
+            for name, domain in self._domains.items()
+        ]
 
     def close(self) -> None:
         """Give all memory back, EGO's too."""
@@ -394,23 +375,24 @@ class CortexSuite:
         self.close()
 
 
+@dataclass(frozen=True, eq=False)
 class Neuron:
-    """One domain of a suite; see `CortexSuite`.
+    """One domain of a suite.
 
     Attributes:
+        suite: Answers.
         domain: Its name.
     """
 
-    def __init__(self, suite: CortexSuite, domain: str) -> None:
-        self.suite = suite
-        self.domain = domain
+    suite: CortexSuite
+    domain: str
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
         """The answer to a question; see `CortexSuite.ask_many`."""
         return self.suite.ask(self.domain, prompt, **options)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Delta]:
-        """See `CortexSuite.stream`."""
+        """Parts of an answer as they become certain; see `CortexSuite.stream`."""
         return self.suite.stream(self.domain, prompt, **options)
 
     def chat(self, **options: Any) -> "Chat":
@@ -418,6 +400,7 @@ class Neuron:
         return Chat(self, AskOptions(**options))
 
 
+@dataclass(eq=False)
 class Chat:
     """A conversation with a neuron.
 
@@ -427,10 +410,9 @@ class Chat:
         messages: What was said so far, without a system prompt.
     """
 
-    def __init__(self, neuron: Neuron, options: AskOptions) -> None:
-        self.neuron = neuron
-        self.options = options
-        self.messages: list[dict[str, str]] = []
+    neuron: Neuron
+    options: AskOptions
+    messages: list[dict[str, str]] = field(default_factory=list)
 
     def say(self, text: str, **changes: Any) -> Iterator[Delta]:
         """Ask the next question; what is said is part of the conversation when it is whole.
@@ -438,12 +420,12 @@ class Chat:
         Raises:
             ConchError: See `CortexSuite.ask_many`; the conversation is as it was.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         options = replace(self.options, **changes)
-        for delta in self.neuron.stream(asked, **vars(options)):
+        for delta in self.neuron.stream(messages, **vars(options)):
             if delta.answer is not None:
-                said = {"role": "assistant", "content": delta.answer.text}
-                self.messages = [*asked, said]
+                answer = {"role": "assistant", "content": delta.answer.text}
+                self.messages = [*messages, answer]
             yield delta
 
 
@@ -468,8 +450,7 @@ def student_of(folder: Path) -> str:
     Raises:
         ConchError: It does not say.
     """
-    made: Mapping[str, Any] = adapter_config(folder)
-    name = made.get("model")
+    name = adapter_config(folder).get("model")
     if not isinstance(name, str) or not name:
         raise ConchError(
             f"{folder / ADAPTER_CONFIG} does not say which model the adapter is for: name the "
@@ -478,9 +459,9 @@ def student_of(folder: Path) -> str:
     return name
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: Path) -> Stamp:
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size

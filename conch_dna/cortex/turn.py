@@ -1,23 +1,24 @@
 """One question to a neuron: its prompt, its tokens, its check, and who answers in the end.
 
 Runs no model: whoever has an engine and EGO feeds it, so that a call, a batch and a server do the
-same thing. To check an answer for something else: a reason in `Turn._verdict`.
+same thing. To check an answer for something else: a reason in `Turn._judge`.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
-from conch_dna.cortex.engine.request import Piece, Request
-from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.engine.batching import Piece, Request
+from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.training.answers import TextStream, continuation_text
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
-from conch_dna.training.structured_answers import Parsed, parse_answer, repair_messages
+from conch_dna.training.structured_answers import parse_answer, repair_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,10 @@ class Answer:
             geometric mean of its tokens' probabilities.
         threshold: The confidence below which EGO answers; None where there is no calibration.
         finish_reason: "stop" or, where it was cut off, "length".
-        prompt_tokens: Of the neuron's prompts, a repair's among them.
-        completion_tokens: Of its answers, likewise; with EGO's where it answered and said.
+        prompt_tokens: Of the neuron's prompts, a repair's among them; None where EGO alone was
+            asked, by an API that does not say.
+        completion_tokens: Of its answers, a repaired one among them, and of EGO's where it says;
+            None as before.
         first_token_s: Seconds to the first token of the neuron; None where it was not asked.
         seconds: From the question to the answer.
     """
@@ -58,8 +61,8 @@ class Answer:
     calibrated: bool = False
     threshold: float | None = None
     finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
     first_token_s: float | None = None
     seconds: float = 0.0
 
@@ -68,10 +71,11 @@ class Answer:
         return asdict(self)
 
 
+@dataclass(kw_only=True)
 class Domain:
     """What a neuron knows before it is asked.
 
-    Args:
+    Attributes:
         name: Its adapter's in the bank.
         tokenizer: Of the student, as mlx_lm wraps it.
         system: Its system prompt; may be empty.
@@ -79,20 +83,11 @@ class Domain:
         calibration: Of its confidence; None where there is none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: Any,
-        *,
-        system: str,
-        schema: Mapping[str, Any] | None,
-        calibration: Calibration | None,
-    ) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
-        self.system = system
-        self.schema = schema
-        self.calibration = calibration
+    name: str
+    tokenizer: Any
+    system: str
+    schema: Mapping[str, Any] | None
+    calibration: Calibration | None
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
@@ -104,12 +99,8 @@ class Domain:
 
 def common(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     """The longest beginning that two sequences share."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return tuple(first[:length])
+    pairs = zip(first, second, strict=False)
+    return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Turn:
@@ -121,7 +112,7 @@ class Turn:
     Args:
         domain: Who is asked.
         prompt: A text, or a conversation of messages with role and content.
-        options: See there.
+        options: How it is to be answered.
         has_ego: Whether there is somebody to hand over to.
 
     Attributes:
@@ -148,15 +139,13 @@ class Turn:
         own = options.system is None
         self.turns = prompt_turns(prompt, domain.system if own else options.system or "")
         self.schema = domain.schema if own and options.structured else None
-        self._repaired = False
-        self._why = ""
-        self._raw = ""
-        self._parsed: Parsed | None = None
-        self._confidence: float | None = None
-        self._finish = "stop"
+        threshold = domain.calibration.threshold if domain.calibration else None
+        self._draft = Answer(
+            domain=domain.name, text="", answered_by="neuron", reason="", threshold=threshold
+        )
         self._prompt_tokens = self._completion_tokens = 0
         if options.hand_over == "always":
-            self._end("EGO was asked for", ego=True)
+            self._end("EGO was asked for", hand_over=True)
         else:
             self._ask(self.turns)
 
@@ -166,9 +155,12 @@ class Turn:
         return [turn for turn in self.turns if turn["role"] != "system"]
 
     @property
-    def drawn(self) -> tuple[int, float, int]:
+    def drawn(self) -> DrawOptions:
         """How EGO would draw an answer; turns that are alike in it can be answered together."""
-        return self.options.max_tokens, self.options.temperature, self.options.seed
+        options = self.options
+        return DrawOptions(
+            max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
+        )
 
     @property
     def streams(self) -> bool:
@@ -177,8 +169,9 @@ class Turn:
         Not so where the answer is EGO's, or may yet be repaired or EGO's: then it comes in one
         piece.
         """
-        may_pass = self.options.hand_over == "auto" and self._has_ego
-        return self.schema is None and not may_pass and self.options.hand_over != "always"
+        hand_over = self.options.hand_over
+        stands = hand_over == "never" or (hand_over == "auto" and not self._has_ego)
+        return self.schema is None and stands
 
     def _ask(self, turns: Sequence[dict[str, str]]) -> None:
         tokenizer = self.domain.tokenizer
@@ -211,54 +204,62 @@ class Turn:
             self._first = time.perf_counter() - self._began
         self._log_probs.append(piece.log_prob)
         self._completion_tokens += 1
-        stopped = piece.finish_reason == "stop"
         text = ""
-        if not stopped:
+        if piece.finish_reason != "stop":
             self._ids.append(piece.token)
             text = self._text.add(piece.token)
         if piece.finish_reason is None:
             return text
-        self._finish = piece.finish_reason
         text += self._text.end()
-        prompt = self.request.tokens
-        self._raw = continuation_text(self.domain.tokenizer, prompt, self._ids)
+        raw = continuation_text(self.domain.tokenizer, self.request.tokens, self._ids)
         self.request = None
-        self._verdict()
+        self._judge(raw, piece.finish_reason)
         return text
 
-    def _verdict(self) -> None:
+    def _judge(self, raw: str, finish_reason: str) -> None:
         """Whether the neuron's answer stands, is asked for again, or is EGO's to give."""
-        raw = answer_confidence(self._log_probs)
+        confidence = answer_confidence(self._log_probs)
         calibration = self.domain.calibration
-        self._confidence = raw if calibration is None else calibration(raw)
-        if self.schema is not None:
-            self._parsed = parse_answer(self._raw, self.schema)
-            if not self._parsed.valid:
-                if not self._repaired and self._repair():
-                    return
-                why = f"the neuron's answer is not valid: {self._parsed.problems[0]}"
-                self._end(why, ego=self.options.hand_over == "auto")
-                return
-        if calibration is None:
+        if calibration is not None:
+            confidence = calibration(confidence)
+        draft = self._draft = replace(
+            self._draft,
+            text=raw,
+            raw=raw,
+            finish_reason=finish_reason,
+            confidence=confidence,
+            calibrated=calibration is not None,
+            **self._checked(raw),
+        )
+        if self.schema is not None and not draft.valid:
+            if draft.repaired:
+                why = f"the neuron's answer is not valid: {draft.problems[0]}"
+                self._end(why, hand_over=True)
+            else:
+                self._draft = replace(draft, repaired=True)
+                self._ask(repair_messages(self.turns, raw, draft.problems, self.schema))
+        elif calibration is None:
             self._end("the neuron's confidence is not calibrated, so its answer stands")
-        elif calibration.should_fallback(self._confidence):
+        elif calibration.should_fallback(confidence):
             least = calibration.threshold
-            wanted = "none is enough" if least is None else f"below {least:.3f}"
-            why = f"the neuron's confidence is {self._confidence:.3f}, {wanted}"
-            self._end(why, ego=self.options.hand_over == "auto")
+            enough = "none is enough" if least is None else f"below {least:.3f}"
+            why = f"the neuron's confidence is {confidence:.3f}, {enough}"
+            self._end(why, hand_over=True)
         else:
             self._end(
-                f"the neuron's confidence is {self._confidence:.3f}, at least "
-                f"{calibration.threshold:.3f}"
+                f"the neuron's confidence is {confidence:.3f}, at least {calibration.threshold:.3f}"
             )
 
-    def _repair(self) -> bool:
-        """Ask once more, with what is wrong; False where that does not fit into the context."""
-        assert self._parsed is not None and self.schema is not None
-        self._repaired = True
-        again = repair_messages(self.turns, self._raw, self._parsed.problems, self.schema)
-        self._ask(again)
-        return True
+    def _checked(self, text: str) -> dict[str, Any]:
+        """What the schema, if there is one, says of an answer."""
+        if self.schema is None:
+            return {}
+        parsed = parse_answer(text, self.schema)
+        return {
+            "parsed": parsed.value,
+            "valid": parsed.valid,
+            "problems": tuple(parsed.problems),
+        }
 
     def refuse_request(self, error: ConchError) -> None:
         """A repair that the engine does not take, such as one that is longer than the context.
@@ -266,27 +267,25 @@ class Turn:
         Raises:
             ConchError: It was the question itself.
         """
-        if not self._repaired:
+        if not self._draft.repaired:
             raise error
         assert self.request is not None
         self._prompt_tokens -= len(self.request.tokens)
         self.request = None
         why = f"the neuron's answer is not valid, and its repair cannot be asked for: {error}"
-        self._end(why, ego=self.options.hand_over == "auto")
+        self._end(why, hand_over=True)
 
-    def _end(self, why: str, *, ego: bool = False) -> None:
-        self._why = why
-        if ego and self._has_ego:
-            self.asks_ego = True
-        elif ego:
-            self._own(f"{why}; there is no EGO to hand over to")
-        else:
-            self._own(why)
+    def _end(self, why: str, *, hand_over: bool = False) -> None:
+        """Let the neuron's answer stand, or EGO answer where it may and is there."""
+        hand_over = hand_over and self.options.hand_over != "never"
+        self.asks_ego = hand_over and self._has_ego
+        if hand_over and not self._has_ego:
+            why += "; there is no EGO to hand over to"
+        self._draft = replace(self._draft, reason=why)
+        if not self.asks_ego:
+            self._done(self._draft)
 
-    def _own(self, reason: str) -> None:
-        self._done(self._raw, "neuron", reason, self._parsed, self._finish)
-
-    def take_ego(self, found: EgoAnswer | EgoUnavailableError) -> None:
+    def take_ego(self, ego: EgoAnswer | EgoUnavailableError) -> None:
         """Take EGO's answer, or why there is none: then the neuron's own stands.
 
         Raises:
@@ -294,38 +293,26 @@ class Turn:
         """
         assert self.asks_ego
         self.asks_ego = False
-        if isinstance(found, EgoUnavailableError):
+        draft = self._draft
+        if isinstance(ego, EgoUnavailableError):
             if self.options.hand_over == "always":
-                raise found
-            self._own(f"{self._why}; {found}")
+                raise ego
+            self._done(replace(draft, reason=f"{draft.reason}; {ego}"))
             return
-        parsed = parse_answer(found.text, self.schema) if self.schema is not None else None
-        self._completion_tokens += found.tokens or 0
-        self._done(found.text, "ego", self._why, parsed, found.finish_reason)
+        self._completion_tokens += ego.tokens or 0
+        self._done(
+            replace(
+                draft,
+                text=ego.text,
+                answered_by="ego",
+                finish_reason=ego.finish_reason,
+                **self._checked(ego.text),
+            )
+        )
 
-    def _done(
-        self,
-        text: str,
-        by: Literal["neuron", "ego"],
-        reason: str,
-        parsed: Parsed | None,
-        finish: str,
-    ) -> None:
-        calibration = self.domain.calibration
-        self.answer = Answer(
-            domain=self.domain.name,
-            text=text,
-            answered_by=by,
-            reason=reason,
-            raw=self._raw,
-            parsed=parsed.value if parsed else None,
-            valid=parsed.valid if parsed else None,
-            problems=tuple(parsed.problems) if parsed else (),
-            repaired=self._repaired,
-            confidence=self._confidence,
-            calibrated=calibration is not None and self._confidence is not None,
-            threshold=calibration.threshold if calibration else None,
-            finish_reason=finish,
+    def _done(self, answer: Answer) -> None:
+        self.answer = replace(
+            answer,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             first_token_s=self._first,

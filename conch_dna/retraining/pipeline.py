@@ -28,8 +28,7 @@ from conch_dna.retraining.experience import Experience, ExperienceBuffer, Messag
 from conch_dna.retraining.lessons import Prepared, lessons_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Record
-from conch_dna.training.schemas import DOMAIN_SCHEMAS
-from conch_dna.training.structured_answers import parse_answer
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 
 __all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter", "ego_id"]
 

@@ -1,7 +1,8 @@
-"""Answers as JSON objects: found in a model's text, checked against a schema, asked for again.
+"""Answers as JSON objects: the domains' schemas, and objects found in a text, checked, repaired.
 
-It knows no model and no domain, and corrects nothing: what is not exactly one valid object is a
-list of problems in words. To word another schema keyword: a branch in `_in_words`.
+It knows no model, and corrects nothing: what is not exactly one valid object is a list of problems
+in words. To add a domain: its schema in DOMAIN_SCHEMAS, and one object of that shape in its system
+prompt, which a test compares. To word another schema keyword: a branch in `_in_words`.
 """
 
 import json
@@ -35,6 +36,87 @@ _KINDS = {
     "null": "null",
 }
 
+# What is said of schema keywords that need no more than numbers.
+_WORDS = {
+    "minItems": "{place} needs at least {bound} items, and has {count}",
+    "maxItems": "{place} may have at most {bound} items, and has {count}",
+    "minimum": "{place} must be at least {bound}, and is {value}",
+    "maximum": "{place} must be at most {bound}, and is {value}",
+    "uniqueItems": "{place} holds the same item more than once",
+}
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
+
+
+def _list(item: dict[str, Any], at_least: int = 0, at_most: int | None = None) -> dict[str, Any]:
+    bounds = {"minItems": at_least} | ({} if at_most is None else {"maxItems": at_most})
+    return {"type": "array", "items": item, **bounds}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    """An object that has all of these properties and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _schema(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"$schema": DIALECT, **_object(**properties)}
+
+
+# For each domain of DOMAIN_PROMPTS the schema of its answers.
+DOMAIN_SCHEMAS: dict[str, dict[str, Any]] = {
+    "thinking": _schema(
+        conclusion=TEXT,
+        reasons=_list(TEXT, 2, 5),
+        confidence={"enum": ["low", "medium", "high"]},
+        would_change=TEXT,
+    ),
+    "task": _schema(
+        steps=_list(
+            _object(
+                do=TEXT,
+                depends_on={
+                    "type": "array",
+                    "items": {"type": "integer", "minimum": 1, "maximum": 7},
+                    "uniqueItems": True,
+                },
+            ),
+            3,
+            8,
+        ),
+        done_when=TEXT,
+    ),
+    "action": _schema(
+        action=TEXT,
+        arguments={"type": "object"},
+        why=TEXT,
+        if_it_fails=TEXT,
+    ),
+    "reflection": _schema(
+        what_happened=TEXT,
+        keep=TEXT,
+        change=_list(TEXT, 1, 3),
+        check=TEXT,
+    ),
+    "debug": _schema(
+        cause=TEXT,
+        verify=TEXT,
+        fix=_list(TEXT, 1),
+        otherwise=TEXT,
+    ),
+    "memory": _schema(
+        remember=_list(TEXT),
+        skip=_list(TEXT),
+        answer={"type": ["string", "null"], "pattern": r"\S"},
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -44,12 +126,10 @@ class Parsed:
         value: The object; None where there is none, or more than one. With problems it is as the
             model wrote it, and not valid.
         problems: What is wrong, each in words; empty for a valid answer.
-        raw: The whole text.
     """
 
     value: dict[str, Any] | None
     problems: list[str]
-    raw: str
 
     @property
     def valid(self) -> bool:
@@ -77,12 +157,11 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> Parsed:
     >>> parse_answer('Sure: {"a": 1}', {"properties": {"a": {"type": "integer"}}}).value
     {'a': 1}
     """
-    found, problems = _read(text)
-    if found is not None and not problems:
-        problems = _schema_problems(found, schema)
-    else:
-        _validator(schema)
-    return Parsed(found, problems, text)
+    validator = _validator(json.dumps(schema))
+    value, problems = _read(text)
+    if value is not None and not problems:
+        problems = _schema_problems(value, validator)
+    return Parsed(value, problems)
 
 
 def repair_messages(
@@ -130,7 +209,7 @@ def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
     start = _answer_start(text)
     if start is None:
         return None, [f"{NO_OBJECT}: it ends within its <think> part"]
-    found: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     problems: list[str] = []
     prose = ""
     for begin, end, depth in _regions(text, start):
@@ -139,12 +218,12 @@ def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
         like_object = re.match(r'\{\s*["}]', region) is not None
         try:
             if depth > MAX_DEPTH:
-                raise _RefusedError(f"it is nested more than {MAX_DEPTH} deep")
-            value = _decode(region)
-        except _RefusedError as refusal:
-            why = str(refusal)
-            if refusal.offset is not None:
-                why += f", at {_line_and_column(text, begin + refusal.offset)}"
+                raise JsonError(f"it is nested more than {MAX_DEPTH} deep")
+            value = read_json(region)
+        except JsonError as error:
+            why = str(error)
+            if error.offset is not None:
+                why += f", at {_line_and_column(text, begin + error.offset)}"
             if like_object:
                 problems.append(f"the object at {place} cannot be read: {why}")
             elif not prose:
@@ -152,12 +231,12 @@ def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
             continue
         if text[:begin].rstrip().endswith("["):
             problems.append(f"the object at {place} stands in a list; it must stand alone")
-        found.append(value)
-    if not found and not problems:
+        objects.append(value)
+    if not objects and not problems:
         problems.append(NO_OBJECT + prose)
-    elif len(found) > 1:
-        problems.append(f"there are {len(found)} JSON objects in the answer instead of one")
-    return (found[0] if len(found) == 1 else None), problems
+    elif len(objects) > 1:
+        problems.append(f"there are {len(objects)} JSON objects in the answer instead of one")
+    return (objects[0] if len(objects) == 1 else None), problems
 
 
 def _answer_start(text: str) -> int | None:
@@ -201,47 +280,52 @@ def _regions(text: str, start: int) -> Iterator[tuple[int, int, int]]:
         yield begin, start, deepest
 
 
-class _RefusedError(Exception):
-    """Why a text is not one JSON object, and after how many characters of it, if that is known."""
+class JsonError(Exception):
+    """Why a text is no JSON, and after how many characters of it, if that is known."""
 
     def __init__(self, reason: str, offset: int | None = None):
         super().__init__(reason)
         self.offset = offset
 
 
-def _decode(region: str) -> dict[str, Any]:
-    """One JSON object as RFC 8259 has it, without duplicate keys, NaN or infinities."""
+def read_json(text: str) -> Any:
+    """A JSON value as RFC 8259 has it, without doubled keys, NaN, infinities or half characters.
+
+    Raises:
+        JsonError: The text is none; not so for nesting deeper than Python's own limit, which is a
+            RecursionError.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(items)
         if len(value) < len(items):
             twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
-            raise _RefusedError(f"the key {_quoted(twice)} stands in it more than once")
+            raise JsonError(f"the key {_quoted(twice)} stands in it more than once")
         return value
 
     def constant(name: str) -> Any:
-        raise _RefusedError(f"{name} is no JSON number")
+        raise JsonError(f"{name} is no JSON number")
 
     def number(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
-            raise _RefusedError(f"the number {digits} is too large")
+            raise JsonError(f"the number {digits} is too large")
         return value
 
     try:
-        value: dict[str, Any] = json.loads(
-            region, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        if error.pos >= len(region.rstrip()) or error.msg.startswith("Unterminated string"):
-            raise _RefusedError("it ends before its last brace is closed", len(region)) from None
-        raise _RefusedError(error.msg.removesuffix(" at"), error.pos) from None
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise JsonError("it ends before its last brace is closed", len(text)) from None
+        raise JsonError(error.msg.removesuffix(" at"), error.pos) from None
     except UnicodeEncodeError:
-        raise _RefusedError("it holds half of a surrogate pair") from None
+        raise JsonError("it holds half of a surrogate pair") from None
     except ValueError as error:
         # Python refuses whole numbers of more than some thousand digits.
-        raise _RefusedError("it holds a whole number that is too long") from error
+        raise JsonError("it holds a whole number that is too long") from error
     return value
 
 
@@ -250,23 +334,19 @@ def _line_and_column(text: str, offset: int) -> str:
     return f"line {line}, column {offset - (text.rfind(chr(10), 0, offset) + 1) + 1}"
 
 
-def _validator(schema: Mapping[str, Any]) -> Any:
+@lru_cache(maxsize=64)
+def _validator(schema_json: str) -> Any:
     """A validator that fetches nothing.
 
     Raises:
         ConchError: The schema is not valid.
     """
-    return _validator_of(json.dumps(schema))
-
-
-@lru_cache(maxsize=64)
-def _validator_of(text: str) -> Any:
     # Checking a schema takes ten times as long as checking an answer.
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
 
-    schema = json.loads(text)
+    schema = json.loads(schema_json)
     kind = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
@@ -278,11 +358,11 @@ def _validator_of(text: str) -> Any:
     return kind(schema, registry=Registry())
 
 
-def _schema_problems(value: dict[str, Any], schema: Mapping[str, Any]) -> list[str]:
+def _schema_problems(value: dict[str, Any], validator: Any) -> list[str]:
     from referencing.exceptions import Unresolvable
 
     try:
-        errors = list(_validator(schema).iter_errors(value))
+        errors = list(validator.iter_errors(value))
     except Unresolvable as error:
         raise ConchError(
             f"the answers' JSON schema refers to {error.ref!r}, which it does not hold: write that "
@@ -294,33 +374,25 @@ def _schema_problems(value: dict[str, Any], schema: Mapping[str, Any]) -> list[s
 def _in_words(error: "ValidationError") -> str:
     """One problem as a person would say it."""
     path = list(error.absolute_path)
-    place, given, bound = _place(path), error.instance, error.validator_value
+    place, value, bound = _place(path), error.instance, error.validator_value
     keyword = error.validator
     if keyword == "required":
         # There is one error for each missing key; all of them get these words, which stand once.
-        return f"{place} lacks {_quoted(key for key in bound if key not in given)}"
+        return f"{place} lacks {_quoted(key for key in bound if key not in value)}"
     if keyword == "additionalProperties" and bound is False:
-        extra = [key for key in given if key not in error.schema.get("properties", {})]
+        extra = [key for key in value if key not in error.schema.get("properties", {})]
         return f"{place} must not have {_quoted(extra)}"
     if keyword == "type":
-        kinds = [bound] if isinstance(bound, str) else bound
-        wanted = " or ".join(_KINDS[kind] for kind in kinds)
-        return f"{place} must be {wanted}, and is {_kind(given)}"
+        names = [bound] if isinstance(bound, str) else bound
+        kinds = " or ".join(_KINDS[name] for name in names)
+        return f"{place} must be {kinds}, and is {_kind(value)}"
     if keyword == "enum":
-        wanted = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in bound)
-        return f"{place} must be one of {wanted}, and is {json.dumps(given, ensure_ascii=False)}"
-    if keyword == "pattern" and isinstance(given, str) and not given.strip():
+        return f"{place} must be one of {_quoted(bound)}, and is {_quoted([value])}"
+    if keyword == "pattern" and isinstance(value, str) and not value.strip():
         return f"{place} is blank"
-    if keyword == "minItems":
-        return f"{place} needs at least {bound} items, and has {len(given)}"
-    if keyword == "maxItems":
-        return f"{place} may have at most {bound} items, and has {len(given)}"
-    if keyword == "minimum":
-        return f"{place} must be at least {bound}, and is {given}"
-    if keyword == "maximum":
-        return f"{place} must be at most {bound}, and is {given}"
-    if keyword == "uniqueItems":
-        return f"{place} holds the same item more than once"
+    if keyword in _WORDS:
+        count = len(value) if isinstance(value, list) else 0
+        return _WORDS[keyword].format(place=place, bound=bound, value=value, count=count)
     return f"{place}: {error.message}"
 
 
@@ -335,16 +407,12 @@ def _place(path: Sequence[str | int]) -> str:
     return words or "the object"
 
 
-def _quoted(keys: Iterable[str]) -> str:
-    return ", ".join(json.dumps(key, ensure_ascii=False) for key in keys)
+def _quoted(values: Iterable[Any]) -> str:
+    return ", ".join(json.dumps(value, ensure_ascii=False) for value in values)
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None:
-        return "null"
-    for kind, name in ((str, "string"), (int, "integer"), (float, "number"), (list, "array")):
-        if isinstance(value, kind):
-            return _KINDS[name]
-    return _KINDS["object"]
+    kinds = {str: "string", int: "integer", float: "number", list: "array", dict: "object"}
+    return _KINDS[kinds.get(type(value), "null")]

@@ -40,7 +40,8 @@ DOMAINS = {
 SERVE = """
 import sys
 from conch_dna.cortex.neuron import create_cortex_suite
-from conch_dna.cortex.server.serving import ServerSettings, serve
+from conch_dna.cortex.options import ServerSettings
+from conch_dna.cortex.server.serving import serve
 with create_cortex_suite(sys.argv[1]) as suite:
     serve(suite, ServerSettings(port=0))
 """

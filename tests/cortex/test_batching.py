@@ -7,6 +7,7 @@ prompt at a time. The base is the embedded student; its adapters are trained to 
 import itertools
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +15,7 @@ import numpy as np
 import pytest
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine
-from conch_dna.cortex.engine.request import Piece, Request, make_request_sampler
+from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request, make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from cortex_models import TEXTS, FlatMLP, train_adapter, write_adapter
@@ -142,7 +142,7 @@ def test_a_mixed_batch_answers_as_each_alone(names, prefixed, base, adapters, al
         tokens = ids(base, text)
         prefix = tokens[: 1 + number % len(tokens)] if prefixed else ()
         requests.append(make(base, domain, text, prefix=prefix))
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         assert engine.shares_batches == ("dora" not in names)
         answers = engine.run(requests)
         kept = {(r.domain, r.prefix[: len(r.tokens) - 1]) for r in requests if r.prefix}
@@ -204,10 +204,10 @@ def test_one_domain_alone_is_the_adapters_own_modules(base, adapters, bank):
     from mlx_lm.generate import generate_step
 
     request = make(base, "debug", PROMPTS[4], max_tokens=8)
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         [pieces] = engine.run([request])
         [lane] = engine._lanes
-        assert lane.model._mixed is None
+        assert "_mixed" not in vars(lane.model)
     model, _ = load(str(base.source.folder), adapter_path=str(adapters["debug"]))
     steps = generate_step(mx.array(request.tokens), model, max_tokens=8)
     expected = [float(log_probs[token]) for token, log_probs in steps][: len(pieces)]
@@ -229,7 +229,7 @@ def test_a_model_that_mixes_its_rows_gets_a_batch_for_each_domain(tmp_path):
         for number, name in enumerate(["a", "b", None, "a"], 7)
     ]
     reference = Alone(folder, paths)
-    with AnswerEngine(bank_of(base, paths, ["a", "b"])) as engine:
+    with closing(AnswerEngine(bank_of(base, paths, ["a", "b"]))) as engine:
         assert not engine.shares_batches
         for request, pieces in zip(requests, engine.run(requests), strict=True):
             assert tokens_of(pieces) == reference(request)
@@ -258,7 +258,9 @@ def test_a_model_with_a_sliding_window(tmp_path):
             )
         )
     reference = Alone(folder, paths)
-    with AnswerEngine(bank_of(ModelSource(str(folder)).load(), paths, ["a", "b"])) as engine:
+    with closing(
+        AnswerEngine(bank_of(ModelSource(str(folder)).load(), paths, ["a", "b"]))
+    ) as engine:
         for request, pieces in zip(requests, engine.run(requests), strict=True):
             assert tokens_of(pieces) == reference(request)
 
@@ -274,7 +276,7 @@ def test_log_probabilities_are_those_of_the_whole_text_at_once(base, bank):
             zip([*TEXTS, None], PROMPTS, [0.0, 1.0, 0.7, 1.5], strict=False)
         )
     ]
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         answers = engine.run(requests)
     for request, pieces in zip(requests, answers, strict=True):
         whole = mx.array([[*request.tokens, *tokens_of(pieces)]])
@@ -293,7 +295,7 @@ def test_a_draw_follows_from_its_seed_alone(base, bank):
         for seed in [0, 1]
         for top_p in [1.0, 0.9]
     ]
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         together = [tokens_of(pieces) for pieces in engine.run(requests)]
         single = [tokens_of(engine.run([request])[0]) for request in requests]
     assert together == single
@@ -320,7 +322,7 @@ def test_padding_rows_of_the_head_are_never_drawn(tmp_path):
         )
         for seed in range(8)
     ]
-    with AnswerEngine(bank_of(base, {"a": path}, ["a"])) as engine:
+    with closing(AnswerEngine(bank_of(base, {"a": path}, ["a"]))) as engine:
         drawn = [piece.token for pieces in engine.run(requests) for piece in pieces]
     assert len(set(drawn)) > 60
     assert max(drawn) < base.source.token_count < 3072
@@ -332,7 +334,7 @@ def test_padding_rows_of_the_head_are_never_drawn(tmp_path):
 def test_the_context_ends_an_answer(base, bank):
     context = base.source.context_length
     tokens = (ids(base, PROMPTS[0]) * 60)[: context - 3]
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         [pieces] = engine.run([Request(domain=None, tokens=tokens, max_tokens=50)])
         assert len(pieces) <= 3
         assert pieces[-1].finish_reason == ("length" if pieces[-1].token != 0 else "stop")
@@ -345,7 +347,7 @@ def test_the_context_ends_an_answer(base, bank):
 
 def test_max_tokens_ends_an_answer(base, bank):
     request = make(base, "thinking", PROMPTS[0], max_tokens=3)
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         [pieces] = engine.run([request])
     assert [piece.finish_reason for piece in pieces] == [None, None, "length"]
 
@@ -365,9 +367,9 @@ def test_requests_under_way_finish_with_the_adapter_they_came_with(base, adapter
         for piece in engine.step():
             answers.setdefault(piece.uid, []).append(piece)
     bank.replace("thinking", adapters["debug"])
-    engine.forget_prefixes("thinking")
+    engine.prefixes.forget("thinking")
     new = engine.submit(request)
-    bank.remove("task")
+    bank.replace("task", adapters["debug"])
     assert len(engine._lanes) == 2
     for uid, pieces in finish(engine).items():
         answers.setdefault(uid, []).extend(pieces)
@@ -377,8 +379,6 @@ def test_requests_under_way_finish_with_the_adapter_they_came_with(base, adapter
     assert tokens_of(answers[new]) == alone(as_debug)
     assert tokens_of(answers[other]) == alone(make(base, "task", text))
     assert engine.prefixes.computed == 2
-    with pytest.raises(ConchError, match="no adapter 'task'"):
-        engine.submit(make(base, "task", text))
     assert len(engine._lanes) <= 1
     engine.close()
 
@@ -388,12 +388,13 @@ def test_a_replaced_adapters_beginning_is_not_used_again_though_nobody_forgot_it
 ):
     bank = bank_of(base, adapters, ["thinking"])
     request = make(base, "thinking", PROMPTS[0], prefix=ids(base, PROMPTS[0])[:8])
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         engine.run([request, request])
         assert engine.prefixes.computed == 1
+        one = engine.prefixes.nbytes
         bank.replace("thinking", adapters["debug"])
         [pieces] = engine.run([request])
-        assert engine.prefixes.computed == 2 and len(engine.prefixes) == 1
+        assert engine.prefixes.computed == 2 and engine.prefixes.nbytes == one
     assert tokens_of(pieces) == alone(make(base, "debug", PROMPTS[0]))
 
 
@@ -403,10 +404,10 @@ def test_kept_beginnings_are_bounded_and_the_oldest_goes_first(base, bank, alone
         make(base, "task", text, prefix=prefix)
         for text, prefix in zip((PROMPTS[0], PROMPTS[4], PROMPTS[5]), prefixes, strict=True)
     ]
-    with AnswerEngine(bank) as probe:
+    with closing(AnswerEngine(bank)) as probe:
         probe.run(requests[:1])
         one = probe.prefixes.nbytes
-    with AnswerEngine(bank, max_prefix_bytes=2 * one) as engine:
+    with closing(AnswerEngine(bank, max_prefix_bytes=2 * one)) as engine:
         first, second, third = requests
         answers = [engine.run([r])[0] for r in (first, second, first, third, first, second)]
         # The second made room for the third; the first was used in between and stayed.
@@ -414,9 +415,9 @@ def test_kept_beginnings_are_bounded_and_the_oldest_goes_first(base, bank, alone
         assert engine.prefixes.nbytes <= 2 * one
     for request, pieces in zip((first, second, first, third), answers, strict=False):
         assert tokens_of(pieces) == alone(request)
-    with AnswerEngine(bank, max_prefix_bytes=0) as engine:
+    with closing(AnswerEngine(bank, max_prefix_bytes=0)) as engine:
         assert tokens_of(engine.run([first])[0]) == alone(first)
-        assert len(engine.prefixes) == 0
+        assert engine.prefixes.nbytes == 0
 
 
 # Refusals
@@ -442,7 +443,7 @@ def test_a_request_out_of_range(changes, message):
 
 def test_refused_requests_leave_nothing_queued(base, bank):
     good = make(base, "task", PROMPTS[0])
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         for bad, message in [
             (Request(domain="none", tokens=(1,), max_tokens=1), "no adapter 'none'"),
             (Request(domain="task", tokens=(1, 99999), max_tokens=1), "has the token 99999"),
@@ -461,7 +462,7 @@ def test_refused_requests_leave_nothing_queued(base, bank):
 
 def test_cancelling_twice_or_what_is_finished_does_nothing(base, bank, alone):
     request = make(base, "task", PROMPTS[1], max_tokens=4)
-    with AnswerEngine(bank) as engine:
+    with closing(AnswerEngine(bank)) as engine:
         uid = engine.submit(request)
         assert [tokens_of(pieces) for pieces in finish(engine).values()] == [alone(request)]
         engine.cancel(uid)

@@ -28,9 +28,9 @@ from conch_dna.cortex.calibration.calibrating import calibrate_domain
 from conch_dna.cortex.calibration.confidence import save_calibration
 from conch_dna.cortex.cli import cortex
 from conch_dna.cortex.commands.terminal import visible
-from conch_dna.cortex.engine.interrupts import interrupt_held_back
+from conch_dna.cortex.engine.batching import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
-from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.retraining.experience import ExperienceBuffer
@@ -148,8 +148,8 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
         (("nope", "Hi"), "there is no adapter of nope in "),
         (("owls", ""), "the prompt is empty: there is nothing to answer"),
         (("owls", "-"), "standard input is empty: there is nothing to answer"),
-        (("owls", "Hi", "--max-tokens", "0"), "max_tokens is 0: use 1 or more"),
-        (("owls", "Hi", "--top-p", "2"), "top_p is 2.0: use more than 0, up to 1"),
+        (("owls", "Hi", "--max-tokens", "0"), "max_tokens is 0: it must be 1 or more"),
+        (("owls", "Hi", "--top-p", "2"), "top_p is 2.0: it must be above 0 and at most 1"),
         (("owls", "Hi", "--hand-over", "maybe"), "hand_over is 'maybe': use one of auto, never"),
         (("owls", "Hi", "--ego-name", "x"), "--ego-name and --ego-key-env go with --ego URL"),
         (("owls", "Hi", "--ego", "http://127.0.0.1:9/v1"), "remote_model is empty"),

@@ -5,6 +5,7 @@ object is asked for, and one belongs to a domain without a schema.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,7 @@ from suites import calibration
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 QUESTION = "Where is the owl?"
 OBJECT = (
-    '{"conclusion": "on a branch", "reasons": ["she sat", "it was night"], "confidence": "high", '
-    '"would_change": "a cat"}'
+    '{"conclusion": "up", "reasons": ["a", "b"], "confidence": "high", "would_change": "a cat"}'
 )
 OPENING = "The owl"
 
@@ -39,12 +39,15 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_adapter(
         place / "thinking" / "adapters_kd",
         STUDENT,
-        f"{asked}{OBJECT}",
-        lora_keys="all,model.embed_tokens",
-        lora_rank=16,
-        steps=120,
+        OBJECT,
+        prompt=asked,
+        # The quickest to learn a text behind a long prompt.
+        lora_keys="model.embed_tokens",
+        lora_rank=32,
+        learning_rate=3e-3,
+        steps=50,
     )
-    train_adapter(place / "task" / "adapters_kd", STUDENT, TEXTS["task"], lora_keys="all")
+    train_adapter(place / "task" / "adapters_kd", STUDENT, TEXTS["task"], lora_keys="all", steps=50)
     train_adapter(place / "owls" / "adapters_kd", STUDENT, TEXTS["thinking"], lora_keys="all")
     return place
 
@@ -191,7 +194,7 @@ def test_questions_of_several_domains_are_answered_as_each_alone(alone):
 
 
 def test_the_system_prompt_is_computed_once(alone):
-    alone.engine.forget_prefixes("thinking")
+    alone.engine.prefixes.forget("thinking")
     before = alone.engine.prefixes.computed
     for question in (QUESTION, "Who sat there?", "How many stars?"):
         alone["thinking"].ask(question, max_tokens=2, hand_over="never")
@@ -228,28 +231,25 @@ def test_a_repair_that_does_not_fit_the_context_is_not_asked_for(alone):
 
 def test_another_active_version_is_taken_in(adapters, tmp_path):
     place = tmp_path / "adapters"
-    train_adapter(place / "owls" / "adapters_kd", STUDENT, TEXTS["thinking"], lora_keys="all")
+    shutil.copytree(adapters / "owls", place / "owls")
     with create_cortex_suite(place) as suite:
-        before = suite.ask("owls", "The toy", max_tokens=30).text
+        before = suite.ask("owls", "First, get", max_tokens=30).text
         assert suite.reload() == []
-        other = train_adapter(
-            tmp_path / "other", STUDENT, TEXTS["debug"], lora_keys="all", steps=60
-        )
         line = line_of(place, "owls")
         records = [{"text": text} for text in TEXTS.values()]
-        init_line(line, STUDENT, records, adapter=other)
+        init_line(line, STUDENT, records, adapter=adapters / "task" / "adapters_kd")
         assert suite.reload() == ["owls"]
-        after = suite.ask("owls", "The toy", max_tokens=30).text
-        assert before.startswith(" owl") and after.startswith(" car did not go.")
+        after = suite.ask("owls", "First, get", max_tokens=30).text
+        assert after.startswith(" a big red") and not before.startswith(" a big")
         assert suite.folder("owls") == line.path("G000")
-        train_adapter(place / "new" / "adapters_kd", STUDENT, TEXTS["task"], steps=1)
+        shutil.copytree(adapters / "owls", place / "new")
         assert suite.reload() == ["new"] and "new" in suite
 
 
 def test_the_base_is_loaded_once_and_adapters_share_it(alone):
     assert alone.bank.base is alone.base
     assert {row["domain"] for row in alone.status()} == {"owls", "task", "thinking"}
-    assert all(0 < row["bytes"] < alone.bank.base_bytes for row in alone.status())
+    assert all(0 < alone.bank.bytes_of(name) < alone.bank.base_bytes for name in alone)
     assert [row["structured"] for row in alone.status() if row["domain"] == "owls"] == [False]
 
 

@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 
-from conch_dna.cortex.engine.request import Piece
+from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
-from conch_dna.cortex.server.serving import CortexServer, ServerSettings, running_server
-from conch_dna.cortex.turn import AskOptions
+from conch_dna.cortex.options import AskOptions, ServerSettings
+from conch_dna.cortex.server.serving import CortexServer, serve
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.generations.data import init_line
@@ -33,12 +34,13 @@ from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from cortex_models import TEXTS, train_adapter
+from suites import running_server
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 OPENINGS = {"owls": "The owl", "boxes": "First, get", "cars": "The toy"}
 SAYS = {"owls": TEXTS["thinking"], "boxes": TEXTS["task"], "cars": TEXTS["debug"]}
 TALE = "Once upon a time there was a"
-LONG = 300
+LONG = 150
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def served(
         return suite
 
     chosen = ServerSettings(**({"port": 0} | settings))
-    with running_server(make, chosen, report=lambda line: None) as server:
+    with running_server(make, chosen) as server:
         yield server
 
 
@@ -508,7 +510,7 @@ def test_hand_overs_are_remembered(adapters, tmp_path):
 
     settings = ServerSettings(port=0)
     with (
-        running_server(make, settings, report=lambda line: None) as server,
+        running_server(make, settings) as server,
         client_of(server) as client,
     ):
         text = ask(client, "task", "First, get", max_tokens=8).choices[0].message.content
@@ -611,11 +613,35 @@ def test_a_fault_ends_the_server_and_is_raised(adapters):
 
     with (
         pytest.raises(FaultError),
-        running_server(make, ServerSettings(port=0), report=lambda line: None) as server,
+        running_server(make, ServerSettings(port=0)) as server,
         client_of(server) as client,
         pytest.raises(openai.InternalServerError, match="the server is stopping"),
     ):
         ask(client, "owls", "The owl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_those_under_way_finish(adapters, whole_tale, number):
+    texts: list[str] = []
+    clients: list[threading.Thread] = []
+
+    def read(url: str) -> None:
+        with client_of(SimpleNamespace(url=url)) as client:
+            for part in tale(client):
+                if not texts:
+                    os.kill(os.getpid(), number)
+                texts.append(part)
+
+    def report(line: str) -> None:
+        clients.append(threading.Thread(target=read, args=(line.split()[-1],)))
+        clients[0].start()
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with create_cortex_suite(adapters, domains=["tales"]) as suite:
+        serve(suite, ServerSettings(port=0), report=report)
+    clients[0].join()
+    assert "".join(texts) == whole_tale
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
 @pytest.mark.slow
@@ -624,7 +650,8 @@ def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
     code = (
         "import sys\n"
         "from conch_dna.cortex.neuron import create_cortex_suite\n"
-        "from conch_dna.cortex.server.serving import ServerSettings, serve\n"
+        "from conch_dna.cortex.options import ServerSettings\n"
+        "from conch_dna.cortex.server.serving import serve\n"
         "with create_cortex_suite(sys.argv[1], domains=['tales']) as suite:\n"
         "    serve(suite, ServerSettings(port=0))\n"
         "print('closed')\n"
@@ -639,8 +666,7 @@ def test_a_signal_stops_a_server_process_gently(adapters, whole_tale, number):
     try:
         said = process.stderr.readline()
         assert said.startswith("tales answer at http://127.0.0.1:")
-        address = type("Address", (), {"url": said.split()[-1]})()
-        with client_of(address) as client:
+        with client_of(SimpleNamespace(url=said.split()[-1])) as client:
             parts = tale(client)
             first = next(parts)
             process.send_signal(number)

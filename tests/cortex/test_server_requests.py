@@ -1,12 +1,12 @@
 """What a body may say, and the one line that every refusal is."""
 
 import json
+import time
 
 import pytest
 
-from conch_dna.cortex.server.replies import Reply, Shapes, reply_of
-from conch_dna.cortex.server.requests import ApiError, parse_chat
-from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.cortex.options import ServerSettings
+from conch_dna.cortex.server.openai_api import ApiError, Shapes, parse_chat
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 
@@ -19,8 +19,8 @@ def parsed(**more):
 
 def test_what_is_not_said_has_its_default():
     chat = parsed()
-    assert (chat.model, chat.stream, chat.include_usage) == ("owls", False, False)
-    assert chat.messages == ({"role": "user", "content": "hello"},)
+    assert (chat.model, chat.stream, chat.stream_options.include_usage) == ("owls", False, None)
+    assert chat.turns == [{"role": "user", "content": "hello"}]
     assert (chat.options.temperature, chat.options.top_p, chat.options.hand_over) == (0, 1, "auto")
 
 
@@ -43,9 +43,9 @@ def test_what_is_said_is_taken():
     options = chat.options
     assert (options.max_tokens, options.temperature, options.top_p, options.seed) == (7, 1, 0.5, 3)
     assert (options.hand_over, options.structured, options.system) == ("never", False, "Be short.")
-    assert chat.stream and chat.include_usage
-    assert [turn["role"] for turn in chat.messages] == ["system", "user", "assistant", "user"]
-    assert [turn["content"] for turn in chat.messages] == ["a", "b", "c", "d"]
+    assert chat.stream and chat.stream_options.include_usage
+    assert [turn["role"] for turn in chat.turns] == ["system", "user", "assistant", "user"]
+    assert [turn["content"] for turn in chat.turns] == ["a", "b", "c", "d"]
 
 
 def test_who_draws_without_a_seed_gets_another_answer_each_time():
@@ -72,15 +72,19 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
-        ({"best_of": 3}, "best_of is not known"),
+        ({"best_of": 3}, "best_of is not supported by this server: leave it out"),
         ({"model": None}, "model is missing"),
-        ({"messages": []}, "messages is missing"),
-        ({"messages": ["hello"]}, r"messages\[0\] is no object"),
+        ({"messages": None}, "messages is missing: give a list of objects"),
+        ({"messages": []}, r"messages is \[\]: give a list of objects"),
+        ({"messages": ["hello"]}, r"messages\[0\] is 'hello': give a list of objects"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\].role is 'tool'"),
-        ({"messages": [{"role": "user"}]}, r"messages\[0\].content is no text"),
+        (
+            {"messages": [{"role": "user"}]},
+            r"messages\[0\].content is missing: give a text",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            r"messages\[0\].content\[0\] is no part with text",
+            r"messages\[0\].content\[0\].type is 'image_url': give text",
         ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
@@ -91,8 +95,9 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
         ({"max_tokens": True}, "max_tokens is True"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "differ: give one of them"),
         ({"temperature": -1}, "temperature is -1"),
-        ({"temperature": 2.1}, "between 0 and 2"),
+        ({"temperature": 2.1}, "temperature is 2.1: give a number from 0 to 2"),
         ({"temperature": "1"}, "temperature is '1'"),
+        ({"temperature": True}, "temperature is True"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -1}, "seed is -1"),
@@ -100,13 +105,22 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
         ({"stream": "yes"}, "stream is 'yes'"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not supported"),
-        ({"stream": True, "stream_options": 1}, "stream_options is no object"),
-        ({"conch": []}, "conch is no object"),
-        ({"conch": {"ego": 1}}, "conch.ego is not known to this server"),
-        ({"conch": {"hand_over": "maybe"}}, "conch: hand_over is 'maybe'"),
+        (
+            {"stream": True, "stream_options": 1},
+            "stream_options is 1: give an object",
+        ),
+        ({"conch": []}, r"conch is \[\]: give an object with hand_over"),
+        (
+            {"conch": {"ego": 1}},
+            "conch.ego is not supported .*: give an object with",
+        ),
+        (
+            {"conch": {"hand_over": "maybe"}},
+            "conch.hand_over is 'maybe': give auto, never or always",
+        ),
         ({"conch": {"hand_over": 1}}, "conch.hand_over is 1"),
         ({"conch": {"structured": 1}}, "conch.structured is 1"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_name(more, message):
@@ -116,14 +130,30 @@ def test_what_is_not_supported_is_refused_by_its_name(more, message):
     assert "\n" not in str(refused.value)
 
 
+def test_all_that_is_wrong_is_told_at_once_and_values_are_cut():
+    with pytest.raises(ApiError) as refused:
+        parsed(best_of=1, temperature=-1, messages=[{"role": "x" * 10**5, "content": 1}] * 9)
+    message = str(refused.value)
+    assert "messages[0].role is 'xxx" in message and "messages[3].content is 1" in message
+    assert message.endswith("; and 12 more") and len(message) < 1000
+    assert refused.value.param == "messages[0].role"
+
+
+def test_a_body_with_many_keys_is_read_in_no_time():
+    began = time.process_time()
+    with pytest.raises(ApiError, match="more than once"):
+        parse_chat(json.dumps({str(n): 0 for n in range(50_000)}).encode()[:-1] + b', "7": 1}')
+    assert time.process_time() - began < 2
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"", "the body is no JSON"),
         (b"\xff", "the body is no JSON"),
         (b"[]", "the body is no JSON object"),
-        (b'{"model": "a", "model": "b"}', "gives 'model' twice"),
-        (b'{"temperature": NaN}', "NaN, which is no JSON"),
+        (b'{"model": "a", "model": "b"}', 'the key "model" stands in it more than once'),
+        (b'{"temperature": NaN}', "NaN is no JSON number"),
         (b"[" * 100_000, "the body is no JSON"),
     ],
 )
@@ -153,7 +183,7 @@ def test_a_reply_tells_who_answered_and_what_the_check_found():
         prompt_tokens=3,
         completion_tokens=4,
     )
-    told = Shapes("thinking").completion(reply_of(answer))
+    told = Shapes("thinking").completion(answer)
     conch = told["conch"]
     assert (conch["answered_by"], conch["reason"], conch["confidence"]) == ("neuron", "why", 0.5)
     assert (conch["parsed"], conch["valid"], conch["problems"]) == ({"a": 1}, True, ())
@@ -162,7 +192,14 @@ def test_a_reply_tells_who_answered_and_what_the_check_found():
 
 
 def test_usage_is_only_told_where_it_is_known():
-    known, unknown = Reply("a", "stop", 3, 4, {}), Reply("a", "stop", None, 4, {})
+    counts = {
+        "domain": "m",
+        "text": "a",
+        "answered_by": "ego",
+        "reason": "",
+        "completion_tokens": 4,
+    }
+    known, unknown = (Answer(**counts, prompt_tokens=count) for count in (3, None))
     assert Shapes("m").completion(known)["usage"]["total_tokens"] == 7
     assert Shapes("m").completion(unknown)["usage"] is None
 

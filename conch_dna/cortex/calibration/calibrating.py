@@ -24,7 +24,7 @@ from conch_dna.cortex.calibration.confidence import (
     save_calibration,
 )
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
-from conch_dna.cortex.engine.request import Piece, Request
+from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.turn import AskOptions
 from conch_dna.ego.model import EgoModel

@@ -14,7 +14,7 @@ from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.retraining.domain import active_adapter, known_domains
 from conch_dna.retraining.pipeline import RetrainAdvice, TrainingPipeline
-from conch_dna.training.schemas import DOMAIN_SCHEMAS
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 if TYPE_CHECKING:
     from rich.table import Table

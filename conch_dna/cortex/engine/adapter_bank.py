@@ -10,8 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from conch_dna.cortex.engine.adapter_modules import Adapter, read_adapter
-from conch_dna.cortex.engine.shared_tree import SharedTree
+from conch_dna.cortex.engine.adapter_modules import LoadedAdapter, SharedTree, read_adapter
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, named_arrays
 from conch_dna.training.adapters import adapter_tensors
@@ -27,7 +26,10 @@ class AdapterBank:
 
     Attributes:
         base: The model.
-        version: Grows whenever an adapter comes, goes or is replaced.
+        vocabulary_size: Of the base: real tokens, without padding rows of its head.
+        shared: The base's modules without an adapter, and new trees over its arrays.
+        active: Which adapter the base's module tree carries now; None for the base as it was.
+        version: Grows whenever an adapter comes or is replaced.
 
     Raises:
         ConchError: The base already carries an adapter.
@@ -42,33 +44,28 @@ class AdapterBank:
         self.version = 0
         # Asked before anything is active; it runs the model once.
         self.vocabulary_size = base.vocabulary_size
-        self._shared = SharedTree(base.model)
-        self._adapters: dict[str, Adapter] = {}
-        self._active: str | None = None
+        self.shared = SharedTree(base.model)
+        self._adapters: dict[str, LoadedAdapter] = {}
+        self.active: str | None = None
 
     @property
     def names(self) -> list[str]:
         """All adapters, in the order they came."""
         return list(self._adapters)
 
-    @property
-    def active(self) -> str | None:
-        """Which adapter the base's module tree carries now; None for the base as it was."""
-        return self._active
-
     def add(self, name: str, folder: Path) -> None:
-        """Read an adapter; it stays until `remove`.
+        """Read an adapter, under a name of its own.
 
         Args:
             name: Not taken yet.
-            folder: See `read_adapter`.
+            folder: Holds adapter_config.json and adapters.safetensors.
 
         Raises:
             ConchError: The name is taken, or the folder's adapter does not belong to the base.
         """
         if name in self._adapters:
-            raise ConchError(f"there is an adapter {name!r} already: replace it, or remove it")
-        self._adapters[name] = read_adapter(Path(folder), self.base, self._shared)
+            raise ConchError(f"there is an adapter {name!r} already: replace it")
+        self._adapters[name] = read_adapter(Path(folder), self.base, self.shared)
         self.version += 1
 
     def replace(self, name: str, folder: Path) -> None:
@@ -77,31 +74,17 @@ class AdapterBank:
         If it is the active one, the new version is active afterwards.
 
         Raises:
-            ConchError: There is no such adapter, or see `add`.
+            ConchError: There is no such adapter, or the folder's does not belong to the base.
         """
         self.get(name)
-        new = read_adapter(Path(folder), self.base, self._shared)
-        was_active = self._active == name
-        if was_active:
-            self.activate(None)
+        new = read_adapter(Path(folder), self.base, self.shared)
+        active = self.active
+        self.activate(None)
         self._adapters[name] = new
         self.version += 1
-        if was_active:
-            self.activate(name)
+        self.activate(active)
 
-    def remove(self, name: str) -> None:
-        """Forget an adapter; if it is the active one, the base is as it was.
-
-        Raises:
-            ConchError: There is no such adapter.
-        """
-        self.get(name)
-        if self._active == name:
-            self.activate(None)
-        del self._adapters[name]
-        self.version += 1
-
-    def get(self, name: str) -> Adapter:
+    def get(self, name: str) -> LoadedAdapter:
         """The adapter of that name.
 
         Raises:
@@ -121,26 +104,22 @@ class AdapterBank:
             ConchError: There is no such adapter; the active one stays.
         """
         swaps = self.get(name).swaps if name is not None else ()
-        if self._active is not None:
-            for swap in self._adapters[self._active].swaps:
+        if self.active is not None:
+            for swap in self._adapters[self.active].swaps:
                 swap.holder[swap.key] = swap.own
         for swap in swaps:
             swap.holder[swap.key] = swap.other
-        self._active = name
+        self.active = name
 
     def tree(self, name: str | None) -> nn.Module:
         """The model with an adapter as a module tree of its own, whatever is active.
 
-        It shares the arrays, and goes on being that version after `replace` or `remove`.
+        It shares the arrays, and goes on being that version after `replace`.
 
         Raises:
             ConchError: There is no such adapter.
         """
-        return self._shared.pristine if name is None else self.get(name).tree
-
-    def new_tree(self) -> nn.Module:
-        """The base's modules anew over the same arrays, for someone who exchanges some of them."""
-        return self._shared.tree()
+        return self.shared.pristine if name is None else self.get(name).tree
 
     def can_share_batch(self, names: Iterable[str | None]) -> bool:
         """Whether rows of one batch can have these adapters: plain LoRA on plain layers only.
@@ -169,6 +148,6 @@ class AdapterBank:
     def base_bytes(self) -> int:
         """Memory of the base's arrays, in bytes; arrays used twice count once."""
         arrays: dict[int, mx.array] = {
-            id(array): array for array in named_arrays(self._shared.pristine.parameters()).values()
+            id(array): array for array in named_arrays(self.shared.pristine.parameters()).values()
         }
         return sum(array.nbytes for array in arrays.values())

@@ -1,10 +1,13 @@
 """An adapter's folder as modules around a base model's own arrays.
 
 Knows mlx_lm's adapter folders and module trees; nothing of which adapter is active or of requests.
-A kind of adapter that mlx_lm learns to build is built here too, since mlx_lm builds all of them.
+What a tree is made of besides modules, lists, dicts and tuples is shared as it is. A kind of
+adapter that mlx_lm learns to build is built here too, since mlx_lm builds all of them.
 """
 
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from conch_dna.checkpoints import DIGESTS, verify_folder
-from conch_dna.cortex.engine.shared_tree import SharedTree, Swap
 from conch_dna.digests import content_digest, file_digest
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
 
@@ -25,28 +27,102 @@ KINDS = ("lora", "dora", "full")
 _LINE_MANIFESTS = ("manifest.json", "../G000/manifest.json")
 
 
+@dataclass(frozen=True)
+class Swap:
+    """One place of a module tree in which an adapter stands instead of the base.
+
+    Attributes:
+        holder: The module, list or dict of the live tree that holds it.
+        key: Its name or index there.
+        own: The base's part.
+        other: The adapter's.
+    """
+
+    holder: Any
+    key: str | int
+    own: Any
+    other: Any
+
+
+class SharedTree:
+    """The modules of a base as they were without an adapter, and trees that share its arrays.
+
+    Args:
+        live: The base's own module tree, without an adapter.
+    """
+
+    def __init__(self, live: nn.Module) -> None:
+        clones: dict[int, Any] = {}
+        self.pristine: nn.Module = _clone(live, clones)
+        self._live = {id(clone): original for original, clone in clones.values()}
+        # Kept, so that no id is given out again.
+        self._clones = clones
+
+    def tree(self) -> nn.Module:
+        """A new module tree over the base's arrays, of which any may be replaced."""
+        tree: nn.Module = _clone(self.pristine, {})
+        return tree
+
+    def swaps(self, adapted: nn.Module) -> tuple[Swap, ...]:
+        """What of the live tree must be exchanged to make it the adapted one."""
+        seen: set[int] = set()
+
+        def differences(own: Any, other: Any) -> Iterator[Swap]:
+            seen.add(id(own))
+            for key, part in _entries(own):
+                new = other[key]
+                if id(part) in self._live and type(new) is type(part):
+                    if id(part) not in seen:
+                        yield from differences(part, new)
+                elif new is not part:
+                    yield Swap(self._live[id(own)], key, self._live.get(id(part), part), new)
+
+        return tuple(differences(self.pristine, adapted))
+
+
+def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    yield from value.items() if isinstance(value, dict) else enumerate(value)
+
+
+def _clone(value: Any, clones: dict[int, Any]) -> Any:
+    """New modules, lists and dicts around the same arrays; parts used twice stay one.
+
+    Args:
+        value: A part of a module tree.
+        clones: Filled with (original, clone) by the original's id.
+    """
+    if not isinstance(value, nn.Module | dict | list | tuple):
+        return value
+    if id(value) in clones:
+        return clones[id(value)][1]
+    if isinstance(value, tuple):
+        result: Any = tuple(_clone(part, clones) for part in value)
+    else:
+        result = copy.copy(value)
+        for key, part in list(_entries(value)):
+            result[key] = _clone(part, clones)
+    clones[id(value)] = (value, result)
+    return result
+
+
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class LoadedAdapter:
     """An adapter that fits a base model.
 
     Attributes:
-        folder: Where it was read.
-        kind: One of KINDS.
         digest: Content address of its configuration and tensors.
         tree: The base with this adapter, as a module tree of its own over the base's arrays.
         swaps: What to exchange in the live tree for it.
         nbytes: Memory of its tensors.
     """
 
-    folder: Path
-    kind: str
     digest: str
     tree: nn.Module
     swaps: tuple[Swap, ...]
     nbytes: int
 
 
-def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Adapter:
+def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> LoadedAdapter:
     """Read an adapter's folder onto a base, as `mlx_lm.load` would.
 
     Args:
@@ -66,16 +142,14 @@ def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Adapt
             f"{folder} holds an adapter of the kind {kind!r}: known are {', '.join(KINDS)}"
         )
     tensors = _read_tensors(folder)
-    tree = shared.tree(leaves=kind == "full")
+    tree = shared.tree()
     if kind != "full":
         _attach(tree, config, folder, dora=kind == "dora")
     _require_fits(tree, tensors, folder, full=kind == "full")
     tree.load_weights(list(tensors.items()), strict=False)
     # Or dropout would be at work in every answer.
     tree.eval()
-    return Adapter(
-        folder=folder,
-        kind=kind,
+    return LoadedAdapter(
         digest=adapter_digest(folder),
         tree=tree,
         swaps=shared.swaps(tree),
@@ -117,9 +191,7 @@ def _read_tensors(folder: Path) -> dict[str, mx.array]:
         # Arrays are read when they are needed, and by then the folder may be another.
         mx.eval(loaded)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConchError(
-            f"cannot read {folder / ADAPTER_FILE}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConchError(f"cannot read {folder / ADAPTER_FILE}: {one_line(error)}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise ConchError(f"{folder / ADAPTER_FILE} holds no tensors: make the adapter again")
     return loaded
@@ -136,7 +208,7 @@ def _attach(tree: nn.Module, config: dict[str, Any], folder: Path, *, dora: bool
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConchError(
             f"cannot build the adapter that {folder / ADAPTER_CONFIG} describes: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
         # What it draws is replaced at once; nobody's sampling must depend on it.
@@ -147,15 +219,15 @@ def _require_fits(
     tree: nn.Module, tensors: dict[str, mx.array], folder: Path, *, full: bool
 ) -> None:
     """Refuse tensors that are unknown, of another shape or, for LoRA and DoRA, missing."""
-    wanted = named_arrays(tree.parameters()) if full else adapter_tensors(tree)
-    problems = [f"{name} is no part of it" for name in sorted(set(tensors) - set(wanted))]
-    for name in sorted(wanted):
+    expected = named_arrays(tree.parameters()) if full else adapter_tensors(tree)
+    problems = [f"{name} is no part of it" for name in sorted(set(tensors) - set(expected))]
+    for name in sorted(expected):
         if name not in tensors:
             # mlx_lm trains all weights of some layers only, and keeps only those.
             problems += [] if full else [f"{name} is missing"]
-        elif tensors[name].shape != wanted[name].shape:
-            problems.append(f"{name} is {tensors[name].shape}, not {wanted[name].shape}")
-    if not full and not wanted:
+        elif tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tensors[name].shape}, not {expected[name].shape}")
+    if not full and not expected:
         problems.append("its configuration names no layer of the model")
     if problems:
         raise ConchError(

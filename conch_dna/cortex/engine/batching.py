@@ -1,26 +1,110 @@
 """Requests for several domains answered together, joining and leaving at any token.
 
 Knows an adapter bank, token ids and mlx_lm's batch generator; nothing of text, schemas, confidence
-or servers. Another way to share a batch: a kind of `_Lane`, chosen in `AnswerEngine._lane`.
+or servers. Another way to share a batch: a kind of `_Lane`, chosen in `AnswerEngine._lane`; another
+way to draw tokens: a field of `DrawOptions`, and a branch in `make_request_sampler`.
 """
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.prefixes import PrefixCaches
-from conch_dna.cortex.engine.request import Piece, Request, make_request_sampler
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
+from conch_dna.cortex.options import MAX_BATCH, DrawOptions
+from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.answers import make_sampler
 
-MAX_BATCH = 32
 PREFILL_ROWS = 8
 MAX_PREFIX_BYTES = 256 * 2**20
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(DrawOptions):
+    """A prompt to answer.
+
+    Attributes:
+        domain: The adapter's name in the bank; None for the base without one.
+        tokens: Ids of the whole prompt.
+        prefix: A beginning of `tokens` that other requests of the domain have too, such as its
+            system prompt; it is computed once.
+
+    Raises:
+        ConchError: A value is out of its range, or the prefix is no beginning of the tokens.
+    """
+
+    domain: str | None
+    tokens: tuple[int, ...]
+    prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tokens:
+            raise ConchError("the prompt has no tokens: there is nothing to answer")
+        if tuple(self.tokens[: len(self.prefix)]) != tuple(self.prefix):
+            raise ConchError("the prefix is not the beginning of the prompt's tokens")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of an answer.
+
+    Attributes:
+        uid: The request's number.
+        token: Its id; the token that stops an answer comes too.
+        log_prob: Its log-probability in nats, at temperature 1 and over the real tokens.
+        finish_reason: None until the last token; then "stop" or, where max_tokens or the
+            context ends, "length".
+    """
+
+    uid: int
+    token: int
+    log_prob: float
+    finish_reason: Literal["stop", "length"] | None
+
+
+def make_request_sampler(request: Request, vocabulary_size: int) -> Sampler:
+    """A sampler for one request, with a chain of random keys that follows from its seed alone."""
+    key = mx.random.key(int(content_digest("request", str(request.seed))[:16], 16))
+    draw = make_sampler(request.temperature, vocabulary_size, key)
+    if request.temperature == 0 or request.top_p == 1:
+        return draw
+    from mlx_lm.sample_utils import apply_top_p
+
+    # As an array it is an input of the compiled function, which a number would compile anew.
+    top_p = mx.array(request.top_p)
+    return lambda log_probs: draw(apply_top_p(log_probs, top_p))
+
+
+@contextmanager
+def interrupt_held_back() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the block, not inside it.
+
+    Outside of the main thread, which alone hears Ctrl-C, it does nothing.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    interrupts: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if interrupts:
+            previous(*interrupts[0])
 
 
 @dataclass(eq=False)
@@ -28,14 +112,12 @@ class _Lane:
     """A batch generator and the requests in it.
 
     Attributes:
-        names: The adapters whose rows it takes, besides none.
         version: The bank's, when it was made.
-        model: What it runs.
+        model: What it runs, for the rows of its `names`.
         generator: mlx_lm's.
         uids: The engine's number of each unfinished request, by the generator's.
     """
 
-    names: tuple[str | None, ...]
     version: int
     model: RoutedModel
     generator: Any
@@ -49,7 +131,7 @@ class AnswerEngine:
     requests of all domains run in one batch; else there is a batch for each domain, and they are
     stepped in turn. A request goes on with the adapter that its domain had when it came, whatever
     happens to the bank. `activate` of the bank is neither used nor disturbed. All calls from one
-    thread.
+    thread; Ctrl-C takes effect between two steps, since one broken off would leave it of no use.
 
     Args:
         bank: Adapters and base.
@@ -117,26 +199,23 @@ class AnswerEngine:
             Its number, which its pieces carry.
 
         Raises:
-            ConchError: See `check`; nothing is queued then.
+            ConchError: The model cannot answer it, see `check`; nothing is queued then.
         """
         room = self.check(request)
         lane = self._lane(request.domain)
-        row = (
-            lane.names.index(request.domain)
-            if request.domain is not None
-            else lane.model.no_adapter
-        )
+        row = lane.model.names.index(request.domain)
         # At least one token is left to be asked with.
         prefix = request.prefix[: len(request.tokens) - 1]
-        greedy = request.temperature == 0
+        cache = self.prefixes.get(request.domain, lane.model.trees[row], prefix)
+        sampler = self._greedy
+        if request.temperature > 0:
+            sampler = make_request_sampler(request, self.bank.vocabulary_size)
         [inner] = lane.generator.insert(
             [list(request.tokens[len(prefix) :])],
             [room],
-            caches=[self._cache(request.domain, lane.model, row, prefix)],
+            caches=[[*cache, RowCache([row])]],
             all_tokens=[list(prefix)],
-            samplers=[
-                self._greedy if greedy else make_request_sampler(request, self.bank.vocabulary_size)
-            ],
+            samplers=[sampler],
         )
         uid = self._next_uid
         self._next_uid += 1
@@ -182,6 +261,7 @@ class AnswerEngine:
             lane.generator.remove([inner])
         self._drop_idle()
 
+    @interrupt_held_back()
     def step(self) -> list[Piece]:
         """One token more for every row under way; some prompts may be read first.
 
@@ -222,13 +302,6 @@ class AnswerEngine:
                 self.cancel(uid)
         return list(answers.values())
 
-    def forget_prefixes(self, domain: str | None) -> None:
-        """Drop a domain's kept beginnings; requests under way are not disturbed.
-
-        Those of an adapter that was replaced are never used again in any case.
-        """
-        self.prefixes.forget(domain)
-
     def close(self) -> None:
         """Forget all requests and free what they hold."""
         for uid in list(self._where):
@@ -237,35 +310,15 @@ class AnswerEngine:
             lane.generator.close()
         self._lanes = []
 
-    def __enter__(self) -> "AnswerEngine":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _cache(
-        self, domain: str | None, model: RoutedModel, row: int, prefix: Sequence[int]
-    ) -> list[Any]:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        tree = model.tree(row)
-        own = self.prefixes.get(domain, tree, prefix) if prefix else make_prompt_cache(tree)
-        return [*own, RowCache([row])]
-
     def _lane(self, domain: str | None) -> _Lane:
         """The generator that takes a domain's new requests."""
-        names = tuple(self.bank.names) if self.shares_batches else (domain,)
-        self._drop_idle()
-        for lane in self._lanes:
-            if lane.names == names and lane.version == self.bank.version:
-                return lane
-        lane = self._new_lane(names)
-        self._lanes.append(lane)
-        return lane
-
-    def _new_lane(self, names: tuple[str | None, ...]) -> _Lane:
         from mlx_lm.generate import BatchGenerator
 
+        names = self.bank.names if self.shares_batches else [domain]
+        self._drop_idle()
+        for lane in self._lanes:
+            if lane.model.names == (*names, None) and lane.version == self.bank.version:
+                return lane
         model = RoutedModel(self.bank, names)
         generator = BatchGenerator(
             model,
@@ -274,7 +327,8 @@ class AnswerEngine:
             completion_batch_size=self.max_batch,
             prefill_batch_size=min(PREFILL_ROWS, self.max_batch),
         )
-        return _Lane(names, self.bank.version, model, generator)
+        self._lanes.append(_Lane(self.bank.version, model, generator))
+        return self._lanes[-1]
 
     def _drop_idle(self) -> None:
         """Close the generators of earlier adapters that have nothing left to do."""
@@ -287,9 +341,9 @@ class AnswerEngine:
         if not responses:
             return []
         # One transfer for the whole batch.
-        said = mx.stack([response.logprobs[response.token] for response in responses])
+        log_probs = mx.stack([response.logprobs[response.token] for response in responses])
         pieces = []
-        for response, log_prob in zip(responses, np.asarray(said), strict=True):
+        for response, log_prob in zip(responses, np.asarray(log_probs), strict=True):
             uid = lane.uids[response.uid]
             pieces.append(Piece(uid, int(response.token), float(log_prob), response.finish_reason))
             if response.finish_reason is not None:

@@ -22,6 +22,9 @@ class PrefixCaches:
 
     Args:
         max_bytes: Most memory of what is kept; a larger one is computed and not kept.
+
+    Attributes:
+        computed: How many beginnings were computed so far.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -35,38 +38,40 @@ class PrefixCaches:
         """Memory of what is kept."""
         return sum(size for _, _, size in self._kept.values())
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def get(self, owner: str | None, tree: nn.Module, prefix: Sequence[int]) -> list[Any]:
         """A prompt cache of the beginning that the caller may change.
 
         Args:
             owner: Whose it is, see `forget`.
             tree: The model that computes it; another one than before is another version.
-            prefix: Token ids, at least one.
+            prefix: Token ids; an empty cache is for none.
         """
+        if not prefix:
+            return _computed(tree, prefix)
         key = (owner, tuple(prefix))
-        found = self._kept.get(key)
-        if found is None or found[0] is not tree:
-            found = self._compute(tree, prefix)
-            self._kept[key] = found
+        entry = self._kept.get(key)
+        if entry is None or entry[0] is not tree:
+            cache = _computed(tree, prefix)
+            entry = (tree, cache, sum(part.nbytes for part in cache))
+            self.computed += 1
+            self._kept[key] = entry
         self._kept.move_to_end(key)
         while self._kept and self.nbytes > self.max_bytes:
             self._kept.popitem(last=False)
-        return copy.deepcopy(found[1])
+        return copy.deepcopy(entry[1])
 
     def forget(self, owner: str | None) -> None:
         """Drop all that was kept for an owner."""
         for key in [key for key in self._kept if key[0] == owner]:
             del self._kept[key]
 
-    def _compute(self, tree: nn.Module, prefix: Sequence[int]) -> tuple[nn.Module, list[Any], int]:
-        from mlx_lm.models.cache import make_prompt_cache
 
-        cache = make_prompt_cache(tree)
-        for start in range(0, len(prefix), STEP):
-            tree(mx.array([list(prefix[start : start + STEP])]), cache=cache)
-            mx.eval([entry.state for entry in cache])
-        self.computed += 1
-        return tree, cache, sum(entry.nbytes for entry in cache)
+def _computed(tree: nn.Module, prefix: Sequence[int]) -> list[Any]:
+    """A tree's prompt cache of a beginning."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache: list[Any] = make_prompt_cache(tree)
+    for start in range(0, len(prefix), STEP):
+        tree(mx.array([list(prefix[start : start + STEP])]), cache=cache)
+        mx.eval([entry.state for entry in cache])
+    return cache

@@ -5,6 +5,7 @@ and go. Each row's adapter travels through mlx_lm's batches as the last entry of
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -42,6 +43,8 @@ class Rows:
 class RowCache:
     """The row's adapter, in the form of an entry of mlx_lm's prompt cache.
 
+    It has what `BatchGenerator` asks of one.
+
     Args:
         rows: Index of each row's adapter; one row where it belongs to one sequence.
     """
@@ -70,7 +73,7 @@ class RowCache:
         """Padding of prompts does not concern it."""
 
     def finalize(self) -> None:
-        """See `prepare`."""
+        """The end of a prompt does not concern it either."""
 
     @property
     def state(self) -> list[mx.array]:
@@ -81,22 +84,6 @@ class RowCache:
     def nbytes(self) -> int:
         """Memory of arrays."""
         return 0
-
-    def size(self) -> int:
-        """Tokens in it: none."""
-        return 0
-
-    def empty(self) -> bool:
-        """Whether it holds nothing of a sequence yet; it never does."""
-        return True
-
-    def is_trimmable(self) -> bool:
-        """Tokens can be taken back without changing it."""
-        return True
-
-    def trim(self, count: int) -> int:
-        """Take tokens back."""
-        return count
 
 
 def _low_rank(
@@ -180,24 +167,19 @@ class RoutedModel:
 
     Args:
         bank: It may change afterwards; this stays as it is.
-        names: The adapters of the rows; index i means the i-th, one more than the last means none.
+        names: The adapters of the rows.
+
+    Attributes:
+        names: With None, for rows without an adapter, as the last; a row's index counts in it.
+        trees: The module tree of each.
     """
 
     def __init__(self, bank: AdapterBank, names: Sequence[str | None]) -> None:
-        self.vocabulary_size = bank.vocabulary_size
-        self._trees = [*(bank.tree(name) for name in names), bank.tree(None)]
-        self._new_tree = bank.new_tree
+        self.names: tuple[str | None, ...] = (*names, None)
+        self.trees = [bank.tree(name) for name in self.names]
+        self._vocabulary_size = bank.vocabulary_size
+        self._shared = bank.shared
         self._rows = Rows()
-        self._mixed: nn.Module | None = None
-
-    @property
-    def no_adapter(self) -> int:
-        """The index of rows without an adapter."""
-        return len(self._trees) - 1
-
-    def tree(self, row: int) -> nn.Module:
-        """The module tree of a row's adapter alone."""
-        return self._trees[row]
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any]) -> mx.array:
         """Ids `[B, T]` to logits of the real tokens `[B, T, V]`, float32.
@@ -208,21 +190,21 @@ class RoutedModel:
         """
         *own, rows = cache
         if len(set(rows.rows)) == 1:
-            tree = self._trees[rows.rows[0]]
+            tree = self.trees[rows.rows[0]]
         else:
-            tree = self._mixed_tree()
+            tree = self._mixed
             self._rows.indices = mx.array(rows.rows, dtype=mx.int32)
         logits: mx.array = tree(inputs, cache=own)
         # Padding rows of the head are no tokens, and have no share in any probability.
-        return logits[..., : self.vocabulary_size].astype(mx.float32)
+        return logits[..., : self._vocabulary_size].astype(mx.float32)
 
     def routes(self) -> bool:
         """Whether the model keeps the batch's rows on the first axis in every adapted layer.
 
         Tried on two rows without a cache, since a model's class does not tell.
         """
-        tree = self._mixed_tree()
-        self._rows.indices = mx.array([0, self.no_adapter], dtype=mx.int32)
+        tree = self._mixed
+        self._rows.indices = mx.array([0, len(self.names) - 1], dtype=mx.int32)
         try:
             for length in (3, 1):
                 mx.eval(tree(mx.zeros((2, length), dtype=mx.int32)))
@@ -230,13 +212,14 @@ class RoutedModel:
             return False
         return True
 
-    def _mixed_tree(self) -> nn.Module:
-        if self._mixed is None:
-            self._mixed = self._new_tree()
-            self._mixed.update_modules(tree_unflatten(_row_layers(self._trees, self._rows)))
-            self._mixed.eval()
-            mx.eval(self._mixed.parameters())
-        return self._mixed
+    @cached_property
+    def _mixed(self) -> nn.Module:
+        """A tree whose adapted layers have the factors of all adapters; made when needed."""
+        mixed = self._shared.tree()
+        mixed.update_modules(tree_unflatten(_row_layers(self.trees, self._rows)))
+        mixed.eval()
+        mx.eval(mixed.parameters())
+        return mixed
 
 
 def _row_layers(trees: Sequence[nn.Module], rows: Rows) -> list[tuple[str, nn.Module]]:
@@ -257,10 +240,10 @@ def _row_layers(trees: Sequence[nn.Module], rows: Rows) -> list[tuple[str, nn.Mo
         first, second, scale = _stacked(layers)
         one = next(layer for layer in layers if layer is not None)
         if isinstance(one, LoRALinear):
-            made: nn.Module = RowLoRALinear(one.linear, first, second, scale, rows)
+            layer: nn.Module = RowLoRALinear(one.linear, first, second, scale, rows)
         else:
-            made = RowLoRAEmbedding(one.embedding, first, second, scale, rows)
-        result.append((name, made))
+            layer = RowLoRAEmbedding(one.embedding, first, second, scale, rows)
+        result.append((name, layer))
     return result
 
 
@@ -274,12 +257,10 @@ def _stacked(layers: Sequence[Any]) -> tuple[mx.array, mx.array, mx.array]:
     like = present[0]
     first, second = [], []
     for layer in layers:
-        if layer is None:
-            first.append(mx.zeros((like.lora_a.shape[0], rank), like.lora_a.dtype))
-            second.append(mx.zeros((rank, like.lora_b.shape[1]), like.lora_b.dtype))
-        else:
-            missing = rank - layer.lora_a.shape[1]
-            first.append(mx.pad(layer.lora_a, [(0, 0), (0, missing)]))
-            second.append(mx.pad(layer.lora_b, [(0, missing), (0, 0)]))
+        lora_a = like.lora_a[:, :0] if layer is None else layer.lora_a
+        lora_b = like.lora_b[:0] if layer is None else layer.lora_b
+        missing = rank - lora_a.shape[1]
+        first.append(mx.pad(lora_a, [(0, 0), (0, missing)]))
+        second.append(mx.pad(lora_b, [(0, missing), (0, 0)]))
     scale = mx.array([0.0 if layer is None else float(layer.scale) for layer in layers])
     return mx.stack(first), mx.stack(second), scale

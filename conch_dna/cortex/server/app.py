@@ -1,138 +1,52 @@
-"""The server's addresses, who may ask them, and how refusals are told.
+"""The server's addresses: who may ask them, chat completions, and how refusals are told.
 
-Knows Starlette and the loop; chat completions are in chat.py. Another address: a method of
-`Addresses` and its route in `make_app`.
+Knows Starlette, ASGI and jobs; nothing of models, which run in other threads than these
+connections. Another address: a method of `Addresses` and its route in `make_app`. Another kind of
+event to send: a branch in `_Connection`.
 """
 
 import asyncio
 import hmac
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from conch_dna import __version__
-from conch_dna.cortex.server.chat import ChatEndpoint
+from conch_dna.cortex.options import is_loopback
+from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
-from conch_dna.cortex.server.replies import model_entry, model_list, unknown_model
-from conch_dna.cortex.server.requests import ApiError
-from conch_dna.cortex.server.settings import is_loopback
+from conch_dna.cortex.server.openai_api import (
+    COMMENT,
+    ApiError,
+    Shapes,
+    model_entry,
+    parse_chat,
+    server_sent_event,
+    unknown_model,
+)
+from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
 
-
-class Doors:
-    """Who may ask.
-
-    Args:
-        key: That clients must send; empty where they need none.
-    """
-
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
-
-    def check(self, request: "Request") -> None:
-        """Refuse who may not ask.
-
-        Without a key only programs of this machine may, and no web page that a browser on it
-        shows: neither by its own name (the Origin header) nor by a name that it lets point here
-        (the Host header).
-
-        Raises:
-            ApiError: It is one of those, or the key is not the right one.
-        """
-        if not self._key:
-            for header in ("host", "origin"):
-                value = request.headers.get(header, "")
-                host = urlsplit(value if header == "origin" else f"//{value}").hostname or ""
-                if value and not is_loopback(host):
-                    raise ApiError(
-                        403, f"the {header} is {value!r}: without a key only this machine may ask"
-                    )
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        # As the bytes that came, which Starlette reads as Latin-1.
-        right = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-        if kind.lower() != "bearer" or not right:
-            raise ApiError(
-                401,
-                "the key is missing or wrong: send it as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-
-class Addresses:
-    """What is answered besides chat completions.
-
-    Args:
-        loop: Knows the suite.
-        chat: Knows who waits.
-        doors: Who may ask.
-    """
-
-    def __init__(self, loop: ServerLoop, chat: ChatEndpoint, doors: Doors) -> None:
-        self._loop = loop
-        self._chat = chat
-        self._doors = doors
-        self._began = time.time()
-
-    async def models(self, request: "Request") -> "Response":
-        """GET /v1/models."""
-        from starlette.responses import JSONResponse
-
-        self._doors.check(request)
-        return JSONResponse(model_list(self._loop.models, int(self._began)))
-
-    async def model(self, request: "Request") -> "Response":
-        """GET /v1/models/NAME."""
-        from starlette.responses import JSONResponse
-
-        self._doors.check(request)
-        name, known = request.path_params["name"], self._loop.models
-        if name not in known:
-            raise ApiError(404, unknown_model(name, known), param="model", code="model_not_found")
-        return JSONResponse(model_entry(name, int(self._began)))
-
-    async def health(self, request: "Request") -> "Response":
-        """GET /health; needs no key."""
-        from starlette.responses import JSONResponse
-
-        loop = self._loop
-        said = {
-            "status": "stopping" if loop.stopping else "ok",
-            "version": __version__,
-            "domains": loop.suite.domains,
-            "ego": loop.suite.ego is not None,
-            "queue": {"unfinished": self._chat.unfinished, "max": loop.settings.max_queue},
-            "uptime_s": round(time.time() - self._began, 1),
-        }
-        return JSONResponse(said, status_code=503 if loop.stopping else 200)
-
-    async def metrics(self, request: "Request") -> "Response":
-        """GET /metrics, for Prometheus."""
-        from starlette.responses import Response
-
-        self._doors.check(request)
-        return Response(self._loop.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-    async def reload(self, request: "Request") -> "Response":
-        """POST /admin/reload: take in new versions of adapters now."""
-        from starlette.responses import JSONResponse
-
-        self._doors.check(request)
-        if self._loop.stopping:
-            raise ApiError(503, STOPPING)
-        try:
-            changed = await asyncio.wrap_future(self._loop.reload())
-        except ConchError as error:
-            raise ApiError(409, str(error)) from error
-        notes = list(self._loop.suite.notes)
-        return JSONResponse({"changed": changed, "domains": self._loop.models, "notes": notes})
+CLIENT_GONE = 499
+UNKNOWN = "unknown"
+# What is read of a body that is too large, so that the client gets to read why.
+_DRAINED = 16
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    # Proxies would keep parts until they have more of them.
+    (b"x-accel-buffering", b"no"),
+]
 
 
 def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
@@ -144,24 +58,22 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     def refused(request: "Request", error: Any) -> "Response":
-        return JSONResponse(error.to_json(), error.status, headers=error.headers)
+        return json_response(error.to_json(), error.status, headers=error.headers)
 
     def not_there(request: "Request", error: Any) -> "Response":
-        method, path = request.method, request.url.path
-        known = ApiError(error.status_code, f"{method} {path}: {error.detail}")
-        return JSONResponse(known.to_json(), error.status_code, headers=error.headers)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return refused(request, ApiError(error.status_code, message, headers=error.headers))
 
     def broken(request: "Request", error: Exception) -> "Response":
         # The server's log has the traceback.
-        return JSONResponse(ApiError(500, "the server made a mistake").to_json(), 500)
+        return refused(request, ApiError(500, "the server made a mistake"))
 
-    doors = Doors(key)
-    chat = ChatEndpoint(loop, doors.check)
-    addresses = Addresses(loop, chat, doors)
+    check = partial(check_door, key=key.encode())
+    chat = ChatEndpoint(loop, check)
+    addresses = Addresses(loop, chat, check)
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", addresses.models),
@@ -172,3 +84,321 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     ]
     handlers: dict[Any, Any] = {ApiError: refused, HTTPException: not_there, Exception: broken}
     return Starlette(routes=routes, exception_handlers=handlers), chat
+
+
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> "Response":
+    """A reply whose body is JSON."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content, status, headers=headers)
+
+
+def check_door(request: "Request", *, key: bytes) -> None:
+    """Refuse who may not ask.
+
+    Without a key only programs of this machine may, and no web page that a browser on it shows:
+    neither by its own name (the Origin header) nor by a name that it lets point here (the Host
+    header).
+
+    Args:
+        request: Its headers tell.
+        key: That clients must send; empty where they need none.
+
+    Raises:
+        ApiError: It is one of those, or the key is not the right one.
+    """
+    if not key:
+        for header in ("host", "origin"):
+            value = request.headers.get(header, "")
+            host = urlsplit(value if header == "origin" else f"//{value}").hostname or ""
+            if value and not is_loopback(host):
+                raise ApiError(
+                    403, f"the {header} is {value!r}: without a key only this machine may ask"
+                )
+        return
+    kind, _, sent = request.headers.get("authorization", "").partition(" ")
+    # As the bytes that came, which Starlette reads as Latin-1.
+    right = hmac.compare_digest(sent.strip().encode("latin-1"), key)
+    if kind.lower() != "bearer" or not right:
+        raise ApiError(
+            401,
+            "the key is missing or wrong: send it as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+@dataclass
+class Addresses:
+    """What is answered besides chat completions.
+
+    Attributes:
+        loop: Knows the suite.
+        chat: Knows who waits.
+        check: Refuses who may not ask.
+        began: When the server did, in seconds since 1970.
+    """
+
+    loop: ServerLoop
+    chat: "ChatEndpoint"
+    check: "Callable[[Request], None]"
+    began: float = field(default_factory=time.time)
+
+    async def models(self, request: "Request") -> "Response":
+        """GET /v1/models."""
+        self.check(request)
+        entries = [model_entry(name, int(self.began)) for name in self.loop.models]
+        return json_response({"object": "list", "data": entries})
+
+    async def model(self, request: "Request") -> "Response":
+        """GET /v1/models/NAME."""
+        self.check(request)
+        name, known = request.path_params["name"], self.loop.models
+        if name not in known:
+            raise unknown_model(name, known)
+        return json_response(model_entry(name, int(self.began)))
+
+    async def health(self, request: "Request") -> "Response":
+        """GET /health; needs no key."""
+        loop = self.loop
+        state = {
+            "status": "stopping" if loop.stopping else "ok",
+            "version": __version__,
+            "domains": loop.suite.domains,
+            "ego": loop.suite.ego is not None,
+            "queue": {"unfinished": self.chat.unfinished, "max": loop.settings.max_queue},
+            "uptime_s": round(time.time() - self.began, 1),
+        }
+        return json_response(state, 503 if loop.stopping else 200)
+
+    async def metrics(self, request: "Request") -> "Response":
+        """GET /metrics, for Prometheus."""
+        from starlette.responses import Response
+
+        self.check(request)
+        return Response(self.loop.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def reload(self, request: "Request") -> "Response":
+        """POST /admin/reload: take in new versions of adapters now."""
+        self.check(request)
+        if self.loop.stopping:
+            raise ApiError(503, STOPPING)
+        try:
+            changed = await asyncio.wrap_future(self.loop.reload())
+        except ConchError as error:
+            raise ApiError(409, str(error)) from error
+        notes = list(self.loop.suite.notes)
+        return json_response({"changed": changed, "domains": self.loop.models, "notes": notes})
+
+
+class ChatEndpoint:
+    """The ASGI application of /v1/chat/completions.
+
+    Args:
+        loop: Answers.
+        check: Refuses who may not ask.
+
+    Attributes:
+        unfinished: Requests whose connection waits.
+    """
+
+    def __init__(self, loop: ServerLoop, check: "Callable[[Request], None]") -> None:
+        self.unfinished = 0
+        # A place is free before the answer's end is sent, so that a client may go on at once.
+        self._places: set[Request] = set()
+        self._loop = loop
+        self._check = check
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request."""
+        from starlette.requests import ClientDisconnect, Request
+
+        request = Request(scope, receive)
+        began = time.perf_counter()
+        model, status = UNKNOWN, 500
+        # Before the look whether the server is stopping: who is counted is waited for.
+        self.unfinished += 1
+        self._places.add(request)
+        leave = partial(self._places.discard, request)
+        try:
+            self._check(request)
+            self._check_room()
+            async with asyncio.timeout(self._loop.settings.request_timeout_s):
+                body = await read_body(request, self._loop.settings.max_body_bytes)
+            chat = parse_chat(body)
+            model = chat.model if chat.model in self._loop.models else UNKNOWN
+            status = await self._answer(_Connection(self._loop, Job(chat), request, send, leave))
+        except ApiError as error:
+            status = error.status
+            raise
+        except ClientDisconnect:
+            status = CLIENT_GONE
+        except TimeoutError as error:
+            status = 408
+            raise ApiError(408, "the body did not come in time: send it at once") from error
+        finally:
+            leave()
+            self.unfinished -= 1
+            self._loop.metrics.ended(model, status, time.perf_counter() - began)
+
+    def _check_room(self) -> None:
+        if self._loop.stopping:
+            raise ApiError(503, STOPPING, headers={"Retry-After": "5"})
+        most = self._loop.settings.max_queue
+        if len(self._places) > most:
+            raise ApiError(
+                429,
+                f"{most} requests wait or are answered, as many as may: ask again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    async def _answer(self, connection: "_Connection") -> int:
+        """Answer until the end, or until the client has gone; gives the status."""
+        answering = asyncio.ensure_future(connection.answer())
+        leaving = asyncio.ensure_future(connection.client_gone())
+        # A client that does not read what it is sent is waited for a little longer.
+        longest = self._loop.settings.request_timeout_s + 5
+        try:
+            await asyncio.wait(
+                {answering, leaving}, timeout=longest, return_when=asyncio.FIRST_COMPLETED
+            )
+            return await answering if answering.done() else CLIENT_GONE
+        finally:
+            answering.cancel()
+            leaving.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+            connection.close()
+
+
+async def read_body(request: "Request", most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: It is larger than it may be, or not said to be JSON.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # What a web page of another site can send without being asked has another type.
+        raise ApiError(415, f"the content type is {kind!r}: send application/json")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= most:
+            parts.append(part)
+        if size > _DRAINED * most:
+            break
+    if size > most:
+        raise ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
+    return b"".join(parts)
+
+
+@dataclass
+class _Connection:
+    """One job and the client that waits for it.
+
+    Attributes:
+        loop: Answers.
+        job: Is put into it.
+        request: Of the client.
+        send: To the client.
+        leave: Frees the client's place in the queue.
+        done: Whether the last event has come.
+        has_text: Whether a text has come.
+    """
+
+    loop: ServerLoop
+    job: Job
+    request: "Request"
+    send: "Send"
+    leave: Callable[[], None]
+    done: bool = False
+    has_text: bool = False
+
+    def __post_init__(self) -> None:
+        self.shapes = Shapes(self.job.chat.model)
+        self.loop.put(self.job)
+
+    async def client_gone(self) -> None:
+        """Wait until the client has left."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    def close(self) -> None:
+        """Nobody reads the rest."""
+        if not self.done:
+            self.loop.forget(self.job)
+
+    async def answer(self) -> int:
+        """Send the whole reply; gives its status.
+
+        Raises:
+            ApiError: There is none, and nothing was sent.
+        """
+        # Whether the request can be answered.
+        await self._next()
+        if self.job.chat.stream:
+            return await self._stream()
+        while not isinstance(answer := await self._next(), Answer):
+            pass
+        response = json_response(self.shapes.completion(answer))
+        await response(self.request.scope, self.request.receive, self.send)
+        return 200
+
+    async def _next(self, wait_s: float | None = None) -> str | Answer | None:
+        """The next event; None where there was none in so many seconds.
+
+        Raises:
+            ApiError: It was one, or the request took too long.
+        """
+        longest = self.loop.settings.request_timeout_s
+        left = self.job.began + longest - time.perf_counter()
+        try:
+            async with asyncio.timeout(left if wait_s is None else min(wait_s, left)):
+                event = await self.job.events.get()
+        except TimeoutError:
+            if wait_s is not None and wait_s < left:
+                return None
+            raise ApiError(
+                504, f"the request took longer than {longest:g} s: ask for fewer tokens"
+            ) from None
+        if isinstance(event, Answer | ApiError):
+            self.done = True
+            self.leave()
+        if isinstance(event, ApiError):
+            raise event
+        if event and not self.has_text:
+            self.has_text = True
+            passed = time.perf_counter() - self.job.began
+            self.loop.metrics.first_text.labels(self.job.chat.model).observe(passed)
+        return event
+
+    async def _stream(self) -> int:
+        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        include_usage = bool(self.job.chat.stream_options.include_usage)
+        usage = {"usage": None} if include_usage else {}
+        await self._write(self.shapes.chunk({"role": "assistant", "content": ""}, **usage))
+        status, sent = 200, False
+        while not self.done:
+            try:
+                event = await self._next(self.loop.settings.keep_alive_s)
+            except ApiError as error:
+                status = error.status
+                await self._write(server_sent_event(error.to_json()))
+                break
+            if event is None:
+                await self._write(COMMENT)
+                continue
+            text = event if isinstance(event, str) else ("" if sent else event.text)
+            if text:
+                sent = True
+                await self._write(self.shapes.chunk({"content": text}, **usage))
+            if isinstance(event, Answer):
+                await self._write(self.shapes.end(event, include_usage=include_usage))
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        return status
+
+    async def _write(self, data: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})

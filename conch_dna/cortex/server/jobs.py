@@ -1,33 +1,24 @@
-"""One request on its way through the server, and what its threads tell each other about it.
+"""Requests on their way through the server's threads, and the thread in which EGO answers.
 
-Knows a request, its turn and asyncio's queue; neither HTTP nor models. Something else to tell a
-waiting client: a type in `Event`, and a branch where replies are sent (chat.py).
+Knows a request, its turn, asyncio's queue and a suite's EGO; neither HTTP nor neurons. Something
+else to tell a waiting client: a type in `Event`, and a branch where replies are sent (app.py). What
+EGO is to do for clients: a branch in `EgoThread._answer`.
 """
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from conch_dna.cortex.server.replies import Reply
-from conch_dna.cortex.server.requests import ApiError, ChatRequest
-from conch_dna.cortex.turn import Turn
+from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.cortex.server.openai_api import ApiError, ChatRequest
+from conch_dna.cortex.turn import Answer, Turn
+from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.training.chats.conversations import prompt_ids, prompt_turns
 
-
-@dataclass(frozen=True)
-class Accepted:
-    """The request can be answered; whether it is is another matter."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A part of the answer that is final."""
-
-    text: str
-
-
-# The last one of a request is a Reply or an ApiError.
-Event = Accepted | Text | Reply | ApiError
+# A text is a part of the answer that is final; the first is empty, and says that the request can be
+# answered. The last event of a request is an Answer or an ApiError.
+Event = str | Answer | ApiError
 
 
 class Job:
@@ -42,6 +33,7 @@ class Job:
         turn: A neuron's question; None where EGO was asked for, or before it is taken on.
         uid: Its number in the engine, while it is there.
         gone: Whether nobody waits for it any more.
+        connections: The event loop in which the connection waits.
     """
 
     def __init__(self, chat: ChatRequest) -> None:
@@ -51,22 +43,144 @@ class Job:
         self.turn: Turn | None = None
         self.uid: int | None = None
         self.gone = False
-        self._loop = asyncio.get_running_loop()
-
-    def tell(self, event: Event) -> None:
-        """Tell the waiting connection, from any thread."""
-        tell_all([(self, event)])
+        self.connections = asyncio.get_running_loop()
 
 
-def tell_all(told: Sequence[tuple[Job, Event]]) -> None:
+def tell_all(events: Sequence[tuple[Job, Event]]) -> None:
     """Tell the connections of one server, in one go, from any thread."""
 
     def put() -> None:
-        for job, event in told:
+        for job, event in events:
             job.events.put_nowait(event)
 
-    if not told:
-        return
-    loop = told[0][0]._loop
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(put)
+    if events and not events[0][0].connections.is_closed():
+        events[0][0].connections.call_soon_threadsafe(put)
+
+
+class EgoThread:
+    """Answers jobs one after the other, hand-overs that are drawn alike and greedy together.
+
+    The neurons go on meanwhile. A thread of its own also because EGO's model may be used by one
+    only.
+
+    Args:
+        suite: With an EGO. Only `ego`, `answer_by_ego` and what that remembers are used.
+        finish: Gets every job with its answer or why there is none; called in this thread.
+        failed: Gets an error that is no user's mistake; the thread is at its end then.
+    """
+
+    def __init__(
+        self,
+        suite: CortexSuite,
+        *,
+        finish: Callable[[Job, Answer | ApiError], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._suite = suite
+        self._finish = finish
+        self._failed = failed
+        self._waiting: list[Job] = []
+        self._change = threading.Condition()
+        self._ending = False
+        # A daemon, since a model that is in the middle of an answer cannot be stopped.
+        self._thread = threading.Thread(target=self._run, name="ego", daemon=True)
+
+    def start(self) -> None:
+        """Begin; EGO is loaded with the first job."""
+        self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Let EGO answer; from any thread."""
+        with self._change:
+            self._waiting.append(job)
+            self._change.notify()
+
+    def stop(self, *, wait_s: float) -> bool:
+        """End the thread when it has answered what it is at.
+
+        Returns:
+            Whether it ended in that time.
+        """
+        with self._change:
+            self._ending = True
+            self._change.notify()
+        if self._thread.is_alive():
+            self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while jobs := self._next():
+                self._answer(jobs)
+        except BaseException as error:  # noqa: BLE001  (raised in the server's thread)
+            self._failed(error)
+
+    def _next(self) -> list[Job]:
+        """The first job that waits, with those that EGO can answer together with it.
+
+        Returns:
+            None at the end.
+        """
+        with self._change:
+            while not self._ending:
+                self._waiting = [job for job in self._waiting if not job.gone]
+                if self._waiting:
+                    jobs = self._alike(self._waiting[0])
+                    self._waiting = [job for job in self._waiting if job not in jobs]
+                    return jobs
+                self._change.wait()
+        return []
+
+    def _alike(self, first: Job) -> list[Job]:
+        # What is drawn at random depends on who shares a batch.
+        if first.turn is None or first.turn.options.temperature > 0:
+            return [first]
+        assert self._suite.ego is not None
+        drawn = first.turn.drawn
+        alike = [job for job in self._waiting if job.turn is not None and job.turn.drawn == drawn]
+        return alike[: self._suite.ego.config.batch_size]
+
+    def _answer(self, jobs: list[Job]) -> None:
+        if jobs[0].turn is None:
+            self._finish(jobs[0], self._by_name(jobs[0]))
+            return
+        refused = ""
+        turns = [job.turn for job in jobs if job.turn is not None]
+        try:
+            self._suite.answer_by_ego(turns)
+        except EgoUnavailableError as error:
+            refused = str(error)
+        for job, turn in zip(jobs, turns, strict=True):
+            self._finish(job, turn.answer or ApiError(503, refused))
+
+    def _by_name(self, job: Job) -> Answer | ApiError:
+        """EGO as the model that was asked for."""
+        ego, options = self._suite.ego, job.chat.options
+        assert ego is not None
+        began = time.perf_counter()
+        try:
+            turns = prompt_turns(job.chat.turns, options.system or "")
+            [answer] = ego.generate_many(
+                [turns],
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+            )
+            # An API does not say how long a prompt was.
+            prompt = None
+            if not ego.config.is_endpoint:
+                prompt = len(prompt_ids(ego.source.tokenizer, turns, ""))
+        except EgoUnavailableError as error:
+            return ApiError(503, str(error))
+        except ConchError as error:
+            return ApiError(400, str(error))
+        return Answer(
+            domain=job.chat.model,
+            text=answer.text,
+            answered_by="ego",
+            reason="EGO was asked for",
+            finish_reason=answer.finish_reason,
+            prompt_tokens=prompt,
+            completion_tokens=answer.tokens,
+            seconds=time.perf_counter() - began,
+        )

@@ -4,6 +4,7 @@ Knows jobs, turns and the engine; nothing of HTTP. Everything reaches it through
 nothing here needs a lock. Something else to do between two steps: a method put into the inbox.
 """
 
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -11,12 +12,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from conch_dna.cortex.neuron import EGO, CortexSuite
-from conch_dna.cortex.server.ego_thread import EgoThread
-from conch_dna.cortex.server.jobs import Accepted, Event, Job, Text, tell_all
+from conch_dna.cortex.options import ServerSettings
+from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
-from conch_dna.cortex.server.replies import Reply, reply_of, unknown_model
-from conch_dna.cortex.server.requests import ApiError
-from conch_dna.cortex.server.settings import ServerSettings
+from conch_dna.cortex.server.openai_api import ApiError, unknown_model
+from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 
 STOPPING = "the server is stopping: ask again when it is back"
@@ -62,15 +62,20 @@ class ServerLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
         self._under_way: dict[int, Job] = {}
-        self._told: list[tuple[Job, Event]] = []
+        self._events: list[tuple[Job, Event]] = []
         self._deadline = float("inf")
         self._marks: dict[str, Any] = {}
+        self._between_looks = settings.poll_s or math.inf
         self._next_look = 0.0
         self._problem = ""
         self._failure: BaseException | None = None
         self._ego: EgoThread | None = None
         if suite.ego is not None:
-            self._ego = EgoThread(suite, finish=self._ego_is_done, failed=self.fail)
+            self._ego = EgoThread(
+                suite,
+                finish=lambda job, end: self._inbox.put(lambda: self._finish(job, end)),
+                failed=self.fail,
+            )
         suite.engine.max_batch = settings.max_batch
 
     # From any thread
@@ -91,16 +96,16 @@ class ServerLoop:
 
     def reload(self) -> "Future[list[str]]":
         """Take in what is new in the folder of adapters; gives the domains that changed."""
-        found: Future[list[str]] = Future()
+        changed: Future[list[str]] = Future()
 
         def now() -> None:
             try:
-                found.set_result(self._reload())
+                changed.set_result(self._reload())
             except ConchError as error:
-                found.set_exception(error)
+                changed.set_exception(error)
 
         self._inbox.put(now)
-        return found
+        return changed
 
     def stop(self, grace_s: float) -> None:
         """Refuse new requests, and end when those under way are done or the time is over."""
@@ -119,9 +124,6 @@ class ServerLoop:
 
         self._inbox.put(leave)
 
-    def _ego_is_done(self, job: Job, found: Reply | ApiError) -> None:
-        self._inbox.put(lambda: self._finish(job, found))
-
     # In its own thread
 
     def run(self) -> None:
@@ -129,7 +131,7 @@ class ServerLoop:
         if self._ego is not None:
             self._ego.start()
         self._marks = self.suite.marks()
-        self._next_look = time.monotonic() + self.settings.poll_s
+        self._next_look = time.monotonic() + self._between_looks
         try:
             while not self._over():
                 self._read_inbox()
@@ -144,7 +146,7 @@ class ServerLoop:
                 self._inbox.get()()
             for job in list(self._jobs):
                 self._drop(job)
-                self._told.append((job, ApiError(503, STOPPING)))
+                self._events.append((job, ApiError(503, STOPPING)))
             self._tell()
             if self._ego is not None and not self._ego.stop(wait_s=1.0):
                 self._report("EGO was left in the middle of an answer")
@@ -152,33 +154,26 @@ class ServerLoop:
     def _over(self) -> bool:
         if self._failure is not None:
             return True
-        if not self.stopping:
-            return False
-        return time.monotonic() >= self._deadline or not (self._jobs or self.unfinished())
+        done = not (self._jobs or self.unfinished())
+        return self.stopping and (done or time.monotonic() >= self._deadline)
 
     def _read_inbox(self) -> None:
         """Do what came in; sleeps until something does where no request is computed."""
-        if not self.suite.engine.pending:
-            try:
-                self._inbox.get(timeout=_LEAVING_S if self.stopping else self._until_look())()
-            except queue.Empty:
-                return
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
-
-    def _until_look(self) -> float:
-        if not self.settings.poll_s:
-            return _IDLE_S
-        return min(_IDLE_S, max(0.0, self._next_look - time.monotonic()))
+        wait_s = _LEAVING_S if self.stopping else min(_IDLE_S, self._next_look - time.monotonic())
+        if self.suite.engine.pending:
+            wait_s = 0
+        try:
+            while True:
+                self._inbox.get(timeout=max(wait_s, 0))()
+                wait_s = 0
+        except queue.Empty:
+            pass
 
     def _look(self) -> None:
         """Take in new versions, where it is time to look for them."""
-        if not self.settings.poll_s or time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + self.settings.poll_s
+        self._next_look = time.monotonic() + self._between_looks
         try:
             if self.suite.marks() != self._marks:
                 self._reload()
@@ -198,7 +193,7 @@ class ServerLoop:
         finally:
             for name in self.suite.bank.names:
                 if before.get(name) != id(self.suite.bank.get(name)):
-                    self.metrics.reloaded(name)
+                    self.metrics.reloads.labels(name).inc()
                     self._report(f"{name} answers by {self.suite.folder(name)} now")
 
     def _take(self, job: Job) -> None:
@@ -210,20 +205,15 @@ class ServerLoop:
             if chat.model == EGO and self._ego is not None:
                 if chat.options.top_p != 1:
                     raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
-                self._told.append((job, Accepted()))
+                self._events.append((job, ""))
                 self._ego.put(job)
                 return
             if chat.model not in self.suite:
-                raise ApiError(
-                    404,
-                    unknown_model(chat.model, self.models),
-                    param="model",
-                    code="model_not_found",
-                )
-            job.turn = self.suite.turn(chat.model, list(chat.messages), chat.options)
+                raise unknown_model(chat.model, self.models)
+            job.turn = self.suite.turn(chat.model, chat.turns, chat.options)
             if job.turn.request is not None:
                 self.suite.engine.check(job.turn.request)
-            self._told.append((job, Accepted()))
+            self._events.append((job, ""))
             self._go_on(job)
         except ApiError as error:
             self._finish(job, error)
@@ -244,7 +234,7 @@ class ServerLoop:
             assert self._ego is not None
             self._ego.put(job)
         elif turn.answer is not None:
-            self._finish(job, reply_of(turn.answer))
+            self._finish(job, turn.answer)
 
     def _step(self) -> None:
         engine = self.suite.engine
@@ -255,21 +245,20 @@ class ServerLoop:
             assert job.turn is not None
             text = job.turn.add(piece)
             if text and job.turn.streams:
-                self._told.append((job, Text(text)))
+                self._events.append((job, text))
             if piece.finish_reason is not None:
                 del self._under_way[piece.uid]
                 job.uid = None
                 self._go_on(job)
 
-    def _finish(self, job: Job, found: Reply | ApiError) -> None:
+    def _finish(self, job: Job, end: Answer | ApiError) -> None:
         if job not in self._jobs:
             return
         self._jobs.discard(job)
-        if isinstance(found, Reply):
-            by_ego = found.conch["answered_by"] == EGO
-            handed_over = by_ego and job.turn is not None
-            self.metrics.answered(job.chat.model, found, handed_over=handed_over)
-        self._told.append((job, found))
+        if isinstance(end, Answer):
+            handed_over = end.answered_by == "ego" and job.turn is not None
+            self.metrics.answered(job.chat.model, end, handed_over=handed_over)
+        self._events.append((job, end))
 
     def _drop(self, job: Job) -> None:
         self._jobs.discard(job)
@@ -279,5 +268,5 @@ class ServerLoop:
             job.uid = None
 
     def _tell(self) -> None:
-        told, self._told = self._told, []
-        tell_all(told)
+        events, self._events = self._events, []
+        tell_all(events)

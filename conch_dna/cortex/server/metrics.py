@@ -1,13 +1,13 @@
 """What the server counts, for Prometheus.
 
 Knows prometheus_client; nothing of HTTP or models. A registry of its own, so that several servers
-can be in one process. Another figure: a metric here, and a method for whoever sees it happen.
+can be in one process. Another figure: a metric here, counted by whoever sees it happen.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from conch_dna.cortex.server.replies import Reply
+from conch_dna.cortex.turn import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds; a token of a small model takes milliseconds, an answer of EGO minutes.
@@ -20,6 +20,10 @@ class ServerMetrics:
     Args:
         unfinished: How many requests wait or are answered.
         computed: How many of these are in the engine.
+
+    Attributes:
+        first_text: Seconds to the first text of an answer, by model.
+        reloads: How often a domain got another adapter.
     """
 
     def __init__(self, *, unfinished: Callable[[], int], computed: Callable[[], int]) -> None:
@@ -34,8 +38,8 @@ class ServerMetrics:
             "hand_overs", "Questions to a neuron that EGO answered.", ["model"], **more
         )
         self._tokens = Counter("tokens", "Tokens read and written.", ["model", "kind"], **more)
-        self._reloads = Counter("adapter_reloads", "Adapters taken in anew.", ["model"], **more)
-        self._first = Histogram(
+        self.reloads = Counter("adapter_reloads", "Adapters taken in anew.", ["model"], **more)
+        self.first_text = Histogram(
             "first_text_seconds",
             "From the request to the first text of its answer.",
             ["model"],
@@ -60,20 +64,12 @@ class ServerMetrics:
         if status == 200:
             self._duration.labels(model).observe(seconds)
 
-    def first_text(self, model: str, seconds: float) -> None:
-        """The first text of an answer is on its way."""
-        self._first.labels(model).observe(seconds)
-
-    def answered(self, model: str, reply: Reply, *, handed_over: bool) -> None:
+    def answered(self, model: str, answer: Answer, *, handed_over: bool) -> None:
         """There is a whole answer, EGO's in a neuron's place where it was handed over."""
-        self._tokens.labels(model, "prompt").inc(reply.prompt_tokens or 0)
-        self._tokens.labels(model, "completion").inc(reply.completion_tokens or 0)
+        self._tokens.labels(model, "prompt").inc(answer.prompt_tokens or 0)
+        self._tokens.labels(model, "completion").inc(answer.completion_tokens or 0)
         if handed_over:
             self._hand_overs.labels(model).inc()
-
-    def reloaded(self, model: str) -> None:
-        """A domain has another adapter now."""
-        self._reloads.labels(model).inc()
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -6,26 +6,24 @@ loop.py. More to listen to than one socket: `CortexServer.__init__`.
 
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import click
+
 from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.loop import ServerLoop
-from conch_dna.cortex.server.settings import ServerSettings
 from conch_dna.errors import ConchError, one_line
-
-__all__ = ["CortexServer", "ServerSettings", "running_server", "serve"]
 
 # For connections that stay open when all answers are sent.
 _CLOSING_S = 2
 
 
-def _to_standard_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+_to_standard_error = partial(click.echo, err=True)
 
 
 class CortexServer:
@@ -121,15 +119,23 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one does not wait for requests under way.
 
-    Called in the main thread. See `CortexServer`.
+    Called in the main thread.
+
+    Args:
+        suite: Neurons, EGO and what remembers; closed by whoever made it.
+        settings: `ServerSettings()` by default.
+        report: Gets a line for what the one who runs it should know; standard error by default.
+
+    Raises:
+        ConchError: What a `CortexServer` cannot be made of.
     """
     server = CortexServer(suite, settings, report=report)
-    asked = 0
+    signals = 0
 
     def leave(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked += 1
-        server.stop(None if asked == 1 else 0)
+        nonlocal signals
+        signals += 1
+        server.stop(None if signals == 1 else 0)
 
     before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -137,49 +143,3 @@ def serve(
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def running_server(
-    make_suite: Callable[[], CortexSuite],
-    settings: ServerSettings | None = None,
-    *,
-    report: Callable[[str], None] = _to_standard_error,
-) -> Iterator[CortexServer]:
-    """A server in a thread of its own, for programs that do more than serve.
-
-    Args:
-        make_suite: Called in that thread, which owns the suite and closes it.
-        settings: By default those of `ServerSettings`, at a free port.
-        report: See `CortexServer`.
-
-    Raises:
-        ConchError: See `CortexServer`.
-    """
-    started = threading.Event()
-    made: list[CortexServer] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with make_suite() as suite:
-                made.append(CortexServer(suite, settings or ServerSettings(port=0), report=report))
-                started.set()
-                made[0].run()
-        except BaseException as error:  # noqa: BLE001  (raised where the server was asked for)
-            failed.append(error)
-        finally:
-            started.set()
-
-    thread = threading.Thread(target=work, name="neurons")
-    thread.start()
-    started.wait()
-    try:
-        if made:
-            yield made[0]
-    finally:
-        if made:
-            made[0].stop()
-        thread.join()
-        if failed:
-            raise failed[0]
