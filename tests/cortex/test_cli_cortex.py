@@ -31,12 +31,7 @@ from conch_dna.cortex.commands.terminal import visible
 from conch_dna.cortex.engine.interrupts import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.server.settings import ServerSettings
-from conch_dna.errors import ConchError
-from conch_dna.generations.settings import EvolveConfig
-from conch_dna.retraining.experience import ExperienceBuffer
-from conch_dna.retraining.experience_files import read_experiences
-from conch_dna.retraining.settings import settings_over
-from conch_dna.training.settings import KDConfig
+from conch_dna.retraining.buffer import ExperienceBuffer
 from cortex_models import TEXTS, train_adapter, write_adapter
 from suites import calibration
 
@@ -450,13 +445,6 @@ def test_a_file_with_a_wrong_line_records_nothing(
     assert not kept(adapters, "task")
 
 
-def test_of_many_wrong_lines_the_first_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "more.jsonl"
-    file.write_text("{\n" * 7)
-    with pytest.raises(ConchError, match=r"record 5: not JSON .*; and 2 more"):
-        read_experiences(file, "task")
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -539,41 +527,6 @@ def test_a_neuron_learns_what_was_recorded_and_goes_back(tmp_path: Path) -> None
     assert done("ask", "tales", "Sum 3", "--max-tokens", "2", *at(place)).stdout
     result = done("rollback", "tales", *at(place))
     assert result.stdout == "tales answered by G001 and answers by G000\n"
-
-
-def test_settings_of_a_file_stand_over_those_of_the_domain() -> None:
-    own = EvolveConfig(training=KDConfig(num_iters=7, lora_rank=3), replay_share=0.5, measured=9)
-    given = {
-        "training_params": {"iters": 2, "learning-rate": 1e-3, "alpha": 0.3},
-        "stabilizers": {"taboo_words": ["darn"]},
-        "gates": {"recall_margin": 0.2},
-        "laws": [{"name": "short", "max_words": 9}],
-    }
-    found = settings_over(own, given, source="x.yaml", trust_remote_code=True)
-    training = found.training
-    assert (training.num_iters, training.lora_rank, training.learning_rate) == (2, 3, 1e-3)
-    assert training.trust_remote_code and not own.training.trust_remote_code
-    assert (found.alpha, found.beta, found.replay_share, found.measured) == (0.3, 0.5, 0.5, 9)
-    assert found.gates.recall_margin == 0.2
-    assert found.gates.generalize_gain == own.gates.generalize_gain
-    assert (found.taboo_words, len(found.laws)) == (("darn",), 1)
-    assert settings_over(own, {}, source="x.yaml") == own
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"evolution_request": {"line": "x"}}, "has an evolution_request: a retraining learns"),
-        ({"training_params": {"itres": 2}}, "training_params, names unknown settings: itres"),
-        ({"training_params": 3}, "training_params is 3, not a mapping"),
-        ({"training": {}}, "names unknown parts: training"),
-        ({"gates": {"recall": 1}}, "gates, names unknown settings: recall"),
-        ({"training_params": {"num_iters": 0}}, "num_iters is 0"),
-    ],
-)
-def test_settings_that_are_refused(given: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConchError, match=expected):
-        settings_over(EvolveConfig(), given, source="x.yaml")
 
 
 def test_resume_or_overwrite(adapters: Path) -> None:

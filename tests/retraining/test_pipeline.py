@@ -14,7 +14,7 @@ from conch_dna.errors import ConchError, FolderInUseError, Interrupted
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.retraining.domain import Retraining, taught_by
+from conch_dna.retraining.domain import Retraining, settings_over, teaching_of
 from conch_dna.retraining.experience import Experience
 from conch_dna.retraining.lessons import EXPERIENCE, conversation, lessons_of
 from conch_dna.retraining.pipeline import RetrainResult, TrainingPipeline, active_adapter
@@ -309,7 +309,7 @@ def test_an_endpoint_teaches_by_text_alone_and_says_so(distilled: Path, tmp_path
     assert f"{address} is an endpoint and gives no distributions" in result.taught_by
     manifest = pipeline.line(DOMAIN).manifest(result.version)
     assert manifest["teachers"] == [{"role": "parent", "path": "G000"}]
-    assert "there is no EGO" in taught_by("")
+    assert "there is no EGO" in teaching_of("")
 
 
 def test_settings_are_those_of_the_distillation_and_the_shape_the_adapter_has(
@@ -386,6 +386,44 @@ def test_what_is_under_way_elsewhere_on_the_line_is_not_begun(
     with FolderLock(pipeline.line(DOMAIN).folder), pytest.raises(FolderInUseError):
         pipeline.retrain(DOMAIN)
     assert pipeline.retrain(DOMAIN).version == "G001"
+
+
+# Settings from a file.
+
+
+def test_settings_of_a_file_stand_over_those_of_the_domain() -> None:
+    own = EvolveConfig(training=KDConfig(num_iters=7, lora_rank=3), replay_share=0.5, measured=9)
+    given = {
+        "training_params": {"iters": 2, "learning-rate": 1e-3, "alpha": 0.3},
+        "stabilizers": {"taboo_words": ["darn"]},
+        "gates": {"recall_margin": 0.2},
+        "laws": [{"name": "short", "max_words": 9}],
+    }
+    found = settings_over(own, given, source="x.yaml", trust_remote_code=True)
+    training = found.training
+    assert (training.num_iters, training.lora_rank, training.learning_rate) == (2, 3, 1e-3)
+    assert training.trust_remote_code and not own.training.trust_remote_code
+    assert (found.alpha, found.beta, found.replay_share, found.measured) == (0.3, 0.5, 0.5, 9)
+    assert found.gates.recall_margin == 0.2
+    assert found.gates.generalize_gain == own.gates.generalize_gain
+    assert (found.taboo_words, len(found.laws)) == (("darn",), 1)
+    assert settings_over(own, {}, source="x.yaml") == own
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"evolution_request": {"line": "x"}}, "has an evolution_request: a retraining learns"),
+        ({"training_params": {"itres": 2}}, "training_params, names unknown settings: itres"),
+        ({"training_params": 3}, "training_params is 3, not a mapping"),
+        ({"training": {}}, "names unknown parts: training"),
+        ({"gates": {"recall": 1}}, "gates, names unknown settings: recall"),
+        ({"training_params": {"num_iters": 0}}, "num_iters is 0"),
+    ],
+)
+def test_settings_that_are_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConchError, match=expected):
+        settings_over(EvolveConfig(), given, source="x.yaml")
 
 
 # Lessons.

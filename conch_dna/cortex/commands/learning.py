@@ -178,8 +178,7 @@ def retrain(
     from conch_dna.cortex.neuron import student_of
     from conch_dna.generations.tables import verdict_table
     from conch_dna.progress import Progress
-    from conch_dna.retraining.domain import active_adapter
-    from conch_dna.retraining.settings import settings_over
+    from conch_dna.retraining.domain import active_adapter, settings_over
     from conch_dna.training.records import read_records
 
     manifest = read_yaml(Path(config_file)) if config_file else {}
@@ -270,7 +269,7 @@ def record(
     if problem is not None and better is None:
         raise ConchError("--problem goes with --better: say what should have been said")
     from conch_dna.retraining.domain import active_adapter
-    from conch_dna.retraining.experience_files import experience_of, read_experiences
+    from conch_dna.retraining.experience import experience_of, read_experiences
 
     pipeline = pipeline_of(given)
     active_adapter(pipeline.adapters_dir, domain)
