@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.cortex.calibration.confidence import Calibration
+from conch_dna.cortex.calibration.heldout import HELDOUT_FILE
+from conch_dna.generations.data import json_lines
+from conch_dna.training.records import split_heldout
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
@@ -66,6 +69,9 @@ def distil(adapters: Path, domain: str, records: list[dict[str, Any]], **changes
         }
     )
     TrueKnowledgeDistiller(TEACHER, STUDENT, config).distill_domain(domain, data=records)
+    _, heldout = split_heldout(records, config.val_fraction, seed=config.seed)
+    lines = json_lines([records[index] for index in heldout])
+    (adapters / domain / HELDOUT_FILE).write_text(lines, encoding="utf-8")
     return config
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from conch_dna.cortex.benchmark.command import main, run_benchmark
 from conch_dna.cortex.benchmark.report import domain_table
-from conch_dna.cortex.benchmark.rows import AN_API, BenchmarkSettings
+from conch_dna.cortex.benchmark.rows import AN_API, AdapterBenchmarkSettings
+from conch_dna.cortex.calibration.heldout import HELDOUT_FILE
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig
 from conch_dna.errors import ConchError
@@ -27,7 +28,7 @@ from models import make_model_folder
 from suites import STUDENT, TEACHER, answering, distil, tales
 
 OBJECT = '{"cause": "a wheel", "verify": "look", "fix": ["put it on"], "otherwise": "a new car"}'
-QUICK = BenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9)
+QUICK = AdapterBenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9)
 
 
 def shown(name: str, found: dict[str, Any], width: int) -> str:
@@ -42,9 +43,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled domain, and one with a schema that keeps to it where it was trained to."""
     folder = tmp_path_factory.mktemp("adapters")
     distil(folder, "tales", tales())
-    lines = "".join(json.dumps(record) + "\n" for record in tales())
-    # What a distillation from prompts keeps.
-    (folder / "tales" / "training_data.jsonl").write_text(lines)
     system = DOMAIN_PROMPTS["debug"]["system"]
     asked = [
         {"prompt": f"{system}\n\n{question}", "completion": OBJECT}
@@ -74,7 +72,7 @@ def measured(adapters: Path) -> Iterator[tuple[dict[str, Any], CortexSuite]]:
 @pytest.fixture(scope="module")
 def structured(measured: tuple[dict[str, Any], CortexSuite]) -> dict[str, Any]:
     """What was measured of the domain with a schema."""
-    settings = BenchmarkSettings(max_tokens=60, alone=1)
+    settings = AdapterBenchmarkSettings(max_tokens=60, alone=1)
     document = run_benchmark(measured[1], ["debug"], settings)
     assert document["failures"] == {}
     found: dict[str, Any] = document["domains"]["debug"]
@@ -153,7 +151,7 @@ def test_an_api_has_no_distributions_and_says_so(adapters: Path) -> None:
     with answering(lambda messages: "A wheel was gone.") as url:
         ego = EgoConfig(model=url, remote_model="big", retries=0)
         with CortexSuite(adapters, STUDENT, ego=ego, domains=["tales"]) as suite:
-            quick = BenchmarkSettings(samples=64, max_tokens=4, alone=1)
+            quick = AdapterBenchmarkSettings(samples=64, max_tokens=4, alone=1)
             document = run_benchmark(suite, ["tales"], quick)
     assert document["failures"] == {}
     found = document["domains"]["tales"]
@@ -180,7 +178,9 @@ def test_a_teacher_with_another_tokenizer(adapters: Path, tmp_path: Path) -> Non
         tokens["model"]["vocab"]["<gone>"] = number
     path.write_text(json.dumps(tokens))
     with CortexSuite(adapters, STUDENT, ego=str(other), domains=["tales"]) as suite:
-        document = run_benchmark(suite, ["tales"], BenchmarkSettings(samples=20, max_tokens=4))
+        document = run_benchmark(
+            suite, ["tales"], AdapterBenchmarkSettings(samples=20, max_tokens=4)
+        )
     found = document["domains"]["tales"]
     assert found["alignment"] == "roots"
     assert found["rows"]["adapter"]["heldout"]["kl_nats"] > 0
@@ -197,7 +197,7 @@ class TestCommand:
         folder = tmp_path / "adapters"
         for name in ("one", "two"):
             shutil.copytree(adapters / "tales", folder / name)
-        (folder / "two" / "training_data.jsonl").unlink()
+        (folder / "two" / HELDOUT_FILE).unlink()
         output = tmp_path / "out.json"
         quick = ["--samples", "20", "--max-tokens", "2"]
         base = ["--adapters", str(folder), "--ego", TEACHER, "--output", str(output), *quick]
@@ -208,7 +208,7 @@ class TestCommand:
         assert "error: domain two: what two held out is not known" in result.output
         assert list(json.loads(output.read_text())["domains"]) == ["one"]
         assert output.with_suffix(".png").is_file()
-        data = adapters / "tales" / "training_data.jsonl"
+        data = adapters / "tales" / HELDOUT_FILE
         result = self.run(*base, "--domain", "two", "--data", str(data))
         assert result.exit_code == 0, result.output
         assert list(json.loads(output.read_text())["domains"]) == ["two"]
@@ -220,8 +220,11 @@ class TestCommand:
             (["--all", "--domain", "task"], "give either --domain NAME or --all"),
             (["--all", "--data", "x.jsonl"], "--data goes with one --domain"),
             (["--domain", "tales", "--output", "b.txt"], "must end in .json"),
-            (["--domain", "tales", "--samples", "0"], "samples is 0: use 1 or more"),
-            (["--domain", "tales", "--max-risk", "2"], "max_risk 2.0 is not a share"),
+            (["--domain", "tales", "--samples", "0"], "samples is 0: it must be 1 or more"),
+            (
+                ["--domain", "tales", "--max-risk", "2"],
+                "max_risk is 2.0: it must be at least 0 and",
+            ),
             (["--domain", "tales", "--ego", "http://127.0.0.1:1/v1"], "remote_model is empty"),
             (["--domain", "nobody", "--ego", TEACHER], "there is no adapter of nobody"),
         ],

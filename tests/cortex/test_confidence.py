@@ -19,12 +19,11 @@ from conch_dna.cortex.calibration.confidence import (
     Calibration,
     answer_confidence,
     calibrate,
-    draw_risk_coverage,
     halves,
     load_calibration,
-    risk_coverage,
     save_calibration,
 )
+from conch_dna.cortex.calibration.risk_coverage import draw_risk_coverage, risk_coverage
 from conch_dna.errors import ConchError
 from conch_dna.metrics import expected_calibration_error, reliability
 

@@ -1,6 +1,6 @@
 """A benchmark's figures for people: a table of each domain, and a plot of all.
 
-Knows the JSON that `benchmark.run_benchmark` gives; computes nothing of it anew. To show another
+Knows the JSON that `command.run_benchmark` gives; computes nothing of it anew. To show another
 figure: a column in COLUMNS, or a panel in BARS.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.cortex.benchmark.rows import ADAPTER, ROWS, STUDENT
-from conch_dna.cortex.calibration.confidence import RiskCoverage, draw_curves
+from conch_dna.cortex.calibration.risk_coverage import RiskCoverage, draw_curves
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,8 +19,8 @@ Row = Mapping[str, Any]
 
 def _of(part: str, name: str) -> Callable[[Row], float | None]:
     def find(row: Row) -> float | None:
-        found = row.get(part)
-        return None if found is None else found[name]
+        figures = row.get(part)
+        return None if figures is None else figures[name]
 
     return find
 
@@ -54,7 +54,7 @@ BARS: dict[str, Callable[[Row], float | None]] = {
 }
 
 
-def domain_table(name: str, found: Mapping[str, Any], *, width: int | None = None) -> "Table":
+def domain_table(name: str, figures: Mapping[str, Any], *, width: int | None = None) -> "Table":
     """The three rows of one domain for a rich console.
 
     Columns in which no row has a figure are left out, and the KL of chunks where that of tokens
@@ -62,17 +62,17 @@ def domain_table(name: str, found: Mapping[str, Any], *, width: int | None = Non
 
     Args:
         name: The domain's.
-        found: Its part of the document.
+        figures: Its part of the document.
         width: Of the console; each word of a heading gets its own line where it is narrow.
     """
     from rich import box
     from rich.table import Table
 
-    closed = found["gap_closed"]
-    said = "" if closed is None else f", {closed:.0%} of the KL to EGO taken away"
-    table = Table(title=f"{name}: {found['prompts']} held-out prompts{said}", box=box.SIMPLE)
+    gap = figures["gap_closed"]
+    closed = "" if gap is None else f", {gap:.0%} of the KL to EGO taken away"
+    table = Table(title=f"{name}: {figures['prompts']} held-out prompts{closed}", box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    rows = found["rows"]
+    rows = figures["rows"]
     columns: list[tuple[str, list[str]]] = []
     for heading, find, form in COLUMNS:
         values = [find(rows[row]) for row in ROWS]
@@ -95,29 +95,25 @@ def draw_benchmark(path: Path, *, document: Mapping[str, Any]) -> None:
 
     Args:
         path: The file to write.
-        document: See `benchmark.run_benchmark`; with at least one domain.
+        document: What `run_benchmark` gives, with at least one domain.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    domains = document["domains"]
-    panels = {
-        title: find
-        for title, find in BARS.items()
-        if any(find(found["rows"][row]) is not None for found in domains.values() for row in ROWS)
-    }
-    curves = {name: drawn for name, found in domains.items() if (drawn := _curves(found["rows"]))}
+    rows_of = {name: figures["rows"] for name, figures in document["domains"].items()}
+    panels = {title: find for title, find in BARS.items() if _values(rows_of, find)}
+    curves = {name: lines for name, rows in rows_of.items() if (lines := _curves(rows))}
     count = len(panels) + len(curves)
     columns = min(3, count)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * lines), dpi=110, layout="constrained")
+    height = -(-count // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    places = list(figure.subplots(lines, columns, squeeze=False).ravel())
+    places = list(figure.subplots(height, columns, squeeze=False).ravel())
     for title, find in panels.items():
-        _draw_bars(places.pop(0), domains, title, find)
-    for name, drawn in curves.items():
+        _draw_bars(places.pop(0), rows_of, title, find)
+    for name, lines in curves.items():
         axes = places.pop(0)
-        draw_curves(axes, drawn)
+        draw_curves(axes, lines)
         axes.set_title(f"{name}: risk over coverage", fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -128,39 +124,51 @@ def draw_benchmark(path: Path, *, document: Mapping[str, Any]) -> None:
     figure.savefig(path, format="png")
 
 
+def _values(
+    rows_of: Mapping[str, Mapping[str, Row]], find: Callable[[Row], float | None]
+) -> list[float]:
+    """A figure of every row of every domain that has it."""
+    values = [find(rows[row]) for rows in rows_of.values() for row in ROWS]
+    return [value for value in values if value is not None]
+
+
 def _curves(rows: Mapping[str, Row]) -> dict[str, RiskCoverage]:
-    found = {}
+    curves = {}
     for name in (STUDENT, ADAPTER):
-        if told := rows[name]["risk_coverage"]:
-            found[name] = RiskCoverage(**told["raw"])
+        if recorded := rows[name]["risk_coverage"]:
+            curves[name] = RiskCoverage(**recorded["raw"])
             if name == ADAPTER:
-                found[f"{name}, calibrated"] = RiskCoverage(**told["calibrated"])
-    return found
+                curves[f"{name}, calibrated"] = RiskCoverage(**recorded["calibrated"])
+    return curves
 
 
 def _draw_bars(
-    axes: Any, domains: Mapping[str, Any], title: str, find: Callable[[Row], float | None]
+    axes: Any,
+    rows_of: Mapping[str, Mapping[str, Row]],
+    title: str,
+    find: Callable[[Row], float | None],
 ) -> None:
-    names = list(domains)
     share = 0.8 / len(ROWS)
     for number, row in enumerate(ROWS):
-        values = [find(domains[name]["rows"][row]) for name in names]
-        places = [index + (number - 1) * share for index in range(len(names))]
-        told = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
-        if told:
-            heights = [y for _, y in told]
-            axes.bar([x for x, _ in told], heights, share, label=row, color=f"C{number}")
-    axes.set_xticks(range(len(names)), names, fontsize="small")
+        values = [find(rows[row]) for rows in rows_of.values()]
+        bars = [
+            (index + (number - 1) * share, value)
+            for index, value in enumerate(values)
+            if value is not None
+        ]
+        if bars:
+            places, heights = zip(*bars, strict=True)
+            axes.bar(places, heights, share, label=row, color=f"C{number}")
+    axes.set_xticks(range(len(rows_of)), list(rows_of), fontsize="small")
     axes.set_title(title, fontsize="medium")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
     if title.startswith(ERRORS):
         # Before and after are for the same eyes.
-        drawn = [
-            find(found["rows"][row])
-            for found in domains.values()
-            for row in ROWS
-            for name, find in BARS.items()
+        errors = [
+            value
+            for name, of_row in BARS.items()
             if name.startswith(ERRORS)
+            for value in _values(rows_of, of_row)
         ]
-        axes.set_ylim(0, 1.1 * max((value for value in drawn if value), default=1))
+        axes.set_ylim(0, 1.1 * (max(errors, default=1) or 1))

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import read_yaml
+from conch_dna.command_parts import options_of, read_yaml
+from conch_dna.cortex.calibration.confidence import CalibrationSettings
 from conch_dna.cortex.commands.shared_options import (
     adapters_option,
     command,
@@ -23,6 +24,8 @@ from conch_dna.cortex.commands.shared_options import (
     pipeline_of,
     print_tables,
     redact_option,
+    settings_of,
+    trust_option,
     write_figures,
 )
 from conch_dna.errors import ConchError, Interrupted
@@ -34,7 +37,7 @@ from conch_dna.errors import ConchError, Interrupted
 )
 @click.argument("domain", required=False, help="Whose confidence.")
 @click.option("--all", "all_domains", is_flag=True, help="Every neuron, one after the other.")
-@model_options
+@model_options()
 @click.option(
     "--prompts",
     metavar="FILE",
@@ -43,32 +46,17 @@ from conch_dna.errors import ConchError, Interrupted
 @click.option(
     "--data",
     metavar="FILE",
-    help="JSONL that the domain was distilled from, where its folder does not keep it.",
+    help="JSONL records that it was not trained on. [default: its held-out data]",
 )
-@click.option(
-    "--method", metavar="[isotonic|temperature|none]", help="Of the fit. [default: isotonic]"
-)
-@click.option(
-    "--max-risk",
-    type=float,
-    help="Disagreement with EGO allowed among the answers that EGO does not see. [default: 0.3]",
-)
-@click.option("--samples", type=int, help="Most prompts. [default: 200]")
-@click.option("--max-tokens", type=int, help="Longest answer. [default: 256]")
-@click.option("--seed", type=int, help="Of the draw of prompts and their halves. [default: 0]")
+@options_of(CalibrationSettings)
 @json_option
 def calibrate(
     domain: str | None,
     all_domains: bool,
     prompts: str | None,
     data: str | None,
-    method: str | None,
-    max_risk: float | None,
-    samples: int | None,
-    max_tokens: int | None,
-    seed: int | None,
     json_file: str | None,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Measure how often a neuron agrees with EGO, and from which confidence it may answer itself.
 
@@ -76,46 +64,43 @@ def calibrate(
     """
     if all_domains == (domain is not None):
         raise ConchError("give either a domain or --all")
-    if given["ego"] is None:
+    if values["ego"] is None:
         raise ConchError("a neuron is calibrated on its agreement with EGO: give --ego MODEL")
     if all_domains and (prompts or data):
         raise ConchError("--prompts and --data go with one domain, not with --all")
+    settings = settings_of(CalibrationSettings, values)
     from conch_dna.cortex.calibration.calibrating import calibrate_domain
     from conch_dna.cortex.commands.status import calibration_table
     from conch_dna.progress import Progress
     from conch_dna.training.records import read_prompts, read_records
 
-    asked: dict[str, Any] = {
-        "prompts": read_prompts(Path(prompts)) if prompts else None,
-        "data": read_records(Path(data)) if data else None,
-        "method": method,
-        "max_risk": max_risk,
-        "samples": samples,
-        "max_tokens": max_tokens,
-        "seed": seed,
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    found, details, failures = {}, {}, {}
+    texts = read_prompts(Path(prompts)) if prompts else None
+    records = read_records(Path(data)) if data else None
+    calibrations, details, failures = {}, {}, {}
     with (
-        opened_suite(given, domains=None if domain is None else [domain]) as suite,
+        opened_suite(values, domains=None if domain is None else [domain]) as suite,
         Progress() as progress,
     ):
         for name in suite.domains:
             try:
-                found[name], details[name] = calibrate_domain(suite, name, report=progress, **asked)
+                calibrations[name], details[name] = calibrate_domain(
+                    suite, name, settings, prompts=texts, data=records, report=progress
+                )
             except Interrupted:
                 raise
             except ConchError as error:
                 if not all_domains:
                     raise
                 failures[name] = str(error)
-    if found:
-        print_tables(calibration_table(found))
-    for name, calibration in found.items():
+    if calibrations:
+        print_tables(calibration_table(calibrations))
+    for name, calibration in calibrations.items():
         click.echo(f"{name}: {calibration.verdict}")
     for name, reason in failures.items():
         click.echo(f"error: {name}: {reason}", err=True)
-    results = {name: {**each.to_json(), "details": details[name]} for name, each in found.items()}
+    results = {
+        name: {**each.to_json(), "details": details[name]} for name, each in calibrations.items()
+    }
     write_figures(json_file, {"calibrations": results, "failures": failures})
     if failures:
         sys.exit(1)
@@ -151,7 +136,7 @@ def calibrate(
 @click.option("--with-refused", is_flag=True, help="Try again what the gates refused before.")
 @click.option("--resume", is_flag=True, help="Go on with a stopped retraining.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished one.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
+@trust_option
 @json_option
 def retrain(
     domain: str,
@@ -159,18 +144,16 @@ def retrain(
     ego: str | None,
     config_file: str | None,
     old_data: str | None,
-    with_refused: bool,
-    resume: bool,
-    overwrite: bool,
     trust_remote_code: bool,
     json_file: str | None,
-    **given: Any,
+    adapters: str,
+    **flags: bool,
 ) -> None:
     """Teach a neuron what was recorded of it; the gates decide whether it answers from then on.
 
     Exit code 1 says that they refused it, and it is archived.
     """
-    if resume and overwrite:
+    if flags["resume"] and flags["overwrite"]:
         raise ConchError("give either --resume to go on or --overwrite to start again")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from dataclasses import asdict
@@ -183,9 +166,9 @@ def retrain(
 
     manifest = read_yaml(Path(config_file)) if config_file else {}
     records = read_records(Path(old_data)) if old_data else None
-    adapter = active_adapter(Path(given["adapters"]).expanduser(), domain)
-    student = student or student_of(adapter)
-    pipeline = pipeline_of(given, student, ego=ego)
+    folder = {"adapters": adapters}
+    student = student or student_of(active_adapter(Path(adapters).expanduser(), domain))
+    pipeline = pipeline_of(folder, student, ego=ego)
     if config_file or trust_remote_code:
         config = settings_over(
             pipeline.settings_for(domain),
@@ -193,16 +176,9 @@ def retrain(
             source=config_file or "the command line",
             trust_remote_code=trust_remote_code,
         )
-        pipeline = pipeline_of(given, student, ego=ego, config=config)
+        pipeline = pipeline_of(folder, student, ego=ego, config=config)
     with Progress() as progress:
-        result = pipeline.retrain(
-            domain,
-            resume=resume,
-            overwrite=overwrite,
-            with_refused=with_refused,
-            old_data=records,
-            report=progress,
-        )
+        result = pipeline.retrain(domain, old_data=records, report=progress, **flags)
     print_tables(verdict_table(result.version, [asdict(verdict) for verdict in result.verdicts]))
     for reason, count in Counter(result.left_out.values()).items():
         click.echo(f"left out: {count} experiences, since {reason}")
@@ -223,9 +199,9 @@ def retrain(
 @domain_argument
 @adapters_option
 @click.option("--to", metavar="VERSION", help="An earlier one. [default: the one before]")
-def rollback(domain: str, to: str | None, **given: Any) -> None:
+def rollback(domain: str, to: str | None, **values: Any) -> None:
     """Let an earlier version of a neuron answer again; nothing is deleted."""
-    pipeline = pipeline_of(given)
+    pipeline = pipeline_of(values)
     line = pipeline.line(domain)
     before = line.head if line.exists else ""
     now = pipeline.rollback(domain, to)
@@ -259,7 +235,7 @@ def record(
     better: str | None,
     problem: str | None,
     file: str | None,
-    **given: Any,
+    **values: Any,
 ) -> None:
     """Keep answers that were good, or what should have been said, to learn from them."""
     one = {"prompt": prompt, "answer": answer, "better": better, "problem": problem}
@@ -271,7 +247,7 @@ def record(
     from conch_dna.retraining.domain import active_adapter
     from conch_dna.retraining.experience import experience_of, read_experiences
 
-    pipeline = pipeline_of(given)
+    pipeline = pipeline_of(values)
     active_adapter(pipeline.adapters_dir, domain)
     if file:
         experiences = read_experiences(Path(file), domain)
