@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from conch_dna.cortex.calibration.calibrating import calibrate_domain
-from conch_dna.cortex.calibration.confidence import CalibrationSettings
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig

@@ -22,9 +22,8 @@ from rich.console import Console
 from conch_dna.checkpoints import write_json
 from conch_dna.cortex.benchmark.command import run_benchmark
 from conch_dna.cortex.benchmark.report import domain_table
-from conch_dna.cortex.benchmark.rows import AdapterBenchmarkSettings
 from conch_dna.cortex.calibration.calibrating import calibrate_domain
-from conch_dna.cortex.calibration.confidence import CalibrationSettings
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings, CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from generations import settings_of

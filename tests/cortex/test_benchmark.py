@@ -13,8 +13,9 @@ from rich.console import Console
 
 from conch_dna.cortex.benchmark.command import main, run_benchmark
 from conch_dna.cortex.benchmark.report import domain_table
-from conch_dna.cortex.benchmark.rows import AN_API, AdapterBenchmarkSettings
+from conch_dna.cortex.benchmark.rows import AN_API
 from conch_dna.cortex.calibration.heldout import HELDOUT_FILE
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig
 from conch_dna.errors import ConchError

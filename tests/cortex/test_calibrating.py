@@ -25,8 +25,9 @@ from conch_dna.cortex.calibration.calibrating import (
     questions_of,
     read_by,
 )
-from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, CalibrationSettings, halves
+from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, halves
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records, prompt_of
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError

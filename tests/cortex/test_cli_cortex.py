@@ -23,7 +23,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.cli import main
-from conch_dna.cortex.calibration.confidence import CalibrationSettings, save_calibration
+from conch_dna.cortex.calibration.confidence import save_calibration
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.cli import cortex
 from conch_dna.cortex.commands.terminal import visible
 from conch_dna.cortex.engine.interrupts import interrupt_held_back

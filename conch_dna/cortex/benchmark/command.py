@@ -16,7 +16,8 @@ import click
 from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.command_parts import options_of
 from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
-from conch_dna.cortex.benchmark.rows import AdapterBenchmarkSettings, DomainBenchmark
+from conch_dna.cortex.benchmark.rows import DomainBenchmark
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
 from conch_dna.cortex.commands.shared_options import (
     command,
     model_options,

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from conch_dna.cortex.calibration.calibrating import (
     answers_to,
     questions_of,
 )
-from conch_dna.cortex.calibration.confidence import MIN_ANSWERS, Calibration, CalibrationSettings
+from conch_dna.cortex.calibration.confidence import Calibration
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
+from conch_dna.cortex.calibration.settings import MIN_ANSWERS, AdapterBenchmarkSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import TokenMetrics, closed_gap
-from conch_dna.option_fields import option
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.domain import distillation_settings
 from conch_dna.training.batches import sequential_batches
@@ -40,25 +40,6 @@ from conch_dna.training.structured_answers import parse_answer
 STUDENT, ADAPTER, EGO = "student", "adapter", "EGO"
 ROWS = (STUDENT, ADAPTER, EGO)
 AN_API = "EGO is an API, which gives no distributions: nothing to take a KL of"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterBenchmarkSettings(CalibrationSettings):
-    """How a benchmark measures, and how it calibrates for that.
-
-    The fields say themselves what they are, see `option_fields.option`.
-
-    Raises:
-        ConchError: A value is out of its range; all such values are named at once.
-    """
-
-    samples: int = option(
-        100,
-        "Most held-out prompts that are answered, and records whose distributions are compared.",
-        low=1,
-    )
-    max_tokens: int = option(128, "Longest answer in tokens.", low=1)
-    alone: int = option(8, "Prompts answered one at a time, for the time to a token.", low=1)
 
 
 class DomainBenchmark:

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conch_dna.cortex.calibration.confidence import (
-    MIN_ANSWERS,
     Calibration,
-    CalibrationSettings,
     answer_confidence,
     bins_for,
     calibrate,
@@ -27,6 +25,7 @@ from conch_dna.cortex.calibration.risk_coverage import (
     draw_risk_coverage,
     risk_coverage,
 )
+from conch_dna.cortex.calibration.settings import MIN_ANSWERS, CalibrationSettings
 from conch_dna.cortex.engine.request import Piece, Request
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import AskOptions

@@ -1,7 +1,7 @@
 """How sure an answer is, made to mean how often it agrees with EGO; when EGO answers instead.
 
 It knows numbers only: log-probabilities, and for each answer the share of it that EGO agrees with.
-To add a way to calibrate: a fit in METHODS, its branch in `Calibration.__call__`, its test.
+To add a way to calibrate: its name in METHODS, a fit in FITS, a branch in `Calibration.__call__`.
 """
 
 import json
@@ -17,16 +17,14 @@ import numpy as np
 
 from conch_dna.checkpoints import write_json
 from conch_dna.cortex.calibration.risk_coverage import Numbers, risk_coverage
+from conch_dna.cortex.calibration.settings import METHODS, MIN_ANSWERS, CalibrationSettings
 from conch_dna.errors import ConchError
 from conch_dna.metrics import expected_calibration_error
-from conch_dna.option_fields import option, option_problem
 from conch_dna.training.settings import validate_domain
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
-# With fewer answers neither the fit nor the held-out figures mean anything.
-MIN_ANSWERS = 20
 # Bins of fewer held-out answers would measure chance.
 MIN_IN_A_BIN = 5
 # Log-probabilities of a softmax in float32 may pass 0 by rounding, not by more.
@@ -239,7 +237,7 @@ def _fit_temperature(raw: np.ndarray, agreement: np.ndarray) -> dict[str, Any]:
     return {"temperature": float(1 / line.x[0]), "shift": float(line.x[1])}
 
 
-METHODS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
+FITS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
     "isotonic": _fit_isotonic,
     "temperature": _fit_temperature,
     "none": lambda raw, agreement: {},
@@ -249,33 +247,6 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
 def _check_method(method: str) -> None:
     if method not in METHODS:
         raise ConchError(f"calibration method {method!r} is unknown: use {', '.join(METHODS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSettings:
-    """How a neuron's confidence is measured and calibrated.
-
-    The fields say themselves what they are, see `option_fields.option`.
-
-    Raises:
-        ConchError: A value is out of its range; all such values are named at once.
-    """
-
-    samples: int = option(200, "Most held-out prompts.", low=MIN_ANSWERS)
-    max_tokens: int = option(256, "Longest answer in tokens.", low=1)
-    method: str = option("isotonic", "How confidence is calibrated.", choices=tuple(METHODS))
-    max_risk: float = option(
-        0.3,
-        "Mean disagreement with EGO allowed among the answers that EGO does not see.",
-        low=0,
-        high=1,
-    )
-    seed: int = option(0, "Of the draw of prompts and of their halves.", low=0)
-
-    def __post_init__(self) -> None:
-        problems = (option_problem(each, getattr(self, each.name)) for each in fields(self))
-        if wrong := [problem for problem in problems if problem]:
-            raise ConchError("; ".join(wrong))
 
 
 def calibrate(
@@ -313,7 +284,7 @@ def calibrate(
     fit, held = halves(len(sure), seed=seed)
     unchosen = Calibration(
         method=method,
-        **METHODS[method](sure[fit], right[fit]),
+        **FITS[method](sure[fit], right[fit]),
         threshold=None,
         max_risk=max_risk,
         coverage=0.0,

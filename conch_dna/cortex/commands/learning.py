@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from conch_dna.command_parts import options_of, read_yaml
-from conch_dna.cortex.calibration.confidence import CalibrationSettings
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.commands.shared_options import (
     adapters_option,
     command,
