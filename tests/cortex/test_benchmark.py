@@ -26,7 +26,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import split_heldout
 from cortex_models import train_adapter
 from models import make_model_folder
-from suites import STUDENT, TEACHER, answering, distil, tales
+from suites import STUDENT, TEACHER, answering, tales
 
 OBJECT = '{"cause": "a wheel", "verify": "look", "fix": ["put it on"], "otherwise": "a new car"}'
 QUICK = AdapterBenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9)
@@ -40,10 +40,10 @@ def shown(name: str, found: dict[str, Any], width: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(distilled_tales: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled domain, and one with a schema that keeps to it where it was trained to."""
-    folder = tmp_path_factory.mktemp("adapters")
-    distil(folder, "tales", tales())
+    folder = tmp_path_factory.mktemp("adapters") / "adapters"
+    shutil.copytree(distilled_tales, folder)
     system = DOMAIN_PROMPTS["debug"]["system"]
     asked = [
         {"prompt": f"{system}\n\n{question}", "completion": OBJECT}

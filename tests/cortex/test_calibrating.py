@@ -5,6 +5,7 @@ Agreement is computed anew, token by token, from the teacher's logits.
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import split_heldout
 from cortex_models import write_adapter
 from models import ASSETS, make_model_folder
-from suites import STUDENT, TEACHER, answering, distil, tales
+from suites import STUDENT, TEACHER, answering, tales
 
 DOMAIN = "tales"
 SHORT = 12
@@ -51,10 +52,10 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(distilled_tales: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled domain, and one of DOMAIN_PROMPTS that learned nothing."""
-    folder = tmp_path_factory.mktemp("adapters")
-    distil(folder, DOMAIN, tales())
+    folder = tmp_path_factory.mktemp("adapters") / "adapters"
+    shutil.copytree(distilled_tales, folder)
     write_adapter(folder / "task" / "adapters_kd", STUDENT, strength=0.0)
     return folder
 
