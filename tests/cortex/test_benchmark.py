@@ -56,7 +56,7 @@ def adapters(distilled_tales: Path, tmp_path_factory: pytest.TempPathFactory) ->
         f"{asked[held[0]]['prompt']}{OBJECT}",
         lora_keys="all,model.embed_tokens",
         lora_rank=16,
-        steps=60,
+        steps=40,
     )
     init_line(line_of(folder, "debug"), STUDENT, asked, adapter=adapter)
     return folder
