@@ -224,15 +224,13 @@ class Retraining:
 
     # How it is trained.
 
-    @cached_property
-    def distilled_with(self) -> KDConfig:
-        """The settings of the domain's distillation."""
-        return distillation_settings(self.adapters_dir, self.domain)
+    def _as_distilled(self) -> EvolveConfig:
+        return EvolveConfig(training=distillation_settings(self.adapters_dir, self.domain))
 
     @property
     def settings(self) -> EvolveConfig:
         """How the next version would be trained and judged."""
-        config = self.config or EvolveConfig(training=self.distilled_with)
+        config = self.config or self._as_distilled()
         active = adapter_config(active_adapter(self.adapters_dir, self.domain))
         config = replace(config, training=replace(config.training, **_shape_of(active)))
         if self.ego and not is_endpoint(self.ego):
@@ -242,15 +240,20 @@ class Retraining:
 
     # The batch that is under way.
 
+    def _recorded_batch(self) -> dict[str, Any] | None:
+        if not self._batch_path.is_file():
+            return None
+        batch: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
+        return batch
+
     @property
     def unfinished(self) -> dict[str, Any] | None:
         """What an unfinished retraining learns from, and when it began; None where there is none.
 
         One whose process was killed when all was done but to say so is not unfinished.
         """
-        if not self._batch_path.is_file():
+        if (batch := self._recorded_batch()) is None:
             return None
-        batch: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
         entries = self.line.log() if self.line.exists else []
         if entries:
             last = self.line.manifest(entries[-1].folder)
@@ -266,9 +269,8 @@ class Retraining:
         self, prepare: Callable[[], Lessons], *, resume: bool, overwrite: bool
     ) -> dict[str, Any]:
         """What to learn from: written down first, so that a resumed run learns from the same."""
-        if resume and self._batch_path.is_file():
-            kept: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
-            return kept
+        if resume and (recorded := self._recorded_batch()) is not None:
+            return recorded
         if (unfinished := self.unfinished) and not overwrite:
             raise ConchError(
                 f"the retraining of {self.domain} that began {unfinished['began']} is not "
@@ -342,7 +344,7 @@ class Retraining:
                 self.base.model_id,
                 self._old_data() if old_data is None else old_data,
                 # The split of the distillation, so that what it held out stays held out.
-                config=EvolveConfig(training=self.distilled_with),
+                config=self._as_distilled(),
                 adapter=self.distilled,
             )
             return

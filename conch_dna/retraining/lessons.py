@@ -108,7 +108,7 @@ def record_of(tokenizer: Any, turns: Sequence[Message], answer: str, finish_reas
 
     Args:
         tokenizer: Without a chat template, prompt and completion stand for the turns.
-        turns: See `conversation`.
+        turns: The conversation up to the answer, as the tokenizer's template takes it.
         answer: What is to be learned, or read.
         finish_reason: "length" where the answer's end is not part of it.
     """

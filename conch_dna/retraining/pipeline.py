@@ -22,7 +22,6 @@ from conch_dna.retraining.domain import (
     LINES,
     Retraining,
     RetrainResult,
-    active_adapter,
     line_of,
 )
 from conch_dna.retraining.experience import Experience, Message
@@ -31,13 +30,6 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Record
 from conch_dna.training.schemas import DOMAIN_SCHEMAS
 from conch_dna.training.structured_answers import parse_answer
-
-__all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter", "ego_id"]
-
-
-def ego_id(ego: EgoModel | str | None) -> str:
-    """What EGO is called: a model's id or folder, or an address; empty where there is none."""
-    return ego.config.model if isinstance(ego, EgoModel) else ego or ""
 
 
 def _misshapen(experience: Experience, *, schema: Mapping[str, Any] | None) -> str:
@@ -59,7 +51,7 @@ class RetrainAdvice:
         retrain: The advice.
         reason: One line with the figures.
         counts: Experiences that are "new", of these the "lessons" (corrections and hand-overs),
-            and those of each state, see `Retraining.states`.
+            and those "used", "refused" and "left_out" by what became of them.
     """
 
     retrain: bool
@@ -72,7 +64,7 @@ class TrainingPipeline:
 
     Args:
         adapters_dir: As `distill` leaves it; `lines/` and `experience/` are made in it.
-        student: The base of all adapters; see `language_model.resolve_model`.
+        student: The base of all adapters: a folder, a hub id or an embedded name.
         ego: The big teacher: a model, which teaches by its distributions; the address of an
             endpoint, which teaches by the texts of its answers alone; or None.
         config: How to train and judge. Without it, training is as the domain was distilled, and
@@ -87,6 +79,7 @@ class TrainingPipeline:
 
     Attributes:
         buffer: The experience.
+        ego: EGO's model, folder or address; empty where there is none.
 
     Raises:
         ConchError: min_new is below 1, or two models are to stand in the first teacher's place.
@@ -106,7 +99,7 @@ class TrainingPipeline:
     ) -> None:
         if min_new < 1:
             raise ConchError(f"min_new is {min_new}: it must be 1 or more")
-        self.ego = ego_id(ego)
+        self.ego = ego.config.model if isinstance(ego, EgoModel) else ego or ""
         if config and config.first_teacher and self.ego:
             raise ConchError(
                 f"config has {config.first_teacher} as first teacher, the place of EGO, which is "

@@ -14,10 +14,16 @@ from conch_dna.errors import ConchError, FolderInUseError, Interrupted
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.retraining.domain import Retraining, settings_over, teaching_of
+from conch_dna.retraining.domain import (
+    Retraining,
+    RetrainResult,
+    active_adapter,
+    settings_over,
+    teaching_of,
+)
 from conch_dna.retraining.experience import Experience
 from conch_dna.retraining.lessons import EXPERIENCE, conversation, lessons_of
-from conch_dna.retraining.pipeline import RetrainResult, TrainingPipeline, active_adapter
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import make_model_folder

@@ -63,7 +63,7 @@ def run_benchmark(
         took away, `alignment`, `notes`, and `rows` of `student` (without an adapter), `adapter`
         and `EGO`, each with
 
-        - `heldout`: see `metrics.TokenMetrics`, of the held-out records and EGO's distributions;
+        - `heldout`: figures of `metrics.TokenMetrics`, of held-out records and EGO's distributions;
           null where EGO is an API;
         - `valid_share` of answers that keep to the domain's schema, null without one;
         - `tokens`, `seconds`, `tokens_per_second` of all answers in batches, and `first_token_s`,

@@ -121,7 +121,7 @@ class Calibration:
         """The calibrated confidence, in [0, 1]; it never falls where the raw one rises.
 
         Args:
-            raw: See `answer_confidence`.
+            raw: Exp of the mean log-probability of the answer's tokens.
 
         Raises:
             ValueError: It is no number from 0 to 1.
@@ -262,7 +262,7 @@ def calibrate(
     """Fit the map on one half of the answers; choose the threshold and measure on the other.
 
     Args:
-        raw: Confidence of each answer, see `answer_confidence`.
+        raw: Confidence of each answer, exp of its tokens' mean log-probability.
         agreement: Share of each answer that EGO agrees with, in [0, 1].
         method: One of METHODS.
         max_risk: The mean disagreement allowed among the answers that EGO does not see.

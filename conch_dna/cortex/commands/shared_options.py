@@ -208,7 +208,7 @@ def opened_suite(
     from conch_dna.cortex.neuron import CortexSuite
 
     try:
-        with Screen().waiting("loading the neurons"):
+        with Screen().notes.status("loading the neurons"):
             suite = CortexSuite(
                 Path(values["adapters"]),
                 values["student"],

@@ -6,8 +6,7 @@ a command: a method of `TerminalChat` and its entry in COMMANDS.
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,28 +51,20 @@ class Screen:
         """A dim remark on a line of its own."""
         self.notes.print(visible(text), style="dim", markup=False)
 
-    @contextmanager
-    def waiting(self, text: str) -> Iterator[Callable[[], None]]:
-        """Show a remark until what is waited for comes; gives what takes the remark away."""
-        if not self.notes.is_terminal:
-            yield lambda: None
-            return
-        status = self.notes.status(text, spinner="dots")
-        status.start()
-        try:
-            yield status.stop
-        finally:
-            status.stop()
-
     def show(self, deltas: Iterable[Delta], waiting: str) -> Answer:
-        """Say an answer as it comes, and then who gave it."""
+        """Say an answer as it comes, and then who gave it.
+
+        Args:
+            deltas: The answer's parts.
+            waiting: A remark that stands until the first one, where somebody watches.
+        """
         answer = None
         begun = False
         try:
-            with self.waiting(waiting) as arrived:
+            with self.notes.status(waiting) as status:
                 for delta in deltas:
                     if delta.text:
-                        arrived()
+                        status.stop()
                         begun = True
                         self.say(delta.text)
                     answer = delta.answer
@@ -135,10 +126,10 @@ class TerminalChat:
         read = self._reader()
         self._tell_notes()
         while True:
-            asked = False
+            answering = False
             try:
                 line = read().strip()
-                asked = True
+                answering = True
                 if self.take(line):
                     return
             except EOFError:
@@ -148,7 +139,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 self.screen.note(
                     "stopped; the conversation is as it was before the question"
-                    if asked
+                    if answering
                     else "/quit or the end of input (Ctrl-D) ends the chat"
                 )
             self._tell_notes()
@@ -274,7 +265,7 @@ class TerminalChat:
                 "there is no EGO to correct the answer: say yourself what should have been said "
                 "with /better TEXT, or start the chat with --ego MODEL"
             )
-        with self.screen.waiting("EGO corrects the answer"):
+        with self.screen.notes.status("EGO corrects the answer"):
             correction = self.suite.ego.correct_failure(
                 last.answer.domain, last.conversation, last.answer.text, rest
             )
