@@ -74,7 +74,7 @@ def measured(folder: Path, *, steps: int, records: int, max_risk: float) -> dict
         for name in data:
             document = run_benchmark(suite, [name], settings)
             found[name] = document["domains"][name]
-            Console(width=120).print(domain_table(name, found[name], width=120))
+            Console(width=120).print(domain_table(name, found[name]))
             for method in ("isotonic", "temperature"):
                 calibration, details = calibrate_domain(
                     suite,

@@ -35,7 +35,7 @@ QUICK = AdapterBenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9
 def shown(name: str, found: dict[str, Any], width: int) -> str:
     """A domain's table as a console of that width prints it."""
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(domain_table(name, found, width=width))
+    console.print(domain_table(name, found))
     return console.export_text()
 
 

@@ -22,6 +22,7 @@ from conch_dna.cortex.commands.shared_options import (
     command,
     model_options,
     opened_suite,
+    print_tables,
     settings_of,
 )
 from conch_dna.cortex.neuron import CortexSuite
@@ -145,8 +146,6 @@ def main(
     Distributions, valid answers, calibration, hand-over, speed and memory. The calibration is made
     for the measurement and not kept: half of the answers fit it, the others are measured.
     """
-    from rich.console import Console
-
     if all_domains == (domain is not None):
         raise ConchError("give either --domain NAME or --all")
     if data_file and all_domains:
@@ -167,9 +166,8 @@ def main(
                 f"stopped; {path} holds the domains measured so far, if any; the same command "
                 "begins anew"
             ) from error
-    console = Console(highlight=False)
     for name, figures in document["domains"].items():
-        console.print(domain_table(name, figures, width=console.width))
+        print_tables(domain_table(name, figures))
         for note in figures["notes"]:
             click.echo(note)
     if document["domains"]:
