@@ -1,4 +1,4 @@
-"""EGO, the big teacher as a service: it answers, makes training examples, scores and corrects.
+"""EGO, the big teacher as a service: it answers, makes examples, scores and corrects.
 
 Knows a local model or an API, and prompts; nothing of students, training or who asks. EGO is
 loaded when it is first needed. One thread at a time may use a local model. To let EGO do something

@@ -1,4 +1,4 @@
-"""What EGO is asked with and what it gives back: EgoConfig, EgoAnswer, TextScore, Correction.
+"""What EGO is asked with and gives back: EgoConfig, EgoAnswer, TextScore, Correction.
 
 Knows names, defaults and ranges; nothing of models or of the network. Every default stands only
 here. To add a setting: a field made by `option`, and what is no range in `_model_problems`.

@@ -1,4 +1,4 @@
-"""Learning from use: what happened is recorded, and a domain's adapter is retrained from it.
+"""Learning from use: what happened is recorded, and an adapter is retrained from it.
 
 Knows what a user of adapters asks for; nothing of files, lines or training, which the modules
 beside it know. To let users ask for something else: a method of `TrainingPipeline`.

@@ -1,4 +1,4 @@
-"""Measure what adapters are worth: `python -m conch_dna.training.benchmark --domain thinking`.
+"""The command that measures adapters: `python -m conch_dna.training.benchmark`.
 
 Knows the command and its files; the rows are measured in rows.py, shown in report.py. To add an
 option: a field of `AdapterBenchmarkSettings`.

@@ -1,4 +1,4 @@
-"""A domain's confidence calibrated: its neuron answers held-out prompts, and EGO is asked of them.
+"""A confidence calibrated: a neuron answers held-out prompts, and EGO is asked of them.
 
 Knows a suite and EGO; what is made of the numbers is in confidence.py, where the prompts come from
 in heldout.py. Another way to agree: a branch in `agreement_with_ego`.

@@ -1,4 +1,4 @@
-"""How sure an answer is, made to mean how often it agrees with EGO; when EGO answers instead.
+"""How sure an answer is, made to mean how often it agrees with EGO, and when EGO answers.
 
 It knows numbers only: log-probabilities, and for each answer the share of it that EGO agrees with.
 To add a way to calibrate: its name in METHODS, a fit in FITS, a branch in `Calibration.__call__`.

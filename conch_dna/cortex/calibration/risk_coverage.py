@@ -1,4 +1,4 @@
-"""Risk and coverage: what is wrong among the answers that are kept, the surest kept first.
+"""Risk and coverage: what is wrong among the answers kept, the surest kept first.
 
 Knows numbers and matplotlib's axes; nothing of calibrations, suites or EGO. To draw something else
 beside the curves: a panel in `draw_risk_coverage`.

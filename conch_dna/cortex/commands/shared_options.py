@@ -1,4 +1,4 @@
-"""What the commands of CORTEX share: options of adapters, EGO and answers, and what they open.
+"""What the commands of CORTEX share: options of adapters, EGO and answers, and a suite.
 
 Knows click and fields of settings; no command. To give every command that answers another option: a
 field of `AskOptions`, and its name in ANSWERING.

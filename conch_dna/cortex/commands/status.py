@@ -1,4 +1,4 @@
-"""What there is of each neuron, told from its files alone: no model is loaded or looked for.
+"""What there is of each neuron, told from its files alone: no model is looked for.
 
 Knows folders, calibrations and what was recorded; changes nothing. To show another figure: a key
 in `neuron_rows` and its column in `status_table`.
