@@ -156,6 +156,12 @@ def test_refused_in_one_line(arguments: tuple[str, ...], expected: str, adapters
     assert expected in refused("ask", *arguments, *at(adapters))
 
 
+def test_a_choice_that_is_none_is_refused_with_the_choices(adapters: Path) -> None:
+    result = run("ask", "owls", "Hi", "--hand-over", "maybe", *at(adapters))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "'maybe' is not one of 'auto', 'never', 'always'" in result.stderr
+
+
 def test_standard_input_that_is_no_text(adapters: Path) -> None:
     message = refused("ask", "owls", "-", *at(adapters), stdin=b"\xff\xfe")
     assert message.startswith("standard input is not UTF-8")

@@ -130,7 +130,7 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     metavar="FILE",
     help="JSONL records that the domain was not trained on. [default: its held-out data]",
 )
-@options_of(AdapterBenchmarkSettings)
+@options_of(AdapterBenchmarkSettings, leave_out=("alone",))
 @click.option(
     "--output",
     default=RESULTS,
