@@ -10,8 +10,6 @@ from typing import Literal
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import option
 
-# Most requests that are computed at once, where nothing else is asked for.
-MAX_BATCH = 32
 HandOver = Literal["auto", "never", "always"]
 HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
 

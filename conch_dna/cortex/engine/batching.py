@@ -15,10 +15,10 @@ from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.request import Piece, Request, make_request_sampler
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
-from conch_dna.cortex.options import MAX_BATCH
 from conch_dna.errors import ConchError
 from conch_dna.training.answers import make_sampler
 
+MAX_BATCH = 32
 PREFILL_ROWS = 8
 MAX_PREFIX_BYTES = 256 * 2**20
 

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 
-from conch_dna.cortex.options import MAX_BATCH
+from conch_dna.cortex.engine.batching import MAX_BATCH
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import option, option_problem
 
