@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from conch_dna.cortex.calibration.calibrating import calibrate_domain
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
@@ -123,7 +124,9 @@ def distil(place: Path) -> None:
 def calibrate(suite: CortexSuite) -> None:
     """Measure on held-out prompts how often the first domain agrees with EGO."""
     openings = [f"Once upon a time, {name} {did}" for name in NAMES for did in DEEDS]
-    calibration, _ = calibrate_domain(suite, "tales", prompts=openings, max_tokens=12)
+    calibration, _ = calibrate_domain(
+        suite, "tales", CalibrationSettings(max_tokens=12), prompts=openings
+    )
     print(
         f"tales: calibration error {calibration.ece_before:.3f} before, "
         f"{calibration.ece_after:.3f} after; {calibration.verdict}"

@@ -1,7 +1,7 @@
 """A teacher behind an OpenAI-compatible HTTP API: text in, text out.
 
 Knows the chat completions of that API, through the official client; nothing of tokens, local
-models or training. What the API refuses is told in one line, in `_explained`.
+models or training. To tell another refusal of the API in one line: a branch in `_explained`.
 """
 
 import os
@@ -58,7 +58,7 @@ class Endpoint:
         """Answer one conversation.
 
         Args:
-            turns: See `conversations.prompt_turns`.
+            turns: The conversation, as objects of role and content.
             config: Length, temperature and seed.
 
         Raises:
@@ -81,7 +81,7 @@ class Endpoint:
         """Answer several conversations, some at once; each with the next seed.
 
         Raises:
-            ConchError: See `answer`; of the first that fails.
+            ConchError: The first that fails; EgoUnavailableError where the API is not there.
         """
         configs = [config.reseeded(number) for number in range(len(conversations))]
         with ThreadPoolExecutor(config.batch_size) as pool:
@@ -100,7 +100,8 @@ class Endpoint:
         """Pieces of the answer as they come; closing the iterator hangs up.
 
         Raises:
-            ConchError: See `answer`. EgoUnavailableError too if the answer breaks off.
+            EgoUnavailableError: The API is not there, or the answer breaks off.
+            ConchError: It refuses the request.
         """
         reason = None
         with self._explained():

@@ -1,7 +1,8 @@
-"""EGO, the big teacher as a service: it answers, makes training examples, scores and corrects.
+"""EGO, the big teacher as a service: it answers, makes examples, scores and corrects.
 
 Knows a local model or an API, and prompts; nothing of students, training or who asks. EGO is
-loaded when it is first needed. One thread at a time may use a local model.
+loaded when it is first needed. One thread at a time may use a local model. To let EGO do something
+else: a method of `EgoModel`, or a figure of a text in `TextScore`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ import mlx.core as mx
 
 from conch_dna.digests import content_digest
 from conch_dna.ego.endpoint import Endpoint
-from conch_dna.ego.scoring import score_examples
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import LanguageModel, ModelSource
@@ -27,7 +27,9 @@ from conch_dna.training.answers import (
 )
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.evaluation import token_scores
 from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.settings import KDConfig, validate_domain
 
@@ -98,7 +100,7 @@ class EgoModel:
 
         Raises:
             EgoUnavailableError: The model cannot be had or loaded.
-            ConchError: See `Endpoint`.
+            ConchError: The key of the API would travel unencrypted to another machine.
         """
         if self.config.is_endpoint:
             self._endpoint = self._endpoint or Endpoint(self.config)
@@ -133,7 +135,7 @@ class EgoModel:
         temperature: float | None = None,
         seed: int | None = None,
     ) -> str:
-        """The answer to one prompt; see `generate_many`."""
+        """The answer to one prompt; arguments and errors are those of `generate_many`."""
         answers = self.generate_many(
             [prompt], system=system, max_tokens=max_tokens, temperature=temperature, seed=seed
         )
@@ -268,7 +270,7 @@ class EgoModel:
         """A better answer than one that failed.
 
         Args:
-            domain: See `generate_distillation_example`.
+            domain: Whose answer failed, for its system prompt.
             input: What was asked.
             output: The answer that failed; may be empty.
             problem: What was wrong with it, in words.
@@ -304,7 +306,8 @@ class EgoModel:
 
         Raises:
             EgoUnavailableError: The model cannot be loaded.
-            ConchError: EGO is an API, or a text is empty or longer than the context.
+            ConchError: EGO is an API, a text is empty or longer than the context, or the tokenizer
+                does not list its tokens.
         """
         if isinstance(texts, str):
             raise ConchError("score takes several texts: put the one in a list")
@@ -312,7 +315,21 @@ class EgoModel:
         self._require_room([example.ids for example in examples], "text", answer=0)
         if not examples:
             return []
-        return score_examples(self._local(), examples, batch_size=self.config.batch_size)
+        model = self._local()
+        pieces = token_bytes(model.tokenizer).texts
+        text_scores = []
+        scores = token_scores(model, examples, batch_size=self.config.batch_size)
+        for example, score in zip(examples, scores, strict=True):
+            ids = example.ids[example.counted].tolist()
+            text_scores.append(
+                TextScore(
+                    token_ids=tuple(ids),
+                    log_probs=tuple(score.log_probs.tolist()),
+                    pieces=tuple(pieces[token] for token in ids),
+                    text_bytes=example.text_bytes,
+                )
+            )
+        return text_scores
 
     def _example(self, text: str | Record, number: int) -> Example:
         record: Record = {"text": text} if isinstance(text, str) else text
@@ -324,11 +341,8 @@ class EgoModel:
         self, max_tokens: int | None, temperature: float | None, seed: int | None
     ) -> EgoConfig:
         """The configuration with what a call gives instead."""
-        given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        changes: dict[str, Any] = {
-            name: value for name, value in given.items() if value is not None
-        }
-        return replace(self.config, **changes)
+        draw: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        return replace(self.config, **{n: value for n, value in draw.items() if value is not None})
 
     def _unavailable(self, error: ConchError) -> EgoUnavailableError:
         return EgoUnavailableError(f"EGO {self.model_id} is not available: {error}")

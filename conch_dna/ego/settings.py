@@ -1,16 +1,17 @@
-"""What EGO is asked with and what it gives back: EgoConfig, EgoAnswer, TextScore, Correction.
+"""What EGO is asked with and gives back: EgoConfig, EgoAnswer, TextScore, Correction.
 
 Knows names, defaults and ranges; nothing of models or of the network. Every default stands only
-here. To add a setting: a field, its line under Attributes, and its range in `_problems`.
+here. To add a setting: a field made by `option`, and what is no range in `_model_problems`.
 """
 
 import ipaddress
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from urllib.parse import SplitResult, urlsplit
 
 from conch_dna.errors import ConchError
+from conch_dna.option_fields import option, option_problem
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.settings import DEFAULT_TEACHER
 
@@ -21,40 +22,53 @@ _LAST_SEED = 10**9
 class EgoConfig:
     """Which teacher EGO is, and how it answers.
 
-    Attributes:
-        model: A hub id, a folder, an embedded name such as `embedded:teacher`, or the base URL
-            of an OpenAI-compatible API, such as `http://127.0.0.1:8080/v1`.
-        remote_model: What the API calls the model; wanted with a URL, and only then.
-        api_key_env: Name of the environment variable that holds the API's key; empty sends
-            none. The key itself is never kept in a file or shown.
-        max_tokens: Longest answer, 1 or more tokens.
-        temperature: Of the draw, 0 to 10; 0 takes the likeliest token.
-        seed: Of the draw, 0 to 10⁹.
-        batch_size: Prompts answered or texts scored at once, 1 or more; requests under way at
-            once where the model is a URL.
-        timeout_s: Longest wait for an API's next bytes, above 0 seconds.
-        retries: Further tries, 0 or more, with growing waits between them, where an API cannot
-            be reached, is busy or fails.
-        trust_remote_code: Run Python code that comes with a local model or tokenizer.
+    The fields say themselves what they are, see `option_fields.option`. The key of an API is
+    never kept in a file or shown.
 
     Raises:
         ConchError: A value is out of its range; all such values are named at once.
     """
 
-    model: str = DEFAULT_TEACHER
-    remote_model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    max_tokens: int = 512
-    temperature: float = 0.0
-    seed: int = 0
-    batch_size: int = 16
-    timeout_s: float = 120.0
-    retries: int = 3
-    trust_remote_code: bool = False
+    model: str = option(
+        DEFAULT_TEACHER,
+        "A hub id, a folder, an embedded name such as embedded:teacher, or the base URL of an "
+        "OpenAI-compatible API, such as http://127.0.0.1:8080/v1.",
+    )
+    remote_model: str = option(
+        "", "What the API calls the model; wanted with a URL, and only then."
+    )
+    api_key_env: str = option(
+        "OPENAI_API_KEY",
+        "Name of the environment variable that holds the API's key; empty sends none.",
+    )
+    max_tokens: int = option(512, "Longest answer in tokens.", low=1)
+    temperature: float = option(
+        0.0,
+        "Of the draw; 0 takes the likeliest token.",
+        low=0,
+        high=10,
+        between="between {low:g} and {high:g}",
+    )
+    seed: int = option(
+        0, "Of the draw.", low=0, high=_LAST_SEED, between="between {low:g} and {high:g}"
+    )
+    batch_size: int = option(
+        16, "Prompts answered or texts scored at once; requests to a URL under way at once.", low=1
+    )
+    timeout_s: float = option(120.0, "Longest wait for an API's next bytes, in seconds.", above=0)
+    retries: int = option(
+        3,
+        "Further tries, with growing waits, where an API cannot be reached, is busy or fails.",
+        low=0,
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with a local model or tokenizer."
+    )
 
     def __post_init__(self) -> None:
-        if problems := [*self._model_problems(), *self._problems()]:
-            raise ConchError("; ".join(problems))
+        problems = [option_problem(each, getattr(self, each.name)) for each in fields(self)]
+        if wrong := [*self._model_problems(), *filter(None, problems)]:
+            raise ConchError("; ".join(wrong))
 
     @property
     def is_endpoint(self) -> bool:
@@ -107,27 +121,9 @@ class EgoConfig:
             problems.append("remote_model is empty: say what the API at the URL calls the model")
         return problems
 
-    def _problems(self) -> list[str]:
-        ranges = {
-            "max_tokens": (_whole(self.max_tokens, 1), "a whole number, 1 or more"),
-            "temperature": (
-                _number(self.temperature) and 0 <= self.temperature <= 10,
-                "between 0 and 10",
-            ),
-            "seed": (_whole(self.seed, 0) and self.seed <= _LAST_SEED, "between 0 and 1e+09"),
-            "batch_size": (_whole(self.batch_size, 1), "a whole number, 1 or more"),
-            "timeout_s": (_number(self.timeout_s) and self.timeout_s > 0, "above 0"),
-            "retries": (_whole(self.retries, 0), "a whole number, 0 or more"),
-        }
-        return [
-            f"{name} is {getattr(self, name)}: it must be {wanted}"
-            for name, (fits, wanted) in ranges.items()
-            if not fits
-        ]
-
 
 def is_endpoint(model: str) -> bool:
-    """Whether EGO is an address, which gives texts and no distributions."""
+    """Whether a name of EGO is the URL of an API, which gives texts and no distributions."""
     return model.lower().startswith(("http://", "https://"))
 
 
@@ -140,20 +136,12 @@ def _split(url: str) -> SplitResult | None:
     return parts
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _whole(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
 @dataclass(frozen=True)
 class EgoAnswer:
     """One answer.
 
     Attributes:
-        text: What was said.
+        text: The answer, without the end-of-sequence token.
         finish_reason: `stop`, or `length` where the answer was cut off.
         tokens: How many were generated, the end-of-sequence token among them for a local model;
             None where an API does not say.

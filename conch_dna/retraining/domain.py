@@ -1,7 +1,8 @@
 """One domain's retraining: an evolution of its line of generations, by what was recorded.
 
 Knows a line, the batch that is under way and which experience every version learned from; gates,
-training and the archive are the line's. Stands above the wings, see CONTRIBUTING.md.
+training and the archive are the line's. Another part of a settings file needs nothing here: it is
+read as `EvolveConfig.from_manifest` reads it.
 """
 
 import json
@@ -27,10 +28,11 @@ from conch_dna.generations.evolve import WORK, train_generation_with_teachers
 from conch_dna.generations.line import HEAD_FILE, Line
 from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.promotion import Verdict
-from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.settings import MAPPINGS, EvolveConfig
 from conch_dna.language_model import ModelSource
+from conch_dna.option_fields import named_settings
 from conch_dna.progress import Report
-from conch_dna.retraining.lessons import EXPERIENCE, Prepared
+from conch_dna.retraining.lessons import EXPERIENCE, Lessons
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.domain_run import DATA_FILE as TRAINING_DATA
 from conch_dna.training.records import Record, read_records
@@ -57,9 +59,21 @@ def line_of(adapters_dir: Path, domain: str) -> Line:
     return Line(adapters_dir / LINES, domain)
 
 
-def distilled_adapter(adapters_dir: Path, domain: str) -> Path:
-    """Where `distill` leaves a domain's adapter."""
+def distillation_folder(adapters_dir: Path, domain: str) -> Path:
+    """Where `distill` leaves a domain's adapter, whether or not there is one."""
     return get_kd_adapter_path(domain, KDConfig(output_dir=str(adapters_dir)))
+
+
+def distillation_settings(adapters_dir: Path, domain: str) -> KDConfig:
+    """How a domain was distilled; the defaults where that is not recorded.
+
+    Raises:
+        ConchError: The adapter's configuration cannot be read, or has other settings.
+    """
+    folder = distillation_folder(adapters_dir, domain)
+    document = adapter_config(folder) if folder.is_dir() else {}
+    recorded = document.get("conch_dna", {}).get("config", {})
+    return KDConfig.from_json(recorded, source=str(folder / ADAPTER_CONFIG))
 
 
 def known_domains(adapters_dir: Path) -> list[str]:
@@ -68,7 +82,7 @@ def known_domains(adapters_dir: Path) -> list[str]:
         path.name
         for path in adapters_dir.glob("*")
         if path.name not in (LINES, EXPERIENCE_FOLDER)
-        and (distilled_adapter(adapters_dir, path.name) / ADAPTER_FILE).is_file()
+        and (distillation_folder(adapters_dir, path.name) / ADAPTER_FILE).is_file()
     ]
     retrained = [path.parent.name for path in (adapters_dir / LINES).glob(f"*/{HEAD_FILE}")]
     return sorted({*distilled, *retrained})
@@ -85,7 +99,7 @@ def active_adapter(adapters_dir: Path, domain: str) -> Path:
     line = line_of(adapters_dir, domain)
     if line.exists:
         return line.path(line.head)
-    path = distilled_adapter(adapters_dir, domain)
+    path = distillation_folder(adapters_dir, domain)
     if not (path / ADAPTER_FILE).is_file():
         raise ConchError(
             f"there is no adapter of {domain} in {path}: make one with 'conch-dna distill "
@@ -94,8 +108,12 @@ def active_adapter(adapters_dir: Path, domain: str) -> Path:
     return path
 
 
-def taught_by(ego: str) -> str:
-    """Who teaches in a retraining, and by what; `ego` is empty where there is none."""
+def teaching_of(ego: str) -> str:
+    """Who teaches in a retraining, and by what, in words.
+
+    Args:
+        ego: What EGO is called; empty where there is none.
+    """
     if not ego:
         return "the recorded texts and the active adapter; there is no EGO"
     if is_endpoint(ego):
@@ -139,11 +157,11 @@ class Retraining:
     """A domain's versions, and the making of the next one.
 
     Args:
-        adapters_dir: See `pipeline.TrainingPipeline`.
+        adapters_dir: As `distill` leaves it.
         domain: A domain in it.
         base: Finds the student of all its adapters, which may be a download; asked when needed.
         ego: What EGO is called; empty where there is none.
-        config: See `pipeline.TrainingPipeline`.
+        config: How to train and judge; as the domain was distilled where None.
     """
 
     def __init__(
@@ -161,7 +179,7 @@ class Retraining:
         self.ego = ego
         self.config = config
         self.line = line_of(adapters_dir, domain)
-        self.distilled = distilled_adapter(adapters_dir, domain)
+        self.distilled = distillation_folder(adapters_dir, domain)
         self._folder = self.line.folder / RETRAINING
         self._batch_path = self._folder / BATCH_FILE
 
@@ -182,12 +200,12 @@ class Retraining:
         """
         line = self.line
         chain = [line.head, *line.ancestors(line.head)] if line.exists else []
-        found: dict[str, set[str]] = {"used": set(), "refused": set()}
+        states: dict[str, set[str]] = {"used": set(), "refused": set()}
         for name in [*line.generations(), *line.failed()]:
-            found["used" if name in chain else "refused"].update(self._learned(name))
-        found["refused"] -= found["used"]
-        found["left_out"] = set(self._left_out()) - found["used"] - found["refused"]
-        return found
+            states["used" if name in chain else "refused"] |= self._learned(name)
+        states["refused"] -= states["used"]
+        states["left_out"] = set(self._left_out()) - states["used"] - states["refused"]
+        return states
 
     def _learned(self, name: str) -> set[str]:
         """Ids of the experience that a version learned from or was judged by."""
@@ -196,26 +214,23 @@ class Retraining:
         return {id_ for part in parts for record in part for id_ in record.get(EXPERIENCE, ())}
 
     def _left_out(self) -> dict[str, str]:
+        """For the id of each experience that no version could learn, why."""
         try:
             text = (self._folder / LEFT_OUT_FILE).read_text(encoding="utf-8")
         except OSError:
             return {}
-        found: dict[str, str] = json.loads(text)
-        return found
+        reasons: dict[str, str] = json.loads(text)
+        return reasons
 
     # How it is trained.
 
-    @cached_property
-    def distilled_with(self) -> KDConfig:
-        """The settings of the domain's distillation; the defaults where they are not recorded."""
-        made = adapter_config(self.distilled) if self.distilled.is_dir() else {}
-        recorded = made.get("conch_dna", {}).get("config", {})
-        return KDConfig.from_json(recorded, source=str(self.distilled / ADAPTER_CONFIG))
+    def _as_distilled(self) -> EvolveConfig:
+        return EvolveConfig(training=distillation_settings(self.adapters_dir, self.domain))
 
     @property
     def settings(self) -> EvolveConfig:
         """How the next version would be trained and judged."""
-        config = self.config or EvolveConfig(training=self.distilled_with)
+        config = self.config or self._as_distilled()
         active = adapter_config(active_adapter(self.adapters_dir, self.domain))
         config = replace(config, training=replace(config.training, **_shape_of(active)))
         if self.ego and not is_endpoint(self.ego):
@@ -225,15 +240,20 @@ class Retraining:
 
     # The batch that is under way.
 
+    def _recorded_batch(self) -> dict[str, Any] | None:
+        if not self._batch_path.is_file():
+            return None
+        batch: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
+        return batch
+
     @property
     def unfinished(self) -> dict[str, Any] | None:
         """What an unfinished retraining learns from, and when it began; None where there is none.
 
         One whose process was killed when all was done but to say so is not unfinished.
         """
-        if not self._batch_path.is_file():
+        if (batch := self._recorded_batch()) is None:
             return None
-        batch: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
         entries = self.line.log() if self.line.exists else []
         if entries:
             last = self.line.manifest(entries[-1].folder)
@@ -246,24 +266,23 @@ class Retraining:
         return self.line.candidate.is_dir() or bool(numbered_folders(work, CHECKPOINT_PREFIX))
 
     def _batch(
-        self, prepare: Callable[[], Prepared], *, resume: bool, overwrite: bool
+        self, prepare: Callable[[], Lessons], *, resume: bool, overwrite: bool
     ) -> dict[str, Any]:
         """What to learn from: written down first, so that a resumed run learns from the same."""
-        if resume and self._batch_path.is_file():
-            kept: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
-            return kept
+        if resume and (recorded := self._recorded_batch()) is not None:
+            return recorded
         if (unfinished := self.unfinished) and not overwrite:
             raise ConchError(
                 f"the retraining of {self.domain} that began {unfinished['began']} is not "
                 "finished: resume it, or start again with overwrite"
             )
-        prepared = prepare()
-        if not prepared.records:
+        lessons = prepare()
+        if not lessons.records:
             raise ConchError(
-                f"there is nothing new to learn for {self.domain}; {len(prepared.left_out)} new "
+                f"there is nothing new to learn for {self.domain}; {len(lessons.left_out)} new "
                 "experiences are of no use: record corrections first"
             )
-        batch = {"began": now(), "records": prepared.records, "left_out": prepared.left_out}
+        batch = {"began": now(), "records": lessons.records, "left_out": lessons.left_out}
         write_json(self._batch_path, batch)
         return batch
 
@@ -271,21 +290,35 @@ class Retraining:
 
     def run(
         self,
-        prepare: Callable[[], Prepared],
+        prepare: Callable[[], Lessons],
         *,
         resume: bool,
         overwrite: bool,
         old_data: Sequence[Record] | None,
         report: Report,
     ) -> RetrainResult:
-        """See `pipeline.TrainingPipeline.retrain`; `prepare` gives what there is to learn."""
+        """Evolve the line by new experience; its gates decide what is active then.
+
+        Args:
+            prepare: Gives what there is to learn; not asked where a batch is under way.
+            resume: Go on with the batch that is under way.
+            overwrite: Start again over it.
+            old_data: What the domain was distilled from, where its folder does not keep it.
+            report: Gets progress.
+
+        Raises:
+            ConchError: There is nothing to learn, or the line or adapter is another one's.
+            Interrupted: Ctrl-C in training; its state was saved.
+        """
         active_adapter(self.adapters_dir, self.domain)
         elsewhere = f"retrain another domain than {self.domain} meanwhile"
         with FolderLock(self._folder, elsewhere=elsewhere):
             batch = self._batch(prepare, resume=resume, overwrite=overwrite)
             try:
                 self._begin_line(old_data)
-                report("message", {"message": f"{self.domain} is taught by {taught_by(self.ego)}"})
+                report(
+                    "message", {"message": f"{self.domain} is taught by {teaching_of(self.ego)}"}
+                )
                 outcome = train_generation_with_teachers(
                     self.line,
                     batch["records"],
@@ -311,7 +344,7 @@ class Retraining:
                 self.base.model_id,
                 self._old_data() if old_data is None else old_data,
                 # The split of the distillation, so that what it held out stays held out.
-                config=EvolveConfig(training=self.distilled_with),
+                config=self._as_distilled(),
                 adapter=self.distilled,
             )
             return
@@ -332,11 +365,11 @@ class Retraining:
             )
 
     def _require_own_student(self) -> None:
-        made = adapter_config(self.distilled)
-        recorded = made.get("conch_dna", {}).get("student_digest")
+        document = adapter_config(self.distilled)
+        recorded = document.get("conch_dna", {}).get("student_digest")
         if recorded and recorded != self.base.weights_digest:
             raise ConchError(
-                f"{self.distilled} was made for {made.get('model')}, not for "
+                f"{self.distilled} was made for {document.get('model')}, not for "
                 f"{self.base.model_id}, which has other weights: give the student it belongs to"
             )
 
@@ -363,7 +396,7 @@ class Retraining:
             promoted=outcome.promoted,
             verdicts=outcome.verdicts,
             path=self.line.path(outcome.name),
-            taught_by=taught_by(self.ego),
+            taught_by=teaching_of(self.ego),
             records=sum(1 for record in batch["records"] if learned & set(record[EXPERIENCE])),
             experiences=len(learned),
             left_out={**batch["left_out"], **unfit},
@@ -379,18 +412,18 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConchError(f"cannot read {path}: {error}") from error
-    return found
+    return document
 
 
-def _shape_of(made: dict[str, Any]) -> dict[str, Any]:
-    """The settings that an adapter to go on from was made with."""
-    kind = made.get("fine_tune_type", "lora")
+def _shape_of(document: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide an adapter's shape, as its `adapter_config.json` has them."""
+    kind = document.get("fine_tune_type", "lora")
     if kind == "full":
         return {"full": True, "dora": False}
-    parameters = made["lora_parameters"]
+    parameters = document["lora_parameters"]
     return {
         "full": False,
         "dora": kind == "dora",
@@ -398,5 +431,43 @@ def _shape_of(made: dict[str, Any]) -> dict[str, Any]:
         "lora_scale": parameters["scale"],
         # mlx_lm itself takes every linear layer where none is named.
         "lora_keys": ",".join(parameters.get("keys") or ["all"]),
-        "lora_layers": made["num_layers"],
+        "lora_layers": document["num_layers"],
     }
+
+
+def settings_over(
+    settings: EvolveConfig,
+    manifest: dict[str, Any],
+    *,
+    source: str,
+    trust_remote_code: bool = False,
+) -> EvolveConfig:
+    """Settings with what a file names instead.
+
+    Args:
+        settings: As the domain would be retrained without the file.
+        manifest: Parts of a generation's manifest: training_params, stabilizers, evaluation,
+            gates and laws, each optional.
+        source: Where they come from, for the message.
+        trust_remote_code: Let Python code that comes with a model run.
+
+    Raises:
+        ConchError: A name is unknown, a value out of its range, or the file asks for a line or
+            data.
+    """
+    if "evolution_request" in manifest:
+        raise ConchError(
+            f"{source} has an evolution_request: a retraining learns from what was recorded of its "
+            "domain; leave it out"
+        )
+    base = settings.to_manifest()
+    merged = {"laws": base["laws"], **manifest}
+    for name in MAPPINGS:
+        part = manifest.get(name) or {}
+        # What is no mapping is refused below.
+        if isinstance(part, dict):
+            where, aliases = f"{source}, {name},", {"iters": "num_iters"}
+            named = named_settings(part, base[name], source=where, aliases=aliases)
+            merged[name] = {**base[name], **named}
+    training = {"trust_remote_code": True} if trust_remote_code else None
+    return EvolveConfig.from_manifest(merged, source=source, training=training)

@@ -1,24 +1,19 @@
-"""Experience on disk: what was asked, what was answered, and what should have been said.
+"""Experience: what was asked, what was answered, and what should have been said.
 
-Knows JSON lines and locks; nothing of models, adapters or retraining. To record another fact: a
-field of `Experience` with a default, since older lines lack it.
+Knows JSON lines; nothing of where they are kept, of models or of retraining. To record another
+fact: a field of `Experience` with a default, since older lines lack it.
 """
 
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.digests import content_digest
-from conch_dna.errors import ConchError, FolderInUseError
-from conch_dna.progress import Report, silent
-from conch_dna.retraining.redaction import redacted, redaction_names
+from conch_dna.errors import ConchError
+from conch_dna.option_fields import refuse_unknown
+from conch_dna.training.records import read_lines
 from conch_dna.training.settings import validate_domain
 
 Message = dict[str, str]
@@ -26,11 +21,6 @@ Message = dict[str, str]
 KINDS = ("success", "correction", "fallback")
 ANSWERERS = ("neuron", "ego")
 ENDS = ("stop", "length")
-SUFFIX = ".jsonl"
-LOCK_TIMEOUT_S = 30.0
-# What stays after the oldest were dropped, so that not every record rewrites the file.
-KEPT_SHARE = 0.9
-_TAIL_BYTES = 256
 
 
 def _now() -> str:
@@ -136,15 +126,15 @@ class Experience:
             messages = tuple(document.pop("messages"))
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ConchError(f"no whole record ({len(line)} bytes)") from error
-        unknown = sorted(set(document) - {each.name for each in fields(cls)})
         try:
-            found = cls(messages=messages, **document)
+            experience = cls(messages=messages, **document)
         except TypeError as error:
+            unknown = sorted(set(document) - {each.name for each in fields(cls)})
             what = f"unknown fields {', '.join(unknown)}" if unknown else "fields are missing"
             raise ConchError(f"no record: {what}") from error
-        if found.id != written:
+        if experience.id != written:
             raise ConchError("altered: its id belongs to another content")
-        return found
+        return experience
 
 
 def _message_problems(messages: Any) -> list[str]:
@@ -162,251 +152,58 @@ def _message_problems(messages: Any) -> list[str]:
     return []
 
 
-@dataclass
-class _Known:
-    """What this process has read of a file: up to where, how that ended, and which records."""
-
-    inode: int = -1
-    size: int = 0
-    tail: bytes = b""
-    ids: set[str] = field(default_factory=set)
+# What a line of a user's file may say: where and when it is recorded says the rest.
+_OF_A_USER = {"prompt", *(each.name for each in fields(Experience))} - {"domain", "time"}
 
 
-class ExperienceBuffer:
-    """Experience of each domain in `<folder>/<domain>.jsonl`, to which any process may append.
+def read_experiences(path: Path, domain: str) -> list[Experience]:
+    """Read a JSONL file of answers.
 
-    A record is on the disk when `add` returns. What a killed process left half-written is no
-    record; the next one begins on a line of its own.
+    Each line has `prompt` (a text) or `messages` (the conversation up to the answer), `answer`,
+    and, where that was not good, `better` and `problem`; it may have the other fields of
+    `Experience` but for the domain and the time. What has a better answer is a correction, the
+    rest are successes, unless `kind` says otherwise.
 
     Args:
-        folder: Made when something is added.
-        max_records: Most records of one domain. Beyond it the oldest that are settled are dropped,
-            then the oldest successes; where that does not make room, the new one is refused.
-        redact: Names of REDACTIONS, or True for all: these are replaced before anything is kept.
-        settled: Gives the ids of a domain's records that were learned from, or never will be.
-        report: Gets ("message", {"message"}) when records were dropped.
+        path: The file, UTF-8.
+        domain: Whose adapter answered.
 
     Raises:
-        ConchError: max_records is below 1, or a redaction is unknown.
+        ConchError: The file cannot be read, or a line is none of these; the first five such lines
+            are named.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        max_records: int = 10_000,
-        redact: Sequence[str] | bool = False,
-        settled: Callable[[str], Collection[str]] = lambda domain: (),
-        report: Report = silent,
-    ) -> None:
-        if max_records < 1:
-            raise ConchError(f"max_records is {max_records}: it must be 1 or more")
-        self.folder = folder
-        self.max_records = max_records
-        self.redactions = redaction_names(redact)
-        self.settled = settled
-        self.report = report
-        self._known: dict[str, _Known] = {}
-
-    @property
-    def domains(self) -> list[str]:
-        """Those of which there is experience, in alphabetical order."""
-        return sorted(path.stem for path in self.folder.glob(f"*{SUFFIX}"))
-
-    def path(self, domain: str) -> Path:
-        """The file of a domain, whether or not it is there."""
-        validate_domain(domain, with_own_data=True)
-        return self.folder / f"{domain}{SUFFIX}"
-
-    def add(self, experience: Experience) -> bool:
-        """Keep an experience; durable when it returns.
-
-        Returns:
-            False where the same one is there already.
-
-        Raises:
-            ConchError: There is no room, or the disk is full; then the file is as it was.
-        """
-        return self.add_many([experience]) == 1
-
-    def add_many(self, experiences: Sequence[Experience]) -> int:
-        """Keep several with one wait for the disk for each domain.
-
-        Returns:
-            How many were not there.
-        """
-        by_domain: dict[str, dict[str, Experience]] = {}
-        for experience in map(self._without_secrets, experiences):
-            by_domain.setdefault(experience.domain, {})[experience.id] = experience
-        added = 0
-        for domain, own in by_domain.items():
-            with self._locked(domain):
-                known = self._catch_up(domain)
-                fresh = [each for id_, each in own.items() if id_ not in known.ids]
-                if len(known.ids) + len(fresh) > self.max_records:
-                    self._make_room(domain, len(fresh))
-                self._append(domain, b"".join(each.line for each in fresh))
-                added += len(fresh)
-        return added
-
-    def read(self, domain: str) -> tuple[list[Experience], list[str]]:
-        """Everything of a domain, oldest first.
-
-        Returns:
-            The good records, each once, and for each bad line what is wrong with it and its number.
-        """
-        if not self.path(domain).is_file():
-            return [], []
-        with self._locked(domain):
-            content = self.path(domain).read_bytes()
-        found: dict[str, Experience] = {}
-        problems = []
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if not line:
-                continue
-            try:
-                experience = Experience.from_line(line)
-                found.setdefault(experience.id, experience)
-            except ConchError as error:
-                problems.append(f"{self.path(domain)}, line {number}: {error}")
-        return list(found.values()), problems
-
-    def stats(self) -> dict[str, dict[str, int]]:
-        """For each domain how many records of each kind, how many bad lines, and the bytes."""
-        found = {}
-        for domain in self.domains:
-            experiences, problems = self.read(domain)
-            counts = Counter(each.kind for each in experiences)
-            found[domain] = {
-                **{kind: counts[kind] for kind in KINDS},
-                "bad_lines": len(problems),
-                "bytes": self.path(domain).stat().st_size,
-            }
-        return found
-
-    def _without_secrets(self, experience: Experience) -> Experience:
-        if not self.redactions:
-            return experience
-
-        def clean(text: str) -> str:
-            return redacted(text, self.redactions)
-
-        return replace(
-            experience,
-            messages=tuple(
-                {**turn, "content": clean(turn["content"])} for turn in experience.messages
-            ),
-            answer=clean(experience.answer),
-            better=None if experience.better is None else clean(experience.better),
-            problem=clean(experience.problem),
-        )
-
-    @contextmanager
-    def _locked(self, domain: str) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
+    experiences, problems = [], []
+    for number, line in enumerate(read_lines(path, "--from"), 1):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(
-                self.folder / f"{domain}.lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.005
-            )
-            lock.acquire()
-        except Timeout:
-            raise FolderInUseError(
-                f"{self.path(domain)} has been locked for {LOCK_TIMEOUT_S:g} s by another process: "
-                "wait for it to end, or end it"
-            ) from None
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            yield
-        finally:
-            lock.release()
+            experiences.append(experience_of(line, domain))
+        except ConchError as error:
+            problems.append(f"record {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConchError(f"{path}: {'; '.join(problems[:5])}{more}. Nothing was recorded")
+    return experiences
 
-    def _catch_up(self, domain: str) -> _Known:
-        """Read what was appended since this process last looked; all of it after a rewrite."""
-        known = self._known.setdefault(domain, _Known())
-        path = self.path(domain)
-        if not path.is_file():
-            self._known[domain] = _Known()
-            return self._known[domain]
-        with open(path, "rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            file.seek(max(0, known.size - len(known.tail)))
-            # An inode's number may be given again, the end of a record is that of one record.
-            if inode != known.inode or file.read(len(known.tail)) != known.tail:
-                known = self._known[domain] = _Known(inode=inode)
-                file.seek(0)
-            content = file.read()
-        whole = content.rfind(b"\n") + 1
-        for line in content[:whole].split(b"\n"):
-            try:
-                known.ids.add(Experience.from_line(line).id)
-            except ConchError:
-                # `read` tells of it; here it is only no record that a new one could repeat.
-                continue
-        known.size += whole
-        known.tail = (known.tail + content[:whole])[-_TAIL_BYTES:]
-        return known
 
-    def _append(self, domain: str, lines: bytes) -> None:
-        if not lines:
-            return
-        path = self.path(domain)
-        size = path.stat().st_size if path.is_file() else -1
-        if size > self._known[domain].size:
-            # A killed process left half a line; what comes next is not to be part of it.
-            lines = b"\n" + lines
-        try:
-            with open(path, "ab") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            if size < 0:
-                sync(self.folder)
-        except OSError as error:
-            if path.is_file():
-                os.truncate(path, max(0, size))
-            raise self._unwritable(error) from error
-        self._catch_up(domain)
+def experience_of(line: str, domain: str) -> Experience:
+    """One line of a file of answers as an experience of a domain.
 
-    def _make_room(self, domain: str, count: int) -> None:
-        """Drop the oldest records that nothing can be learned from any more, by one rewrite."""
-        content = self.path(domain).read_bytes() if self.path(domain).is_file() else b""
-        lines = [line for line in content.split(b"\n") if line]
-        kinds: list[tuple[str, str]] = []
-        for line in lines:
-            try:
-                found = Experience.from_line(line)
-                kinds.append((found.id, found.kind))
-            except ConchError:
-                kinds.append(("", ""))
-        records = sum(1 for id_, _ in kinds if id_)
-        settled = set(self.settled(domain))
-        needed = records + count - self.max_records
-        used = [n for n, (id_, _) in enumerate(kinds) if id_ in settled]
-        used = used[: max(needed, records + count - int(KEPT_SHARE * self.max_records))]
-        good = [n for n, (id_, kind) in enumerate(kinds) if kind == "success" and n not in used]
-        good = good[: max(0, needed - len(used))]
-        dropped = {*used, *good}
-        if len(dropped) < needed:
-            raise ConchError(
-                f"experience of {domain} holds {records:,} records, the most it may, and too few "
-                "of them were learned from to make room: retrain the domain, or raise max_records"
-            )
-        kept = b"".join(line + b"\n" for n, line in enumerate(lines) if n not in dropped)
-        for left in self.folder.glob(f".writing-*-{domain}{SUFFIX}"):
-            left.unlink(missing_ok=True)
-        write_atomically(self.path(domain), kept)
-        message = (
-            f"experience of {domain} reached {self.max_records:,} records: dropped the oldest, "
-            f"{len(used)} that were learned from and {len(good)} successes that were not"
-        )
-        self.report("message", {"message": message})
-        self._catch_up(domain)
-
-    def _unwritable(self, error: OSError) -> ConchError:
-        return ConchError(
-            f"cannot write experience to {self.folder}: {error}. Free some disk space or choose "
-            "another folder; what was recorded before is whole"
-        )
+    Raises:
+        ConchError: It has not the form that `read_experiences` describes.
+    """
+    try:
+        values: Any = json.loads(line)
+    except ValueError as error:
+        raise ConchError(f"not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConchError("not a JSON object with prompt and answer")
+    refuse_unknown(values, _OF_A_USER, source="it")
+    if ("prompt" in values) == ("messages" in values):
+        raise ConchError("give either prompt or messages")
+    if "answer" not in values:
+        raise ConchError("it has no answer")
+    prompt = values.pop("prompt", None)
+    turns = values.pop("messages", None) or [{"role": "user", "content": prompt}]
+    if not isinstance(turns, list):
+        raise ConchError(f"messages is {turns!r}, not a list of turns")
+    kind = values.pop("kind", "correction" if values.get("better") is not None else "success")
+    return Experience(domain=domain, messages=tuple(turns), kind=kind, **values)

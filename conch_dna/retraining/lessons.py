@@ -7,6 +7,7 @@ To leave something else out: a reason in `lessons_of`, so that everything is tol
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from conch_dna.retraining.experience import Experience, Message
@@ -18,7 +19,7 @@ EXPERIENCE = "experience"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class Lessons:
     """What can be learned now.
 
     Attributes:
@@ -26,7 +27,7 @@ class Prepared:
             behind each under EXPERIENCE.
         used: Those ids, all of them.
         left_out: For the id of each other new experience, why.
-        problems: Of the file it was read from, by line.
+        problems: What is wrong with lines of the file that the experience was read from.
     """
 
     records: list[Record]
@@ -43,7 +44,7 @@ def lessons_of(
     system: str = "",
     problems: Sequence[str] = (),
     refuse: Callable[[Experience], str] = lambda experience: "",
-) -> Prepared:
+) -> Lessons:
     """Make records of experience that nothing was learned from yet.
 
     A prompt that was corrected, or handed over, is taught by the newest of these answers alone,
@@ -55,21 +56,18 @@ def lessons_of(
         settled: Ids of those that are not to be used.
         tokenizer: The student's.
         system: The domain's system prompt, for conversations without one.
-        problems: See `Prepared`.
+        problems: What is wrong with lines of the file, to be passed on.
         refuse: Says why an experience must not be learned from; empty where it may.
     """
     refused = {each.id: why for each in experiences if (why := refuse(each))}
     left_out = {id_: why for id_, why in refused.items() if id_ not in settled}
     experiences = [each for each in experiences if each.id not in refused]
-    lesson: dict[str, Experience] = {}
-    for each in experiences:
-        if each.kind != "success":
-            lesson[_prompt(each)] = each
+    newest_of = {_prompt(each): each for each in experiences if each.kind != "success"}
     chosen: dict[tuple[str, str, str], list[Experience]] = {}
     for each in experiences:
         if each.id in settled:
             continue
-        newest = lesson.get(_prompt(each))
+        newest = newest_of.get(_prompt(each))
         if newest is None or (each.kind != "success" and each.target == newest.target):
             key = (_prompt(each), each.target, each.finish_reason)
             chosen.setdefault(key, []).append(each)
@@ -77,15 +75,24 @@ def lessons_of(
             left_out[each.id] = f"a {newest.kind} of the same prompt teaches the same answer"
         else:
             left_out[each.id] = f"a {newest.kind} of the same prompt says something else"
-    groups = list(chosen.values())
-    lessons = [group for group in groups if group[0].kind != "success"]
-    successes = [group for group in groups if group[0].kind == "success"]
-    kept = successes[max(0, len(successes) - len(lessons)) :]
-    for group in successes[: len(successes) - len(kept)]:
-        for each in group:
-            left_out[each.id] = "there are more successes than corrections, and newer ones"
-    records = [_record(group, tokenizer, system) for group in [*lessons, *kept]]
-    return Prepared(
+    corrections = [group for group in chosen.values() if group[0].kind != "success"]
+    successes = [group for group in chosen.values() if group[0].kind == "success"]
+    surplus = max(0, len(successes) - len(corrections))
+    for each in chain.from_iterable(successes[:surplus]):
+        left_out[each.id] = "there are more successes than corrections, and newer ones"
+    records = [
+        {
+            **record_of(
+                tokenizer,
+                conversation(tokenizer, group[0].messages, system),
+                group[0].target,
+                group[0].finish_reason,
+            ),
+            EXPERIENCE: [each.id for each in group],
+        }
+        for group in [*corrections, *successes[surplus:]]
+    ]
+    return Lessons(
         records=records,
         used=[id_ for record in records for id_ in record[EXPERIENCE]],
         left_out=left_out,
@@ -97,14 +104,20 @@ def _prompt(experience: Experience) -> str:
     return json.dumps(list(experience.messages), sort_keys=True)
 
 
-def _record(group: Sequence[Experience], tokenizer: Any, system: str) -> Record:
-    first = group[0]
-    turns = conversation(tokenizer, first.messages, system)
-    more = {"finish_reason": first.finish_reason, EXPERIENCE: [each.id for each in group]}
+def record_of(tokenizer: Any, turns: Sequence[Message], answer: str, finish_reason: str) -> Record:
+    """A conversation and its answer as a training record, for a tokenizer.
+
+    Args:
+        tokenizer: Without a chat template, prompt and completion stand for the turns.
+        turns: The conversation up to the answer, as the tokenizer's template takes it.
+        answer: What is to be learned, or read.
+        finish_reason: "length" where the answer's end is not part of it.
+    """
     if tokenizer.has_chat_template:
-        return {"messages": [*turns, {"role": "assistant", "content": first.target}], **more}
+        messages = [*turns, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "finish_reason": finish_reason}
     prompt = "\n\n".join(turn["content"] for turn in turns)
-    return {"prompt": prompt, "completion": first.target, **more}
+    return {"prompt": prompt, "completion": answer, "finish_reason": finish_reason}
 
 
 def conversation(tokenizer: Any, messages: Sequence[Message], system: str) -> list[Message]:

@@ -1,7 +1,7 @@
-"""Learning from use: what happened is recorded, and a domain's adapter is retrained from it.
+"""Learning from use: what happened is recorded, and an adapter is retrained from it.
 
-Knows what a user of adapters asks for; experience, lessons and retraining are the modules below.
-Stands above the wings, see CONTRIBUTING.md: a retraining is an evolution of a line of generations.
+Knows what a user of adapters asks for; nothing of files, lines or training, which the modules
+beside it know. To let users ask for something else: a method of `TrainingPipeline`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,26 +16,19 @@ from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report, silent
+from conch_dna.retraining.buffer import ExperienceBuffer
 from conch_dna.retraining.domain import (
     EXPERIENCE_FOLDER,
     LINES,
     Retraining,
     RetrainResult,
-    active_adapter,
     line_of,
 )
-from conch_dna.retraining.experience import Experience, ExperienceBuffer, Message
-from conch_dna.retraining.lessons import Prepared, lessons_of
+from conch_dna.retraining.experience import Experience, Message
+from conch_dna.retraining.lessons import Lessons, lessons_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import Record
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
-
-__all__ = ["RetrainAdvice", "RetrainResult", "TrainingPipeline", "active_adapter", "ego_id"]
-
-
-def ego_id(ego: EgoModel | str | None) -> str:
-    """What EGO is called: a model's id or folder, or an address; empty where there is none."""
-    return ego.config.model if isinstance(ego, EgoModel) else ego or ""
 
 
 def _misshapen(experience: Experience, *, schema: Mapping[str, Any] | None) -> str:
@@ -43,10 +36,10 @@ def _misshapen(experience: Experience, *, schema: Mapping[str, Any] | None) -> s
     own = experience.messages[0]["role"] == "system"
     if schema is None or own or experience.kind != "fallback":
         return ""
-    found = parse_answer(experience.target, schema)
-    if found.valid:
+    answer = parse_answer(experience.target, schema)
+    if answer.valid:
         return ""
-    return f"EGO's answer does not keep to the domain's schema: {found.problems[0]}"
+    return f"EGO's answer does not keep to the domain's schema: {answer.problems[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +50,7 @@ class RetrainAdvice:
         retrain: The advice.
         reason: One line with the figures.
         counts: Experiences that are "new", of these the "lessons" (corrections and hand-overs),
-            and those of each state, see `Retraining.states`.
+            and those "used", "refused" and "left_out" by what became of them.
     """
 
     retrain: bool
@@ -70,19 +63,22 @@ class TrainingPipeline:
 
     Args:
         adapters_dir: As `distill` leaves it; `lines/` and `experience/` are made in it.
-        student: The base of all adapters; see `language_model.resolve_model`.
+        student: The base of all adapters: a folder, a hub id or an embedded name.
         ego: The big teacher: a model, which teaches by its distributions; the address of an
             endpoint, which teaches by the texts of its answers alone; or None.
         config: How to train and judge. Without it, training is as the domain was distilled, and
             the rest as `EvolveConfig` has it. What makes up an adapter's shape (LoRA's rank,
             scale, keys and layers, DoRA, full) is always that of the active one.
         min_new: Corrections and hand-overs from which a retraining is advised.
-        max_records: See `ExperienceBuffer`.
-        redact: Likewise.
+        max_records: Most experiences of one domain, 1 or more; see `ExperienceBuffer` for what
+            goes when there is no room.
+        redact: Names of REDACTIONS, or True for all: secrets that are replaced before anything is
+            kept.
         report: Gets all progress, see `conch_dna.progress.Progress`.
 
     Attributes:
         buffer: The experience.
+        ego: EGO's model, folder or address; empty where there is none.
 
     Raises:
         ConchError: min_new is below 1, or two models are to stand in the first teacher's place.
@@ -102,7 +98,7 @@ class TrainingPipeline:
     ) -> None:
         if min_new < 1:
             raise ConchError(f"min_new is {min_new}: it must be 1 or more")
-        self.ego = ego_id(ego)
+        self.ego = ego.config.model if isinstance(ego, EgoModel) else ego or ""
         if config and config.first_teacher and self.ego:
             raise ConchError(
                 f"config has {config.first_teacher} as first teacher, the place of EGO, which is "
@@ -127,7 +123,7 @@ class TrainingPipeline:
         return ModelSource(self.student, trust_remote_code=trust)
 
     def line(self, domain: str) -> Line:
-        """The versions of a domain's adapter; see `retraining.line_of`."""
+        """The versions of a domain's adapter, whether or not there are any yet."""
         return line_of(self.adapters_dir, domain)
 
     def _retraining(self, domain: str) -> Retraining:
@@ -151,18 +147,18 @@ class TrainingPipeline:
             domain: Whose adapter was asked.
             prompt: A text, or the conversation up to the answer.
             answer: What was answered.
-            confidence: See `Experience`.
-            by: Likewise.
-            finish_reason: Likewise.
+            confidence: The neuron's, between 0 and 1; None where it was not measured.
+            by: Who answered: "neuron" or "ego".
+            finish_reason: "length" where the answer was cut off, else "stop".
 
         Returns:
             False where the same is known already.
 
         Raises:
-            ConchError: See `Experience` and `ExperienceBuffer.add`.
+            ConchError: Something is not of its kind, there is no room, or the disk is full.
         """
-        more = {"confidence": confidence, "by": by, "finish_reason": finish_reason}
-        return self._record("success", domain, prompt, answer=answer, **more)
+        facts = {"confidence": confidence, "by": by, "finish_reason": finish_reason}
+        return self._record("success", domain, prompt, answer=answer, **facts)
 
     def record_correction(
         self,
@@ -176,10 +172,13 @@ class TrainingPipeline:
         by: str = "neuron",
         finish_reason: str = "stop",
     ) -> bool:
-        """Keep an answer, what should have been said, and what was wrong; see `record_success`."""
-        more = {"confidence": confidence, "by": by, "finish_reason": finish_reason}
-        told = {"answer": answer, "better": better, "problem": problem}
-        return self._record("correction", domain, prompt, **told, **more)
+        """Keep an answer, what should have been said, and what was wrong.
+
+        The other arguments and the result are those of `record_success`.
+        """
+        facts = {"confidence": confidence, "by": by, "finish_reason": finish_reason}
+        texts = {"answer": answer, "better": better, "problem": problem}
+        return self._record("correction", domain, prompt, **texts, **facts)
 
     def record_fallback(
         self,
@@ -192,15 +191,22 @@ class TrainingPipeline:
         confidence: float | None = None,
         finish_reason: str = "stop",
     ) -> bool:
-        """Keep an answer that was not given, EGO's in its place, and why; see `record_success`."""
-        more = {"confidence": confidence, "by": "ego", "finish_reason": finish_reason}
-        told = {"answer": answer, "better": ego_answer, "problem": reason}
-        return self._record("fallback", domain, prompt, **told, **more)
+        """Keep an answer that was not given, EGO's in its place, and why.
 
-    def _record(self, kind: str, domain: str, prompt: str | Sequence[Message], **more: Any) -> bool:
-        self.line(domain)
+        The other arguments and the result are those of `record_success`.
+        """
+        facts = {"confidence": confidence, "by": "ego", "finish_reason": finish_reason}
+        texts = {"answer": answer, "better": ego_answer, "problem": reason}
+        return self._record("fallback", domain, prompt, **texts, **facts)
+
+    def _record(
+        self, kind: str, domain: str, prompt: str | Sequence[Message], **values: Any
+    ) -> bool:
+        # Refuses a name that no domain can have.
+        line_of(self.adapters_dir, domain)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.buffer.add(Experience(domain=domain, kind=kind, messages=tuple(turns), **more))
+        experience = Experience(domain=domain, kind=kind, messages=tuple(turns), **values)
+        return self.buffer.add(experience)
 
     def _settled(self, domain: str) -> set[str]:
         return set().union(*self._retraining(domain).states().values())
@@ -226,8 +232,8 @@ class TrainingPipeline:
         reason = f"{lessons} new corrections and hand-overs, {how_many} {self.min_new}"
         return RetrainAdvice(retrain=enough, reason=reason, counts=counts)
 
-    def prepare_training_data(self, domain: str, *, with_refused: bool = False) -> Prepared:
-        """What a retraining would learn from now; see `lessons_of`.
+    def prepare_training_data(self, domain: str, *, with_refused: bool = False) -> Lessons:
+        """What a retraining would learn from now.
 
         Args:
             domain: Whose experience.
@@ -248,7 +254,7 @@ class TrainingPipeline:
         )
 
     def settings_for(self, domain: str) -> EvolveConfig:
-        """How a domain would be retrained; see the class."""
+        """How a domain would be retrained: by the pipeline's settings and the adapter's shape."""
         return self._retraining(domain).settings
 
     def retrain(
@@ -267,7 +273,7 @@ class TrainingPipeline:
             domain: Whose adapter.
             resume: Go on with an unfinished retraining, with the experience it began with.
             overwrite: Start again over an unfinished one.
-            with_refused: See `prepare_training_data`.
+            with_refused: Try again what the gates refused, or what was rolled back.
             old_data: What the domain was distilled from, where its run did not keep it: later
                 versions are measured on a part of it and replay the rest. Used when the line
                 begins.
@@ -280,11 +286,11 @@ class TrainingPipeline:
         """
         report = report or self.report
 
-        def prepare() -> Prepared:
-            prepared = self.prepare_training_data(domain, with_refused=with_refused)
-            for problem in prepared.problems:
+        def prepare() -> Lessons:
+            lessons = self.prepare_training_data(domain, with_refused=with_refused)
+            for problem in lessons.problems:
                 report("warning", {"message": f"not learned from: {problem}"})
-            return prepared
+            return lessons
 
         return self._retraining(domain).run(
             prepare, resume=resume, overwrite=overwrite, old_data=old_data, report=report
@@ -313,10 +319,10 @@ class TrainingPipeline:
         folders = (self.adapters_dir / LINES).glob("*")
         lines = [path.name for path in folders if self.line(path.name).exists]
         recorded = self.buffer.stats()
-        found = {}
+        stats = {}
         for domain in sorted({*recorded, *lines}):
             line = self.line(domain)
-            found[domain] = {
+            stats[domain] = {
                 "records": recorded.get(domain, {}),
                 "advice": asdict(self.should_retrain(domain)),
                 "active": line.head if line.exists else None,
@@ -324,4 +330,4 @@ class TrainingPipeline:
                 "refused_versions": line.failed(),
                 "last_change": line.log()[-1].time if line.exists else None,
             }
-        return found
+        return stats

@@ -23,6 +23,7 @@ from conch_dna.training.chats.conversations import (
     text_ids,
     turn_problem,
 )
+from conch_dna.training.chats.templates import Turn
 
 Record = dict[str, Any]
 TOKENS = "tokens"
@@ -330,7 +331,7 @@ def split_heldout(
     """
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
-        groups.setdefault(_prompt_key(record), []).append(index)
+        groups.setdefault(question_of(record), []).append(index)
     if len(groups) < 2:
         raise ConchError(
             f"{len(records)} examples with {len(groups)} different prompts cannot be split into "
@@ -349,9 +350,15 @@ def split_heldout(
     return [i for i in range(len(records)) if i not in chosen], sorted(chosen)
 
 
-def _prompt_key(record: Record) -> str:
+def turns_before_answer(record: Record) -> list[Turn]:
+    """The turns of a conversation before its first answer."""
+    turns: list[Turn] = record["messages"]
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[:first]
+
+
+def question_of(record: Record) -> str:
+    """What a record asks, or its whole text: records with the same belong together."""
     if "messages" in record:
-        turns = record["messages"]
-        first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        return json.dumps(turns[:first], sort_keys=True)
+        return json.dumps(turns_before_answer(record), sort_keys=True)
     return str(record["prompt"] if "completion" in record else record["text"])

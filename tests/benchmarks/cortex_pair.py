@@ -22,8 +22,8 @@ from rich.console import Console
 from conch_dna.checkpoints import write_json
 from conch_dna.cortex.benchmark.command import run_benchmark
 from conch_dna.cortex.benchmark.report import domain_table
-from conch_dna.cortex.benchmark.rows import BenchmarkSettings
 from conch_dna.cortex.calibration.calibrating import calibrate_domain
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings, CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from generations import settings_of
@@ -69,15 +69,17 @@ def measured(folder: Path, *, steps: int, records: int, max_risk: float) -> dict
     found: dict[str, Any] = {}
     for name, given in data.items():
         TrueKnowledgeDistiller(whole, cut, config).distill_domain(name, data=given)
-    settings = BenchmarkSettings(samples=200, max_tokens=ANSWER, max_risk=max_risk)
+    settings = AdapterBenchmarkSettings(samples=200, max_tokens=ANSWER, max_risk=max_risk)
     with CortexSuite(folder / "adapters", cut, ego=whole, domains=list(data)) as suite:
-        for name, given in data.items():
-            document = run_benchmark(suite, [name], settings, data=given)
+        for name in data:
+            document = run_benchmark(suite, [name], settings)
             found[name] = document["domains"][name]
-            Console(width=120).print(domain_table(name, found[name], width=120))
+            Console(width=120).print(domain_table(name, found[name]))
             for method in ("isotonic", "temperature"):
                 calibration, details = calibrate_domain(
-                    suite, name, data=given, max_tokens=ANSWER, max_risk=max_risk, method=method
+                    suite,
+                    name,
+                    CalibrationSettings(max_tokens=ANSWER, max_risk=max_risk, method=method),
                 )
                 found[name][method] = {**calibration.to_json(), "details": details}
                 print(

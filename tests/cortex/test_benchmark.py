@@ -13,7 +13,9 @@ from rich.console import Console
 
 from conch_dna.cortex.benchmark.command import main, run_benchmark
 from conch_dna.cortex.benchmark.report import domain_table
-from conch_dna.cortex.benchmark.rows import AN_API, BenchmarkSettings
+from conch_dna.cortex.benchmark.rows import AN_API
+from conch_dna.cortex.calibration.heldout import HELDOUT_FILE
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig
 from conch_dna.errors import ConchError
@@ -24,27 +26,24 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import split_heldout
 from cortex_models import train_adapter
 from models import make_model_folder
-from suites import STUDENT, TEACHER, answering, distil, tales
+from suites import STUDENT, TEACHER, answering, tales
 
 OBJECT = '{"cause": "a wheel", "verify": "look", "fix": ["put it on"], "otherwise": "a new car"}'
-QUICK = BenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9)
+QUICK = AdapterBenchmarkSettings(samples=64, max_tokens=8, alone=2, max_risk=0.9)
 
 
 def shown(name: str, found: dict[str, Any], width: int) -> str:
     """A domain's table as a console of that width prints it."""
     console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(domain_table(name, found, width=width))
+    console.print(domain_table(name, found))
     return console.export_text()
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(distilled_tales: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled domain, and one with a schema that keeps to it where it was trained to."""
-    folder = tmp_path_factory.mktemp("adapters")
-    distil(folder, "tales", tales())
-    lines = "".join(json.dumps(record) + "\n" for record in tales())
-    # What a distillation from prompts keeps.
-    (folder / "tales" / "training_data.jsonl").write_text(lines)
+    folder = tmp_path_factory.mktemp("adapters") / "adapters"
+    shutil.copytree(distilled_tales, folder)
     system = DOMAIN_PROMPTS["debug"]["system"]
     asked = [
         {"prompt": f"{system}\n\n{question}", "completion": OBJECT}
@@ -57,7 +56,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{asked[held[0]]['prompt']}{OBJECT}",
         lora_keys="all,model.embed_tokens",
         lora_rank=16,
-        steps=60,
+        steps=40,
     )
     init_line(line_of(folder, "debug"), STUDENT, asked, adapter=adapter)
     return folder
@@ -74,7 +73,7 @@ def measured(adapters: Path) -> Iterator[tuple[dict[str, Any], CortexSuite]]:
 @pytest.fixture(scope="module")
 def structured(measured: tuple[dict[str, Any], CortexSuite]) -> dict[str, Any]:
     """What was measured of the domain with a schema."""
-    settings = BenchmarkSettings(max_tokens=60, alone=1)
+    settings = AdapterBenchmarkSettings(max_tokens=60, alone=1)
     document = run_benchmark(measured[1], ["debug"], settings)
     assert document["failures"] == {}
     found: dict[str, Any] = document["domains"]["debug"]
@@ -153,7 +152,7 @@ def test_an_api_has_no_distributions_and_says_so(adapters: Path) -> None:
     with answering(lambda messages: "A wheel was gone.") as url:
         ego = EgoConfig(model=url, remote_model="big", retries=0)
         with CortexSuite(adapters, STUDENT, ego=ego, domains=["tales"]) as suite:
-            quick = BenchmarkSettings(samples=64, max_tokens=4, alone=1)
+            quick = AdapterBenchmarkSettings(samples=64, max_tokens=4, alone=1)
             document = run_benchmark(suite, ["tales"], quick)
     assert document["failures"] == {}
     found = document["domains"]["tales"]
@@ -180,7 +179,9 @@ def test_a_teacher_with_another_tokenizer(adapters: Path, tmp_path: Path) -> Non
         tokens["model"]["vocab"]["<gone>"] = number
     path.write_text(json.dumps(tokens))
     with CortexSuite(adapters, STUDENT, ego=str(other), domains=["tales"]) as suite:
-        document = run_benchmark(suite, ["tales"], BenchmarkSettings(samples=20, max_tokens=4))
+        document = run_benchmark(
+            suite, ["tales"], AdapterBenchmarkSettings(samples=20, max_tokens=4)
+        )
     found = document["domains"]["tales"]
     assert found["alignment"] == "roots"
     assert found["rows"]["adapter"]["heldout"]["kl_nats"] > 0
@@ -197,7 +198,12 @@ class TestCommand:
         folder = tmp_path / "adapters"
         for name in ("one", "two"):
             shutil.copytree(adapters / "tales", folder / name)
-        (folder / "two" / "training_data.jsonl").unlink()
+        # As adapters were that earlier versions made.
+        two = folder / "two" / "adapters_kd"
+        (two / HELDOUT_FILE).unlink()
+        digests = json.loads((two / "digests.json").read_text())
+        del digests[HELDOUT_FILE]
+        (two / "digests.json").write_text(json.dumps(digests))
         output = tmp_path / "out.json"
         quick = ["--samples", "20", "--max-tokens", "2"]
         base = ["--adapters", str(folder), "--ego", TEACHER, "--output", str(output), *quick]
@@ -208,7 +214,7 @@ class TestCommand:
         assert "error: domain two: what two held out is not known" in result.output
         assert list(json.loads(output.read_text())["domains"]) == ["one"]
         assert output.with_suffix(".png").is_file()
-        data = adapters / "tales" / "training_data.jsonl"
+        data = adapters / "tales" / "adapters_kd" / HELDOUT_FILE
         result = self.run(*base, "--domain", "two", "--data", str(data))
         assert result.exit_code == 0, result.output
         assert list(json.loads(output.read_text())["domains"]) == ["two"]
@@ -220,8 +226,11 @@ class TestCommand:
             (["--all", "--domain", "task"], "give either --domain NAME or --all"),
             (["--all", "--data", "x.jsonl"], "--data goes with one --domain"),
             (["--domain", "tales", "--output", "b.txt"], "must end in .json"),
-            (["--domain", "tales", "--samples", "0"], "samples is 0: use 1 or more"),
-            (["--domain", "tales", "--max-risk", "2"], "max_risk 2.0 is not a share"),
+            (["--domain", "tales", "--samples", "0"], "samples is 0: it must be 1 or more"),
+            (
+                ["--domain", "tales", "--max-risk", "2"],
+                "max_risk is 2.0: it must be at least 0 and",
+            ),
             (["--domain", "tales", "--ego", "http://127.0.0.1:1/v1"], "remote_model is empty"),
             (["--domain", "nobody", "--ego", TEACHER], "there is no adapter of nobody"),
         ],

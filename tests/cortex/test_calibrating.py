@@ -19,15 +19,16 @@ from conch_dna.cortex.calibration.calibrating import (
     BY_TEXT,
     BY_TOKENS,
     PICTURE_FILE,
-    Said,
+    NeuronAnswer,
     agreement_with_ego,
-    answered,
-    asked_of,
+    answers_to,
     calibrate_domain,
+    questions_of,
     read_by,
 )
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, halves
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records, prompt_of
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -40,7 +41,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.records import split_heldout
 from cortex_models import write_adapter
 from models import ASSETS, make_model_folder
-from suites import STUDENT, TEACHER, answering, distil, tales
+from suites import STUDENT, TEACHER, answering, tales
 
 DOMAIN = "tales"
 SHORT = 12
@@ -51,12 +52,10 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distilled domain whose data are kept, and one of DOMAIN_PROMPTS that learned nothing."""
-    folder = tmp_path_factory.mktemp("adapters")
-    distil(folder, DOMAIN, tales())
-    lines = "".join(json.dumps(record) + "\n" for record in tales())
-    (folder / DOMAIN / "training_data.jsonl").write_text(lines)
+def adapters(distilled_tales: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled domain, and one of DOMAIN_PROMPTS that learned nothing."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapters"
+    shutil.copytree(distilled_tales, folder)
     write_adapter(folder / "task" / "adapters_kd", STUDENT, strength=0.0)
     return folder
 
@@ -71,13 +70,13 @@ def tale_prompts(count: int = 24) -> list[str]:
     return [record["prompt"] for record in tales(count)]
 
 
-def said_to(suite: CortexSuite, prompts: list[Any], **options: Any) -> list[Said]:
-    asked, left_out = asked_of(suite, DOMAIN, prompts, max_tokens=SHORT, **options)
+def said_to(suite: CortexSuite, prompts: list[Any], **options: Any) -> list[NeuronAnswer]:
+    questions, left_out = questions_of(suite, DOMAIN, prompts, max_tokens=SHORT, **options)
     assert not left_out
-    return answered(suite, asked)
+    return answers_to(suite, questions)
 
 
-def agreement_oracle(prompt: str, said: Said) -> float:
+def agreement_oracle(prompt: str, said: NeuronAnswer) -> float:
     """Share of the answer's tokens that have the teacher's largest logit."""
     source = ModelSource(TEACHER)
     tokenizer = source.tokenizer
@@ -109,7 +108,9 @@ class TestAgreement:
         prompts = ["Once upon a time", "The dog was"]
         own = suite.ego.generate_many(prompts, max_tokens=SHORT, temperature=0)
         said = [
-            Said([{"role": "user", "content": prompt}], answer.text, answer.finish_reason, (-1.0,))
+            NeuronAnswer(
+                [{"role": "user", "content": prompt}], answer.text, answer.finish_reason, (-1.0,)
+            )
             for prompt, answer in zip(prompts, own, strict=True)
         ]
         found, _ = agreement_with_ego(suite.ego, said)
@@ -134,9 +135,9 @@ class TestAgreement:
     def test_what_ego_cannot_read_is_no_number(self, suite: CortexSuite) -> None:
         turns = [{"role": "user", "content": "Once"}]
         said = [
-            Said(turns, "", "length", (-1.0,)),
-            Said(turns, " word" * 2000, "length", (-1.0,)),
-            Said(turns, " upon a time", "length", (-1.0,)),
+            NeuronAnswer(turns, "", "length", (-1.0,)),
+            NeuronAnswer(turns, " word" * 2000, "length", (-1.0,)),
+            NeuronAnswer(turns, " upon a time", "length", (-1.0,)),
         ]
         found, _ = agreement_with_ego(suite.ego, said)
         assert np.isnan(found).tolist() == [True, True, False]
@@ -153,7 +154,7 @@ class TestAgreement:
 
         texts = ["a red ball", "nothing", "the red ball"]
         said = [
-            Said([{"role": "user", "content": str(i)}], text, "stop", (-1.0,))
+            NeuronAnswer([{"role": "user", "content": str(i)}], text, "stop", (-1.0,))
             for i, text in enumerate(texts)
         ]
         with (
@@ -187,8 +188,8 @@ class TestAnswers:
         assert said.text != said_to(suite, tale_prompts(1))[0].text
 
     def test_a_prompt_beyond_the_context_is_left_out_and_told(self, suite: CortexSuite) -> None:
-        asked, left_out = asked_of(suite, DOMAIN, ["word " * 600, "Once"], max_tokens=4)
-        assert len(asked) == 1
+        questions, left_out = questions_of(suite, DOMAIN, ["word " * 600, "Once"], max_tokens=4)
+        assert len(questions) == 1
         assert left_out == {"longer than the student's context": 1}
 
 
@@ -201,8 +202,7 @@ class TestCalibrateDomain:
         calibration, details = calibrate_domain(
             suite,
             DOMAIN,
-            max_tokens=SHORT,
-            max_risk=0.9,
+            CalibrationSettings(max_tokens=SHORT, max_risk=0.9),
             report=lambda event, row: events.append(event),
         )
         assert (calibration.n_fit, calibration.n_held) == (16, 16)
@@ -212,7 +212,7 @@ class TestCalibrateDomain:
         assert details["left_out"] == {} and details["agreement"]["means"] == BY_TOKENS
         assert {"phase", "advance"} <= set(events)
         prompts = heldout_prompts(
-            heldout_records(adapters, DOMAIN, suite.source),
+            heldout_records(adapters, DOMAIN),
             suite.source.tokenizer,
             "",
             most=200,
@@ -231,13 +231,18 @@ class TestCalibrateDomain:
         ]
         answer = suite.ask(DOMAIN, tale_prompts(1)[0], max_tokens=SHORT, hand_over="never")
         assert answer.calibrated and answer.threshold == calibration.threshold
-        again, _ = calibrate_domain(suite, DOMAIN, max_tokens=SHORT, max_risk=0.9)
+        again, _ = calibrate_domain(
+            suite, DOMAIN, CalibrationSettings(max_tokens=SHORT, max_risk=0.9)
+        )
         assert again == calibration
 
     def test_own_prompts_are_taken_as_they_are(self, suite: CortexSuite) -> None:
         prompts = [f"{name} ran to the" for name in map(chr, range(ord("A"), ord("Z") + 1))]
         calibration, details = calibrate_domain(
-            suite, DOMAIN, prompts=prompts, max_tokens=4, samples=20, method="temperature"
+            suite,
+            DOMAIN,
+            CalibrationSettings(max_tokens=4, samples=20, method="temperature"),
+            prompts=prompts,
         )
         assert calibration.method == "temperature" and details["prompts"] == 20
 
@@ -249,7 +254,13 @@ class TestCalibrateDomain:
                 told.append(row["message"])
 
         with pytest.raises(ConchError, match="of 24 answers of task 0 can be judged, and 20 are"):
-            calibrate_domain(suite, "task", prompts=tale_prompts(24), max_tokens=2, report=report)
+            calibrate_domain(
+                suite,
+                "task",
+                CalibrationSettings(max_tokens=2),
+                prompts=tale_prompts(24),
+                report=report,
+            )
         assert told == [
             "24 of 24 answers are left out: not valid for the domain's schema, so that EGO answers "
             "whatever the confidence is"
@@ -259,10 +270,8 @@ class TestCalibrateDomain:
         ("domain", "options", "words"),
         [
             (DOMAIN, {"prompts": ["Once"]}, "tales has 1 held-out prompts, too few"),
-            (DOMAIN, {"samples": 3}, "samples is 3: 20 or more are needed"),
-            (DOMAIN, {"method": "magic", "max_tokens": 1}, "method 'magic' is unknown"),
             ("memory", {}, "there is no neuron 'memory'"),
-            ("task", {}, "what task held out is not known: .*training_data.jsonl is not there"),
+            ("task", {}, "what task held out is not known, .*heldout.jsonl: distil it"),
         ],
     )
     def test_refusals(
@@ -271,46 +280,50 @@ class TestCalibrateDomain:
         with pytest.raises(ConchError, match=words):
             calibrate_domain(suite, domain, **options)
 
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"samples": 3}, "samples is 3: it must be 20 or more"),
+            ({"method": "magic"}, "method is 'magic': use one of isotonic, temperature, none"),
+            ({"max_risk": 2.0, "seed": -1}, "max_risk is 2.0: .*; seed is -1"),
+        ],
+    )
+    def test_settings_out_of_range(self, values: dict[str, Any], words: str) -> None:
+        with pytest.raises(ConchError, match=words):
+            CalibrationSettings(**values)
+
     def test_without_ego_there_is_nothing_to_agree_with(
         self, adapters: Path, tmp_path: Path
     ) -> None:
         with CortexSuite(adapters, domains=[DOMAIN]) as alone:
             with pytest.raises(ConchError, match="cannot be calibrated without EGO"):
-                calibrate_domain(alone, DOMAIN, max_tokens=1)
+                calibrate_domain(alone, DOMAIN, CalibrationSettings(max_tokens=1))
             alone.ego = EgoModel(EgoConfig(model=str(tmp_path / "gone")))
             with pytest.raises(EgoUnavailableError, match="is not available"):
-                calibrate_domain(alone, DOMAIN, max_tokens=1)
+                calibrate_domain(alone, DOMAIN, CalibrationSettings(max_tokens=1))
 
 
 class TestHeldOut:
-    def test_of_a_distillation_it_is_the_split_of_its_data(self, adapters: Path) -> None:
-        found = heldout_records(adapters, DOMAIN, ModelSource(STUDENT))
+    def test_of_a_distillation_it_is_what_that_wrote(self, adapters: Path) -> None:
+        found = heldout_records(adapters, DOMAIN)
         _, expected = split_heldout(tales(), 0.5, seed=0)
         assert found == [tales()[index] for index in expected]
 
-    def test_data_of_ones_own_are_proved_by_their_digest(
-        self, adapters: Path, tmp_path: Path
+    def test_a_distillation_that_kept_none_is_refused_and_data_stand_in(
+        self, suite: CortexSuite, tmp_path: Path
     ) -> None:
-        folder = tmp_path / "adapters"
-        shutil.copytree(adapters, folder)
-        (folder / DOMAIN / "training_data.jsonl").unlink()
-        student = ModelSource(STUDENT)
-        with pytest.raises(ConchError, match="a distillation from data of your own; give these"):
-            heldout_records(folder, DOMAIN, student)
-        assert len(heldout_records(folder, DOMAIN, student, data=tales())) == 32
-        for other in (tales(60), tales()[::-1]):
-            with pytest.raises(ConchError, match="records are not what tales was distilled from"):
-                heldout_records(folder, DOMAIN, student, data=other)
-        (folder / DOMAIN / "adapters_kd" / "kd_result.json").unlink()
-        with pytest.raises(ConchError, match="does not say what the adapter was trained on"):
-            heldout_records(folder, DOMAIN, student, data=tales())
+        with pytest.raises(ConchError, match=r"distil it again, or give data .*\(--data FILE\)"):
+            heldout_records(tmp_path, DOMAIN)
+        settings = CalibrationSettings(max_tokens=1, samples=20)
+        _, details = calibrate_domain(suite, DOMAIN, settings, data=tales(24))
+        assert details["prompts"] == 20
 
     def test_of_a_line_what_no_version_learned(self, adapters: Path, tmp_path: Path) -> None:
         line = line_of(tmp_path, DOMAIN)
         adapter = adapters / DOMAIN / "adapters_kd"
         config = EvolveConfig()
         init_line(line, STUDENT, tales(20), config=config, adapter=adapter)
-        found = heldout_records(tmp_path, DOMAIN, ModelSource(STUDENT))
+        found = heldout_records(tmp_path, DOMAIN)
         _, expected = split_heldout(tales(20), config.training.val_fraction, seed=0)
         assert found == [tales(20)[index] for index in expected]
         # Recorded once more, one of them was learned by the next version after all.
@@ -322,7 +335,7 @@ class TestHeldOut:
         with line.lock():
             write_folder(line.candidate, documents=documents)
             assert line.promote(line.candidate) == "G001"
-        later = heldout_records(tmp_path, DOMAIN, ModelSource(STUDENT))
+        later = heldout_records(tmp_path, DOMAIN)
         assert sorted(map(str, later)) == sorted(map(str, [*found[1:], tales(22)[21]]))
 
     def test_a_prompt_of_every_form(self) -> None:

@@ -3,7 +3,6 @@
 What the commands call is tested elsewhere; here is what they take, print and refuse.
 """
 
-import inspect
 import json
 import os
 import pty
@@ -24,19 +23,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.cli import main
-from conch_dna.cortex.calibration.calibrating import calibrate_domain
 from conch_dna.cortex.calibration.confidence import save_calibration
+from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.cli import cortex
 from conch_dna.cortex.commands.terminal import visible
 from conch_dna.cortex.engine.batching import interrupt_held_back
 from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.options import ServerSettings
-from conch_dna.errors import ConchError
-from conch_dna.generations.settings import EvolveConfig
-from conch_dna.retraining.experience import ExperienceBuffer
-from conch_dna.retraining.experience_files import read_experiences
-from conch_dna.retraining.settings import settings_over
-from conch_dna.training.settings import KDConfig
+from conch_dna.retraining.buffer import ExperienceBuffer
 from cortex_models import TEXTS, train_adapter, write_adapter
 from suites import calibration
 
@@ -150,7 +144,6 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
         (("owls", "-"), "standard input is empty: there is nothing to answer"),
         (("owls", "Hi", "--max-tokens", "0"), "max_tokens is 0: it must be 1 or more"),
         (("owls", "Hi", "--top-p", "2"), "top_p is 2.0: it must be above 0 and at most 1"),
-        (("owls", "Hi", "--hand-over", "maybe"), "hand_over is 'maybe': use one of auto, never"),
         (("owls", "Hi", "--ego-name", "x"), "--ego-name and --ego-key-env go with --ego URL"),
         (("owls", "Hi", "--ego", "http://127.0.0.1:9/v1"), "remote_model is empty"),
         (("owls", "word " * 600), "context of embedded:student ends at 512"),
@@ -161,6 +154,12 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
 )
 def test_refused_in_one_line(arguments: tuple[str, ...], expected: str, adapters: Path) -> None:
     assert expected in refused("ask", *arguments, *at(adapters))
+
+
+def test_a_choice_that_is_none_is_refused_with_the_choices(adapters: Path) -> None:
+    result = run("ask", "owls", "Hi", "--hand-over", "maybe", *at(adapters))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "'maybe' is not one of 'auto', 'never', 'always'" in result.stderr
 
 
 def test_standard_input_that_is_no_text(adapters: Path) -> None:
@@ -450,13 +449,6 @@ def test_a_file_with_a_wrong_line_records_nothing(
     assert not kept(adapters, "task")
 
 
-def test_of_many_wrong_lines_the_first_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "more.jsonl"
-    file.write_text("{\n" * 7)
-    with pytest.raises(ConchError, match=r"record 5: not JSON .*; and 2 more"):
-        read_experiences(file, "task")
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -541,41 +533,6 @@ def test_a_neuron_learns_what_was_recorded_and_goes_back(tmp_path: Path) -> None
     assert result.stdout == "tales answered by G001 and answers by G000\n"
 
 
-def test_settings_of_a_file_stand_over_those_of_the_domain() -> None:
-    own = EvolveConfig(training=KDConfig(num_iters=7, lora_rank=3), replay_share=0.5, measured=9)
-    given = {
-        "training_params": {"iters": 2, "learning-rate": 1e-3, "alpha": 0.3},
-        "stabilizers": {"taboo_words": ["darn"]},
-        "gates": {"recall_margin": 0.2},
-        "laws": [{"name": "short", "max_words": 9}],
-    }
-    found = settings_over(own, given, source="x.yaml", trust_remote_code=True)
-    training = found.training
-    assert (training.num_iters, training.lora_rank, training.learning_rate) == (2, 3, 1e-3)
-    assert training.trust_remote_code and not own.training.trust_remote_code
-    assert (found.alpha, found.beta, found.replay_share, found.measured) == (0.3, 0.5, 0.5, 9)
-    assert found.gates.recall_margin == 0.2
-    assert found.gates.generalize_gain == own.gates.generalize_gain
-    assert (found.taboo_words, len(found.laws)) == (("darn",), 1)
-    assert settings_over(own, {}, source="x.yaml") == own
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"evolution_request": {"line": "x"}}, "has an evolution_request: a retraining learns"),
-        ({"training_params": {"itres": 2}}, "training_params, names unknown settings: itres"),
-        ({"training_params": 3}, "training_params is 3, not a mapping"),
-        ({"training": {}}, "names unknown parts: training"),
-        ({"gates": {"recall": 1}}, "gates, names unknown settings: recall"),
-        ({"training_params": {"num_iters": 0}}, "num_iters is 0"),
-    ],
-)
-def test_settings_that_are_refused(given: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConchError, match=expected):
-        settings_over(EvolveConfig(), given, source="x.yaml")
-
-
 def test_resume_or_overwrite(adapters: Path) -> None:
     message = refused("retrain", "task", "--resume", "--overwrite", *at(adapters))
     assert message == "give either --resume to go on or --overwrite to start again"
@@ -649,17 +606,15 @@ def stated(command: click.Command) -> dict[str, str]:
 
 
 def test_calibrations_defaults_are_those_that_its_help_states() -> None:
-    told = stated(cortex.commands["calibrate"])
-    for name in ("method", "max_risk", "samples", "max_tokens", "seed"):
-        default = inspect.signature(calibrate_domain).parameters[name].default
-        assert told[name] == (f"{default:g}" if isinstance(default, float) else str(default))
+    defaults = stated(cortex.commands["calibrate"])
+    for each in fields(CalibrationSettings):
+        assert defaults[each.name].split(";")[0] == str(each.default), each.name
 
 
 def test_the_servers_defaults_are_those_that_its_help_states() -> None:
-    told = stated(cortex.commands["serve"])
+    defaults = stated(cortex.commands["serve"])
     for each in fields(ServerSettings):
-        value = f"{each.default:g}" if isinstance(each.default, float) else str(each.default)
-        assert told[each.name] == (value or "none"), each.name
+        assert defaults[each.name].split(";")[0] == (str(each.default) or "none"), each.name
 
 
 @pytest.mark.slow

@@ -15,16 +15,16 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 
 from conch_dna.cortex.calibration.confidence import (
     CALIBRATION_FILE,
-    METHODS,
+    FITS,
     Calibration,
     answer_confidence,
     calibrate,
-    draw_risk_coverage,
     halves,
     load_calibration,
-    risk_coverage,
     save_calibration,
 )
+from conch_dna.cortex.calibration.risk_coverage import draw_risk_coverage, risk_coverage
+from conch_dna.cortex.calibration.settings import METHODS
 from conch_dna.errors import ConchError
 from conch_dna.metrics import expected_calibration_error, reliability
 
@@ -96,7 +96,7 @@ class TestIsotonic:
     @given(answers)
     def test_it_is_the_min_max_formula(self, pair):
         raw, agreement = pair
-        fitted = Calibration(**blank("isotonic"), **METHODS["isotonic"](raw, agreement))
+        fitted = Calibration(**blank("isotonic"), **FITS["isotonic"](raw, agreement))
         found = np.array([fitted(share) for share in raw])
         np.testing.assert_allclose(found, isotonic_oracle(raw, agreement), atol=1e-12)
 
@@ -104,7 +104,7 @@ class TestIsotonic:
     @given(answers, st.integers(1, 12))
     def test_no_calibration_error_is_left_on_its_own_answers(self, pair, bins):
         raw, agreement = pair
-        fitted = Calibration(**blank("isotonic"), **METHODS["isotonic"](raw, agreement))
+        fitted = Calibration(**blank("isotonic"), **FITS["isotonic"](raw, agreement))
         found = np.array([fitted(share) for share in raw])
         error = expected_calibration_error(found, agreement, bins=bins)
         assert error == pytest.approx(0, abs=1e-12)
@@ -125,7 +125,7 @@ class TestTemperature:
         if soft:
             agreement = np.random.default_rng(seed).beta(8 * raw, 3)
         slope, shift = newton_oracle(raw, agreement)
-        found = METHODS["temperature"](raw, agreement)
+        found = FITS["temperature"](raw, agreement)
         assert found["temperature"] == pytest.approx(1 / slope, rel=1e-4)
         assert found["shift"] == pytest.approx(shift, abs=1e-4)
 
@@ -138,19 +138,19 @@ class TestTemperature:
     def test_one_outcome_for_all_is_learned_within_bounds(self, outcome: float) -> None:
         raw = np.linspace(0, 1, 40)
         found = Calibration(
-            **blank("temperature"), **METHODS["temperature"](raw, np.full(40, outcome))
+            **blank("temperature"), **FITS["temperature"](raw, np.full(40, outcome))
         )
         assert found(0.5) == pytest.approx(outcome, abs=0.01)
 
     def test_one_confidence_for_all_leaves_the_slope_alone(self) -> None:
         agreement = np.array([1.0, 0.0, 0.0, 0.0] * 5)
-        found = METHODS["temperature"](np.full(20, 0.9), agreement)
+        found = FITS["temperature"](np.full(20, 0.9), agreement)
         assert found["temperature"] == 1.0
         assert Calibration(**blank("temperature"), **found)(0.9) == pytest.approx(0.25, abs=1e-6)
 
     def test_answers_that_disagree_the_surer_they_are_do_not_turn_it_round(self) -> None:
         raw = np.linspace(0.1, 0.9, 50)
-        found = METHODS["temperature"](raw, 1 - raw)
+        found = FITS["temperature"](raw, 1 - raw)
         assert found["temperature"] > 100
 
 
@@ -172,9 +172,13 @@ def blank(method: str) -> dict:
     }
 
 
+def test_every_method_of_the_settings_has_a_fit() -> None:
+    assert tuple(FITS) == METHODS
+
+
 class TestCalibrate:
     @settings(deadline=None, max_examples=50)
-    @given(answers, st.sampled_from(sorted(METHODS)), st.integers(0, 3))
+    @given(answers, st.sampled_from(sorted(FITS)), st.integers(0, 3))
     def test_it_never_falls_and_stays_a_share(self, pair, method, seed):
         fitted = calibrate(*pair, method=method, seed=seed)
         places = sorted({*np.linspace(0, 1, 101), *pair[0]})
@@ -182,7 +186,7 @@ class TestCalibrate:
         assert found == sorted(found)
         assert found[0] >= 0 and found[-1] <= 1
 
-    @pytest.mark.parametrize("method", sorted(METHODS))
+    @pytest.mark.parametrize("method", sorted(FITS))
     def test_the_error_falls_on_answers_it_has_not_seen(self, method: str) -> None:
         raw, agreement = overconfident(2000)
         fitted = calibrate(raw, agreement, method=method)
@@ -194,7 +198,7 @@ class TestCalibrate:
         else:
             assert fitted.ece_after < 0.05
 
-    @pytest.mark.parametrize("method", sorted(METHODS))
+    @pytest.mark.parametrize("method", sorted(FITS))
     def test_figures_are_of_the_held_out_half_alone(self, method: str) -> None:
         raw, agreement = overconfident(300)
         fitted = calibrate(raw, agreement, method=method, max_risk=0.4, seed=5)
@@ -215,7 +219,7 @@ class TestCalibrate:
         assert again.ece_before != before
 
     @settings(deadline=None, max_examples=50)
-    @given(answers, st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from(sorted(METHODS)))
+    @given(answers, st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from(sorted(FITS)))
     def test_the_threshold_is_the_lowest_that_keeps_the_risk(self, pair, max_risk, method):
         raw, agreement = pair
         fitted = calibrate(raw, agreement, method=method, max_risk=max_risk)
@@ -240,7 +244,7 @@ class TestCalibrate:
         fitted = calibrate(*overconfident(100), max_risk=1.0)
         assert fitted.coverage == 1.0
 
-    @pytest.mark.parametrize("method", sorted(METHODS))
+    @pytest.mark.parametrize("method", sorted(FITS))
     @pytest.mark.parametrize("outcome", [0.0, 1.0])
     def test_constant_confidences_and_outcomes(self, method: str, outcome: float) -> None:
         fitted = calibrate([0.7] * 30, [outcome] * 30, method=method)
@@ -341,7 +345,7 @@ class TestOnDisk:
     def fitted(self, **options) -> Calibration:
         return calibrate(*overconfident(100), adapter_digest="abc", ego="teacher", **options)
 
-    @pytest.mark.parametrize("method", sorted(METHODS))
+    @pytest.mark.parametrize("method", sorted(FITS))
     @pytest.mark.parametrize("max_risk", [0.0, 0.5])
     def test_what_is_saved_comes_back_bit_for_bit(self, method, max_risk, tmp_path) -> None:
         fitted = self.fitted(method=method, max_risk=max_risk)

@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_had_is_unavailable_in_one_line(what, tmp_path, t
         ({"model": "http://127.0.0.1/v1"}, "remote_model is empty"),
         ({"model": "http:///v1", "remote_model": "x"}, "URL without a host"),
         ({"model": "http://a:b/v1", "remote_model": "x"}, "URL without a host"),
-        ({"max_tokens": 0}, "max_tokens is 0: it must be a whole number, 1 or more"),
+        ({"max_tokens": 0}, "max_tokens is 0: it must be 1 or more"),
         ({"max_tokens": True}, "max_tokens is True"),
         ({"temperature": -0.1}, "temperature is -0.1: it must be between 0 and 10"),
         ({"temperature": math.nan}, "temperature is nan"),

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.retraining.experience import Experience, ExperienceBuffer
-from conch_dna.retraining.redaction import REDACTIONS, redacted
+from conch_dna.retraining.buffer import REDACTIONS, ExperienceBuffer, redacted
+from conch_dna.retraining.experience import Experience, read_experiences
 
 WRITER = """
 import sys
 from pathlib import Path
-from conch_dna.retraining.experience import Experience, ExperienceBuffer
+from conch_dna.retraining.buffer import ExperienceBuffer
+from conch_dna.retraining.experience import Experience
 buffer = ExperienceBuffer(Path(sys.argv[1]))
 for n in range(30):
     turns = ({"role": "user", "content": f"{sys.argv[2]} asks {n}"},)
@@ -144,6 +145,13 @@ def test_a_bad_line_is_reported_with_its_number(tmp_path: Path, line: str, probl
 def test_what_is_no_experience_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConchError, match=message):
         experience(**changes)
+
+
+def test_of_many_wrong_lines_the_first_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "more.jsonl"
+    file.write_text("{\n" * 7)
+    with pytest.raises(ConchError, match=r"record 5: not JSON .*; and 2 more"):
+        read_experiences(file, "task")
 
 
 def test_beyond_the_bound_the_oldest_that_are_settled_go_first(tmp_path: Path) -> None:

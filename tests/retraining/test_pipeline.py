@@ -14,10 +14,16 @@ from conch_dna.errors import ConchError, FolderInUseError, Interrupted
 from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.retraining.domain import Retraining, taught_by
+from conch_dna.retraining.domain import (
+    Retraining,
+    RetrainResult,
+    active_adapter,
+    settings_over,
+    teaching_of,
+)
 from conch_dna.retraining.experience import Experience
 from conch_dna.retraining.lessons import EXPERIENCE, conversation, lessons_of
-from conch_dna.retraining.pipeline import RetrainResult, TrainingPipeline, active_adapter
+from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import make_model_folder
@@ -284,7 +290,10 @@ def test_killed_when_all_was_done_but_to_say_so_it_is_done(
 
 def test_two_retrainings_at_once_are_one(distilled: Path, tmp_path: Path) -> None:
     pipeline = pipeline_in(tmp_path / "adapters", distilled, config=QUICK)
-    recorded(pipeline, sums(1))
+    recorded(pipeline, sums(1, 20))
+    # Nor is one begun while something else is under way on the line.
+    with FolderLock(pipeline.line(DOMAIN).folder), pytest.raises(FolderInUseError):
+        pipeline.retrain(DOMAIN)
     refused: list[str] = []
 
     def another(event: str, row: dict[str, Any]) -> None:
@@ -295,21 +304,49 @@ def test_two_retrainings_at_once_are_one(distilled: Path, tmp_path: Path) -> Non
             # Recording goes on.
             assert pipeline.record_success(DOMAIN, "And now?", " Now too.")
 
-    assert pipeline.retrain(DOMAIN, report=another).promoted
+    result = pipeline.retrain(DOMAIN, report=another)
+    assert result.promoted and result.version == "G001"
     assert len(refused) == 1 and "\n" not in refused[0]
     assert "is in use by process" in refused[0] and "retrain another domain" in refused[0]
 
 
-def test_an_endpoint_teaches_by_text_alone_and_says_so(distilled: Path, tmp_path: Path) -> None:
-    address = "http://127.0.0.1:9/v1"
-    pipeline = pipeline_in(tmp_path / "adapters", distilled, config=QUICK, ego=address)
+ENDPOINT = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture(scope="module")
+def by_text(
+    distilled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingPipeline, RetrainResult]:
+    """A retraining from hand-overs to an endpoint, one of which is too long, and what it gave."""
+    config = config_of(
+        training={"num_iters": 2, "max_seq_length": 60, "too_long": "skip"}, gates=ALL_PASS
+    )
+    folder = tmp_path_factory.mktemp("by_text") / "adapters"
+    pipeline = pipeline_in(folder, distilled, config=config, ego=ENDPOINT)
     for prompt, answer in sums(1, 20):
         pipeline.record_fallback(DOMAIN, prompt, "?", answer, reason="unsure", confidence=0.1)
-    result = pipeline.retrain(DOMAIN)
-    assert f"{address} is an endpoint and gives no distributions" in result.taught_by
+    recorded(pipeline, [("And then?", " And then" * 100)])
+    return pipeline, pipeline.retrain(DOMAIN)
+
+
+def test_an_endpoint_teaches_by_text_alone_and_says_so(
+    by_text: tuple[TrainingPipeline, RetrainResult],
+) -> None:
+    pipeline, result = by_text
+    assert f"{ENDPOINT} is an endpoint and gives no distributions" in result.taught_by
     manifest = pipeline.line(DOMAIN).manifest(result.version)
     assert manifest["teachers"] == [{"role": "parent", "path": "G000"}]
-    assert "there is no EGO" in taught_by("")
+    assert "there is no EGO" in teaching_of("")
+
+
+def test_what_does_not_fit_is_told_and_not_tried_for_ever(
+    by_text: tuple[TrainingPipeline, RetrainResult],
+) -> None:
+    pipeline, result = by_text
+    assert (result.records, result.experiences) == (20, 20)
+    assert [why.split(",")[0] for why in result.left_out.values()] == ["too long for a model"]
+    assert pipeline.should_retrain(DOMAIN).counts["left_out"] == 1
+    assert pipeline.prepare_training_data(DOMAIN).records == []
 
 
 def test_settings_are_those_of_the_distillation_and_the_shape_the_adapter_has(
@@ -364,28 +401,42 @@ def test_what_cannot_be_retrained_is_said_in_one_line(
         pipeline_in(folder, distilled, config=config_of(first_teacher="a/b"), ego="c/d")
 
 
-def test_what_does_not_fit_is_told_and_not_tried_for_ever(distilled: Path, tmp_path: Path) -> None:
-    config = config_of(
-        training={"num_iters": 2, "max_seq_length": 60, "too_long": "skip"}, gates=ALL_PASS
-    )
-    pipeline = pipeline_in(tmp_path / "adapters", distilled, config=config)
-    recorded(pipeline, sums(1, 20))
-    recorded(pipeline, [("And then?", " And then" * 100)])
-    result = pipeline.retrain(DOMAIN)
-    assert (result.records, result.experiences) == (20, 20)
-    assert [why.split(",")[0] for why in result.left_out.values()] == ["too long for a model"]
-    assert pipeline.should_retrain(DOMAIN).counts["left_out"] == 1
-    assert pipeline.prepare_training_data(DOMAIN).records == []
+# Settings from a file.
 
 
-def test_what_is_under_way_elsewhere_on_the_line_is_not_begun(
-    distilled: Path, tmp_path: Path
-) -> None:
-    pipeline = pipeline_in(tmp_path / "adapters", distilled, config=QUICK)
-    recorded(pipeline, sums(1, 20))
-    with FolderLock(pipeline.line(DOMAIN).folder), pytest.raises(FolderInUseError):
-        pipeline.retrain(DOMAIN)
-    assert pipeline.retrain(DOMAIN).version == "G001"
+def test_settings_of_a_file_stand_over_those_of_the_domain() -> None:
+    own = EvolveConfig(training=KDConfig(num_iters=7, lora_rank=3), replay_share=0.5, measured=9)
+    given = {
+        "training_params": {"iters": 2, "learning-rate": 1e-3, "alpha": 0.3},
+        "stabilizers": {"taboo_words": ["darn"]},
+        "gates": {"recall_margin": 0.2},
+        "laws": [{"name": "short", "max_words": 9}],
+    }
+    found = settings_over(own, given, source="x.yaml", trust_remote_code=True)
+    training = found.training
+    assert (training.num_iters, training.lora_rank, training.learning_rate) == (2, 3, 1e-3)
+    assert training.trust_remote_code and not own.training.trust_remote_code
+    assert (found.alpha, found.beta, found.replay_share, found.measured) == (0.3, 0.5, 0.5, 9)
+    assert found.gates.recall_margin == 0.2
+    assert found.gates.generalize_gain == own.gates.generalize_gain
+    assert (found.taboo_words, len(found.laws)) == (("darn",), 1)
+    assert settings_over(own, {}, source="x.yaml") == own
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"evolution_request": {"line": "x"}}, "has an evolution_request: a retraining learns"),
+        ({"training_params": {"itres": 2}}, "training_params, names unknown settings: itres"),
+        ({"training_params": 3}, "training_params is 3, not a mapping"),
+        ({"training": {}}, "names unknown parts: training"),
+        ({"gates": {"recall": 1}}, "gates, names unknown settings: recall"),
+        ({"training_params": {"num_iters": 0}}, "num_iters is 0"),
+    ],
+)
+def test_settings_that_are_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConchError, match=expected):
+        settings_over(EvolveConfig(), given, source="x.yaml")
 
 
 # Lessons.

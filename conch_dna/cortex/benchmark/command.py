@@ -1,12 +1,12 @@
-"""Measure what adapters are worth: `python -m conch_dna.training.benchmark --domain thinking`.
+"""The command that measures adapters: `python -m conch_dna.training.benchmark`.
 
-The command and its files; the rows are measured in rows.py, shown in
-report.py. To add an option: here, and a field of `BenchmarkSettings` that takes it.
+Knows the command and its files; the rows are measured in rows.py, shown in report.py. To add an
+option: a field of `AdapterBenchmarkSettings`.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,32 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import write_atomically, write_json
-from conch_dna.command_parts import HELP, OneLineErrors, example
-from conch_dna.cortex.benchmark.rows import BenchmarkSettings, DomainBenchmark
-from conch_dna.cortex.calibration.confidence import METHODS
+from conch_dna.command_parts import options_of
+from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
+from conch_dna.cortex.benchmark.rows import DomainBenchmark
+from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
+from conch_dna.cortex.commands.shared_options import (
+    command,
+    model_options,
+    opened_suite,
+    print_tables,
+    settings_of,
+)
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError, Interrupted
-from conch_dna.progress import Report, silent
+from conch_dna.progress import Progress, Report, silent
 from conch_dna.provenance import provenance
 from conch_dna.training.records import Record, read_records
-from conch_dna.training.settings import DEFAULT_TEACHER, KDConfig
+from conch_dna.training.settings import DEFAULT_TEACHER
 
 FORMAT = "cortex benchmark 1"
 RESULTS = "benchmark_results.json"
-ADAPTERS = KDConfig.output_dir
-_DEFAULTS = {field.name: field.default for field in fields(BenchmarkSettings)}
 
 
 def run_benchmark(
     suite: CortexSuite,
     domains: Sequence[str],
-    settings: BenchmarkSettings | None = None,
+    settings: AdapterBenchmarkSettings | None = None,
     *,
     output: Path | None = None,
     data: Sequence[Record] | None = None,
@@ -47,7 +52,8 @@ def run_benchmark(
         domains: Neurons of it.
         settings: How to measure.
         output: A JSON file, written after every domain, with a plot (.png) beside it.
-        data: What the one domain was distilled from, where `distill` was given data of its own.
+        data: Records that no version of the one domain was trained on; what it held out where
+            None.
         report: Gets progress; see `conch_dna.progress.Progress`.
 
     Returns:
@@ -58,7 +64,7 @@ def run_benchmark(
         took away, `alignment`, `notes`, and `rows` of `student` (without an adapter), `adapter`
         and `EGO`, each with
 
-        - `heldout`: see `metrics.TokenMetrics`, of the held-out records and EGO's distributions;
+        - `heldout`: figures of `metrics.TokenMetrics`, of held-out records and EGO's distributions;
           null where EGO is an API;
         - `valid_share` of answers that keep to the domain's schema, null without one;
         - `tokens`, `seconds`, `tokens_per_second` of all answers in batches, and `first_token_s`,
@@ -72,7 +78,7 @@ def run_benchmark(
     Raises:
         ConchError: There is no EGO, a domain is not there, or data are given to several.
     """
-    settings = settings or BenchmarkSettings()
+    settings = settings or AdapterBenchmarkSettings()
     if suite.ego is None:
         raise ConchError("a benchmark compares with EGO: name one")
     if data is not None and len(domains) != 1:
@@ -92,12 +98,12 @@ def run_benchmark(
     }
     for name in domains:
         try:
-            found = DomainBenchmark(suite, name, settings, data=data, report=report).run()
+            figures = DomainBenchmark(suite, name, settings, data=data, report=report).run()
         except ConchError as error:
             document["failures"][name] = str(error)
             report("warning", {"message": f"domain {name} failed: {error}"})
             continue
-        document["domains"][name] = found
+        document["domains"][name] = figures
         if output is not None:
             _write(output, document)
     if output is not None:
@@ -106,75 +112,25 @@ def run_benchmark(
 
 
 def _write(output: Path, document: dict[str, Any]) -> None:
-    from conch_dna.cortex.benchmark.report import draw_benchmark
-
     write_json(output, document)
     if document["domains"]:
         write_atomically(output.with_suffix(".png"), partial(draw_benchmark, document=document))
 
 
-@click.command(
-    cls=OneLineErrors,
-    context_settings=HELP,
-    epilog=example(
-        "python -m conch_dna.training.benchmark --domain thinking",
-        "python -m conch_dna.training.benchmark --all --ego embedded:teacher --samples 50",
-    ),
+@command(
+    "python -m conch_dna.training.benchmark --domain thinking",
+    "python -m conch_dna.training.benchmark --all --ego embedded:teacher --samples 50",
 )
 @click.option("--domain", metavar="NAME", help="Which neuron.")
 @click.option("--all", "all_domains", is_flag=True, help="Every domain that has an adapter.")
-@click.option(
-    "--adapters",
-    default=ADAPTERS,
-    show_default=True,
-    metavar="FOLDER",
-    help="The folder of all domains' folders.",
-)
-@click.option(
-    "--student",
-    metavar="MODEL",
-    help="The base of the adapters. [default: which the first adapter names]",
-)
-@click.option(
-    "--ego",
-    default=DEFAULT_TEACHER,
-    show_default=True,
-    metavar="MODEL|URL",
-    help="The big teacher: hub id, folder, embedded:teacher, or the URL of an API, which gives no "
-    "distributions.",
-)
-@click.option("--ego-name", default="", help="What the API at the URL calls the model.")
+@model_options(ego=DEFAULT_TEACHER)
 @click.option(
     "--data",
     "data_file",
     metavar="FILE",
-    help="JSONL that the domain was distilled from, where that was with --data: what it held out "
-    "is found in it.",
+    help="JSONL records that the domain was not trained on. [default: its held-out data]",
 )
-@click.option(
-    "--samples",
-    default=_DEFAULTS["samples"],
-    show_default=True,
-    help="Most held-out prompts and records of a domain.",
-)
-@click.option(
-    "--max-tokens", default=_DEFAULTS["max_tokens"], show_default=True, help="Longest answer."
-)
-@click.option(
-    "--method",
-    type=click.Choice(list(METHODS)),
-    default=_DEFAULTS["method"],
-    show_default=True,
-    help="How confidence is calibrated.",
-)
-@click.option(
-    "--max-risk",
-    default=_DEFAULTS["max_risk"],
-    show_default=True,
-    help="Mean disagreement with EGO allowed among the answers that are kept.",
-)
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Of draws and halves.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
+@options_of(AdapterBenchmarkSettings, leave_out=("alone",))
 @click.option(
     "--output",
     default=RESULTS,
@@ -183,28 +139,13 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     help="JSON; a plot (.png) of the same name goes beside it.",
 )
 def main(
-    domain: str | None,
-    all_domains: bool,
-    adapters: str,
-    student: str | None,
-    ego: str,
-    ego_name: str,
-    data_file: str | None,
-    trust_remote_code: bool,
-    output: str,
-    **given: Any,
+    domain: str | None, all_domains: bool, data_file: str | None, output: str, **values: Any
 ) -> None:
     """Measure student, adapter and EGO on what the domains held out.
 
     Distributions, valid answers, calibration, hand-over, speed and memory. The calibration is made
     for the measurement and not kept: half of the answers fit it, the others are measured.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from rich.console import Console
-
-    from conch_dna.cortex.benchmark.report import domain_table
-    from conch_dna.progress import Progress
-
     if all_domains == (domain is not None):
         raise ConchError("give either --domain NAME or --all")
     if data_file and all_domains:
@@ -212,31 +153,23 @@ def main(
     path = Path(output).expanduser()
     if path.suffix != ".json":
         raise ConchError(f"--output {output} must end in .json: the plot goes beside it")
-    settings = BenchmarkSettings(**given)
-    config = EgoConfig(model=ego, remote_model=ego_name, trust_remote_code=trust_remote_code)
+    settings = settings_of(AdapterBenchmarkSettings, values)
     data = read_records(Path(data_file)) if data_file else None
-    suite = CortexSuite(
-        Path(adapters),
-        student,
-        ego=config,
-        domains=[domain] if domain else None,
-        trust_remote_code=trust_remote_code,
-    )
-    try:
-        with suite, Progress() as progress:
-            document = run_benchmark(
-                suite, suite.domains, settings, output=path, data=data, report=progress
-            )
-    except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"stopped; {path} holds the domains measured so far, if any; the same command begins "
-            "anew"
-        ) from error
-    console = Console(highlight=False)
-    for name, found in document["domains"].items():
-        console.print(domain_table(name, found, width=console.width))
-        for note in found["notes"]:
-            console.print(note, markup=False, soft_wrap=True)
+    with opened_suite(values, domains=[domain] if domain else None) as suite:
+        try:
+            with Progress() as progress:
+                document = run_benchmark(
+                    suite, suite.domains, settings, output=path, data=data, report=progress
+                )
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"stopped; {path} holds the domains measured so far, if any; the same command "
+                "begins anew"
+            ) from error
+    for name, figures in document["domains"].items():
+        print_tables(domain_table(name, figures))
+        for note in figures["notes"]:
+            click.echo(note)
     if document["domains"]:
         click.echo(f"written: {path}, {path.with_suffix('.png')}")
     for name, reason in document["failures"].items():

@@ -1,60 +1,64 @@
 """A benchmark's figures for people: a table of each domain, and a plot of all.
 
-Knows the JSON that `benchmark.run_benchmark` gives; computes nothing of it anew. To show another
-figure: a column in COLUMNS, or a panel in BARS.
+Knows the JSON that `command.run_benchmark` gives; computes nothing of it anew. To show another
+figure: an entry in FIGURES.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conch_dna.cortex.benchmark.rows import ADAPTER, ROWS, STUDENT
-from conch_dna.cortex.calibration.confidence import RiskCoverage, draw_curves
+from conch_dna.cortex.calibration.risk_coverage import RiskCoverage, draw_curves
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
 
 
-def _of(part: str, name: str) -> Callable[[Row], float | None]:
-    def find(row: Row) -> float | None:
-        found = row.get(part)
-        return None if found is None else found[name]
+class Figure(NamedTuple):
+    """A figure of a row, and how it is shown.
 
-    return find
+    Attributes:
+        heading: Of its column in the table.
+        place: Its keys in the row, a dot between them.
+        form: How the table writes it.
+        title: Of its bars in the plot; without one there are none.
+        scale: What the row's number is multiplied by.
+    """
+
+    heading: str
+    place: str
+    form: str
+    title: str = ""
+    scale: float = 1
+
+    def of(self, row: Row) -> float | None:
+        """The figure of a row; None where it has none."""
+        value: Any = row
+        for key in self.place.split("."):
+            value = None if value is None else value.get(key)
+        return None if value is None else self.scale * value
 
 
-def _mebibytes(row: Row) -> float | None:
-    return None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
-
-
-# Heading, how a figure is found, and how it is written.
-COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
-    ("KL nats", _of("heldout", "kl_nats"), ".3f"),
-    ("chunk KL", _of("heldout", "chunk_kl_nats"), ".3f"),
-    ("top-1 agree", _of("heldout", "top1_agreement"), ".1%"),
-    ("valid JSON", lambda row: row["valid_share"], ".0%"),
-    ("ECE raw", _of("calibration", "ece_before"), ".3f"),
-    ("ECE calib.", _of("calibration", "ece_after"), ".3f"),
-    ("to EGO", lambda row: row.get("hand_over_share"), ".0%"),
-    ("tokens a s", lambda row: row["tokens_per_second"], ",.0f"),
-    ("first ms", lambda row: 1000 * row["first_token_s"], ".1f"),
-    ("peak MiB", _mebibytes, ",.0f"),
-)
 ERRORS = "calibration error"
-BARS: dict[str, Callable[[Row], float | None]] = {
-    "held-out KL to EGO, nats": _of("heldout", "kl_nats"),
-    "held-out top-1 agreement with EGO": _of("heldout", "top1_agreement"),
-    "valid JSON": lambda row: row["valid_share"],
-    f"{ERRORS}, raw": _of("calibration", "ece_before"),
-    f"{ERRORS}, calibrated": _of("calibration", "ece_after"),
-    "handed over to EGO": lambda row: row.get("hand_over_share"),
-    "tokens a second": lambda row: row["tokens_per_second"],
-}
+FIGURES = (
+    Figure("KL nats", "heldout.kl_nats", ".3f", "held-out KL to EGO, nats"),
+    Figure("chunk KL", "heldout.chunk_kl_nats", ".3f"),
+    Figure("top-1 agree", "heldout.top1_agreement", ".1%", "held-out top-1 agreement with EGO"),
+    Figure("valid JSON", "valid_share", ".0%", "valid JSON"),
+    Figure("ECE raw", "calibration.ece_before", ".3f", f"{ERRORS}, raw"),
+    Figure("ECE calib.", "calibration.ece_after", ".3f", f"{ERRORS}, calibrated"),
+    Figure("to EGO", "hand_over_share", ".0%", "handed over to EGO"),
+    Figure("tokens a s", "tokens_per_second", ",.0f", "tokens a second"),
+    Figure("first ms", "first_token_s", ".1f", scale=1000),
+    Figure("peak MiB", "peak_bytes", ",.0f", scale=2**-20),
+)
 
 
-def domain_table(name: str, found: Mapping[str, Any], *, width: int | None = None) -> "Table":
+def domain_table(name: str, document: Mapping[str, Any]) -> "Table":
     """The three rows of one domain for a rich console.
 
     Columns in which no row has a figure are left out, and the KL of chunks where that of tokens
@@ -62,31 +66,29 @@ def domain_table(name: str, found: Mapping[str, Any], *, width: int | None = Non
 
     Args:
         name: The domain's.
-        found: Its part of the document.
-        width: Of the console; each word of a heading gets its own line where it is narrow.
+        document: Its part of the benchmark's document.
     """
     from rich import box
     from rich.table import Table
 
-    closed = found["gap_closed"]
-    said = "" if closed is None else f", {closed:.0%} of the KL to EGO taken away"
-    table = Table(title=f"{name}: {found['prompts']} held-out prompts{said}", box=box.SIMPLE)
+    gap, rows = document["gap_closed"], document["rows"]
+    closed = "" if gap is None else f", {gap:.0%} of the KL to EGO taken away"
+    title = f"{name}: {document['prompts']} held-out prompts{closed}"
+    table = Table(title=title, box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    rows = found["rows"]
-    columns: list[tuple[str, list[str]]] = []
-    for heading, find, form in COLUMNS:
-        values = [find(rows[row]) for row in ROWS]
-        if heading == "chunk KL" and columns and columns[0][0] == "KL nats":
-            continue
-        if any(value is not None for value in values):
-            columns.append((heading, ["–" if v is None else f"{v:{form}}" for v in values]))
-    whole = 10 + sum(2 + max(map(len, (heading, *cells))) for heading, cells in columns)
-    for heading, cells in columns:
-        narrow = max(map(len, (*heading.split(), *cells)))
-        fits = width is None or whole <= width
-        table.add_column(heading, justify="right", width=None if fits else narrow)
-    for index, row in enumerate(ROWS):
-        table.add_row(row, *(cells[index] for _, cells in columns))
+    figures = [each for each in FIGURES if any(each.of(rows[row]) is not None for row in ROWS)]
+    if figures[0].heading == "KL nats":
+        figures = [each for each in figures if each.heading != "chunk KL"]
+    cells = [
+        ["–" if (value := each.of(rows[row])) is None else f"{value:{each.form}}" for row in ROWS]
+        for each in figures
+    ]
+    for each, column in zip(figures, cells, strict=True):
+        # No word of a heading and no number is broken, however narrow the console.
+        longest = max(map(len, (*each.heading.split(), *column)))
+        table.add_column(each.heading, justify="right", min_width=longest)
+    for row, *values in zip(ROWS, *cells, strict=True):
+        table.add_row(row, *values)
     return table
 
 
@@ -95,29 +97,25 @@ def draw_benchmark(path: Path, *, document: Mapping[str, Any]) -> None:
 
     Args:
         path: The file to write.
-        document: See `benchmark.run_benchmark`; with at least one domain.
+        document: What `run_benchmark` gives, with at least one domain.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    domains = document["domains"]
-    panels = {
-        title: find
-        for title, find in BARS.items()
-        if any(find(found["rows"][row]) is not None for found in domains.values() for row in ROWS)
-    }
-    curves = {name: drawn for name, found in domains.items() if (drawn := _curves(found["rows"]))}
+    rows_of = {name: figures["rows"] for name, figures in document["domains"].items()}
+    panels = [each for each in FIGURES if each.title and _values(rows_of, each)]
+    curves = {name: lines for name, rows in rows_of.items() if (lines := _curves(rows))}
     count = len(panels) + len(curves)
     columns = min(3, count)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * lines), dpi=110, layout="constrained")
+    height = -(-count // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    places = list(figure.subplots(lines, columns, squeeze=False).ravel())
-    for title, find in panels.items():
-        _draw_bars(places.pop(0), domains, title, find)
-    for name, drawn in curves.items():
+    places = list(figure.subplots(height, columns, squeeze=False).ravel())
+    for each in panels:
+        _draw_bars(places.pop(0), rows_of, each)
+    for name, lines in curves.items():
         axes = places.pop(0)
-        draw_curves(axes, drawn)
+        draw_curves(axes, lines)
         axes.set_title(f"{name}: risk over coverage", fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -128,39 +126,40 @@ def draw_benchmark(path: Path, *, document: Mapping[str, Any]) -> None:
     figure.savefig(path, format="png")
 
 
-def _curves(rows: Mapping[str, Row]) -> dict[str, RiskCoverage]:
-    found = {}
+def _values(rows_of: Mapping[str, Rows], figure: Figure) -> list[float]:
+    """A figure of every row of every domain that has it."""
+    values = [figure.of(rows[row]) for rows in rows_of.values() for row in ROWS]
+    return [value for value in values if value is not None]
+
+
+def _curves(rows: Rows) -> dict[str, RiskCoverage]:
+    curves = {}
     for name in (STUDENT, ADAPTER):
-        if told := rows[name]["risk_coverage"]:
-            found[name] = RiskCoverage(**told["raw"])
+        if recorded := rows[name]["risk_coverage"]:
+            curves[name] = RiskCoverage(**recorded["raw"])
             if name == ADAPTER:
-                found[f"{name}, calibrated"] = RiskCoverage(**told["calibrated"])
-    return found
+                curves[f"{name}, calibrated"] = RiskCoverage(**recorded["calibrated"])
+    return curves
 
 
-def _draw_bars(
-    axes: Any, domains: Mapping[str, Any], title: str, find: Callable[[Row], float | None]
-) -> None:
-    names = list(domains)
+def _draw_bars(axes: Any, rows_of: Mapping[str, Rows], figure: Figure) -> None:
     share = 0.8 / len(ROWS)
     for number, row in enumerate(ROWS):
-        values = [find(domains[name]["rows"][row]) for name in names]
-        places = [index + (number - 1) * share for index in range(len(names))]
-        told = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
-        if told:
-            heights = [y for _, y in told]
-            axes.bar([x for x, _ in told], heights, share, label=row, color=f"C{number}")
-    axes.set_xticks(range(len(names)), names, fontsize="small")
-    axes.set_title(title, fontsize="medium")
+        values = [figure.of(rows[row]) for rows in rows_of.values()]
+        bars = [
+            (index + (number - 1) * share, value)
+            for index, value in enumerate(values)
+            if value is not None
+        ]
+        if bars:
+            places, heights = zip(*bars, strict=True)
+            axes.bar(places, heights, share, label=row, color=f"C{number}")
+    axes.set_xticks(range(len(rows_of)), list(rows_of), fontsize="small")
+    axes.set_title(figure.title, fontsize="medium")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
-    if title.startswith(ERRORS):
+    if figure.title.startswith(ERRORS):
         # Before and after are for the same eyes.
-        drawn = [
-            find(found["rows"][row])
-            for found in domains.values()
-            for row in ROWS
-            for name, find in BARS.items()
-            if name.startswith(ERRORS)
-        ]
-        axes.set_ylim(0, 1.1 * max((value for value in drawn if value), default=1))
+        both = [each for each in FIGURES if each.title.startswith(ERRORS)]
+        highest = max(value for each in both for value in _values(rows_of, each))
+        axes.set_ylim(0, 1.1 * (highest or 1))

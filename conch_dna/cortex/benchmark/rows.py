@@ -8,72 +8,38 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from conch_dna.cortex.calibration.calibrating import (
-    Asked,
-    Judged,
-    Said,
-    answered,
-    asked_of,
-    curves_of,
-    judged,
+    NeuronAnswer,
+    Question,
+    agreement_of,
+    answers_to,
+    questions_of,
 )
-from conch_dna.cortex.calibration.confidence import MIN_ANSWERS, Calibration, calibrate
+from conch_dna.cortex.calibration.confidence import Calibration
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
+from conch_dna.cortex.calibration.settings import MIN_ANSWERS, AdapterBenchmarkSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.progress import Report, silent
-from conch_dna.retraining.domain import Retraining
+from conch_dna.retraining.domain import distillation_settings
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record
-from conch_dna.training.settings import KDConfig
 from conch_dna.training.structured_answers import parse_answer
 
 STUDENT, ADAPTER, EGO = "student", "adapter", "EGO"
 ROWS = (STUDENT, ADAPTER, EGO)
 AN_API = "EGO is an API, which gives no distributions: nothing to take a KL of"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
-    """How a benchmark measures.
-
-    Attributes:
-        samples: Most held-out prompts that are answered, and most held-out records whose
-            distributions are compared.
-        max_tokens: Longest answer.
-        alone: How many prompts are answered one at a time, for the time to the first token.
-        method: See `confidence.calibrate`.
-        max_risk: Likewise.
-        seed: Of the draw of prompts, and of the calibration's halves.
-
-    Raises:
-        ConchError: A number is out of its range.
-    """
-
-    samples: int = 100
-    max_tokens: int = 128
-    alone: int = 8
-    method: str = "isotonic"
-    max_risk: float = 0.3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "max_tokens", "alone"):
-            if getattr(self, name) < 1:
-                raise ConchError(f"{name} is {getattr(self, name)}: use 1 or more")
-        if not 0 <= self.max_risk <= 1:
-            raise ConchError(f"max_risk {self.max_risk} is not a share from 0 to 1, such as 0.3")
 
 
 class DomainBenchmark:
@@ -82,8 +48,8 @@ class DomainBenchmark:
     Args:
         suite: With EGO, and an idle engine.
         domain: A neuron of it.
-        settings: See there.
-        data: See `heldout_records`.
+        settings: How to measure.
+        data: Records that no version was trained on; what the domain held out where None.
         report: Gets progress; see `conch_dna.progress.Progress`.
 
     Raises:
@@ -94,7 +60,7 @@ class DomainBenchmark:
         self,
         suite: CortexSuite,
         domain: str,
-        settings: BenchmarkSettings,
+        settings: AdapterBenchmarkSettings,
         *,
         data: Sequence[Record] | None = None,
         report: Report = silent,
@@ -107,7 +73,7 @@ class DomainBenchmark:
         self.settings = settings
         self.report = report
         self.notes: list[str] = []
-        records = heldout_records(suite.adapters_dir, domain, suite.source, data=data)
+        records = heldout_records(suite.adapters_dir, domain) if data is None else data
         self.prompts = heldout_prompts(
             records,
             suite.source.tokenizer,
@@ -120,41 +86,36 @@ class DomainBenchmark:
             raise ConchError(f"{domain} held out nothing that could be asked: give other data")
 
     def run(self) -> dict[str, Any]:
-        """Measure; see `benchmark.run_benchmark` for what comes back."""
+        """Measure; what comes back is a domain's part of what `run_benchmark` gives."""
         rows: dict[str, dict[str, Any]] = {}
-        said: dict[str, list[Said]] = {}
+        answers: dict[str, list[NeuronAnswer]] = {}
         if self.ego.teaches == "distributions":
             # What the student's rows take must not count EGO.
             self.ego.unload()
         for name in (STUDENT, ADAPTER):
-            said[name], rows[name] = self._answers(with_adapter=name == ADAPTER)
-        turns = [each.turns for each in said[ADAPTER]]
+            answers[name], rows[name] = self._answers(with_adapter=name == ADAPTER)
+        turns = [each.turns for each in answers[ADAPTER]]
         rows[EGO] = self._ego_answers(turns)
         for name in (STUDENT, ADAPTER):
             self._phase(f"EGO reads the answers of the {name}")
-            found = judged(
-                self.suite, self.domain.name, said[name], max_tokens=self.settings.max_tokens
-            )
-            rows[name] |= self._confidence(name, found, len(said[name]))
+            rows[name] |= self._confidence(name, answers[name])
         heldout = self._distributions()
-        for name, figures in heldout["rows"].items():
+        for name, figures in heldout.pop("rows").items():
             rows[name]["heldout"] = figures
         return {
             "adapter": str(self.suite.folder(self.domain.name)),
             "adapter_digest": self.suite.bank.digest_of(self.domain.name),
             "prompts": len(turns),
-            "heldout_records": heldout["records"],
-            "alignment": heldout["alignment"],
-            "gap_closed": heldout["gap_closed"],
+            **heldout,
             "rows": {name: rows[name] for name in ROWS},
             "notes": self.notes,
         }
 
     # Answers, and how fast they come.
 
-    def _answers(self, *, with_adapter: bool) -> tuple[list[Said], dict[str, Any]]:
+    def _answers(self, *, with_adapter: bool) -> tuple[list[NeuronAnswer], dict[str, Any]]:
         suite, name = self.suite, ADAPTER if with_adapter else STUDENT
-        asked, left_out = asked_of(
+        questions, left_out = questions_of(
             suite,
             self.domain.name,
             self.prompts,
@@ -162,24 +123,24 @@ class DomainBenchmark:
             with_adapter=with_adapter,
         )
         self._left_out(name, left_out)
-        if not asked:
+        if not questions:
             raise ConchError(
                 f"no held-out prompt of {self.domain.name} fits into the student's context"
             )
         mx.reset_peak_memory()
-        first = [self._first_token(each) for each in asked[: self.settings.alone]]
-        self._phase(f"answers of the {name}", len(asked), "prompts")
+        first = [self._first_token(each) for each in questions[: self.settings.alone]]
+        self._phase(f"answers of the {name}", len(questions), "prompts")
         start = time.perf_counter()
-        said = answered(suite, asked, report=self.report)
+        answers = answers_to(suite, questions, report=self.report)
         seconds = time.perf_counter() - start
-        tokens = sum(len(each.log_probs) for each in said)
-        speed = self._speed([each.text for each in said], tokens, seconds, first)
+        tokens = sum(len(each.log_probs) for each in answers)
+        speed = self._speed([each.text for each in answers], tokens, seconds, first)
         own = suite.bank.bytes_of(self.domain.name) if with_adapter else 0
-        return said, {**speed, "bytes": suite.bank.base_bytes + own, "adapter_bytes": own}
+        return answers, {**speed, "bytes": suite.bank.base_bytes + own, "adapter_bytes": own}
 
-    def _first_token(self, asked: Asked) -> float:
+    def _first_token(self, question: Question) -> float:
         start = time.perf_counter()
-        uid = self.suite.engine.submit(asked.request)
+        uid = self.suite.engine.submit(question.request)
         while not self.suite.engine.step():
             pass
         seconds = time.perf_counter() - start
@@ -201,8 +162,8 @@ class DomainBenchmark:
         start = time.perf_counter()
         answers = ego.generate_many(turns, max_tokens=limit, temperature=0)
         seconds = time.perf_counter() - start
-        told = [answer.tokens for answer in answers if answer.tokens is not None]
-        tokens = sum(told) if len(told) == len(answers) else None
+        counts = [answer.tokens for answer in answers if answer.tokens is not None]
+        tokens = sum(counts) if len(counts) == len(answers) else None
         local = ego.teaches == "distributions"
         weights = ego.source.weight_bytes if local else None
         speed = self._speed([answer.text for answer in answers], tokens, seconds, first)
@@ -230,37 +191,34 @@ class DomainBenchmark:
 
     # Confidence, and what goes to EGO.
 
-    def _confidence(self, name: str, found: Judged, answers: int) -> dict[str, Any]:
-        self._left_out(name, found.left_out)
+    def _confidence(self, name: str, answers: Sequence[NeuronAnswer]) -> dict[str, Any]:
+        agreement = agreement_of(
+            self.suite, self.domain.name, answers, max_tokens=self.settings.max_tokens
+        )
+        self._left_out(name, agreement.left_out)
+        count = len(agreement.shares)
         figures: dict[str, Any] = {
-            "agreement": float(found.agreement.mean()) if len(found.agreement) else None,
-            "agreement_means": found.how,
+            "agreement": float(agreement.shares.mean()) if count else None,
+            "agreement_means": agreement.meaning,
             "calibration": None,
             "hand_over_share": None,
             "risk_coverage": None,
         }
+        digest = self.suite.bank.digest_of(self.domain.name) if name == ADAPTER else ""
         try:
-            calibration = calibrate(
-                found.confidence,
-                found.agreement,
-                method=self.settings.method,
-                max_risk=self.settings.max_risk,
-                seed=self.settings.seed,
-                adapter_digest=self.suite.bank.digest_of(self.domain.name)
-                if name == ADAPTER
-                else "",
-                ego=self.ego.model_id,
+            calibration = agreement.fitted(
+                self.settings, adapter_digest=digest, ego=self.ego.model_id
             )
         except ConchError as error:
-            if len(found.agreement) >= MIN_ANSWERS:
+            if count >= MIN_ANSWERS:
                 raise
             self.notes.append(f"{name}: not calibrated: {error}")
             return figures
-        curves = curves_of(found.confidence, found.agreement, calibration)
+        curves = agreement.curves(calibration)
         return figures | {
             "calibration": _figures_of(calibration),
             # What is not valid goes to EGO too.
-            "hand_over_share": 1 - calibration.coverage * len(found.agreement) / answers,
+            "hand_over_share": 1 - calibration.coverage * count / len(answers),
             "risk_coverage": {key: asdict(curve) for key, curve in curves.items()},
         }
 
@@ -268,44 +226,41 @@ class DomainBenchmark:
 
     def _distributions(self) -> dict[str, Any]:
         """Held-out figures of the three, by EGO's own targets."""
-        nothing: dict[str, Any] = {
-            "rows": dict.fromkeys(ROWS),
-            "records": 0,
-            "alignment": None,
-            "gap_closed": None,
-        }
         if self.ego.teaches == "text":
             self.notes.append(AN_API)
-            return nothing
-        suite, source, config = self.suite, self.ego.source, self._config()
-        examples = Examples(source, suite.source, config, report=self.report)
-        _, made = examples.make(self.records)
-        self._phase("EGO's distributions", sum(each.count for each in made), "tokens")
+            return {
+                "rows": dict.fromkeys(ROWS),
+                "heldout_records": 0,
+                "alignment": None,
+                "gap_closed": None,
+            }
+        suite, source = self.suite, self.ego.source
+        # The settings of the distillation say how texts are cut and compared.
+        settings = distillation_settings(suite.adapters_dir, self.domain.name)
+        config = replace(settings, too_long="skip")
+        maker = Examples(source, suite.source, config, report=self.report)
+        _, examples = maker.make(self.records)
+        self._phase("EGO's distributions", sum(each.count for each in examples), "tokens")
         with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
-            targets = examples.targets(Path(folder))
-            targets.fill(source, made, batch_size=config.batch_size)
+            targets = maker.targets(Path(folder))
+            targets.fill(source, examples, batch_size=config.batch_size)
             rows: dict[str, TokenMetrics] = {}
             for name, adapter in ((STUDENT, None), (ADAPTER, self.domain.name)):
                 self._phase(f"distributions of the {name}")
                 batches = (
-                    targets.evaluation_batch([made[index] for index in indices])
-                    for indices in sequential_batches(made, config.batch_size)
+                    targets.evaluation_batch([examples[index] for index in indices])
+                    for indices in sequential_batches(examples, config.batch_size)
                 )
                 model = LanguageModel(suite.source, suite.bank.tree(adapter))
                 rows[name] = heldout_metrics(model, batches, chunk=config.head_chunk)
-            rows[EGO] = teacher_metrics(made, targets)
-        figures = {name: found.to_json() for name, found in rows.items()}
+            rows[EGO] = teacher_metrics(examples, targets)
+        figures = {name: metrics.to_json() for name, metrics in rows.items()}
         return {
             "rows": figures,
-            "records": len(made),
-            "alignment": examples.alignment,
+            "heldout_records": len(examples),
+            "alignment": maker.alignment,
             "gap_closed": closed_gap(figures[STUDENT], figures[ADAPTER]),
         }
-
-    def _config(self) -> KDConfig:
-        """The settings of the distillation, which say how texts are cut and compared."""
-        made = Retraining(self.suite.adapters_dir, self.domain.name, lambda: self.suite.source)
-        return replace(made.distilled_with, too_long="skip")
 
     def _left_out(self, name: str, reasons: dict[str, int]) -> None:
         self.notes += [f"{name}: {count} answers left out: {why}" for why, count in reasons.items()]

@@ -1,4 +1,4 @@
-"""A domain's confidence calibrated: its neuron answers held-out prompts, and EGO is asked of them.
+"""A confidence calibrated: a neuron answers held-out prompts, and EGO is asked of them.
 
 Knows a suite and EGO; what is made of the numbers is in confidence.py, where the prompts come from
 in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
@@ -7,45 +7,60 @@ in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from conch_dna.cortex.calibration.confidence import (
-    MIN_ANSWERS,
-    MIN_IN_A_BIN,
     Calibration,
-    RiskCoverage,
     answer_confidence,
+    bins_for,
     calibrate,
-    draw_risk_coverage,
     halves,
-    risk_coverage,
     save_calibration,
 )
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
+from conch_dna.cortex.calibration.risk_coverage import (
+    RiskCoverage,
+    draw_risk_coverage,
+    risk_coverage,
+)
+from conch_dna.cortex.calibration.settings import MIN_ANSWERS, CalibrationSettings
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.cortex.turn import AskOptions
+from conch_dna.cortex.options import AskOptions
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.generations.measures import text_scores
 from conch_dna.metrics import reliability
 from conch_dna.progress import Report, silent
+from conch_dna.retraining.lessons import conversation, record_of
 from conch_dna.training.answers import continuation_text
-from conch_dna.training.chats.conversations import Prompt, plain_prompt, prompt_messages
+from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.structured_answers import parse_answer
 
 PICTURE_FILE = "risk_coverage.png"
-MAX_TOKENS = AskOptions.max_tokens
 BY_TOKENS = "the share of an answer's tokens that EGO holds likeliest, reading prompt and answer"
 BY_TEXT = "the likeness (Indel) of an answer to EGO's own, since an API scores no tokens"
 NOT_VALID = "not valid for the domain's schema, so that EGO answers whatever the confidence is"
+NOT_READ = "not to be read by EGO: no token of it counts, or it is too long"
+
+
+class Question(NamedTuple):
+    """A prompt on its way to the engine.
+
+    Attributes:
+        turns: The conversation as it is asked, the system prompt its first turn.
+        request: For the engine.
+    """
+
+    turns: list[dict[str, str]]
+    request: Request
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class NeuronAnswer:
     """A neuron's first answer to a prompt, before anybody judged it.
 
     Attributes:
@@ -62,40 +77,69 @@ class Said:
 
     @property
     def confidence(self) -> float:
-        """The raw one; see `answer_confidence`."""
+        """The raw one: exp of the mean log-probability of the tokens."""
         return answer_confidence(self.log_probs)
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A prompt on its way to the engine.
+class Agreement:
+    """How sure answers were, and how far EGO agrees.
 
     Attributes:
-        turns: See `Said`.
-        request: For the engine.
+        confidence: Raw `[n]`.
+        shares: Of each answer, what EGO agrees with, in [0, 1] `[n]`.
+        meaning: What agreement means, in words.
+        left_out: For each reason how many answers are not among them.
     """
 
-    turns: list[dict[str, str]]
-    request: Request
+    confidence: np.ndarray
+    shares: np.ndarray
+    meaning: str
+    left_out: dict[str, int]
 
-    def said(self, tokenizer: Any, pieces: Sequence[Piece]) -> Said:
-        """The answer that came in these pieces."""
-        reason = pieces[-1].finish_reason or "length"
-        ids = [piece.token for piece in pieces]
-        text = continuation_text(
-            tokenizer, self.request.tokens, ids[:-1] if reason == "stop" else ids
+    def fitted(
+        self, settings: CalibrationSettings, *, adapter_digest: str, ego: str
+    ) -> Calibration:
+        """The calibration that these answers give.
+
+        Raises:
+            ConchError: They are too few.
+        """
+        return calibrate(
+            self.confidence,
+            self.shares,
+            method=settings.method,
+            max_risk=settings.max_risk,
+            seed=settings.seed,
+            adapter_digest=adapter_digest,
+            ego=ego,
         )
-        return Said(self.turns, text, reason, tuple(piece.log_prob for piece in pieces))
+
+    def held_out(self, calibration: Calibration) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Of the answers that a calibration held out, confidences and shares.
+
+        Returns:
+            Confidences `[m]` by name, `raw` and `calibrated`; and shares `[m]`.
+        """
+        _, held = halves(len(self.shares), seed=calibration.seed)
+        raw = self.confidence[held]
+        calibrated = np.array([calibration(share) for share in raw])
+        return {"raw": raw, "calibrated": calibrated}, self.shares[held]
+
+    def curves(self, calibration: Calibration) -> dict[str, RiskCoverage]:
+        """Risk and coverage of the answers that a calibration held out, raw and calibrated."""
+        confidences, shares = self.held_out(calibration)
+        return {name: risk_coverage(values, shares) for name, values in confidences.items()}
 
 
-def asked_of(
+def questions_of(
     suite: CortexSuite,
     domain: str,
     prompts: Sequence[Prompt],
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = CalibrationSettings.max_tokens,
     with_adapter: bool = True,
-) -> tuple[list[Asked], dict[str, int]]:
+) -> tuple[list[Question], dict[str, int]]:
     """Prompts as the suite would ask them, greedily; those it cannot be asked are left out.
 
     Args:
@@ -109,7 +153,7 @@ def asked_of(
         What to ask, and for each reason how many are left out.
     """
     options = AskOptions(max_tokens=max_tokens, hand_over="never", structured=False)
-    asked, left_out = [], Counter[str]()
+    questions, left_out = [], Counter[str]()
     for prompt in prompts:
         turn = suite.turn(domain, prompt, options)
         assert turn.request is not None
@@ -119,43 +163,39 @@ def asked_of(
         except ConchError:
             left_out["longer than the student's context"] += 1
             continue
-        asked.append(Asked(turn.turns, request))
-    return asked, dict(left_out)
+        questions.append(Question(turn.turns, request))
+    return questions, dict(left_out)
 
 
-def answered(suite: CortexSuite, asked: Sequence[Asked], *, report: Report = silent) -> list[Said]:
+def answers_to(
+    suite: CortexSuite, questions: Sequence[Question], *, report: Report = silent
+) -> list[NeuronAnswer]:
     """The answers, batch after batch through the suite's engine, which must be idle."""
-    said = []
+    answers = []
     size = suite.engine.max_batch
-    for start in range(0, len(asked), size):
-        part = asked[start : start + size]
-        answers = suite.engine.run([each.request for each in part])
-        for each, pieces in zip(part, answers, strict=True):
-            said.append(each.said(suite.source.tokenizer, pieces))
+    for start in range(0, len(questions), size):
+        part = questions[start : start + size]
+        pieces = suite.engine.run([each.request for each in part])
+        answers += [_answer(suite, *pair) for pair in zip(part, pieces, strict=True)]
         report("advance", {"by": len(part)})
-    return said
+    return answers
 
 
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """How sure answers were, and how far EGO agrees.
-
-    Attributes:
-        confidence: Raw `[n]`.
-        agreement: In [0, 1] `[n]`.
-        how: What agreement means.
-        left_out: For each reason how many answers are not among them.
-    """
-
-    confidence: np.ndarray
-    agreement: np.ndarray
-    how: str
-    left_out: dict[str, int]
+def _answer(suite: CortexSuite, question: Question, pieces: Sequence[Piece]) -> NeuronAnswer:
+    reason = pieces[-1].finish_reason or "length"
+    ids = [piece.token for piece in pieces]
+    own = ids[:-1] if reason == "stop" else ids
+    text = continuation_text(suite.source.tokenizer, question.request.tokens, own)
+    return NeuronAnswer(question.turns, text, reason, tuple(piece.log_prob for piece in pieces))
 
 
-def judged(
-    suite: CortexSuite, domain: str, said: Sequence[Said], *, max_tokens: int = MAX_TOKENS
-) -> Judged:
+def agreement_of(
+    suite: CortexSuite,
+    domain: str,
+    answers: Sequence[NeuronAnswer],
+    *,
+    max_tokens: int = CalibrationSettings.max_tokens,
+) -> Agreement:
     """Let EGO judge answers; those that the domain's schema refuses are left out.
 
     Raises:
@@ -166,29 +206,26 @@ def judged(
             f"{domain} cannot be calibrated without EGO, whose agreement it is about: name one"
         )
     schema = suite.domain(domain).schema
-    left_out = Counter[str]()
-    if schema is not None:
-        valid = [each for each in said if parse_answer(each.text, schema).valid]
-        left_out[NOT_VALID] = len(said) - len(valid)
-        said = valid
-    agreement, how = agreement_with_ego(suite.ego, said, max_tokens=max_tokens)
-    known = ~np.isnan(agreement)
-    left_out["not to be read by EGO: no token of it counts, or it is too long"] = int(
-        (~known).sum()
-    )
-    confidence = np.array([each.confidence for each in said], np.float64)
+    valid = [each for each in answers if schema is None or parse_answer(each.text, schema).valid]
+    shares, meaning = agreement_with_ego(suite.ego, valid, max_tokens=max_tokens)
+    known = ~np.isnan(shares)
+    confidence = np.array([each.confidence for each in valid], np.float64)
+    left_out = {NOT_VALID: len(answers) - len(valid), NOT_READ: int((~known).sum())}
     reasons = {reason: count for reason, count in left_out.items() if count}
-    return Judged(confidence[known], agreement[known], how, reasons)
+    return Agreement(confidence[known], shares[known], meaning, reasons)
 
 
 def agreement_with_ego(
-    ego: EgoModel, said: Sequence[Said], *, max_tokens: int = MAX_TOKENS
+    ego: EgoModel,
+    answers: Sequence[NeuronAnswer],
+    *,
+    max_tokens: int = CalibrationSettings.max_tokens,
 ) -> tuple[np.ndarray, str]:
     """How far EGO agrees with each answer, and what that means.
 
     Args:
         ego: A local model reads the answers; an API answers the same prompts itself.
-        said: The answers.
+        answers: Of a neuron.
         max_tokens: Longest answer of an API.
 
     Returns:
@@ -200,17 +237,18 @@ def agreement_with_ego(
     if ego.teaches == "text":
         from rapidfuzz.distance import Indel
 
-        own = ego.generate_many([each.turns for each in said], max_tokens=max_tokens, temperature=0)
+        turns = [each.turns for each in answers]
+        own = ego.generate_many(turns, max_tokens=max_tokens, temperature=0)
         alike = [
             Indel.normalized_similarity(each.text.strip(), answer.text.strip())
-            for each, answer in zip(said, own, strict=True)
+            for each, answer in zip(answers, own, strict=True)
         ]
         return np.array(alike, np.float64), BY_TEXT
-    agreement = np.full(len(said), np.nan)
+    shares = np.full(len(answers), np.nan)
     tokenizer = ego.source.tokenizer
     longest = ego.source.context_length or 2**31
     places, examples = [], []
-    for place, each in enumerate(said):
+    for place, each in enumerate(answers):
         try:
             example = tokenize_record(read_by(tokenizer, each), tokenizer, name=f"answer {place}")
         except ConchError:
@@ -222,42 +260,23 @@ def agreement_with_ego(
     if examples:
         ego.load()
         scores = text_scores(ego.source.resident(), examples, batch_size=ego.config.batch_size)
-        agreement[places] = scores.top1
-    return agreement, BY_TOKENS
+        shares[places] = scores.top1
+    return shares, BY_TOKENS
 
 
-def read_by(tokenizer: Any, said: Said) -> Record:
+def read_by(tokenizer: Any, answer: NeuronAnswer) -> Record:
     """A prompt and its answer as a model with that tokenizer would have been asked and answered."""
-    more = {"finish_reason": said.finish_reason}
-    if tokenizer.has_chat_template:
-        turns = prompt_messages(tokenizer, said.turns, "")
-        return {"messages": [*turns, {"role": "assistant", "content": said.text}], **more}
-    return {"prompt": plain_prompt(said.turns, ""), "completion": said.text, **more}
-
-
-def curves_of(
-    confidence: np.ndarray, agreement: np.ndarray, calibration: Calibration
-) -> dict[str, RiskCoverage]:
-    """Risk and coverage of the answers that the calibration held out, raw and calibrated."""
-    _, held = halves(len(confidence), seed=calibration.seed)
-    sure = [calibration(share) for share in confidence[held]]
-    return {
-        "raw": risk_coverage(confidence[held], agreement[held]),
-        "calibrated": risk_coverage(sure, agreement[held]),
-    }
+    turns = conversation(tokenizer, answer.turns, "")
+    return record_of(tokenizer, turns, answer.text, answer.finish_reason)
 
 
 def calibrate_domain(
     suite: CortexSuite,
     domain: str,
+    settings: CalibrationSettings | None = None,
     *,
     prompts: Sequence[Prompt] | None = None,
     data: Sequence[Record] | None = None,
-    method: str = "isotonic",
-    max_risk: float = 0.3,
-    samples: int = 200,
-    max_tokens: int = MAX_TOKENS,
-    seed: int = 0,
     report: Report = silent,
 ) -> tuple[Calibration, dict[str, Any]]:
     """Calibrate a neuron's confidence on held-out prompts; the suite uses it from then on.
@@ -269,13 +288,9 @@ def calibrate_domain(
     Args:
         suite: With EGO, and an idle engine.
         domain: A neuron of it.
-        prompts: That no version was trained on; those of the domain's held-out data where None.
-        data: See `heldout_records`.
-        method: See `calibrate`.
-        max_risk: Likewise.
-        samples: Most prompts, drawn by the seed where there are more.
-        max_tokens: Longest answer.
-        seed: Of the draw and of the split.
+        settings: How many prompts, how long answers, and how to calibrate.
+        prompts: That no version was trained on; those of `data` where None.
+        data: Records that no version was trained on; what the domain held out where None.
         report: Gets progress; see `conch_dna.progress.Progress`.
 
     Returns:
@@ -286,81 +301,71 @@ def calibrate_domain(
     Raises:
         ConchError: Too few answers can be judged, the prompts are not known, or there is no EGO.
     """
-    if samples < MIN_ANSWERS:
-        raise ConchError(f"samples is {samples}: {MIN_ANSWERS} or more are needed")
+    settings = settings or CalibrationSettings()
     digest = suite.bank.digest_of(suite.domain(domain).name)
+    prompts = _prompts(suite, domain, settings, prompts, data)
+    questions, left_out = questions_of(suite, domain, prompts, max_tokens=settings.max_tokens)
+    report("phase", {"name": f"{domain}: answers", "total": len(questions), "unit": "prompts"})
+    answers = answers_to(suite, questions, report=report)
+    report("phase", {"name": f"{domain}: EGO reads them"})
+    agreement = agreement_of(suite, domain, answers, max_tokens=settings.max_tokens)
+    left_out |= agreement.left_out
+    for reason, count in left_out.items():
+        report("warning", {"message": f"{count} of {len(prompts)} answers are left out: {reason}"})
+    count = len(agreement.shares)
+    if count < MIN_ANSWERS:
+        why = "; ".join(f"{count} are {reason}" for reason, count in left_out.items())
+        raise ConchError(
+            f"of {len(prompts)} answers of {domain} {count} can be judged, and {MIN_ANSWERS} are "
+            f"needed: {why}"
+        )
+    assert suite.ego is not None
+    calibration = agreement.fitted(settings, adapter_digest=digest, ego=suite.ego.model_id)
+    path = save_calibration(suite.adapters_dir, domain, calibration)
+    picture = path.with_name(PICTURE_FILE)
+    confidences, shares = agreement.held_out(calibration)
+    curves = agreement.curves(calibration)
+    bins = bins_for(len(shares))
+    draw_risk_coverage(
+        picture,
+        curves,
+        {name: reliability(values, shares, bins=bins) for name, values in confidences.items()},
+        title=f"{domain}: {len(shares)} held-out answers, EGO is {calibration.ego}",
+    )
+    suite.take_calibration(domain)
+    details = {
+        "domain": domain,
+        "prompts": len(prompts),
+        "answers": count,
+        "left_out": left_out,
+        "agreement": {"mean": float(agreement.shares.mean()), "means": agreement.meaning},
+        "area": {name: curve.area for name, curve in curves.items()}
+        | {"at_random": float(1 - shares.mean())},
+        "files": [str(path), str(picture)],
+    }
+    return calibration, details
+
+
+def _prompts(
+    suite: CortexSuite,
+    domain: str,
+    settings: CalibrationSettings,
+    prompts: Sequence[Prompt] | None,
+    data: Sequence[Record] | None,
+) -> list[Prompt]:
     if prompts is None:
-        records = heldout_records(suite.adapters_dir, domain, suite.source, data=data)
-        system = suite.domain(domain).system
-        prompts = heldout_prompts(records, suite.source.tokenizer, system, most=samples, seed=seed)
+        prompts = heldout_prompts(
+            heldout_records(suite.adapters_dir, domain) if data is None else data,
+            suite.source.tokenizer,
+            suite.domain(domain).system,
+            most=settings.samples,
+            seed=settings.seed,
+        )
     else:
-        prompts = chosen(prompts, samples, seed=seed)
+        prompts = chosen(prompts, settings.samples, seed=settings.seed)
     if len(prompts) < MIN_ANSWERS:
         raise ConchError(
             f"{domain} has {len(prompts)} held-out prompts, too few to calibrate on: give "
             f"{MIN_ANSWERS} or more that it was not trained on"
         )
-    asked, left_out = asked_of(suite, domain, prompts, max_tokens=max_tokens)
-    report("phase", {"name": f"{domain}: answers", "total": len(asked), "unit": "prompts"})
-    said = answered(suite, asked, report=report)
-    report("phase", {"name": f"{domain}: EGO reads them"})
-    found = judged(suite, domain, said, max_tokens=max_tokens)
-    left_out |= found.left_out
-    for reason, count in left_out.items():
-        report("warning", {"message": f"{count} of {len(prompts)} answers are left out: {reason}"})
-    if len(found.agreement) < MIN_ANSWERS:
-        why = "; ".join(f"{count} are {reason}" for reason, count in left_out.items())
-        raise ConchError(
-            f"of {len(prompts)} answers of {domain} {len(found.agreement)} can be judged, and "
-            f"{MIN_ANSWERS} are needed: {why}"
-        )
-    assert suite.ego is not None
-    calibration = calibrate(
-        found.confidence,
-        found.agreement,
-        method=method,
-        max_risk=max_risk,
-        seed=seed,
-        adapter_digest=digest,
-        ego=suite.ego.model_id,
-    )
-    curves = curves_of(found.confidence, found.agreement, calibration)
-    files = _saved(suite, domain, found, calibration, curves)
-    suite.take_calibration(domain)
-    _, held = halves(len(found.agreement), seed=seed)
-    details = {
-        "domain": domain,
-        "prompts": len(prompts),
-        "answers": len(found.agreement),
-        "left_out": left_out,
-        "agreement": {"mean": float(found.agreement.mean()), "means": found.how},
-        "area": {name: curve.area for name, curve in curves.items()}
-        | {"at_random": float(1 - found.agreement[held].mean())},
-        "files": files,
-    }
-    return calibration, details
-
-
-def _saved(
-    suite: CortexSuite,
-    domain: str,
-    found: Judged,
-    calibration: Calibration,
-    curves: dict[str, RiskCoverage],
-) -> list[str]:
-    path = save_calibration(suite.adapters_dir, domain, calibration)
-    _, held = halves(len(found.agreement), seed=calibration.seed)
-    bins = max(1, min(10, len(held) // MIN_IN_A_BIN))
-    right = found.agreement[held]
-    sure = {
-        "raw": found.confidence[held],
-        "calibrated": np.array([calibration(share) for share in found.confidence[held]]),
-    }
-    picture = path.with_name(PICTURE_FILE)
-    draw_risk_coverage(
-        picture,
-        curves,
-        {name: reliability(values, right, bins=bins) for name, values in sure.items()},
-        title=f"{domain}: {len(held)} held-out answers, EGO is {calibration.ego}",
-    )
-    return [str(path), str(picture)]
+    return prompts

@@ -1,32 +1,30 @@
-"""How sure an answer is, made to mean how often it agrees with EGO; when EGO answers instead.
+"""How sure an answer is, made to mean how often it agrees with EGO, and when EGO answers.
 
 It knows numbers only: log-probabilities, and for each answer the share of it that EGO agrees with.
-To add a way to calibrate: a fit in METHODS, its branch in `Calibration.__call__`, its test.
+To add a way to calibrate: its name in METHODS, a fit in FITS, a branch in `Calibration.__call__`.
 """
 
 import json
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically, write_json
+from conch_dna.checkpoints import write_json
+from conch_dna.cortex.calibration.risk_coverage import Numbers, risk_coverage
+from conch_dna.cortex.calibration.settings import METHODS, MIN_ANSWERS, CalibrationSettings
 from conch_dna.errors import ConchError
-from conch_dna.metrics import Reliability, expected_calibration_error
+from conch_dna.metrics import expected_calibration_error
 from conch_dna.training.settings import validate_domain
-
-Numbers = Sequence[float] | np.ndarray
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
-# With fewer answers neither the fit nor the held-out figures mean anything.
-MIN_ANSWERS = 20
 # Bins of fewer held-out answers would measure chance.
 MIN_IN_A_BIN = 5
 # Log-probabilities of a softmax in float32 may pass 0 by rounding, not by more.
@@ -123,7 +121,7 @@ class Calibration:
         """The calibrated confidence, in [0, 1]; it never falls where the raw one rises.
 
         Args:
-            raw: See `answer_confidence`.
+            raw: Exp of the mean log-probability of the answer's tokens.
 
         Raises:
             ValueError: It is no number from 0 to 1.
@@ -211,10 +209,10 @@ def _fit_isotonic(raw: np.ndarray, agreement: np.ndarray) -> dict[str, Any]:
 
     places, which, counts = np.unique(raw, return_inverse=True, return_counts=True)
     means = np.bincount(which, weights=agreement) / counts
-    found = isotonic_regression(means, weights=counts)
-    ends = {index for block in found.blocks for index in (block, block - 1)}
+    fitted = isotonic_regression(means, weights=counts)
+    ends = {index for block in fitted.blocks for index in (block, block - 1)}
     kept = sorted(index for index in ends if 0 <= index < len(places))
-    heights = np.clip(found.x, 0.0, 1.0)
+    heights = np.clip(fitted.x, 0.0, 1.0)
     return {"knots": tuple((float(places[index]), float(heights[index])) for index in kept)}
 
 
@@ -224,8 +222,8 @@ def _fit_temperature(raw: np.ndarray, agreement: np.ndarray) -> dict[str, Any]:
 
     logits = np.array([_logit(share) for share in raw])
 
-    def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
-        z = line[0] * logits + line[1]
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        z = parameters[0] * logits + parameters[1]
         error = np.array([_sigmoid(value) for value in z]) - agreement
         value = np.mean(np.logaddexp(0, z) - agreement * z)
         return float(value), np.array([np.mean(error * logits), np.mean(error)])
@@ -233,13 +231,13 @@ def _fit_temperature(raw: np.ndarray, agreement: np.ndarray) -> dict[str, Any]:
     # One confidence for all says nothing about a slope.
     slopes = SLOPES if np.ptp(logits) > 0 else (1.0, 1.0)
     tight = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
-    found = minimize(
+    line = minimize(
         loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[slopes, SHIFTS], options=tight
     )
-    return {"temperature": float(1 / found.x[0]), "shift": float(found.x[1])}
+    return {"temperature": float(1 / line.x[0]), "shift": float(line.x[1])}
 
 
-METHODS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
+FITS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
     "isotonic": _fit_isotonic,
     "temperature": _fit_temperature,
     "none": lambda raw, agreement: {},
@@ -255,22 +253,20 @@ def calibrate(
     raw: Numbers,
     agreement: Numbers,
     *,
-    method: str = "isotonic",
-    max_risk: float = 0.1,
-    seed: int = 0,
-    bins: int = 10,
+    method: str = CalibrationSettings.method,
+    max_risk: float = CalibrationSettings.max_risk,
+    seed: int = CalibrationSettings.seed,
     adapter_digest: str = "",
     ego: str = "",
 ) -> Calibration:
     """Fit the map on one half of the answers; choose the threshold and measure on the other.
 
     Args:
-        raw: Confidence of each answer, see `answer_confidence`.
+        raw: Confidence of each answer, exp of its tokens' mean log-probability.
         agreement: Share of each answer that EGO agrees with, in [0, 1].
         method: One of METHODS.
         max_risk: The mean disagreement allowed among the answers that EGO does not see.
         seed: Decides which answers are in which half.
-        bins: Of the calibration error, at most; each holds about five held-out answers or more.
         adapter_digest: The adapter that gave the answers.
         ego: The model they were compared with.
 
@@ -288,7 +284,7 @@ def calibrate(
     fit, held = halves(len(sure), seed=seed)
     unchosen = Calibration(
         method=method,
-        **METHODS[method](sure[fit], right[fit]),
+        **FITS[method](sure[fit], right[fit]),
         threshold=None,
         max_risk=max_risk,
         coverage=0.0,
@@ -304,8 +300,8 @@ def calibrate(
     calibrated = np.array([unchosen(share) for share in sure[held]])
     curve = risk_coverage(calibrated, right[held])
     kept = [place for place, risk in enumerate(curve.risk) if risk <= max_risk]
-    bins = max(1, min(bins, len(held) // MIN_IN_A_BIN))
-    figures: dict[str, Any] = asdict(unchosen) | {
+    bins = bins_for(len(held))
+    figures: dict[str, Any] = {
         "ece_before": expected_calibration_error(sure[held], right[held], bins=bins),
         "ece_after": expected_calibration_error(calibrated, right[held], bins=bins),
     }
@@ -313,7 +309,12 @@ def calibrate(
         names = ("threshold", "coverage", "risk")
         columns = (curve.confidence, curve.coverage, curve.risk)
         figures |= {name: column[kept[-1]] for name, column in zip(names, columns, strict=True)}
-    return Calibration(**figures)
+    return replace(unchosen, **figures)
+
+
+def bins_for(count: int) -> int:
+    """Of how many bins a calibration error is made: ten, or as many as hold five answers each."""
+    return max(1, min(10, count // MIN_IN_A_BIN))
 
 
 def halves(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -343,102 +344,6 @@ def _checked(raw: Numbers, agreement: Numbers) -> tuple[np.ndarray, np.ndarray]:
                 f"them {values[wrong[0]]:g} at place {wrong[0]}: leave those answers out"
             )
     return sure, right
-
-
-@dataclass(frozen=True)
-class RiskCoverage:
-    """What is wrong among the answers that are kept, when the surest ones are kept first.
-
-    Attributes:
-        confidence: The lowest confidence that is kept, falling.
-        coverage: Share of the answers that this keeps, rising to 1.
-        risk: Mean disagreement among them.
-        area: Mean risk over every number of kept answers; equally sure ones come in any order.
-    """
-
-    confidence: tuple[float, ...]
-    coverage: tuple[float, ...]
-    risk: tuple[float, ...]
-    area: float
-
-
-def risk_coverage(confidence: Numbers, outcome: Numbers) -> RiskCoverage:
-    """The curve over every threshold that there is (El-Yaniv and Wiener 2010).
-
-    Args:
-        confidence: `[n]`; only their order counts.
-        outcome: `[n]`, in [0, 1]: the share of each answer that EGO agrees with.
-
-    Raises:
-        ConchError: No answers, different lengths, NaN, or outcomes outside of [0, 1].
-    """
-    sure = np.asarray(confidence, dtype=np.float64)
-    right = np.asarray(outcome, dtype=np.float64)
-    if sure.ndim != 1 or sure.shape != right.shape or not len(sure):
-        raise ConchError(
-            f"confidences {sure.shape} and outcomes {right.shape} must be two lists of the same "
-            "length, and not empty"
-        )
-    if np.isnan(sure).any() or not ((right >= 0) & (right <= 1)).all():
-        raise ConchError("confidences must not be NaN, and outcomes must be shares from 0 to 1")
-    levels, which, counts = np.unique(-sure, return_inverse=True, return_counts=True)
-    wrong = np.bincount(which, weights=1 - right)
-    # Each answer stands for the mean of those that are as sure as it is.
-    share = np.repeat(wrong / counts, counts)
-    area = float(np.mean(np.cumsum(share) / np.arange(1, len(share) + 1)))
-    kept = np.cumsum(counts)
-    risk = np.clip(np.cumsum(wrong) / kept, 0.0, 1.0)
-    confidences, coverages, risks = (
-        tuple(float(value) for value in column) for column in (-levels, kept / len(sure), risk)
-    )
-    return RiskCoverage(confidences, coverages, risks, area)
-
-
-def draw_risk_coverage(
-    path: Path,
-    curves: Mapping[str, RiskCoverage],
-    reliabilities: Mapping[str, Reliability] | None = None,
-    *,
-    title: str = "",
-) -> None:
-    """Draw risk over coverage, and beside it how right answers are for how sure, into a PNG.
-
-    Args:
-        path: The file to write.
-        curves: What to draw, by the name it gets.
-        reliabilities: See `metrics.reliability`; without them there is one picture.
-        title: Above both.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = 2 if reliabilities else 1
-    figure = Figure(figsize=(5.5 * panels, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, *more = figure.subplots(1, panels, squeeze=False)[0]
-    draw_curves(left, curves)
-    for axes in more:
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-        for name, found in (reliabilities or {}).items():
-            # A bin of one answer must not look like one of fifty.
-            sizes = [50 * count / max(found.count) for count in found.count]
-            axes.scatter(found.confidence, found.outcome, s=sizes, alpha=0.7, label=name)
-        axes.set(xlabel="confidence", ylabel="agreement with EGO", xlim=(0, 1), ylim=(0, 1))
-        axes.set_aspect("equal")
-    for axes in (left, *more):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
-
-
-def draw_curves(axes: Any, curves: Mapping[str, RiskCoverage]) -> None:
-    """Draw risk over coverage on matplotlib's axes; see `draw_risk_coverage`."""
-    for name, curve in curves.items():
-        axes.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})")
-    axes.set(xlabel="coverage: share that the neuron answers", ylabel="risk: disagreement with EGO")
-    axes.set(xlim=(0, 1.02), ylim=(0, None))
 
 
 def save_calibration(adapters_dir: Path, domain: str, calibration: Calibration) -> Path:

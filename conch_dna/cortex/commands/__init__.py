@@ -1,1 +1,1 @@
-"""What the commands of CORTEX do and show."""
+"""Options, tables and the chat of the commands of CORTEX."""

@@ -1,12 +1,13 @@
-"""What the commands of CORTEX share: options of adapters, EGO and answers, and what they open.
+"""What the commands of CORTEX share: options of adapters, EGO and answers, and a suite.
 
-Knows click and the fields of AskOptions; no command. To give every command that answers another
-option: a field of `AskOptions`, and its name in ANSWERING.
+Knows click and fields of settings; no command. To give every command that answers another option: a
+field of `AskOptions`, and its name in ANSWERING.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from conch_dna.retraining.pipeline import TrainingPipeline
 
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S")
 ANSWERING = ("max_tokens", "temperature", "top_p", "seed", "hand_over")
 
 
@@ -37,6 +39,27 @@ def command(*lines: str) -> Callable[[Callable[..., None]], click.Command]:
 
 domain_argument = click.argument("domain", help="Whose neuron, such as thinking.")
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write it there too.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with a model."
+)
+adapters_option = click.option(
+    "--adapters",
+    metavar="DIR",
+    default=KDConfig.output_dir,
+    show_default=True,
+    help="Folder of all domains' adapters.",
+)
+redact_option = click.option(
+    "--redact",
+    is_flag=True,
+    help="Replace keys, passwords, addresses and numbers of cards in what is recorded.",
+)
+remember_option = click.option(
+    "--remember/--no-remember",
+    default=True,
+    show_default=True,
+    help="Record what was handed over to EGO, to learn from it.",
+)
 
 
 def print_tables(*tables: Any) -> None:
@@ -56,62 +79,42 @@ def write_figures(json_file: str | None, document: Any) -> None:
         write_json(Path(json_file).expanduser(), document)
 
 
-def adapters_option(command: F) -> F:
-    """Where the adapters lie."""
-    return click.option(
-        "--adapters",
-        metavar="DIR",
-        default=KDConfig().output_dir,
-        show_default=True,
-        help="Folder of all domains' adapters.",
-    )(command)
+def model_options(*, ego: str | None = None) -> Callable[[F], F]:
+    """Whose adapters they are, and who answers what neurons are not sure of.
 
-
-def redact_option(command: F) -> F:
-    """What is not to be kept."""
-    return click.option(
-        "--redact",
-        is_flag=True,
-        help="Replace keys, passwords, addresses and numbers of cards in what is recorded.",
-    )(command)
-
-
-def model_options(command: F) -> F:
-    """Whose adapters they are, and who answers what neurons are not sure of."""
-    for decorate in (
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
+    Args:
+        ego: Who does so where nobody is named; nobody where None.
+    """
+    options = (
+        adapters_option,
+        click.option(
+            "--student",
+            metavar="MODEL",
+            help="The base of all adapters. [default: that which they name]",
+        ),
+        click.option(
+            "--ego",
+            metavar="MODEL",
+            default=ego,
+            help="The big teacher: hub id, folder, embedded:teacher, or the URL of an "
+            f"OpenAI-compatible API. [default: {ego or 'nobody'}]",
+        ),
+        click.option("--ego-name", metavar="NAME", help="What the API at that URL calls EGO."),
         click.option(
             "--ego-key-env",
             metavar="NAME",
             help="Environment variable with that API's key; empty sends none. [default: "
             "OPENAI_API_KEY]",
         ),
-        click.option("--ego-name", metavar="NAME", help="What the API at that URL calls EGO."),
-        click.option(
-            "--ego",
-            metavar="MODEL",
-            help="The big teacher: hub id, folder, embedded:teacher, or the URL of an "
-            "OpenAI-compatible API. [default: nobody]",
-        ),
-        click.option(
-            "--student",
-            metavar="MODEL",
-            help="The base of all adapters. [default: that which they name]",
-        ),
-        adapters_option,
-    ):
-        command = decorate(command)
-    return command
+        trust_option,
+    )
 
+    def decorate(command: F) -> F:
+        for each in reversed(options):
+            command = each(command)
+        return command
 
-def remember_option(command: F) -> F:
-    """Whether hand-overs become experience."""
-    return click.option(
-        "--remember/--no-remember",
-        default=True,
-        show_default=True,
-        help="Record what was handed over to EGO, to learn from it.",
-    )(command)
+    return decorate
 
 
 def answer_options(command: F) -> F:
@@ -125,45 +128,57 @@ def answer_options(command: F) -> F:
     )(command)
 
 
-def ask_options(given: Mapping[str, Any]) -> AskOptions:
-    """What `answer_options` were given."""
-    named = {n: given[n] for n in (*ANSWERING, "system") if given[n] is not None}
-    return AskOptions(**named, structured=not given["no_structured"])
+def settings_of(kind: type[S], values: Mapping[str, Any]) -> S:
+    """A settings class by the options of a command; its defaults stand for what is None.
+
+    Args:
+        kind: A dataclass, some fields of which are options of the command.
+        values: Of all options of the command, by name.
+    """
+    names = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: values[name] for name in names if values.get(name) is not None})
 
 
-def ego_config(given: Mapping[str, Any]) -> "EgoConfig | None":
+def ask_options(values: Mapping[str, Any]) -> AskOptions:
+    """How a command is to answer, by the values of `answer_options`."""
+    return replace(settings_of(AskOptions, values), structured=not values["no_structured"])
+
+
+def ego_config(values: Mapping[str, Any]) -> "EgoConfig | None":
     """EGO's settings; None where there is nobody.
 
     Raises:
-        ConchError: See `EgoConfig`; or there is a name without an address.
+        ConchError: A setting is out of its range, or there is a name without an address.
     """
-    named = {"remote_model": given["ego_name"], "api_key_env": given["ego_key_env"]}
-    named = {name: value for name, value in named.items() if value is not None}
-    if given["ego"] is None:
-        if named:
+    # An answer's length is that of corrections too.
+    named = {
+        "remote_model": values["ego_name"],
+        "api_key_env": values["ego_key_env"],
+        "max_tokens": values.get("max_tokens"),
+    }
+    if values["ego"] is None:
+        if values["ego_name"] is not None or values["ego_key_env"] is not None:
             raise ConchError("--ego-name and --ego-key-env go with --ego URL")
         return None
-    if given.get("max_tokens") is not None:
-        # Corrections too.
-        named["max_tokens"] = given["max_tokens"]
     from conch_dna.ego.settings import EgoConfig
 
-    return EgoConfig(model=given["ego"], trust_remote_code=given["trust_remote_code"], **named)
+    rest = {"model": values["ego"], "trust_remote_code": values["trust_remote_code"]}
+    return settings_of(EgoConfig, {**named, **rest})
 
 
-def pipeline_of(given: Mapping[str, Any], student: str = "", **more: Any) -> "TrainingPipeline":
+def pipeline_of(values: Mapping[str, Any], student: str = "", **more: Any) -> "TrainingPipeline":
     """Experience and versions of a folder of adapters.
 
     Args:
-        given: What a command was given: the folder, and whether to redact.
+        values: Of a command's options: the folder, and whether to redact.
         student: The adapters' base, which only a retraining asks for.
         **more: Of `TrainingPipeline`.
     """
     from conch_dna.retraining.pipeline import TrainingPipeline
 
-    folder = Path(given["adapters"]).expanduser()
+    folder = Path(values["adapters"]).expanduser()
     return TrainingPipeline(
-        folder, student, redact=given.get("redact", False), report=_tell, **more
+        folder, student, redact=values.get("redact", False), report=_tell, **more
     )
 
 
@@ -174,37 +189,36 @@ def _tell(event: str, row: dict[str, Any]) -> None:
 
 @contextmanager
 def opened_suite(
-    given: Mapping[str, Any], *, domains: Sequence[str] | None = None, **more: Any
+    values: Mapping[str, Any], *, domains: Sequence[str] | None = None
 ) -> Iterator["CortexSuite"]:
     """The neurons of a folder of adapters, in memory.
 
     Args:
-        given: What `model_options` were given, and whether to remember.
+        values: Of a command's options: `model_options`, and whether to remember.
         domains: Which; all where None.
-        **more: Of `CortexSuite`.
 
     Raises:
-        ConchError: See `CortexSuite` and `EgoConfig`.
+        ConchError: There is no adapter, one belongs to another student, or a model or EGO cannot
+            be had.
         Interrupted: Ctrl-C.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    ego = ego_config(given)
+    ego = ego_config(values)
     from conch_dna.cortex.commands.terminal import Screen
     from conch_dna.cortex.neuron import CortexSuite
 
     try:
-        with Screen().waiting("loading the neurons"):
+        with Screen().notes.status("loading the neurons"):
             suite = CortexSuite(
-                Path(given["adapters"]),
-                given["student"],
+                Path(values["adapters"]),
+                values["student"],
                 ego=ego,
                 domains=domains,
-                trust_remote_code=given["trust_remote_code"],
-                **more,
+                trust_remote_code=values["trust_remote_code"],
             )
         with suite:
-            if given.get("remember"):
-                suite.pipeline = pipeline_of(given, suite.source.model_id, ego=suite.ego)
+            if values.get("remember"):
+                suite.pipeline = pipeline_of(values, suite.source.model_id, ego=suite.ego)
             yield suite
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None

@@ -1,4 +1,4 @@
-"""What there is of each neuron, told from its files alone: no model is loaded or looked for.
+"""What there is of each neuron, told from its files alone: no model is looked for.
 
 Knows folders, calibrations and what was recorded; changes nothing. To show another figure: a key
 in `neuron_rows` and its column in `status_table`.
@@ -55,7 +55,7 @@ def neuron_rows(pipeline: TrainingPipeline) -> tuple[list[dict[str, Any]], list[
 def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str, Any]:
     path = active_adapter(pipeline.adapters_dir, domain)
     digest = adapter_digest(path)
-    found = load_calibration(pipeline.adapters_dir, domain, digest, report=notes.append)
+    calibration = load_calibration(pipeline.adapters_dir, domain, digest, report=notes.append)
     line = pipeline.line(domain)
     advice: RetrainAdvice = pipeline.should_retrain(domain)
     return {
@@ -66,7 +66,7 @@ def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str,
         "adapter": str(path),
         "digest": digest,
         "structured": domain in DOMAIN_SCHEMAS,
-        "calibration": found.to_json() if found else None,
+        "calibration": calibration.to_json() if calibration else None,
         "experience": advice.counts,
         "retrain": advice.retrain,
         "advice": advice.reason,
@@ -75,15 +75,16 @@ def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str,
 
 def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
     """The rows of `neuron_rows` for people."""
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = _table(f"neurons in {folder}")
-    table.add_column("neuron", overflow="fold")
     # Folded, since a folder that ends in an ellipsis is of no use.
-    table.add_column("version and adapter", overflow="fold", min_width=18)
-    for name in ("answers", "calibrated", "new"):
-        table.add_column(name)
-    table.add_column("retrain?")
+    table = Table(
+        Column("neuron", overflow="fold"),
+        Column("version and adapter", overflow="fold", min_width=18),
+        *("answers", "calibrated", "new", "retrain?"),
+        title=Text(f"neurons in {folder}"),
+    )
     for row in rows:
         path, counts = Path(row["adapter"]), row["experience"]
         shown = path.relative_to(folder) if path.is_relative_to(folder) else path
@@ -98,26 +99,26 @@ def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
     return table
 
 
-def _calibrated(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _calibrated(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
         return "no"
-    threshold = found["threshold"]
+    threshold = calibration["threshold"]
     sure = "EGO answers all" if threshold is None else f"from {threshold:.3f}"
-    return f"{found['method']}, {sure}"
+    return f"{calibration['method']}, {sure}"
 
 
-def calibration_table(found: dict[str, Calibration]) -> "Table":
+def calibration_table(calibrations: dict[str, Calibration]) -> "Table":
     """How sure neurons are, against how often they agree with EGO.
 
     Args:
-        found: The calibration of each domain.
+        calibrations: Of each domain.
     """
-    table = _table("calibration on held-out answers")
-    for name in ("neuron", "method", "fitted", "held out", "ECE before", "ECE after"):
-        table.add_column(name)
-    for name in ("answers itself from", "coverage", "risk"):
-        table.add_column(name)
-    for domain, each in found.items():
+    from rich.table import Table
+
+    headings = ("neuron", "method", "fitted", "held out", "ECE before", "ECE after")
+    figures = ("answers itself from", "coverage", "risk")
+    table = Table(*headings, *figures, title="calibration on held-out answers")
+    for domain, each in calibrations.items():
         table.add_row(
             domain,
             each.method,
@@ -130,13 +131,6 @@ def calibration_table(found: dict[str, Calibration]) -> "Table":
             "-" if each.risk is None else f"{each.risk:.3f}",
         )
     return table
-
-
-def _table(title: str) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    return Table(title=Text(title))
 
 
 def who_answered(answer: Answer) -> str:

@@ -7,9 +7,8 @@ a command: a method of `TerminalChat` and its entry in COMMANDS.
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from conch_dna.cortex.commands.status import who_answered
 from conch_dna.cortex.neuron import EGO, Chat, CortexSuite, Delta
@@ -17,10 +16,6 @@ from conch_dna.cortex.options import AskOptions
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.retraining.pipeline import TrainingPipeline
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 # What could move the cursor, recolour the screen or ring: an answer is text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -56,28 +51,20 @@ class Screen:
         """A dim remark on a line of its own."""
         self.notes.print(visible(text), style="dim", markup=False)
 
-    @contextmanager
-    def waiting(self, text: str) -> "Iterator[Callable[[], None]]":
-        """Show a remark until what is waited for comes; gives what takes the remark away."""
-        if not self.notes.is_terminal:
-            yield lambda: None
-            return
-        status = self.notes.status(text, spinner="dots")
-        status.start()
-        try:
-            yield status.stop
-        finally:
-            status.stop()
-
     def show(self, deltas: Iterable[Delta], waiting: str) -> Answer:
-        """Say an answer as it comes, and then who gave it."""
+        """Say an answer as it comes, and then who gave it.
+
+        Args:
+            deltas: The answer's parts.
+            waiting: A remark that stands until the first one, where somebody watches.
+        """
         answer = None
         begun = False
         try:
-            with self.waiting(waiting) as arrived:
+            with self.notes.status(waiting) as status:
                 for delta in deltas:
                     if delta.text:
-                        arrived()
+                        status.stop()
                         begun = True
                         self.say(delta.text)
                     answer = delta.answer
@@ -93,16 +80,16 @@ class Screen:
 
 
 @dataclass
-class Last:
+class Exchange:
     """The newest exchange, which can be judged.
 
     Attributes:
-        asked: The conversation up to the answer.
-        answer: What was answered.
-        problem: What was found wrong with it.
+        conversation: Up to the answer.
+        answer: The answer to it.
+        problem: What is wrong with the answer, in words.
     """
 
-    asked: list[dict[str, str]]
+    conversation: list[dict[str, str]]
     answer: Answer
     problem: str = ""
 
@@ -131,18 +118,18 @@ class TerminalChat:
         self.pipeline = pipeline
         self.screen = screen
         self.chat = Chat(suite[domain], options)
-        self.last: Last | None = None
-        self._told = 0
+        self.last: Exchange | None = None
+        self._notes_shown = 0
 
     def run(self) -> None:
         """Answer line by line until the input or the user ends."""
         read = self._reader()
         self._tell_notes()
         while True:
-            asked = False
+            answering = False
             try:
                 line = read().strip()
-                asked = True
+                answering = True
                 if self.take(line):
                     return
             except EOFError:
@@ -152,7 +139,7 @@ class TerminalChat:
             except KeyboardInterrupt:
                 self.screen.note(
                     "stopped; the conversation is as it was before the question"
-                    if asked
+                    if answering
                     else "/quit or the end of input (Ctrl-D) ends the chat"
                 )
             self._tell_notes()
@@ -175,13 +162,13 @@ class TerminalChat:
     def complete(self, text: str, number: int) -> str | None:
         """The `number`-th word that begins with a text, for the line editor."""
         words = [f"/{name}" for name in COMMANDS] if text.startswith("/") else self.suite.domains
-        found = [word for word in words if word.startswith(text)]
-        return found[number] if number < len(found) else None
+        fitting = [word for word in words if word.startswith(text)]
+        return fitting[number] if number < len(fitting) else None
 
     def _tell_notes(self) -> None:
-        for note in self.suite.notes[self._told :]:
+        for note in self.suite.notes[self._notes_shown :]:
             self.screen.note(note)
-        self._told = len(self.suite.notes)
+        self._notes_shown = len(self.suite.notes)
 
     def take(self, line: str) -> bool:
         """Answer a question or do a command.
@@ -205,11 +192,10 @@ class TerminalChat:
         return False
 
     def _ask(self, text: str, **changes: str) -> None:
-        asked = [*self.chat.messages, {"role": "user", "content": text}]
-        neuron = self.chat.neuron
-        waiting = f"{EGO if changes else neuron.domain} answers"
+        conversation = [*self.chat.messages, {"role": "user", "content": text}]
+        waiting = f"{EGO if changes else self.chat.neuron.domain} answers"
         answer = self.screen.show(self.chat.say(text, **changes), waiting)
-        self.last = Last(asked, answer)
+        self.last = Exchange(conversation, answer)
 
     # Commands
 
@@ -249,9 +235,9 @@ class TerminalChat:
         if self.suite.ego is None:
             raise ConchError("there is no EGO to ask: start the chat with --ego MODEL")
         before = self.chat.messages
-        self.chat.messages = list(last.asked[:-1])
+        self.chat.messages = list(last.conversation[:-1])
         try:
-            self._ask(last.asked[-1]["content"], hand_over="always")
+            self._ask(last.conversation[-1]["content"], hand_over="always")
         except (ConchError, KeyboardInterrupt):
             self.chat.messages = before
             raise
@@ -261,7 +247,7 @@ class TerminalChat:
         answer = last.answer
         new = self.pipeline.record_success(
             answer.domain,
-            last.asked,
+            last.conversation,
             answer.text,
             confidence=answer.confidence,
             by=answer.answered_by,
@@ -279,12 +265,12 @@ class TerminalChat:
                 "there is no EGO to correct the answer: say yourself what should have been said "
                 "with /better TEXT, or start the chat with --ego MODEL"
             )
-        with self.screen.waiting("EGO corrects the answer"):
-            found = self.suite.ego.correct_failure(
-                last.answer.domain, last.asked, last.answer.text, rest
+        with self.screen.notes.status("EGO corrects the answer"):
+            correction = self.suite.ego.correct_failure(
+                last.answer.domain, last.conversation, last.answer.text, rest
             )
-        self.screen.say(f"{found.text}\n")
-        self._correct(last, found.text, found.finish_reason)
+        self.screen.say(f"{correction.text}\n")
+        self._correct(last, correction.text, correction.finish_reason)
 
     def _better(self, rest: str) -> None:
         last = self._newest()
@@ -292,11 +278,11 @@ class TerminalChat:
             raise ConchError("say what should have been said: /better TEXT")
         self._correct(last, rest, "stop")
 
-    def _correct(self, last: Last, better: str, finish_reason: str) -> None:
+    def _correct(self, last: Exchange, better: str, finish_reason: str) -> None:
         answer = last.answer
         new = self.pipeline.record_correction(
             answer.domain,
-            last.asked,
+            last.conversation,
             answer.text,
             better,
             problem=last.problem,
@@ -305,10 +291,10 @@ class TerminalChat:
             finish_reason=finish_reason,
         )
         # The conversation goes on from what should have been said.
-        self.chat.messages = [*last.asked, {"role": "assistant", "content": better}]
+        self.chat.messages = [*last.conversation, {"role": "assistant", "content": better}]
         self._recorded(new, "a correction")
 
-    def _newest(self) -> Last:
+    def _newest(self) -> Exchange:
         if self.last is None:
             raise ConchError("there is no answer yet: ask something first")
         return self.last
@@ -316,8 +302,8 @@ class TerminalChat:
     def _recorded(self, new: bool, what: str) -> None:
         assert self.last is not None
         domain = self.last.answer.domain
-        told = f"recorded as {what} of {domain}" if new else "that is recorded already"
-        self.screen.note(f"{told}; {self.pipeline.should_retrain(domain).reason}")
+        outcome = f"recorded as {what} of {domain}" if new else "that is recorded already"
+        self.screen.note(f"{outcome}; {self.pipeline.should_retrain(domain).reason}")
 
 
 def _piped_line() -> str:
