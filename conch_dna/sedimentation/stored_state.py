@@ -19,8 +19,7 @@ from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.edge import MANIFEST
-from conch_dna.sedimentation.stores.folders import LOG, VECTORS, VERSIONS, state_of
-from conch_dna.sedimentation.stores.open_store import open_store
+from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS, open_store, state_of
 
 
 class StoredState:

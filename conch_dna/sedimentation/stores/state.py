@@ -5,22 +5,12 @@ Knows neither files nor servers. What more a store must remember of a version: `
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.stores.contract import RAW
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-class Found(NamedTuple):
-    """A stored document: its payload with reserved fields, and a vector or a score if asked for."""
-
-    key: str
-    payload: Mapping[str, Any]
-    vector: Any = None
-    score: float = 0.0
+VERSION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +25,10 @@ class VersionState:
         building: Versions that were not, or that are being deleted, with their dimension.
     """
 
-    active: str = RAW
+    active: str
     previous: str | None = None
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     building: dict[str, int] = field(default_factory=dict)
-
-    def as_document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def checked_identity(
