@@ -12,8 +12,10 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import named_settings, option, option_problem
-from conch_dna.sedimentation.choices import KINDS, SCHEDULES
 
+# Kinds of adapters, and how the teacher's weight changes over the epochs of a cycle.
+KINDS = ("identity", "ridge", "procrustes", "low_rank", "residual")
+SCHEDULES = ("constant", "linear", "cosine", "step")
 TRAINING_MODES = ("baseline", "offline", "hybrid")
 VECTOR_SPACES = ("symmetric", "asymmetric")
 FUSIONS = ("none", "rrf")

@@ -17,7 +17,7 @@ from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import main
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.cli import sediment
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.local import unclosed_files_allowed
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.engine import AntigravityEngine
 from topic_models import WORDS, documents, write_models

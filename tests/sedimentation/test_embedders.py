@@ -17,10 +17,10 @@ from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.embedders import contract as embedding_contract
 from conch_dna.sedimentation.embedders import local as local_embedders
 from conch_dna.sedimentation.embedders import make_student, ollama
-from conch_dna.sedimentation.embedders.open_embedder import Embedder, open_embedder
-from conch_dna.sedimentation.embedders.places import MINILM, find_model, model_digest
-from conch_dna.sedimentation.embedders.teacher_cache import CachedEmbedder
-from conch_dna.sedimentation.embedders.teacher_ensemble import TeacherEnsemble
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.local import MINILM, find_model, model_digest
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.sedimentation.embedders.teachers import CachedEmbedder, TeacherEnsemble
 from tiny_embedders import make_tiny_teacher, ollama_server, tiny_texts
 
 TEXTS = ["baba ceba", "foka", "lemi nopu guce baba", "didi dino foka gule kaka mimi"]
@@ -34,7 +34,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> make_student.StudentMade:
+def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> make_student.StudentSummary:
     folder = tmp_path_factory.mktemp("students") / "student"
     return make_student.make_student(str(teacher), folder, dimension=16, device="cpu")
 

@@ -9,12 +9,12 @@ import pytest
 from qdrant_client import models
 
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores import server as server_store
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.server import ServerStore, shown_url
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
-from conch_dna.sedimentation.vectors import unit
 from qdrant_over_http import QdrantOverHttp
 
 D = 8

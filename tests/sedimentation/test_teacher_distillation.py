@@ -30,9 +30,9 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
 )
-from conch_dna.sedimentation.embedders import teacher_cache
+from conch_dna.sedimentation.embedders import teachers as teacher_embedders
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
-from conch_dna.sedimentation.embedders.teacher_cache import CachedEmbedder, VectorCache
+from conch_dna.sedimentation.embedders.teachers import CachedEmbedder, VectorCache
 from tiny_embedders import make_tiny_teacher, tiny_texts
 
 TEXTS = tiny_texts(60, seed=7)
@@ -178,7 +178,7 @@ def test_a_truncated_shard_is_found_too(helper, tmp_path):
 
 
 def test_large_inputs_go_shard_by_shard(helper, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 16)
+    monkeypatch.setattr(teacher_embedders, "SHARD_ROWS", 16)
     texts = [*TEXTS[:20], "", *TEXTS[20:40]]
     found = helper.embed(iter(texts))
     assert found.kept == [*range(20), *range(21, 41)] and list(found.errors) == [20]

@@ -20,15 +20,19 @@ import numpy as np
 from conch_dna import provenance
 from conch_dna.checkpoints import write_folder
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
-from conch_dna.sedimentation.embedders.local import SentenceTransformersEmbedder, open_local
-from conch_dna.sedimentation.embedders.places import STUDENT_FILE, model_digest
+from conch_dna.sedimentation.embedders.local import (
+    STUDENT_FILE,
+    SentenceTransformersEmbedder,
+    model_digest,
+    open_local,
+    unclosed_files_allowed,
+)
 
 WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentMade:
+class StudentSummary:
     """What `make_student` wrote.
 
     Attributes:
@@ -64,7 +68,7 @@ def make_student(
     most_words: int = 20_000,
     device: str | None = None,
     trust_remote_code: bool = False,
-) -> StudentMade:
+) -> StudentSummary:
     """Distil a static student from a teacher; its folder appears whole or not at all.
 
     Each token goes through the teacher's transformer alone; the vectors are reduced by principal
@@ -121,7 +125,7 @@ def make_student(
     student.embedding = np.ascontiguousarray(student.embedding)
     # Else it holds the path of the teacher's folder, and the digest depends on the machine.
     student.config["tokenizer_name"] = student.base_model_name = Path(teacher.name).name
-    return StudentMade(
+    return StudentSummary(
         folder=folder,
         digest=_write(student, folder, teacher),
         teacher=teacher.name,

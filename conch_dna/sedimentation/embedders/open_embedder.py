@@ -5,11 +5,9 @@ To add a kind: a module beside ollama.py, a branch in `open_embedder`, a row in 
 """
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.contract import Embedded, Embedder
+from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.embedders.local import open_local
 from conch_dna.sedimentation.embedders.ollama import OLLAMA, OllamaEmbedder
-
-__all__ = ["Embedded", "Embedder", "open_embedder"]
 
 
 def open_embedder(

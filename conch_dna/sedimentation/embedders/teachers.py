@@ -1,9 +1,10 @@
-"""A teacher's vectors on disk, found again by the content of text and teacher.
+"""Teachers: an embedder whose vectors are kept on disk, and several embedders as one.
 
-Knows an embedder and one folder format; nothing of targets, students or stores. A shard is a
+Knows embedders and one folder format; nothing of targets, students or stores. A shard is a
 safetensors file named by its own digest, never changed: several processes may add at once, a kill
 loses what was not yet a shard, and a damaged one is found, deleted and computed again.
-To change what a vector depends on: put it into `_key` or into the embedder's digest.
+To change what a vector depends on: put it into `_key` or into the embedder's digest. To combine
+teachers otherwise: another subclass of `Embedder`.
 """
 
 import logging
@@ -17,7 +18,7 @@ import numpy as np
 from conch_dna.checkpoints import write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problem_of
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of, unit
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _key(text: str, *, queries: bool) -> bytes:
     return bytes.fromhex(content_digest("query" if queries else "document", text))
 
 
-class CachedEmbedder:
+class CachedEmbedder(Embedder):
     """An embedder that computes a text's vector once; the model loads only for what is missing.
 
     Args:
@@ -171,17 +172,7 @@ class CachedEmbedder:
         """The embedder's, and where its vectors are kept."""
         return f"{self.embedder.report}, cached in {self.cache.folder}"
 
-    def documents(self, texts: Iterable[str]) -> Embedded:
-        """See `Embedder`."""
-        return self._embed(texts, queries=False)
-
-    def queries(self, texts: Iterable[str]) -> Embedded:
-        """See `Embedder`."""
-        return self._embed(texts, queries=True)
-
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
-        if isinstance(texts, str):
-            return self.embedder.documents(texts)  # refuses it, as it does without a cache
         parts = list(self._parts(iter(texts), queries=queries))
         if not parts:
             return Embedded(np.zeros((0, self.dimension), np.float32), [])
@@ -200,11 +191,7 @@ class CachedEmbedder:
             yield self._part(batch, queries=queries)
 
     def _part(self, texts: list[str], *, queries: bool) -> Embedded:
-        errors = {
-            number: reason
-            for number, text in enumerate(texts)
-            if (reason := problem_of(text)) is not None
-        }
+        errors = problems_of(texts)
         keys = {
             number: _key(text, queries=queries)
             for number, text in enumerate(texts)
@@ -226,16 +213,81 @@ class CachedEmbedder:
         """Embed what is missing, add it to the shards and to `vectors`; reasons of the rest."""
         if not missing:
             return {}
-        embed = self.embedder.queries if queries else self.embedder.documents
-        made, keys = embed(missing.values()), list(missing)
-        known = self.cache.dimension
-        if known is not None and made.vectors.shape[1] != known:
+        keys = list(missing)
+        fresh = self.embedder.embed(missing.values(), queries=queries)
+        dimension = fresh.vectors.shape[1]
+        if self.cache.dimension not in (None, dimension):
             raise ConchError(
-                f"{self.name} gives {made.vectors.shape[1]} dimensions and {self.cache.folder} "
-                f"holds vectors of {known}: delete that folder"
+                f"{self.name} gives {dimension} dimensions and {self.cache.folder} holds vectors "
+                f"of {self.cache.dimension}: delete that folder"
             )
-        kept = [keys[number] for number in made.kept]
-        self.cache.add(kept, made.vectors)
+        kept = [keys[number] for number in fresh.kept]
+        self.cache.add(kept, fresh.vectors)
         self.computed += len(kept)
-        vectors.update(zip(kept, made.vectors, strict=True))
-        return {keys[number]: reason for number, reason in made.errors.items()}
+        vectors.update(zip(kept, fresh.vectors, strict=True))
+        return {keys[number]: reason for number, reason in fresh.errors.items()}
+
+
+class TeacherEnsemble(Embedder):
+    """Vectors of several embedders, each times √weight, side by side.
+
+    The weights sum to 1, so rows have length 1 and the cosine of two texts is the weighted mean
+    of the embedders' cosines. A text that one of them cannot embed is an error.
+
+    Args:
+        embedders: Two or more.
+        weights: One for each, above 0; scaled to sum to 1. Equal where None.
+
+    Raises:
+        ConchError: The weights do not fit.
+    """
+
+    def __init__(self, embedders: Sequence[Embedder], weights: Sequence[float] | None) -> None:
+        shares = np.asarray([1.0] * len(embedders) if weights is None else weights, np.float64)
+        if shares.shape != (len(embedders),) or not (np.isfinite(shares) & (shares > 0)).all():
+            raise ConchError(
+                f"weights {list(weights or [])} do not fit {len(embedders)} teachers: give each "
+                "one number above 0"
+            )
+        self.embedders = tuple(embedders)
+        self.weights = tuple(float(weight) for weight in shares / shares.sum())
+
+    @property
+    def name(self) -> str:
+        """Names and weights."""
+        parts = zip(self.weights, self.embedders, strict=True)
+        return " + ".join(f"{weight:.3g} {embedder.name}" for weight, embedder in parts)
+
+    @property
+    def dimension(self) -> int:
+        """The sum of theirs."""
+        return sum(embedder.dimension for embedder in self.embedders)
+
+    @property
+    def digest(self) -> str:
+        """Content address of theirs and the weights."""
+        parts = zip(self.weights, self.embedders, strict=True)
+        return content_digest(
+            "ensemble",
+            *(part for weight, each in parts for part in (repr(weight), each.digest)),
+        )
+
+    @property
+    def report(self) -> str:
+        """What it is, and theirs one after another."""
+        parts = "; ".join(embedder.report for embedder in self.embedders)
+        return f"{self.name}, {self.dimension} dimensions: {parts}"
+
+    def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
+        texts = list(texts)
+        parts = [embedder.embed(texts, queries=queries) for embedder in self.embedders]
+        errors: dict[int, str] = {}
+        for part in reversed(parts):
+            errors |= part.errors
+        kept = [number for number in parts[0].kept if number not in errors]
+        columns = []
+        for weight, part in zip(self.weights, parts, strict=True):
+            row = {number: place for place, number in enumerate(part.kept)}
+            columns.append(np.sqrt(weight) * part.vectors[[row[number] for number in kept]])
+        vectors = unit(np.concatenate(columns, axis=1), what="teachers' vectors")
+        return Embedded(vectors, kept, dict(sorted(errors.items())))
