@@ -387,37 +387,25 @@ def export(location: str, folder: str, version: str | None, **options: Any) -> N
 def make_student_command(
     teacher: str,
     folder: str,
-    dimension: int,
     vocabulary_files: tuple[str, ...],
-    least_count: int,
-    most_words: int,
-    device: str | None,
-    trust_remote_code: bool,
     json_file: str | None,
+    **options: Any,
 ) -> None:
     """Make a small, fast student from a teacher: a vector for each of its tokens."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from conch_dna.sedimentation.embedders.make_student import make_student
 
-    made = make_student(
-        teacher,
-        folder,
-        dimension=dimension,
-        vocabulary_from=(
-            row if isinstance(row, str) else embedded_text(row)
-            for row in read_document_files(vocabulary_files)
-        ),
-        least_count=least_count,
-        most_words=most_words,
-        device=device,
-        trust_remote_code=trust_remote_code,
+    texts = (
+        row if isinstance(row, str) else embedded_text(row)
+        for row in read_document_files(vocabulary_files)
     )
+    student = make_student(teacher, folder, vocabulary_from=texts, **options)
     click.echo(
-        f"{made.folder}: {made.tokens:,} tokens in {made.dimension} dimensions from "
-        f"{made.teacher}, {made.words_added:,} of {made.words_found:,} words added, "
-        f"{made.seconds:.1f} s"
+        f"{student.folder}: {student.tokens:,} tokens in {student.dimension} dimensions from "
+        f"{student.teacher}, {student.words_added:,} of {student.words_found:,} words added, "
+        f"{student.seconds:.1f} s"
     )
-    _write_json(json_file, {**asdict(made), "folder": str(made.folder)})
+    _write_json(json_file, {**asdict(student), "folder": str(student.folder)})
 
 
 @passed_on(

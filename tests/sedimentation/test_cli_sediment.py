@@ -316,7 +316,9 @@ def test_a_weight_outside_its_range_is_brought_back_with_a_warning(
 def test_refusals_of_changes(store: Path, models: dict[str, str]) -> None:
     one_line(run("distill", store), "mode offline in the symmetric space needs a teacher: give --t")
     mode = run("cycle", store, "--mode", "fast")
-    assert mode.exit_code == 2 and "'fast' is not one of 'baseline', 'offline', 'hybr" in mode.stderr
+    assert (
+        mode.exit_code == 2 and "'fast' is not one of 'baseline', 'offline', 'hybr" in mode.stderr
+    )
     one_line(run("cycle", store, "--epochs", 0), "epochs is 0: it must be 1 or more")
     baseline = run("distill", store, "--teacher", models["teacher"], "--mode", "baseline")
     one_line(baseline, "offline distillation needs a teacher")

@@ -9,7 +9,8 @@ teachers otherwise: another subclass of `Embedder`.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -41,29 +42,28 @@ class VectorCache:
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder / digest[:32]
         self.damaged: list[str] = []
-        self._places: dict[bytes, tuple[Path, int]] | None = None
         self._dimension: int | None = None
         self._last: tuple[Path, np.ndarray] | None = None
 
     @property
     def dimension(self) -> int | None:
         """Of the vectors; None where there are none."""
-        self._read()
-        return self._dimension
+        # Reading the shards tells it.
+        return self._dimension if self._places else None
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self._places)
 
-    def _read(self) -> dict[bytes, tuple[Path, int]]:
+    @cached_property
+    def _places(self) -> dict[bytes, tuple[Path, int]]:
         """Where each key's vector lies; the shards are verified the first time."""
-        if self._places is None:
-            self._places = {}
-            for path in self.folder.glob(".writing-*"):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    path.unlink(missing_ok=True)
-            for path in sorted(self.folder.glob("vectors-*.safetensors")):
-                self._read_shard(path, self._places)
-        return self._places
+        places: dict[bytes, tuple[Path, int]] = {}
+        for path in self.folder.glob(".writing-*"):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink(missing_ok=True)
+        for path in sorted(self.folder.glob("vectors-*.safetensors")):
+            self._read_shard(path, places)
+        return places
 
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
         from safetensors.numpy import load
@@ -82,9 +82,9 @@ class VectorCache:
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The vectors `[D]` of those keys that have one."""
-        places = self._read()
+        places = self._places
         known = sorted(
-            ((*places[key], key) for key in set(keys) if key in places), key=lambda found: found[:2]
+            ((*places[key], key) for key in set(keys) if key in places), key=lambda place: place[:2]
         )
         return {key: self._vectors(path)[row] for path, row, key in known}
 
@@ -109,7 +109,7 @@ class VectorCache:
 
         if not keys:
             return
-        places = self._read()
+        places = self._places
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 32)
         data = save({"keys": names, "vectors": np.ascontiguousarray(vectors, np.float32)})
         path = self.folder / _shard_name(data)
@@ -141,16 +141,13 @@ class CachedEmbedder(Embedder):
     def __init__(self, embedder: Embedder, folder: Path) -> None:
         self.embedder = embedder
         self._folder = folder
-        self._cache: VectorCache | None = None
         self.computed = 0
         self.found = 0
 
-    @property
+    @cached_property
     def cache(self) -> VectorCache:
         """Its shards."""
-        if self._cache is None:
-            self._cache = VectorCache(self._folder, self.embedder.digest)
-        return self._cache
+        return VectorCache(self._folder, self.embedder.digest)
 
     @property
     def name(self) -> str:
@@ -173,7 +170,11 @@ class CachedEmbedder(Embedder):
         return f"{self.embedder.report}, cached in {self.cache.folder}"
 
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
-        parts = list(self._parts(iter(texts), queries=queries))
+        source = iter(texts)
+        # A shard's worth at a time, so that a kill loses no more than that.
+        parts = []
+        while batch := list(islice(source, SHARD_ROWS)):
+            parts.append(self._part(batch, queries=queries))
         if not parts:
             return Embedded(np.zeros((0, self.dimension), np.float32), [])
         kept: list[int] = []
@@ -184,11 +185,6 @@ class CachedEmbedder(Embedder):
             errors |= {start + number: reason for number, reason in part.errors.items()}
             start += len(part.kept) + len(part.errors)
         return Embedded(np.concatenate([part.vectors for part in parts]), kept, errors)
-
-    def _parts(self, texts: Iterator[str], *, queries: bool) -> Iterator[Embedded]:
-        """A shard's worth at a time, so that a kill loses no more than that."""
-        while batch := list(islice(texts, SHARD_ROWS)):
-            yield self._part(batch, queries=queries)
 
     def _part(self, texts: list[str], *, queries: bool) -> Embedded:
         errors = problems_of(texts)

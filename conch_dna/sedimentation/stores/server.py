@@ -11,8 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,7 +22,6 @@ from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
 from conch_dna.sedimentation.stores.state import VERSION_NAME, VersionState, checked_identity
 from conch_dna.sedimentation.stores.stored_documents import Record
 
-Result = TypeVar("Result")
 MEMORY = ":memory:"
 FORMAT = 1
 # Field of the raw collection's metadata; its value is text, as a server merges objects.
@@ -113,11 +111,13 @@ class ServerStore(VectorStore):
             self._client.close()
             raise
 
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        """What a call to the server gives, made again while it cannot be reached.
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a call of the client gives, made again while the server cannot be reached.
 
         Args:
             call: Does no harm when it is made twice, as its answer can be lost.
+            *arguments: Of the call.
+            **options: Of the call.
 
         Raises:
             ConchError: The server refuses, or cannot be reached.
@@ -127,7 +127,7 @@ class ServerStore(VectorStore):
 
         for wait_s in (*RETRY_WAITS_S, None):
             try:
-                return call()
+                return call(*arguments, **options)
             except (ApiException, QdrantException) as error:
                 reason, is_passing = _reason(error)
                 if not is_passing:
@@ -149,9 +149,9 @@ class ServerStore(VectorStore):
 
     def _read_about(self) -> _About | None:
         raw = self._name(RAW)
-        if not self._ask(lambda: self._client.collection_exists(raw)):
+        if not self._ask(self._client.collection_exists, raw):
             return None
-        info = self._ask(lambda: self._client.get_collection(raw))
+        info = self._ask(self._client.get_collection, raw)
         text = (info.config.metadata or {}).get(ABOUT)
         if text is None:
             raise ConchError(
@@ -164,49 +164,43 @@ class ServerStore(VectorStore):
         return _About(**document)
 
     def _write_about(self, about: _About) -> None:
-        raw, metadata = self._name(RAW), about.as_metadata()
-        self._ask(lambda: self._client.update_collection(raw, metadata=metadata))
+        metadata = about.as_metadata()
+        self._ask(self._client.update_collection, self._name(RAW), metadata=metadata)
 
     def _make(self) -> None:
         about = _About(self.identity, RAW, {}, {}, {})
-        self._make_collection(RAW, int(self.identity["dimension"]), about.as_metadata())
+        self._create(RAW, int(self.identity["dimension"]), about.as_metadata())
         self._move_alias(RAW)
 
-    def _make_collection(
-        self, version: str, dimension: int, metadata: dict[str, Any] | None = None
-    ) -> None:
+    def _create(self, name: str, dimension: int, metadata: dict[str, Any] | None = None) -> None:
         vectors = self._models.VectorParams(size=dimension, distance=self._models.Distance.DOT)
+        collection = self._name(name)
 
-        def make() -> None:
+        def create() -> None:
             # A first attempt may have arrived though its answer did not.
-            if not self._client.collection_exists(self._name(version)):
+            if not self._client.collection_exists(collection):
                 self._client.create_collection(
-                    self._name(version), vectors_config=vectors, metadata=metadata
+                    collection, vectors_config=vectors, metadata=metadata
                 )
 
-        self._ask(make)
+        self._ask(create)
 
     def _alias(self) -> str | None:
         """The version that the alias leads to; None if there is no alias."""
-        aliases = self._ask(lambda: self._client.get_aliases()).aliases
-        for one in aliases:
-            if one.alias_name == self.collection:
-                name: str = one.collection_name
-                if not name.startswith(f"{self.collection}_"):
-                    raise ConchError(
-                        f"{self.place}: the alias leads to {name}: choose another name"
-                    )
-                return name.removeprefix(f"{self.collection}_")
-        return None
+        aliases = self._ask(self._client.get_aliases).aliases
+        targets = {each.alias_name: each.collection_name for each in aliases}
+        name: str | None = targets.get(self.collection)
+        if name is None:
+            return None
+        if not name.startswith(f"{self.collection}_"):
+            raise ConchError(f"{self.place}: the alias leads to {name}: choose another name")
+        return name.removeprefix(f"{self.collection}_")
 
     def _move_alias(self, version: str) -> None:
-        models = self._models
-        move = models.CreateAliasOperation(
-            create_alias=models.CreateAlias(
-                collection_name=self._name(version), alias_name=self.collection
-            )
-        )
-        self._ask(lambda: self._client.update_collection_aliases([move]))
+        name = self._name(version)
+        alias = self._models.CreateAlias(collection_name=name, alias_name=self.collection)
+        move = self._models.CreateAliasOperation(create_alias=alias)
+        self._ask(self._client.update_collection_aliases, [move])
 
     def refresh(self) -> None:
         """Read which version is active, which may be another process's doing."""
@@ -282,25 +276,30 @@ class ServerStore(VectorStore):
             batch = self._models.Batch(
                 ids=keys[part], vectors=rows[part].tolist(), payloads=stored[part]
             )
-            self._ask(partial(self._client.upsert, self._name(version), points=batch, wait=True))
+            self._ask(self._client.upsert, self._name(version), points=batch, wait=True)
 
     def _fetch(
         self, keys: list[str], version: str, *, payload: bool | list[str], vector: bool
     ) -> list[Record]:
-        name = self._name(version)
         points = self._ask(
-            lambda: self._client.retrieve(name, ids=keys, with_payload=payload, with_vectors=vector)
+            self._client.retrieve,
+            self._name(version),
+            ids=keys,
+            with_payload=payload,
+            with_vectors=vector,
         )
         return [Record(str(each.id), each.payload, each.vector) for each in points]
 
     def _scroll(
         self, version: str, offset: Any, size: int, payload: bool | list[str]
     ) -> tuple[list[Record], Any]:
-        name = self._name(version)
         points, following = self._ask(
-            lambda: self._client.scroll(
-                name, limit=size, offset=offset, with_payload=payload, with_vectors=True
-            )
+            self._client.scroll,
+            self._name(version),
+            limit=size,
+            offset=offset,
+            with_payload=payload,
+            with_vectors=True,
         )
         return [Record(str(each.id), each.payload, each.vector) for each in points], following
 
@@ -321,28 +320,19 @@ class ServerStore(VectorStore):
         for first in range(0, len(queries), size):
             requests = [
                 models.QueryRequest(
-                    query=row,
-                    limit=top_k,
-                    filter=condition,
-                    with_payload=True,
-                    params=params,
+                    query=row, limit=top_k, filter=condition, with_payload=True, params=params
                 )
                 for row in queries[first : first + size].tolist()
             ]
-            answers += self._ask(
-                partial(self._client.query_batch_points, self._name(version), requests=requests)
-            )
+            name = self._name(version)
+            answers += self._ask(self._client.query_batch_points, name, requests=requests)
         return [
             [Record(str(each.id), each.payload, score=each.score) for each in answer.points]
             for answer in answers
         ]
 
     def _count(self, version: str) -> int:
-        name = self._name(version)
-        return self._ask(lambda: int(self._client.count(name, exact=True).count))
-
-    def _create(self, name: str, dimension: int) -> None:
-        self._make_collection(name, dimension)
+        return int(self._ask(self._client.count, self._name(version), exact=True).count)
 
     def _fill(self, name: str, keys: list[str], rows: np.ndarray) -> None:
         # Each collection has the payloads, so that filters work on it.
@@ -350,7 +340,7 @@ class ServerStore(VectorStore):
         self._upsert(name, keys, [dict(records[key].payload) for key in keys], rows)
 
     def _erase(self, name: str) -> None:
-        self._ask(lambda: self._client.delete_collection(self._name(name)))
+        self._ask(self._client.delete_collection, self._name(name))
 
     def _release(self) -> None:
         self._client.close()
