@@ -101,11 +101,6 @@ class Embedder(ABC):
     def digest(self) -> str:
         """Content address of what decides its vectors; told without loading the model."""
 
-    @property
-    @abstractmethod
-    def report(self) -> str:
-        """One line for a person: what it is, where it comes from, what it does to long texts."""
-
     @abstractmethod
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
         """Vectors of any number of texts; an error of one leaves the others as they are."""

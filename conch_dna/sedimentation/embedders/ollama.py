@@ -124,16 +124,6 @@ class OllamaEmbedder(CheckedEmbedder):
         """Content address: the server's digest of the model, and the prefixes."""
         return content_digest("ollama", self._model_digest, *self.prefixes)
 
-    @property
-    def report(self) -> str:
-        """What it is; a too long text is refused, not cut."""
-        query, document = self.prefixes
-        shown = f"prefixes {query!r} and {document!r}" if query or document else "no prefixes"
-        return (
-            f"{self.name} at {self.address}, {self.dimension} dimensions, {shown}, refuses texts "
-            "that are too long"
-        )
-
     def _find_model(self) -> str:
         wanted = self.model if ":" in self.model.split("/")[-1] else f"{self.model}:latest"
         try:

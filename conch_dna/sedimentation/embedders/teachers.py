@@ -34,14 +34,10 @@ class VectorCache:
     Args:
         folder: Of all caches; this one lies in a folder below, named by the embedder's digest.
         digest: The embedder's.
-
-    Attributes:
-        damaged: Names of shards that were found damaged and deleted.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder / digest[:32]
-        self.damaged: list[str] = []
         self._dimension: int | None = None
         self._last: tuple[Path, np.ndarray] | None = None
 
@@ -73,7 +69,6 @@ class VectorCache:
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
             )
-            self.damaged.append(path.name)
             path.unlink(missing_ok=True)
             return
         arrays = load(data)
@@ -163,11 +158,6 @@ class CachedEmbedder(Embedder):
     def digest(self) -> str:
         """The embedder's."""
         return self.embedder.digest
-
-    @property
-    def report(self) -> str:
-        """The embedder's, and where its vectors are kept."""
-        return f"{self.embedder.report}, cached in {self.cache.folder}"
 
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
         source = iter(texts)
@@ -267,12 +257,6 @@ class TeacherEnsemble(Embedder):
             "ensemble",
             *(part for weight, each in parts for part in (repr(weight), each.digest)),
         )
-
-    @property
-    def report(self) -> str:
-        """What it is, and theirs one after another."""
-        parts = "; ".join(embedder.report for embedder in self.embedders)
-        return f"{self.name}, {self.dimension} dimensions: {parts}"
 
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
         texts = list(texts)
