@@ -345,20 +345,20 @@ def export(location: str, folder: str, version: str | None, **options: Any) -> N
 
     options |= {"model": None, "teachers": (), "teacher_shares": ()}
     with opened_engine(location, ChelationConfig(), options) as engine:
-        chosen = version or engine.versions.active
-        known = [RAW, *engine.store.versions()]
-        if chosen not in known:
-            raise ConchError(f"the store has no version {chosen}: it has {', '.join(known)}")
+        name = version or engine.versions.active
+        names = [RAW, *engine.store.versions()]
+        if name not in names:
+            raise ConchError(f"the store has no version {name}: it has {', '.join(names)}")
         student = engine.student
         if not isinstance(student, LocalEmbedder):
             raise ConchError(
                 f"the student {student.name} is no model of this machine: only those of "
                 "sentence-transformers and model2vec can be exported"
             )
-        adapter = engine.versions.adapter(chosen)
-        origin = engine.versions.origin(chosen)
+        adapter = engine.versions.adapter(name)
+        origin = engine.versions.origin(name)
         export_sentence_transformer(student.model, adapter, Path(folder).expanduser())
-    click.echo(f"{chosen} is a sentence-transformers model in {folder}")
+    click.echo(f"{name} is a sentence-transformers model in {folder}")
     if origin["documents"] == OF_TEACHER:
         click.echo(f"it embeds queries; the documents' vectors are those of {origin['teacher']}")
 

@@ -140,13 +140,13 @@ class ChelationConfig:
         except ConchError as error:
             raise ConchError(f"{source}: {error}") from error
 
-    def having(self, **given: Any) -> "ChelationConfig":
-        """The same settings with those that are given, and not None, in their place.
+    def having(self, **values: Any) -> "ChelationConfig":
+        """The same settings with these values, as far as they are not None.
 
         Raises:
             ConchError: See the class.
         """
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""

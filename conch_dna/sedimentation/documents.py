@@ -23,7 +23,6 @@ DocumentId = str | int
 AUTO, JSONL, LINES = "auto", "jsonl", "lines"
 FORMATS = (AUTO, JSONL, LINES)
 STANDARD_INPUT = "-"
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -64,46 +63,46 @@ def embedded_text(payload: Mapping[str, Any]) -> str:
     return f"{payload.get(TITLE) or ''} {payload.get(TEXT) or ''}".strip()
 
 
-def read_documents(given: Iterable[Any]) -> Iterator[Document]:
-    """Documents of whatever a user gives, one after the other, never all in memory.
+def read_documents(source: Iterable[Any]) -> Iterator[Document]:
+    """Documents out of whatever a user has, one after the other, never all in memory.
 
     Args:
-        given: Texts; or mappings with `text` and, each optional, `id` (or `_id`, as BEIR has it),
+        source: Texts; or mappings with `text` and, each optional, `id` (or `_id`, as BEIR has it),
             `title` and `payload`.
 
     Raises:
         ConchError: One is neither, has no text, an id that is none, or a field that is not known;
             it is named by its number.
     """
-    if isinstance(given, (str, Mapping)):
+    if isinstance(source, (str, Mapping)):
         raise ConchError("documents are given as a list or another iterable, not as a single one")
-    for number, each in enumerate(given, 1):
+    for number, each in enumerate(source, 1):
         yield _document(each, number)
 
 
-def _document(given: Any, number: int) -> Document:
-    if isinstance(given, str):
-        given = {"text": given}
-    if not isinstance(given, Mapping):
+def _document(row: Any, number: int) -> Document:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, Mapping):
         raise ConchError(
-            f"document {number} is a {type(given).__name__}: give a text, or a mapping with id, "
+            f"document {number} is a {type(row).__name__}: give a text, or a mapping with id, "
             "title, text and payload"
         )
-    unknown = sorted(str(name) for name in set(given) - set(FIELDS))
+    unknown = sorted(str(name) for name in set(row) - set(FIELDS))
     if unknown:
         raise ConchError(
             f"document {number} has unknown fields {', '.join(unknown)}: put them into its payload"
         )
-    title, text = (given.get(name) or "" for name in (TITLE, TEXT))
+    title, text = (row.get(name) or "" for name in (TITLE, TEXT))
     if not (isinstance(title, str) and isinstance(text, str) and (title + text).strip()):
         raise ConchError(f"document {number} has no text: leave it out, or give it one")
-    payload = given.get("payload") or {}
+    payload = row.get("payload") or {}
     if not isinstance(payload, Mapping) or {TITLE, TEXT} & set(payload):
         raise ConchError(
             f"document {number}: its payload must be a mapping without the fields title and text, "
             "which are the document's own"
         )
-    name = given.get("id", given.get("_id"))
+    name = row.get("id", row.get("_id"))
     if name is None:
         name = content_digest(title, text)[:32]
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
@@ -148,15 +147,11 @@ def count_lines(paths: Sequence[str]) -> int:
         return 0
     total = 0
     for path in paths:
-        last = b"\n"
         try:
             with _opened(path) as file:
-                while chunk := file.read(_CHUNK):
-                    total += chunk.count(b"\n")
-                    last = chunk[-1:]
+                total += sum(1 for _ in file)
         except OSError as error:
             raise _unreadable(path, error) from error
-        total += last != b"\n"
     return total
 
 

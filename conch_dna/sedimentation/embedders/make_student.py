@@ -109,8 +109,8 @@ def make_student(
     most = int(model.config.hidden_size)
     if not 1 <= dimension <= most:
         raise ConchError(f"dimension {dimension} is not between 1 and the {most} of {teacher_name}")
-    found = _split_words(vocabulary_from or (), tokenizer, least_count=least_count)
-    words = found[:most_words]
+    frequent = _split_words(vocabulary_from or (), tokenizer, least_count=least_count)
+    words = frequent[:most_words]
     student = distil(
         model, tokenizer, vocabulary=words, device=device, pca_dims=dimension, quantize_to="float32"
     )
@@ -132,7 +132,7 @@ def make_student(
         teacher_digest=teacher.digest,
         dimension=dimension,
         tokens=len(student.tokens),
-        words_found=len(found),
+        words_found=len(frequent),
         words_added=len(words),
         seconds=time.monotonic() - start,
     )

@@ -40,15 +40,15 @@ def server_address(host: str | None) -> str:
     Raises:
         ConchError: It is no address.
     """
-    given = (host or "").strip()
-    scheme, _, rest = given.rpartition("://")
+    text = (host or "").strip()
+    scheme, _, rest = text.rpartition("://")
     try:
         port = {"": 11434, "http": 80, "https": 443}[scheme]
         parts = urllib.parse.urlsplit(f"//{rest}")
         port = parts.port or port
     except (KeyError, ValueError) as error:
         raise ConchError(
-            f"OLLAMA_HOST is {given!r}, which is no address: write host, host:port or "
+            f"OLLAMA_HOST is {text!r}, which is no address: write host, host:port or "
             "http://host:port"
         ) from error
     name = parts.hostname or "127.0.0.1"
@@ -125,7 +125,7 @@ class OllamaEmbedder(CheckedEmbedder):
         return content_digest("ollama", self._model_digest, *self.prefixes)
 
     def _find_model(self) -> str:
-        wanted = self.model if ":" in self.model.split("/")[-1] else f"{self.model}:latest"
+        tagged = self.model if ":" in self.model.split("/")[-1] else f"{self.model}:latest"
         try:
             models = self._request("/api/tags").get("models", [])
             digests = {str(model["name"]): str(model["digest"]) for model in models}
@@ -133,12 +133,12 @@ class OllamaEmbedder(CheckedEmbedder):
             raise ConchError(
                 f"{self.address} does not answer as Ollama does: check OLLAMA_HOST"
             ) from error
-        if wanted not in digests:
+        if tagged not in digests:
             raise ConchError(
-                f"Ollama at {self.address} has no model {wanted}: run `ollama pull {self.model}`; "
+                f"Ollama at {self.address} has no model {tagged}: run `ollama pull {self.model}`; "
                 f"it has {', '.join(sorted(digests)) or 'none'}"
             )
-        return digests[wanted]
+        return digests[tagged]
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         prefix = self.prefixes[0 if queries else 1]

@@ -30,12 +30,12 @@ def conditions_of(where: Where | None) -> dict[str, list[str | int | bool]]:
         ConchError: A field cannot be asked for, or a value is no text, integer or boolean.
     """
     conditions = {}
-    for field, asked in (where or {}).items():
+    for field, choice in (where or {}).items():
         if not isinstance(field, str) or not field or '"' in field or "\\" in field:
             raise ConchError(
                 f"where: {field!r} cannot be asked for: name a payload field without quotes"
             )
-        values = list(asked) if isinstance(asked, list | tuple | set | frozenset) else [asked]
+        values = list(choice) if isinstance(choice, list | tuple | set | frozenset) else [choice]
         if not values:
             raise ConchError(f"where: {field!r} has no values, so that nothing could be found")
         for value in values:

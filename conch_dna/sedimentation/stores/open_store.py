@@ -60,17 +60,17 @@ def open_store(
     return EdgeStore(Path(location), identity, exact_below=exact_below)
 
 
-def state_of(location: str, given: str | Path | None, collection: str) -> Path:
+def state_of(location: str, folder: str | Path | None, collection: str) -> Path:
     """The folder beside a store's vectors, or that of a store without one.
 
     Args:
         location: A folder, or the URL of a server.
-        given: The folder, where a user named one.
+        folder: Where a user wants it; None for the usual place.
         collection: Of a server.
 
     >>> state_of("http://localhost:6333", None, "papers").as_posix()
     'conch_state/papers'
     """
-    if given:
-        return Path(given).expanduser()
+    if folder:
+        return Path(folder).expanduser()
     return Path(STATE) / collection if "://" in location else Path(location).expanduser()

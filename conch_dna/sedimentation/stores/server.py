@@ -222,8 +222,8 @@ class ServerStore(VectorStore):
         self._state = VersionState(
             active=active,
             previous=about.previous_of.get(active),
-            kept={name: known for name, known in about.kept.items() if name not in building},
-            building={name: size for name, size in building.items() if name in self._mine},
+            kept={n: facts for n, facts in about.kept.items() if n not in building},
+            building={n: size for n, size in building.items() if n in self._mine},
         )
         self._unfinished = {n: size for n, size in building.items() if n not in self._mine}
         self._counts.clear()
