@@ -1,4 +1,4 @@
-"""Documents as users give them: texts or mappings with a text, one by one or out of files.
+"""Documents as users have them: texts or mappings with a text, in Python or in files.
 
 Knows texts, ids and lines; nothing of vectors or stores. To accept another form of a document: a
 branch in `_document`. To read another format of files: a branch in `read_document_files`, and its

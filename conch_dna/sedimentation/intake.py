@@ -1,4 +1,4 @@
-"""Documents into a store, a batch at a time: what is new is embedded, for every version there is.
+"""Documents into a store, a batch at a time: what is new is embedded for every version.
 
 Knows documents, embedders, versions and a store; nothing of queries, gates or training.
 """

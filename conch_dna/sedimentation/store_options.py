@@ -1,4 +1,4 @@
-"""What the commands of stores share: options of place, models and settings, and how they open one.
+"""What the commands of stores share: their options, and how they open a store.
 
 Knows click, the fields of ChelationConfig and the engine; no command. To give every command that
 opens the models another setting: an entry of COMMON.

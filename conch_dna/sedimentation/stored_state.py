@@ -1,4 +1,4 @@
-"""What a store says of itself without its models: whose it is, its versions, log and gate history.
+"""What a store says of itself without its models: its student, versions, log and history.
 
 Knows where a store's parts lie; loads no student and no teacher. To tell more: a key in
 `StoredState.to_json`, and a row of `status_table`.

@@ -414,6 +414,11 @@ def test_a_server_that_is_down_is_one_line_with_the_remedy(monkeypatch):
         ollama.OllamaEmbedder("tiny-embed", host=address, waits_s=())
 
 
+def test_an_address_that_no_request_can_have_is_one_line():
+    with pytest.raises(ConchError, match=r"http://exa mple:11434 does not answer \("):
+        ollama.OllamaEmbedder("tiny-embed", host="exa mple", waits_s=())
+
+
 def test_a_busy_server_is_asked_again(server):
     embedder = ollama.OllamaEmbedder("tiny-embed", waits_s=(0.01, 0.01))
     server.busy = 2

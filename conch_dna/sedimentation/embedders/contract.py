@@ -1,4 +1,4 @@
-"""What every embedder promises: order, one dimension, unit vectors, an error for each text without.
+"""What every embedder promises: order, unit vectors, an error for each text without one.
 
 Knows texts and arrays; nothing of models, servers or files. Cosine similarity is the dot product
 of two unit vectors.

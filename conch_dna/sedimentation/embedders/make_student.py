@@ -1,4 +1,4 @@
-"""Makes a static student from a sentence-transformers teacher: the mean of its tokens' vectors.
+"""Makes a static student from a sentence-transformers teacher: a vector for each token.
 
 Knows model2vec's distillation and how a folder appears whole; nothing of stores or adapters.
 To pass on another of model2vec's options: a keyword of `make_student`, and of STUDENT_FILE.

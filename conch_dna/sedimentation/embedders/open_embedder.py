@@ -1,4 +1,4 @@
-"""Opens an embedder by name: sentence-transformers, model2vec or Ollama, told apart by the name.
+"""Opens an embedder by its name: sentence-transformers, model2vec or Ollama.
 
 Knows which name means which kind; nothing of how each works.
 To add a kind: a module beside ollama.py, a branch in `open_embedder`, a row in the contract tests.

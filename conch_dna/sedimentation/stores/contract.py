@@ -1,4 +1,4 @@
-"""What a store of vectors can do: every check, and the steps by which versions come and go.
+"""What a store of vectors can do: every check, and the steps from version to version.
 
 Knows neither embedders nor adapters, neither files nor servers: a version is a name with one
 vector for each document, and a subclass writes, reads and commits.

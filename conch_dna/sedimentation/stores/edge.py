@@ -81,7 +81,7 @@ class EdgeStore(VectorStore):
             else:
                 _finish_shard(folder)
             remove_unfinished(folder)
-            self._shard = self._loaded()
+            self._shard = self._load_shard()
             opening.callback(self._shard.close)
             self._drop_unfinished()
             self._check_whole()
@@ -127,7 +127,7 @@ class EdgeStore(VectorStore):
             optimizers=edge.EdgeOptimizersConfig(indexing_threshold=kilobytes),
         )
 
-    def _loaded(self) -> Any:
+    def _load_shard(self) -> Any:
         """The shard; where a kill came between two parts of a deletion, as it was before or after.
 
         Edge deletes a vector name in its segments and in its configuration, one after the other,

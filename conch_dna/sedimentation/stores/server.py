@@ -1,4 +1,4 @@
-"""A store on a Qdrant server: a collection for each version, an alias that leads to the active one.
+"""A store on a Qdrant server: a collection for each version, an alias to the active one.
 
 Knows Qdrant's client, whose own `:memory:` stands in for a server; nothing of folders.
 `<collection>_raw` holds the raw vectors and, as its metadata, what the store is;

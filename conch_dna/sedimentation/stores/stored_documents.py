@@ -1,4 +1,4 @@
-"""How a document lies in a store: its key, its reserved payload fields, its vector's digest.
+"""How a document lies in a store: its key, its reserved fields, its vector's digest.
 
 Knows neither versions nor Qdrant's ways. To keep one more thing with each document: `to_stored`
 and `as_given`, under a field that begins with the reserved prefix.
