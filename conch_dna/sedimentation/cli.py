@@ -123,7 +123,6 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
 @_json_option
 def ingest(
-    location: str,
     files: tuple[str, ...],
     form: str,
     replace: bool,
@@ -139,10 +138,7 @@ def ingest(
 
     # Before a store is made: a mistake here shall leave none.
     total, documents = count_lines(files), read_document_files(files, form=form)
-    with (
-        opened_engine(location, config, options, new=True) as engine,
-        Progress() as progress,
-    ):
+    with opened_engine(config, options, new=True) as engine, Progress() as progress:
         progress("phase", {"name": "documents", "total": total, "unit": "documents"})
         result = engine.ingest(_counted(documents, progress), replace_changed=replace)
     _print(ingest_table(result))
@@ -188,7 +184,6 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
 )
 @_json_option
 def query(
-    location: str,
     queries: tuple[str, ...],
     conditions: tuple[str, ...],
     json_file: str | None,
@@ -198,8 +193,7 @@ def query(
     """Show the documents nearest to queries; a collapsed neighbourhood is logged."""
     config = settings(options)
     where = _where(conditions)
-
-    with opened_engine(location, config, options) as engine:
+    with opened_engine(config, options) as engine:
         results = engine.run_inferences(list(queries), top_k, where=where)
     answers = list(zip(queries, results, strict=True))
     _print(*(hits_table(text, hits) for text, hits in answers))
@@ -230,16 +224,12 @@ def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
 @options_of(ChelationConfig, only=OF_CYCLE)
 @_judgement_options
 @_json_option
-def cycle(
-    location: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def cycle(json_file: str | None, **options: Any) -> None:
     """Learn from the documents that collapsed neighbourhoods were logged with.
 
     Exit code 1 says that the gate refused the change.
     """
-    _change("cycle", location, settings(options), json_file, options)
+    _change("cycle", settings(options), json_file, options)
 
 
 @_command(
@@ -251,25 +241,16 @@ def cycle(
 @options_of(ChelationConfig, only=OF_DISTILLATION, names=OFFLINE_NAMES)
 @_judgement_options
 @_json_option
-def distill(
-    location: str,
-    json_file: str | None,
-    **options: Any,
-) -> None:
+def distill(json_file: str | None, **options: Any) -> None:
     """Learn from a teacher's vectors of all documents; the mode is offline unless named.
 
     Exit code 1 says that the gate refused the change.
     """
-    config = settings(options, training_mode="offline")
-    _change("distillation", location, config, json_file, options)
+    _change("distillation", settings(options, training_mode="offline"), json_file, options)
 
 
 def _change(
-    kind: str,
-    location: str,
-    config: ChelationConfig,
-    json_file: str | None,
-    options: dict[str, Any],
+    kind: str, config: ChelationConfig, json_file: str | None, options: dict[str, Any]
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
     from conch_dna.progress import Progress
@@ -278,14 +259,15 @@ def _change(
     folder, split = options["judgements"], options["split"]
     # Before the models: a mistake here shall not cost their loading.
     judged = read_judgements(Path(folder).expanduser(), split=split) if folder else None
-    with opened_engine(location, config, options) as engine, Progress() as progress:
+    with opened_engine(config, options) as engine, Progress() as progress:
         engine.report = progress
         if judged:
             engine.set_judgements(*judged)
         progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
-        is_cycle = kind == "cycle"
-        change = engine.run_sedimentation_cycle if is_cycle else engine.run_offline_distillation
-        result = change()
+        if kind == "cycle":
+            result = engine.run_sedimentation_cycle()
+        else:
+            result = engine.run_offline_distillation()
     _show_change(result)
     _write_json(json_file, asdict(result))
     if result.candidate and not result.activated:
@@ -308,9 +290,9 @@ def _show_change(result: ChangeResult) -> None:
 @_command("conch-dna sediment status papers")
 @place_options
 @_json_option
-def status(location: str, json_file: str | None, **options: Any) -> None:
+def status(json_file: str | None, **options: Any) -> None:
     """Show a store's documents, versions, log and gate history; loads no model."""
-    with opened_without_models(location, options) as opened:
+    with opened_without_models(options) as opened:
         document = opened.to_json()
     _print(status_table(document))
     if document["gate_history"]:
@@ -322,9 +304,9 @@ def status(location: str, json_file: str | None, **options: Any) -> None:
 
 @_command("conch-dna sediment rollback papers")
 @place_options
-def rollback(location: str, **options: Any) -> None:
+def rollback(**options: Any) -> None:
     """Let the version before the active one answer again; loads no model."""
-    with opened_without_models(location, options) as opened:
+    with opened_without_models(options) as opened:
         before = opened.versions.active
         after = opened.versions.rollback()
     click.echo(f"active was {before} and is {after}")
@@ -336,7 +318,7 @@ def rollback(location: str, **options: Any) -> None:
 @click.option("--version", metavar="NAME", help="Default: the active one.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the student.")
-def export(location: str, folder: str, version: str | None, **options: Any) -> None:
+def export(folder: str, version: str | None, **options: Any) -> None:
     """Write student and adapter as one sentence-transformers model."""
     from conch_dna.sedimentation.adapters.export import export_sentence_transformer
     from conch_dna.sedimentation.changes.versions import OF_TEACHER
@@ -344,7 +326,7 @@ def export(location: str, folder: str, version: str | None, **options: Any) -> N
     from conch_dna.sedimentation.stores.contract import RAW
 
     options |= {"model": None, "teachers": (), "teacher_shares": ()}
-    with opened_engine(location, ChelationConfig(), options) as engine:
+    with opened_engine(ChelationConfig(), options) as engine:
         name = version or engine.versions.active
         names = [RAW, *engine.store.versions()]
         if name not in names:

@@ -88,15 +88,11 @@ def model_options(command: F) -> F:
     return command
 
 
-def place_of(location: str, options: Mapping[str, Any]) -> "StorePlace":
-    """Where a store is; the key goes to servers only.
-
-    Args:
-        location: A folder or the URL of a server.
-        options: The values of `place_options`.
-    """
+def place_of(options: Mapping[str, Any]) -> "StorePlace":
+    """Where a store is, by the values of `place_options`; the key goes to servers only."""
     from conch_dna.sedimentation.stored_state import StorePlace
 
+    location = options["location"]
     key = os.environ.get(API_KEY) if "://" in location else None
     return StorePlace(location, options["state"], options["collection"], key)
 
@@ -133,13 +129,12 @@ def settings(options: Mapping[str, Any], **implied: Any) -> ChelationConfig:
 
 @contextmanager
 def opened_engine(
-    location: str, config: ChelationConfig, options: Mapping[str, Any], *, new: bool = False
+    config: ChelationConfig, options: Mapping[str, Any], *, new: bool = False
 ) -> Iterator["AntigravityEngine"]:
     """The engine of a store.
 
     Args:
-        location: Of the store.
-        config: Its settings.
+        config: The store's settings.
         options: The values of `place_options` and `model_options`.
         new: Whether there may be no store yet.
 
@@ -157,7 +152,7 @@ def opened_engine(
             f"training mode {config.training_mode} in the {config.space} space needs a teacher: "
             "give --teacher MODEL"
         )
-    place = place_of(location, options)
+    place = place_of(options)
     folder = place.folder
     if not new or (student is None and place.has_store()):
         # Asked for where the student is named too: a query of a store that is not there makes none.
@@ -165,7 +160,7 @@ def opened_engine(
         student = student or stored_student
     try:
         with AntigravityEngine(
-            location,
+            place.location,
             student or DEFAULT_STUDENT,
             teacher_model_name=teachers or None,
             teacher_weights=options["teacher_shares"] or None,
@@ -185,9 +180,9 @@ def opened_engine(
 
 
 @contextmanager
-def opened_without_models(location: str, options: Mapping[str, Any]) -> Iterator["StoredState"]:
+def opened_without_models(options: Mapping[str, Any]) -> Iterator["StoredState"]:
     """What a store says of itself, with a line for everything that opening it put right."""
-    with place_of(location, options).opened() as stored:
+    with place_of(options).opened() as stored:
         _echo_recovered(stored.recovered)
         yield stored
 
