@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.local import unclosed_files_allowed
 
 TOPICS, WORDS_EACH = 24, 12
 DIMENSION, STUDENT_DIMENSION = 24, 20

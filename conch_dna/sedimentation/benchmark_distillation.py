@@ -13,16 +13,17 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import write_atomically, write_json
-from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
 from conch_dna.sedimentation.benchmark.rows import Benchmark, BenchmarkSettings
 from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
+from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import DEFAULT_STUDENT
 from conch_dna.sedimentation.retrieval import dcg_at_k, ndcg_at_k
-from conch_dna.sedimentation.store_options import setting_options, share_option
 from conch_dna.sedimentation.store_options import settings as settings_of
+from conch_dna.sedimentation.store_options import share_option
 
 __all__ = [
     "dcg_at_k",
@@ -33,13 +34,7 @@ __all__ = [
     "run_training_cycle",
 ]
 
-OPTIONS = {
-    "epochs": "--epochs",
-    "learning_rate": "--lr",
-    "teacher_weight": "--teacher-weight",
-    "threshold": "--threshold",
-    "seed": "--seed",
-}
+OPTIONS = ("epochs", "learning_rate", "teacher_weight", "threshold", "seed")
 RESULTS = "benchmark_distillation_results.json"
 PLOT, TABLE = ".png", ".md"
 
@@ -123,7 +118,7 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
     "in all.",
 )
-@setting_options(OPTIONS)
+@options_of(ChelationConfig, only=OPTIONS, names={"learning_rate": ("--lr",)})
 @click.option(
     "--config",
     "config_file",
@@ -158,7 +153,6 @@ def main(
     teacher_shares: tuple[float, ...],
     cycles: int,
     queries_per_cycle: int,
-    config_file: str | None,
     sweep: bool,
     split: str,
     cycle_split: str | None,
@@ -179,7 +173,7 @@ def main(
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark.report import result_table
 
-    config = settings_of(config_file, given)
+    config = settings_of(given)
     settings = BenchmarkSettings(
         student=model,
         teacher=teacher,

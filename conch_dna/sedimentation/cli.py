@@ -1,4 +1,4 @@
-"""The commands of stores that learn: documents in, answers out, changes that the gate must pass.
+"""The commands of stores that learn: documents in, answers out, changes judged by a gate.
 
 Parses, calls, prints; decides nothing. To add a command: a function here under `sediment`, with
 help, an example, and a line in README.md.
@@ -8,42 +8,43 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, passed_on
+from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, passed_on
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.document_files import (
+from conch_dna.sedimentation.documents import (
     FORMATS,
     count_lines,
+    embedded_text,
     read_document_files,
-    texts_of,
+)
+from conch_dna.sedimentation.results import (
+    ChangeResult,
+    change_table,
+    history_table,
+    hits_table,
+    ingest_table,
+    status_table,
 )
 from conch_dna.sedimentation.store_options import (
     model_options,
     opened_engine,
     opened_without_models,
     place_options,
-    setting_options,
     settings,
 )
 
-if TYPE_CHECKING:
-    from conch_dna.sedimentation.results import ChangeResult
-
 ERRORS_SHOWN = 5
 REPORT_EVERY = 100
-# Options of a learning command, and which field of ChelationConfig each is.
-OF_CYCLE = {"threshold": "--threshold", "learning_rate": "--learning-rate", "epochs": "--epochs"}
-OF_DISTILLATION = {
-    "batch_size": "--batch-size",
-    "offline_learning_rate": "--learning-rate",
-    "offline_epochs": "--epochs",
-    "adapter": "--adapter",
-}
+# Fields of ChelationConfig that are options of a learning command.
+OF_CYCLE = ("threshold", "learning_rate", "epochs")
+OF_DISTILLATION = ("batch_size", "offline_learning_rate", "offline_epochs", "adapter")
+OFFLINE_NAMES = {"offline_learning_rate": ("--learning-rate",), "offline_epochs": ("--epochs",)}
 
 
 @click.group(
@@ -110,7 +111,7 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     help="JSONL (text, and id or _id, title, payload), or texts one a line; - is standard input.",
 )
 @model_options
-@setting_options({"batch_size": "--batch-size"})
+@options_of(ChelationConfig, only=("batch_size",))
 @click.option(
     "--format",
     "form",
@@ -122,32 +123,26 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
 @_json_option
 def ingest(
-    location: str,
     files: tuple[str, ...],
-    config_file: str | None,
     form: str,
     replace: bool,
     json_file: str | None,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Take documents in; the same command goes on with what was stopped.
 
     Exit code 1 says that some documents could not be embedded.
     """
-    config = settings(config_file, given)
+    config = settings(options)
     from conch_dna.progress import Progress
-    from conch_dna.sedimentation.tables import ingest_table
 
     # Before a store is made: a mistake here shall leave none.
     total, documents = count_lines(files), read_document_files(files, form=form)
-    with (
-        opened_engine(location, config, given, new=True) as engine,
-        Progress() as progress,
-    ):
+    with opened_engine(config, options, new=True) as engine, Progress() as progress:
         progress("phase", {"name": "documents", "total": total, "unit": "documents"})
         result = engine.ingest(_counted(documents, progress), replace_changed=replace)
     _print(ingest_table(result))
-    _write_json(json_file, result.to_json())
+    _write_json(json_file, asdict(result))
     for name, reason in list(result.errors.items())[:ERRORS_SHOWN]:
         click.echo(f"not embedded: {name}: {reason}", err=True)
     if len(result.errors) > ERRORS_SHOWN:
@@ -178,7 +173,7 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
     "queries", nargs=-1, required=True, metavar="QUERIES...", help="Each an argument of its own."
 )
 @model_options
-@setting_options({"top_k": "--top-k", "fusion": "--fusion"})
+@options_of(ChelationConfig, only=("top_k", "fusion"))
 @click.option(
     "--where",
     "conditions",
@@ -189,24 +184,20 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
 )
 @_json_option
 def query(
-    location: str,
     queries: tuple[str, ...],
-    config_file: str | None,
     conditions: tuple[str, ...],
     json_file: str | None,
     top_k: int | None,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Show the documents nearest to queries; a collapsed neighbourhood is logged."""
-    config = settings(config_file, given)
+    config = settings(options)
     where = _where(conditions)
-    from conch_dna.sedimentation.tables import hits_table
-
-    with opened_engine(location, config, given) as engine:
+    with opened_engine(config, options) as engine:
         results = engine.run_inferences(list(queries), top_k, where=where)
-    _print(*(hits_table(text, found) for text, found in zip(queries, results, strict=True)))
-    answered = zip(queries, results, strict=True)
-    _write_json(json_file, [{"query": text, **found.to_json()} for text, found in answered])
+    answers = list(zip(queries, results, strict=True))
+    _print(*(hits_table(text, hits) for text, hits in answers))
+    _write_json(json_file, [{"query": text, **asdict(hits)} for text, hits in answers])
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
@@ -230,20 +221,15 @@ def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
 )
 @place_options
 @model_options
-@setting_options(OF_CYCLE)
+@options_of(ChelationConfig, only=OF_CYCLE)
 @_judgement_options
 @_json_option
-def cycle(
-    location: str,
-    config_file: str | None,
-    json_file: str | None,
-    **given: Any,
-) -> None:
+def cycle(json_file: str | None, **options: Any) -> None:
     """Learn from the documents that collapsed neighbourhoods were logged with.
 
     Exit code 1 says that the gate refused the change.
     """
-    _changed("cycle", location, settings(config_file, given), json_file, given)
+    _change("cycle", settings(options), json_file, options)
 
 
 @_command(
@@ -252,59 +238,46 @@ def cycle(
 )
 @place_options
 @model_options
-@setting_options(OF_DISTILLATION)
+@options_of(ChelationConfig, only=OF_DISTILLATION, names=OFFLINE_NAMES)
 @_judgement_options
 @_json_option
-def distill(
-    location: str,
-    config_file: str | None,
-    json_file: str | None,
-    **given: Any,
-) -> None:
+def distill(json_file: str | None, **options: Any) -> None:
     """Learn from a teacher's vectors of all documents; the mode is offline unless named.
 
     Exit code 1 says that the gate refused the change.
     """
-    config = settings(config_file, given, training_mode="offline")
-    _changed("distillation", location, config, json_file, given)
+    _change("distillation", settings(options, training_mode="offline"), json_file, options)
 
 
-def _changed(
-    kind: str,
-    location: str,
-    config: ChelationConfig,
-    json_file: str | None,
-    given: dict[str, Any],
+def _change(
+    kind: str, config: ChelationConfig, json_file: str | None, options: dict[str, Any]
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark.collections import read_judgements
 
-    folder = given["judgements"]
+    folder, split = options["judgements"], options["split"]
     # Before the models: a mistake here shall not cost their loading.
-    judged = read_judgements(Path(folder).expanduser(), split=given["split"]) if folder else None
-    with opened_engine(location, config, given) as engine, Progress() as progress:
+    judged = read_judgements(Path(folder).expanduser(), split=split) if folder else None
+    with opened_engine(config, options) as engine, Progress() as progress:
         engine.report = progress
         if judged:
             engine.set_judgements(*judged)
         progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
-        change = {
-            "cycle": engine.run_sedimentation_cycle,
-            "distillation": engine.run_offline_distillation,
-        }[kind]
-        result: ChangeResult = change()
+        if kind == "cycle":
+            result = engine.run_sedimentation_cycle()
+        else:
+            result = engine.run_offline_distillation()
     _show_change(result)
-    _write_json(json_file, result.to_json())
+    _write_json(json_file, asdict(result))
     if result.candidate and not result.activated:
         sys.exit(1)
 
 
-def _show_change(result: "ChangeResult") -> None:
+def _show_change(result: ChangeResult) -> None:
     if result.candidate is None:
         click.echo(f"nothing was built: {result.reason}")
     else:
-        from conch_dna.sedimentation.tables import change_table
-
         _print(change_table(result))
         click.echo(result.reason)
         stages = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
@@ -317,11 +290,9 @@ def _show_change(result: "ChangeResult") -> None:
 @_command("conch-dna sediment status papers")
 @place_options
 @_json_option
-def status(location: str, json_file: str | None, **given: Any) -> None:
+def status(json_file: str | None, **options: Any) -> None:
     """Show a store's documents, versions, log and gate history; loads no model."""
-    from conch_dna.sedimentation.tables import history_table, status_table
-
-    with opened_without_models(location, given) as opened:
+    with opened_without_models(options) as opened:
         document = opened.to_json()
     _print(status_table(document))
     if document["gate_history"]:
@@ -333,9 +304,9 @@ def status(location: str, json_file: str | None, **given: Any) -> None:
 
 @_command("conch-dna sediment rollback papers")
 @place_options
-def rollback(location: str, **given: Any) -> None:
+def rollback(**options: Any) -> None:
     """Let the version before the active one answer again; loads no model."""
-    with opened_without_models(location, given) as opened:
+    with opened_without_models(options) as opened:
         before = opened.versions.active
         after = opened.versions.rollback()
     click.echo(f"active was {before} and is {after}")
@@ -347,29 +318,29 @@ def rollback(location: str, **given: Any) -> None:
 @click.option("--version", metavar="NAME", help="Default: the active one.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the student.")
-def export(location: str, folder: str, version: str | None, **given: Any) -> None:
+def export(folder: str, version: str | None, **options: Any) -> None:
     """Write student and adapter as one sentence-transformers model."""
     from conch_dna.sedimentation.adapters.export import export_sentence_transformer
     from conch_dna.sedimentation.changes.versions import OF_TEACHER
     from conch_dna.sedimentation.embedders.local import LocalEmbedder
     from conch_dna.sedimentation.stores.contract import RAW
 
-    given |= {"model": None, "teachers": (), "teacher_shares": ()}
-    with opened_engine(location, ChelationConfig(), given) as engine:
-        chosen = version or engine.versions.active
-        known = [RAW, *engine.store.versions()]
-        if chosen not in known:
-            raise ConchError(f"the store has no version {chosen}: it has {', '.join(known)}")
+    options |= {"model": None, "teachers": (), "teacher_shares": ()}
+    with opened_engine(ChelationConfig(), options) as engine:
+        name = version or engine.versions.active
+        names = [RAW, *engine.store.versions()]
+        if name not in names:
+            raise ConchError(f"the store has no version {name}: it has {', '.join(names)}")
         student = engine.student
         if not isinstance(student, LocalEmbedder):
             raise ConchError(
                 f"the student {student.name} is no model of this machine: only those of "
                 "sentence-transformers and model2vec can be exported"
             )
-        adapter = engine.versions.adapter(chosen)
-        origin = engine.versions.origin(chosen)
+        adapter = engine.versions.adapter(name)
+        origin = engine.versions.origin(name)
         export_sentence_transformer(student.model, adapter, Path(folder).expanduser())
-    click.echo(f"{chosen} is a sentence-transformers model in {folder}")
+    click.echo(f"{name} is a sentence-transformers model in {folder}")
     if origin["documents"] == OF_TEACHER:
         click.echo(f"it embeds queries; the documents' vectors are those of {origin['teacher']}")
 
@@ -398,36 +369,25 @@ def export(location: str, folder: str, version: str | None, **given: Any) -> Non
 def make_student_command(
     teacher: str,
     folder: str,
-    dimension: int,
     vocabulary_files: tuple[str, ...],
-    least_count: int,
-    most_words: int,
-    device: str | None,
-    trust_remote_code: bool,
     json_file: str | None,
+    **options: Any,
 ) -> None:
     """Make a small, fast student from a teacher: a vector for each of its tokens."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dataclasses import asdict
-
     from conch_dna.sedimentation.embedders.make_student import make_student
 
-    made = make_student(
-        teacher,
-        folder,
-        dimension=dimension,
-        vocabulary_from=texts_of(read_document_files(vocabulary_files)),
-        least_count=least_count,
-        most_words=most_words,
-        device=device,
-        trust_remote_code=trust_remote_code,
+    texts = (
+        row if isinstance(row, str) else embedded_text(row)
+        for row in read_document_files(vocabulary_files)
     )
+    student = make_student(teacher, folder, vocabulary_from=texts, **options)
     click.echo(
-        f"{made.folder}: {made.tokens:,} tokens in {made.dimension} dimensions from "
-        f"{made.teacher}, {made.words_added:,} of {made.words_found:,} words added, "
-        f"{made.seconds:.1f} s"
+        f"{student.folder}: {student.tokens:,} tokens in {student.dimension} dimensions from "
+        f"{student.teacher}, {student.words_added:,} of {student.words_found:,} words added, "
+        f"{student.seconds:.1f} s"
     )
-    _write_json(json_file, {**asdict(made), "folder": str(made.folder)})
+    _write_json(json_file, {**asdict(student), "folder": str(student.folder)})
 
 
 @passed_on(

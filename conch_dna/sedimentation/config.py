@@ -12,8 +12,10 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import named_settings, option, option_problem
-from conch_dna.sedimentation.choices import KINDS, SCHEDULES
 
+# Kinds of adapters, and how the teacher's weight changes over the epochs of a cycle.
+KINDS = ("identity", "ridge", "procrustes", "low_rank", "residual")
+SCHEDULES = ("constant", "linear", "cosine", "step")
 TRAINING_MODES = ("baseline", "offline", "hybrid")
 VECTOR_SPACES = ("symmetric", "asymmetric")
 FUSIONS = ("none", "rrf")
@@ -138,13 +140,13 @@ class ChelationConfig:
         except ConchError as error:
             raise ConchError(f"{source}: {error}") from error
 
-    def having(self, **given: Any) -> "ChelationConfig":
-        """The same settings with those that are given, and not None, in their place.
+    def having(self, **values: Any) -> "ChelationConfig":
+        """The same settings with these values, as far as they are not None.
 
         Raises:
             ConchError: See the class.
         """
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""

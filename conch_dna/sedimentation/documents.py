@@ -1,12 +1,17 @@
-"""Documents as users give them: plain texts, or mappings with an id, a title, a text and a payload.
+"""Documents as users have them: texts or mappings with a text, in Python or in files.
 
-Knows texts and ids; nothing of vectors or stores. To accept another form: a branch in `_document`.
+Knows texts, ids and lines; nothing of vectors or stores. To accept another form of a document: a
+branch in `_document`. To read another format of files: a branch in `read_document_files`, and its
+name in FORMATS.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
@@ -14,6 +19,10 @@ from conch_dna.errors import ConchError
 FIELDS = ("id", "_id", "title", "text", "payload")
 TITLE, TEXT = "title", "text"
 DocumentId = str | int
+
+AUTO, JSONL, LINES = "auto", "jsonl", "lines"
+FORMATS = (AUTO, JSONL, LINES)
+STANDARD_INPUT = "-"
 
 
 @dataclass(frozen=True)
@@ -51,51 +60,138 @@ class Document:
 
 def embedded_text(payload: Mapping[str, Any]) -> str:
     """What was embedded of a document, from what the store keeps of it."""
-    return f"{payload.get(TITLE, '')} {payload.get(TEXT, '')}".strip()
+    return f"{payload.get(TITLE) or ''} {payload.get(TEXT) or ''}".strip()
 
 
-def read_documents(given: Iterable[Any]) -> Iterator[Document]:
-    """Documents of whatever a user gives, one after the other, never all in memory.
+def read_documents(source: Iterable[Any]) -> Iterator[Document]:
+    """Documents out of whatever a user has, one after the other, never all in memory.
 
     Args:
-        given: Texts; or mappings with `text` and, each optional, `id` (or `_id`, as BEIR has it),
+        source: Texts; or mappings with `text` and, each optional, `id` (or `_id`, as BEIR has it),
             `title` and `payload`.
 
     Raises:
         ConchError: One is neither, has no text, an id that is none, or a field that is not known;
             it is named by its number.
     """
-    if isinstance(given, (str, Mapping)):
+    if isinstance(source, (str, Mapping)):
         raise ConchError("documents are given as a list or another iterable, not as a single one")
-    for number, each in enumerate(given, 1):
+    for number, each in enumerate(source, 1):
         yield _document(each, number)
 
 
-def _document(given: Any, number: int) -> Document:
-    if isinstance(given, str):
-        given = {"text": given}
-    if not isinstance(given, Mapping):
+def _document(row: Any, number: int) -> Document:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, Mapping):
         raise ConchError(
-            f"document {number} is a {type(given).__name__}: give a text, or a mapping with id, "
+            f"document {number} is a {type(row).__name__}: give a text, or a mapping with id, "
             "title, text and payload"
         )
-    unknown = sorted(str(name) for name in set(given) - set(FIELDS))
+    unknown = sorted(str(name) for name in set(row) - set(FIELDS))
     if unknown:
         raise ConchError(
             f"document {number} has unknown fields {', '.join(unknown)}: put them into its payload"
         )
-    title, text = (given.get(name) or "" for name in (TITLE, TEXT))
+    title, text = (row.get(name) or "" for name in (TITLE, TEXT))
     if not (isinstance(title, str) and isinstance(text, str) and (title + text).strip()):
         raise ConchError(f"document {number} has no text: leave it out, or give it one")
-    payload = given.get("payload") or {}
+    payload = row.get("payload") or {}
     if not isinstance(payload, Mapping) or {TITLE, TEXT} & set(payload):
         raise ConchError(
             f"document {number}: its payload must be a mapping without the fields title and text, "
             "which are the document's own"
         )
-    name = given.get("id", given.get("_id"))
+    name = row.get("id", row.get("_id"))
     if name is None:
         name = content_digest(title, text)[:32]
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise ConchError(f"document {number} has the id {name!r}: use a text or a whole number")
     return Document(name, text, title, dict(payload))
+
+
+def read_document_files(paths: Sequence[str], *, form: str = AUTO) -> Iterator[Any]:
+    """What `read_documents` takes, one line after the other; empty lines are passed over.
+
+    In JSONL, BEIR's `metadata` counts as the payload of a line that has none.
+
+    Args:
+        paths: Files in UTF-8; "-" is standard input.
+        form: "jsonl"; "lines", where each line is a text; or "auto": JSONL where the first line
+            begins with a brace.
+
+    Raises:
+        ConchError: A file cannot be read, or a line is not UTF-8 or no JSON object; it is named.
+    """
+    if form not in FORMATS:
+        raise ConchError(f"format {form!r} is not known: use one of {', '.join(FORMATS)}")
+    return _documents(paths, form)
+
+
+def _documents(paths: Sequence[str], form: str) -> Iterator[Any]:
+    for path in paths:
+        own_form = form
+        for number, line in _lines(path):
+            if own_form == AUTO:
+                own_form = JSONL if line.startswith("{") else LINES
+            yield line if own_form == LINES else _parsed(line, f"{_shown(path)}, line {number}")
+
+
+def count_lines(paths: Sequence[str]) -> int:
+    """How many lines the files have in all; 0, which is unknown, where one is standard input.
+
+    Raises:
+        ConchError: A file cannot be read.
+    """
+    if STANDARD_INPUT in paths:
+        return 0
+    total = 0
+    for path in paths:
+        try:
+            with _opened(path) as file:
+                total += sum(1 for _ in file)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    return total
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise ConchError(
+                        f"{_shown(path)}, line {number} is not UTF-8: convert the file"
+                    ) from error
+                if text:
+                    yield number, text
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _opened(path: str) -> AbstractContextManager[BinaryIO]:
+    if path == STANDARD_INPUT:
+        return nullcontext(sys.stdin.buffer)
+    return open(Path(path).expanduser(), "rb")
+
+
+def _shown(path: str) -> str:
+    return "standard input" if path == STANDARD_INPUT else path
+
+
+def _unreadable(path: str, error: OSError) -> ConchError:
+    return ConchError(f"cannot read {_shown(path)}: {error.strerror or error}")
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConchError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ConchError(f"{where} is no JSON object: give one with text, and id, title, payload")
+    if "metadata" in row and "payload" not in row:
+        row["payload"] = row.pop("metadata")
+    return row

@@ -40,14 +40,14 @@ from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
 from conch_dna.sedimentation.retrieval import Judgements
 from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
-from conch_dna.sedimentation.stores.folders import (
+from conch_dna.sedimentation.stores.open_store import (
     LOG,
     TEACHER_VECTORS,
     VECTORS,
     VERSIONS,
+    open_store,
     state_of,
 )
-from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.word_fusion import FUSED, WordFusion
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"

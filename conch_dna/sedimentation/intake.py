@@ -1,4 +1,4 @@
-"""Documents into a store, a batch at a time: what is new is embedded, for every version there is.
+"""Documents into a store, a batch at a time: what is new is embedded for every version.
 
 Knows documents, embedders, versions and a store; nothing of queries, gates or training.
 """
@@ -48,14 +48,15 @@ class Intake:
             ConchError: A known id comes with another text, and it is not to be replaced.
         """
         store, counts, errors = self.versions.store, self.counts, self.errors
-        known = store.digests([document.id for document in part])
+        digests = store.digests([document.id for document in part])
         fresh: dict[DocumentId, Document] = {}
         for document in part:
-            before = fresh[document.id].digest if document.id in fresh else known.get(document.id)
+            earlier = fresh.get(document.id)
+            before = earlier.digest if earlier else digests.get(document.id)
             if before == document.digest:
                 counts["unchanged"] += 1
             else:
-                self._allow(document, fresh.get(document.id), before)
+                self._allow(document, earlier, before)
                 fresh[document.id] = document
         if not fresh:
             return
@@ -63,34 +64,35 @@ class Intake:
         documents = list(fresh.values())
         texts = [document.embedded for document in documents]
         embedded = self.student.documents(texts)
-        teacher: dict[int, np.ndarray] = {}
-        names = store.versions()
-        if any(self.versions.origin(name)["documents"] == OF_TEACHER for name in names):
-            found = self.teacher().embed(texts)
-            teacher = dict(zip(found.kept, found.vectors, strict=True))
-            errors.update((documents[n].id, reason) for n, reason in found.errors.items())
+        origins = {name: self.versions.origin(name) for name in store.versions()}
+        sources = {name: origin["documents"] for name, origin in origins.items()}
+        teacher_rows: dict[int, np.ndarray] = {}
+        if OF_TEACHER in sources.values():
+            by_teacher = self.teacher().embed(texts)
+            teacher_rows = dict(zip(by_teacher.kept, by_teacher.vectors, strict=True))
+            errors.update((documents[n].id, reason) for n, reason in by_teacher.errors.items())
         self.embedding_seconds += time.perf_counter() - began
         errors.update((documents[n].id, reason) for n, reason in embedded.errors.items())
         rows = [row for row, n in enumerate(embedded.kept) if documents[n].id not in errors]
-        taken = [embedded.kept[row] for row in rows]
-        if not taken:
+        numbers = [embedded.kept[row] for row in rows]
+        if not numbers:
             return
         raw = embedded.vectors[rows]
         vectors = {RAW: raw}
-        for name in names:
-            if self.versions.origin(name)["documents"] == OF_TEACHER:
-                vectors[name] = np.stack([teacher[n] for n in taken])
+        for name, source in sources.items():
+            if source == OF_TEACHER:
+                vectors[name] = np.stack([teacher_rows[n] for n in numbers])
             else:
                 vectors[name] = self.versions.adapter(name).apply(raw)
-        chosen = [documents[n] for n in taken]
+        documents = [documents[n] for n in numbers]
         store.put(
-            [document.id for document in chosen],
-            [document.stored for document in chosen],
-            [document.digest for document in chosen],
+            [document.id for document in documents],
+            [document.stored for document in documents],
+            [document.digest for document in documents],
             vectors,
         )
-        for document in chosen:
-            counts["updated" if document.id in known else "added"] += 1
+        for document in documents:
+            counts["updated" if document.id in digests else "added"] += 1
 
     def _allow(self, document: Document, earlier: Document | None, before: str | None) -> None:
         """Refuse a known id with another text; another payload alone is taken."""

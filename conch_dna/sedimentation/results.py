@@ -1,12 +1,20 @@
-"""What the engine's methods give back: figures, never prints.
+"""What the engine's methods give back, and the tables in which people look at it.
 
-Knows plain values; nothing of how they came about. To report another figure: a field here.
+Knows plain values; nothing of how they came about, and decides nothing. To report another figure:
+a field here, and a row of its table.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Letters of a document that a table of answers shows.
+SHOWN = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +40,6 @@ class IngestResult:
     seconds: float
     embedding_seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceResult:
@@ -57,10 +61,6 @@ class InferenceResult:
     version: str
     dispersion: float | None
     collapsed: bool | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,146 @@ class ChangeResult:
     reasons: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: Sequence[str] = (),
+    show_header: bool = True,
+) -> "Table":
+    """A table whose cells are shown as they are, without rich's markup.
+
+    Args:
+        title: Stands above it.
+        columns: Their names.
+        rows: A cell for each column.
+        numbers: Columns that are set to the right and never broken.
+        show_header: Whether the columns' names are shown.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=show_header)
+    for name in columns:
+        if name in numbers:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            # Folded, since a folder or digest that ends in an ellipsis is of no use.
+            table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def _pairs(title: str, figures: Mapping[str, str]) -> "Table":
+    return _table(title, ("figure", "value"), figures.items(), show_header=False)
+
+
+def ingest_table(result: IngestResult) -> "Table":
+    """What became of given documents, and how fast."""
+    taken = result.added + result.updated
+    rate = f", {taken / result.seconds:,.0f} documents a second" if taken else ""
+    return _pairs(
+        "ingest",
+        {
+            "added": f"{result.added:,}",
+            "updated": f"{result.updated:,}",
+            "unchanged": f"{result.unchanged:,}",
+            "not embedded": f"{len(result.errors):,}",
+            "documents": f"{result.documents:,}",
+            "seconds": f"{result.seconds:.1f}, of which {result.embedding_seconds:.1f} in models"
+            f"{rate}",
+        },
+    )
+
+
+def hits_table(query: str, result: InferenceResult) -> "Table":
+    """The documents that answer a query, best first."""
+    rows: list[Sequence[object]] = []
+    hits = zip(result.ids, result.scores, result.payloads, strict=True)
+    for rank, (name, score, payload) in enumerate(hits, 1):
+        text = " ".join(embedded_text(payload).split())
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+        rows.append((rank, f"{score:.4f}", name, shown))
+    neighbourhood = ", neighbourhood collapsed" if result.collapsed else ""
+    return _table(
+        f"{query} ({result.version}{neighbourhood})",
+        ("", "score", "id", "document"),
+        rows,
+        numbers=("", "score"),
+    )
+
+
+def change_table(result: ChangeResult) -> "Table":
+    """What the gate said of a candidate, measure by measure."""
+    rows: list[Sequence[object]] = []
+    for name, each in result.figures.items():
+        if not each:
+            rows.append((name, "", "", "", "", "", "too few"))
+            continue
+        low, high = each["interval"]
+        levels = (f"{each[moment]:.4f}" for moment in ("before", "after"))
+        changes = (f"{value:+.4f}" for value in (each["difference"], low, high))
+        rows.append((name, *levels, *changes, f"{each['queries']:,}"))
+    decision = "activated" if result.activated else "refused"
+    numbers = ("before", "after", "difference", "low", "high", "queries")
+    return _table(
+        f"{result.kind} ({result.mode}): {result.candidate} {decision}",
+        ("measure", *numbers),
+        rows,
+        numbers=numbers,
+    )
+
+
+def status_table(status: Mapping[str, Any]) -> "Table":
+    """Whose a store is, what it holds and which version answers."""
+    log = status["log"]
+    return _pairs(
+        status["location"],
+        {
+            "student": f"{status['student']}, {status['dimension']} dimensions",
+            "digest": status["digest"],
+            "documents": f"{status['documents']:,}",
+            "active": f"{status['active']}: {_made_from(status, status['active'])}",
+            "previous": f"{status['previous']}: {_made_from(status, status['previous'])}"
+            if status["previous"]
+            else "none",
+            "chelation log": f"{log['events']:,} events, {log['bytes']:,} bytes in {log['files']} "
+            f"files; {log['documents_at_threshold']:,} documents of the active version logged "
+            f"{log['threshold']} times or more",
+        },
+    )
+
+
+def _made_from(status: Mapping[str, Any], name: str) -> str:
+    if name not in status["versions"]:
+        return "the student's own vectors"
+    version = status["versions"][name]
+    origin = version["origin"]
+    teacher = f" by {origin['teacher']}" if origin.get("teacher") else ""
+    carried = "the teacher's own" if origin["documents"] == "teacher" else "adapted"
+    return (
+        f"{origin['kind']} ({origin['mode']}){teacher}, {version['adapter']} adapter, "
+        f"{version['out_dimension']} dimensions, documents' vectors {carried}"
+    )
+
+
+def history_table(history: list[dict[str, Any]]) -> "Table":
+    """Every judgement of the gate, oldest first."""
+    rows: list[Sequence[object]] = []
+    for each in history:
+        # A measure without evidence has no figures.
+        measured = {name: figures for name, figures in each["figures"].items() if figures}
+        gains = [f"{name} {figures['difference']:+.4f}" for name, figures in measured.items()]
+        rows.append(
+            (
+                each["time"][:16].replace("T", " "),
+                f"{each['kind']} ({each['mode']})",
+                f"{each['candidate']} after {each['against']}",
+                "passed" if each["passed"] else "REFUSED",
+                ", ".join(gains) or each["reason"],
+            )
+        )
+    return _table("gate history", ("time", "change", "candidate", "", "why"), rows)

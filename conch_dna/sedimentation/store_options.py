@@ -1,4 +1,4 @@
-"""What the commands of stores share: options of place, models and settings, and how they open one.
+"""What the commands of stores share: their options, and how they open a store.
 
 Knows click, the fields of ChelationConfig and the engine; no command. To give every command that
 opens the models another setting: an entry of COMMON.
@@ -20,23 +20,12 @@ from conch_dna.sedimentation.config import ChelationConfig
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.engine import AntigravityEngine
-    from conch_dna.sedimentation.stored_state import StoredState
+    from conch_dna.sedimentation.stored_state import StoredState, StorePlace
 
 F = TypeVar("F", bound=Callable[..., Any])
 API_KEY = "QDRANT_API_KEY"
 # Fields of ChelationConfig that are options of every command which opens the models.
-COMMON = {"training_mode": "--mode", "teacher_weight": "--teacher-weight", "space": "--space"}
-_FIELDS = {each.name: each for each in fields(ChelationConfig)}
-
-
-def setting_options(options: Mapping[str, str]) -> Callable[[F], F]:
-    """Options from fields of ChelationConfig; those not given are None.
-
-    Args:
-        options: Field to option.
-    """
-    names = {field: (option,) for field, option in options.items()}
-    return options_of(ChelationConfig, only=tuple(options), names=names)
+COMMON = ("training_mode", "teacher_weight", "space")
 
 
 def place_options(command: F) -> F:
@@ -80,7 +69,7 @@ def model_options(command: F) -> F:
             metavar="FILE",
             help="YAML with any settings of a store; the command line wins.",
         ),
-        setting_options(COMMON),
+        options_of(ChelationConfig, only=COMMON, names={"training_mode": ("--mode",)}),
         click.option(
             "--teacher",
             "teachers",
@@ -92,42 +81,47 @@ def model_options(command: F) -> F:
         click.option(
             "--model",
             metavar="MODEL",
-            help="The student, likewise. [default: the store's own]",
+            help="The student: hub id, folder or ollama:NAME. [default: the store's own]",
         ),
     ):
         command = decorate(command)
     return command
 
 
-def place_of(location: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a store is, as stored_state.py wants it; the key goes to servers only."""
+def place_of(options: Mapping[str, Any]) -> "StorePlace":
+    """Where a store is, by the values of `place_options`; the key goes to servers only."""
+    from conch_dna.sedimentation.stored_state import StorePlace
+
+    location = options["location"]
     key = os.environ.get(API_KEY) if "://" in location else None
-    return {"state": given["state"], "collection": given["collection"], "api_key": key}
+    return StorePlace(location, options["state"], options["collection"], key)
 
 
-def settings(config_file: str | None, given: Mapping[str, Any], **implied: Any) -> ChelationConfig:
+def settings(options: Mapping[str, Any], **implied: Any) -> ChelationConfig:
     """Settings of a file and the command line.
 
     Args:
-        config_file: YAML, or None.
-        given: What a command was given; what is no field of ChelationConfig is passed over.
+        options: What a command was given: `config_file`, a YAML file or None, and fields of
+            ChelationConfig; others are passed over.
         **implied: Fields that hold where neither names them.
 
     Raises:
         ConchError: The file cannot be read, or a setting is unknown or out of its range.
     """
+    config_file = options["config_file"]
     in_file = read_yaml(Path(config_file)) if config_file else {}
-    named = {n: value for n, value in given.items() if n in _FIELDS and value is not None}
-    written = {name.replace("-", "_") for name in in_file}
-    missing = {name: value for name, value in implied.items() if name not in written}
+    names = {each.name for each in fields(ChelationConfig)}
+    on_line = {n: value for n, value in options.items() if n in names and value is not None}
+    in_file_names = {name.replace("-", "_") for name in in_file}
+    missing = {name: value for name, value in implied.items() if name not in in_file_names}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if config_file:
             config = ChelationConfig.from_json(
-                in_file, source=config_file, overriding={**missing, **named}
+                in_file, source=config_file, overriding={**missing, **on_line}
             )
         else:
-            config = ChelationConfig(**{**missing, **named})
+            config = ChelationConfig(**{**missing, **on_line})
     for each in caught:
         click.echo(f"warning: {each.message}", err=True)
     return config
@@ -135,14 +129,13 @@ def settings(config_file: str | None, given: Mapping[str, Any], **implied: Any) 
 
 @contextmanager
 def opened_engine(
-    location: str, config: ChelationConfig, given: Mapping[str, Any], *, new: bool = False
+    config: ChelationConfig, options: Mapping[str, Any], *, new: bool = False
 ) -> Iterator["AntigravityEngine"]:
     """The engine of a store.
 
     Args:
-        location: Of the store.
-        config: Its settings.
-        given: The values of `place_options` and `model_options`.
+        config: The store's settings.
+        options: The values of `place_options` and `model_options`.
         new: Whether there may be no store yet.
 
     Raises:
@@ -151,32 +144,32 @@ def opened_engine(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from conch_dna.sedimentation.engine import DEFAULT_STUDENT, AntigravityEngine
-    from conch_dna.sedimentation.stored_state import has_store, state_folder, stored_student
 
-    place, teachers = place_of(location, given), given["teachers"]
+    teachers, student = options["teachers"], options["model"]
     needs_teacher = config.training_mode != "baseline" or config.space != "symmetric"
     if needs_teacher and not teachers:
         raise ConchError(
             f"training mode {config.training_mode} in the {config.space} space needs a teacher: "
             "give --teacher MODEL"
         )
-    folder = state_folder(location, place["state"], place["collection"])
-    student = given["model"]
-    if not new or (student is None and has_store(location, **place)):
-        stored = stored_student(location, **place)
-        student = student or stored
+    place = place_of(options)
+    folder = place.folder
+    if not new or (student is None and place.has_store()):
+        # Asked for where the student is named too: a query of a store that is not there makes none.
+        stored_student = place.student()
+        student = student or stored_student
     try:
         with AntigravityEngine(
-            location,
+            place.location,
             student or DEFAULT_STUDENT,
             teacher_model_name=teachers or None,
-            teacher_weights=given["teacher_shares"] or None,
+            teacher_weights=options["teacher_shares"] or None,
             config=config,
             state_folder=folder,
-            collection=place["collection"],
-            api_key=place["api_key"],
-            device=given["device"],
-            trust_remote_code=given["trust_remote_code"],
+            collection=place.collection,
+            api_key=place.api_key,
+            device=options["device"],
+            trust_remote_code=options["trust_remote_code"],
         ) as engine:
             _echo_recovered(engine.recovered)
             yield engine
@@ -187,13 +180,11 @@ def opened_engine(
 
 
 @contextmanager
-def opened_without_models(location: str, given: Mapping[str, Any]) -> Iterator["StoredState"]:
-    """What a store says of itself; see `opened_state`."""
-    from conch_dna.sedimentation.stored_state import opened_state
-
-    with opened_state(location, **place_of(location, given)) as opened:
-        _echo_recovered(opened.recovered)
-        yield opened
+def opened_without_models(options: Mapping[str, Any]) -> Iterator["StoredState"]:
+    """What a store says of itself, with a line for everything that opening it put right."""
+    with place_of(options).opened() as stored:
+        _echo_recovered(stored.recovered)
+        yield stored
 
 
 def _echo_recovered(lines: list[str]) -> None:

@@ -1,12 +1,13 @@
-"""What a store says of itself without its models: whose it is, its versions, log and gate history.
+"""What a store says of itself without its models: its student, versions, log and history.
 
 Knows where a store's parts lie; loads no student and no teacher. To tell more: a key in
-`StoredState.to_json`, and a row in tables.py.
+`StoredState.to_json`, and a row of `status_table`.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.edge import MANIFEST
-from conch_dna.sedimentation.stores.folders import LOG, VECTORS, VERSIONS, state_of
-from conch_dna.sedimentation.stores.open_store import open_store
+from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS, open_store, state_of
 
 
 class StoredState:
@@ -73,80 +73,84 @@ class StoredState:
         return {"adapter": document["kind"], **about}
 
 
-def state_folder(location: str, given: str | None, collection: str) -> Path:
-    """Where adapters, log and history of a store lie, as the engine has it.
+@dataclass(frozen=True)
+class StorePlace:
+    """Where a store lies that commands come back to.
 
-    Raises:
-        ConchError: The store is in memory, where no other command would find it.
-    """
-    if location == ":memory:":
-        raise ConchError(
-            "a store in memory ends with its command: give a folder or the URL of a server"
-        )
-    return state_of(location, given, collection)
-
-
-def _open_vectors(location: str, state: Path, collection: str, api_key: str | None) -> VectorStore:
-    if "://" in location:
-        return open_store(location, collection=collection, api_key=api_key)
-    if not (state / VECTORS / MANIFEST).is_file():
-        raise ConchError(f"{location} holds no store yet: ingest documents first")
-    return open_store(state / VECTORS)
-
-
-def has_store(location: str, *, state: str | None, collection: str, api_key: str | None) -> bool:
-    """Whether there is a store; see `stored_student`.
-
-    Of a server that does not answer this says no, and so leaves the message to whoever opens it.
-    """
-    if "://" not in location:
-        return (state_folder(location, state, collection) / VECTORS / MANIFEST).is_file()
-    try:
-        open_store(location, collection=collection, api_key=api_key).close()
-    except ConchError:
-        return False
-    return True
-
-
-def stored_student(
-    location: str,
-    *,
-    state: str | None,
-    collection: str,
-    api_key: str | None,
-) -> str:
-    """The name of the student that a store was made with.
-
-    Args:
+    Attributes:
         location: A folder or the URL of a server.
-        state: Where the rest of the store lies; see `AntigravityEngine`.
+        state: Where adapters, logs and caches lie, if not where they lie by default.
         collection: Of a server.
         api_key: Of a server.
-
-    Raises:
-        ConchError: There is no store, or it cannot be opened.
     """
-    folder = state_folder(location, state, collection)
-    with _open_vectors(location, folder, collection, api_key) as store:
-        return str(store.identity["student"])
 
+    location: str
+    state: str | None
+    collection: str
+    api_key: str | None
 
-@contextmanager
-def opened_state(
-    location: str,
-    *,
-    state: str | None,
-    collection: str,
-    api_key: str | None,
-) -> Iterator[StoredState]:
-    """A store without its models, locked while it is open; see `stored_student`.
+    @property
+    def is_server(self) -> bool:
+        """Whether the vectors are elsewhere."""
+        return "://" in self.location
 
-    Raises:
-        FolderInUseError: Another process has it open.
-        ConchError: There is no store, or it is not whole.
-    """
-    folder = state_folder(location, state, collection)
-    with ExitStack() as opening:
-        store = opening.enter_context(_open_vectors(location, folder, collection, api_key))
-        opening.enter_context(FolderLock(folder, elsewhere="give another location or --state"))
-        yield StoredState(location, folder, store)
+    @property
+    def folder(self) -> Path:
+        """Where adapters, log and history lie, as the engine has it.
+
+        Raises:
+            ConchError: The store is in memory, where no other command would find it.
+        """
+        if self.location == ":memory:":
+            raise ConchError(
+                "a store in memory ends with its command: give a folder or the URL of a server"
+            )
+        return state_of(self.location, self.state, self.collection)
+
+    def open_vectors(self) -> VectorStore:
+        """The store of the vectors alone.
+
+        Raises:
+            ConchError: There is none, or it cannot be opened.
+        """
+        if self.is_server:
+            return open_store(self.location, collection=self.collection, api_key=self.api_key)
+        if not self.has_store():
+            raise ConchError(f"{self.location} holds no store yet: ingest documents first")
+        return open_store(self.folder / VECTORS)
+
+    def has_store(self) -> bool:
+        """Whether there is a store.
+
+        Of a server that does not answer this says no, and so leaves the message to whoever opens
+        it.
+        """
+        if not self.is_server:
+            return (self.folder / VECTORS / MANIFEST).is_file()
+        try:
+            self.open_vectors().close()
+        except ConchError:
+            return False
+        return True
+
+    def student(self) -> str:
+        """The name of the student that the store was made with.
+
+        Raises:
+            ConchError: There is no store, or it cannot be opened.
+        """
+        with self.open_vectors() as store:
+            return str(store.identity["student"])
+
+    @contextmanager
+    def opened(self) -> Iterator[StoredState]:
+        """The store without its models, locked while it is open.
+
+        Raises:
+            FolderInUseError: Another process has it open.
+            ConchError: There is no store, or it is not whole.
+        """
+        folder = self.folder
+        elsewhere = "give another location or --state"
+        with self.open_vectors() as store, FolderLock(folder, elsewhere=elsewhere):
+            yield StoredState(self.location, folder, store)

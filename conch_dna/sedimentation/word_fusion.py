@@ -3,12 +3,12 @@
 Knows a store's texts and rankings; nothing of embedders, versions or gates.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.retrieval import BM25, rrf
 from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore
+from conch_dna.sedimentation.stores.filters import Where, conditions_of, matches
 
 # Documents of each ranking that are fused.
 FUSED = 100
@@ -28,7 +28,7 @@ class WordFusion:
         self._words: tuple[int, BM25] | None = None
 
     def fused(
-        self, query: str, hits: Hits, top_k: int, where: Mapping[str, Any] | None = None
+        self, query: str, hits: Hits, top_k: int, where: Where | None = None
     ) -> tuple[list[DocumentId], list[float], list[dict[str, Any]]]:
         """Ids, scores and payloads of the best documents by both rankings.
 
@@ -44,8 +44,8 @@ class WordFusion:
         if missing:
             page = self.store.get(missing, RAW)
             payloads.update(zip(page.ids, page.payloads, strict=True))
-        if where:
-            by_words = [each for each in by_words if _fits(payloads[each], where)]
+        conditions = conditions_of(where)
+        by_words = [each for each in by_words if matches(payloads[each], conditions)]
         ranked = rrf([hits.ids, by_words], k=self.k, top_k=top_k)
         ids = [each for each, _ in ranked]
         return ids, [score for _, score in ranked], [payloads[each] for each in ids]
@@ -61,13 +61,3 @@ class WordFusion:
                 texts += [embedded_text(payload) for payload in page.payloads]
             self._words = count, BM25(ids, texts)
         return self._words[1]
-
-
-def _fits(payload: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    """Whether a payload has what a filter asks for; as `VectorStore.search` has it."""
-    for field, asked in where.items():
-        wanted = asked if isinstance(asked, list | tuple) else [asked]
-        value = payload.get(field)
-        if not any(each in wanted for each in (value if isinstance(value, list) else [value])):
-            return False
-    return True

@@ -21,9 +21,9 @@ from _setting import print_setting, spread
 from conch_dna.sedimentation.adapters.adapter import Adapter
 from conch_dna.sedimentation.adapters.closed_forms import PairSums
 from conch_dna.sedimentation.changes.versions import Versions
+from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores.contract import RAW
 from conch_dna.sedimentation.stores.open_store import open_store
-from conch_dna.sedimentation.vectors import unit
 
 DIMENSION, BATCH, QUERIES = 384, 1000, 500
 TEXT = "a text of the usual length of an abstract " * 20

@@ -18,7 +18,7 @@ from conch_dna.sedimentation.adapters.adapter import (
 from conch_dna.sedimentation.adapters.closed_forms import PairSums
 from conch_dna.sedimentation.adapters.export import export_sentence_transformer
 from conch_dna.sedimentation.adapters.residual import fit_residual
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.local import unclosed_files_allowed
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 
 TEXTS = [

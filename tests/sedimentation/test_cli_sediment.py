@@ -17,7 +17,7 @@ from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import main
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.cli import sediment
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
+from conch_dna.sedimentation.embedders.local import unclosed_files_allowed
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.engine import AntigravityEngine
 from topic_models import WORDS, documents, write_models
@@ -315,7 +315,10 @@ def test_a_weight_outside_its_range_is_brought_back_with_a_warning(
 
 def test_refusals_of_changes(store: Path, models: dict[str, str]) -> None:
     one_line(run("distill", store), "mode offline in the symmetric space needs a teacher: give --t")
-    one_line(run("cycle", store, "--mode", "fast"), "training_mode is 'fast': use one of baseline")
+    mode = run("cycle", store, "--mode", "fast")
+    assert (
+        mode.exit_code == 2 and "'fast' is not one of 'baseline', 'offline', 'hybr" in mode.stderr
+    )
     one_line(run("cycle", store, "--epochs", 0), "epochs is 0: it must be 1 or more")
     baseline = run("distill", store, "--teacher", models["teacher"], "--mode", "baseline")
     one_line(baseline, "offline distillation needs a teacher")

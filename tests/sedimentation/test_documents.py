@@ -1,11 +1,18 @@
 """Documents are taken as users have them, and refused by their number."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.documents import Document, embedded_text, read_documents
+from conch_dna.sedimentation.documents import (
+    Document,
+    count_lines,
+    embedded_text,
+    read_document_files,
+    read_documents,
+)
 
 
 def test_texts_and_mappings_become_documents() -> None:
@@ -71,3 +78,23 @@ def test_the_digest_is_of_text_title_and_payload() -> None:
 def test_what_is_no_document_is_named(given: Any, message: str) -> None:
     with pytest.raises(ConchError, match=message):
         list(read_documents(given))
+
+
+def test_lines_of_files_are_counted_and_read(tmp_path: Path) -> None:
+    texts, rows = tmp_path / "texts.txt", tmp_path / "rows.jsonl"
+    texts.write_bytes("\ufeffone\r\n\ntwo".encode())
+    rows.write_text('{"text": "a", "title": null, "metadata": {"year": 1}}\n')
+    paths = [str(texts), str(rows)]
+    assert (count_lines(paths), count_lines([*paths, "-"])) == (4, 0)
+    *plain, row = read_document_files(paths)
+    assert plain == ["one", "two"]
+    assert (row["payload"], embedded_text(row)) == ({"year": 1}, "a")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no.txt")
+    for read in (count_lines, lambda paths: list(read_document_files(paths))):
+        with pytest.raises(ConchError, match=r"cannot read .*no\.txt: No such file"):
+            read([missing])
+    with pytest.raises(ConchError, match="format 'xml' is not known: use one of auto, jsonl, li"):
+        read_document_files([missing], form="xml")

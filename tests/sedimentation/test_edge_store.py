@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
+from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores import edge as edge_store
 from conch_dna.sedimentation.stores.contract import RAW
 from conch_dna.sedimentation.stores.edge import MANIFEST, EdgeStore
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
-from conch_dna.sedimentation.vectors import unit
 
 D = 16
 IDENTITY = {"student": "tiny-student", "digest": "d1", "dimension": D}

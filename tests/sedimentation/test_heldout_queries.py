@@ -17,7 +17,8 @@ from conch_dna.sedimentation.changes.heldout_queries import (
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.documents import read_documents
-from conch_dna.sedimentation.embedders.open_embedder import Embedder, open_embedder
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import open_store
 from topic_models import documents, tables, write_static

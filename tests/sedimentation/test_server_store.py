@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from qdrant_client import QdrantClient, models
+from qdrant_client import models
 
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores import server as server_store
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import open_store
-from conch_dna.sedimentation.stores.server import ServerStore
-from conch_dna.sedimentation.stores.server_connection import shown_url
+from conch_dna.sedimentation.stores.server import ServerStore, shown_url
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
-from conch_dna.sedimentation.vectors import unit
 from qdrant_over_http import QdrantOverHttp
 
 D = 8
@@ -337,7 +336,7 @@ def test_large_batches_are_sent_in_parts(
     over: QdrantOverHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_store, "REQUEST_BYTES", 3000)
-    monkeypatch.setattr(server_store, "KEYS_AT_ONCE", 7)
+    monkeypatch.setattr(ServerStore, "KEYS_AT_ONCE", 7)
     with open_store(over.url, identity=IDENTITY) as store:
         fill(store, 40)
         assert over.seen.count("PUT /collections/documents_raw/points") > 2
@@ -348,13 +347,11 @@ def test_large_batches_are_sent_in_parts(
         assert [hits.ids[0] for hits in store.search(rows, version=RAW, top_k=1)] == page.ids
 
 
-def test_a_store_whose_collections_were_deleted_says_so() -> None:
-    client = QdrantClient(":memory:")
-    store = ServerStore(client, "documents", IDENTITY, place="here", waits_s=())
-    client.delete_collection("documents_raw")
-    with pytest.raises(ConchError, match="here, collection documents: the collection was deleted"):
-        store.rollback()
-    store.close()
+def test_a_store_whose_collections_were_deleted_says_so(over: QdrantOverHttp) -> None:
+    with open_store(over.url, identity=IDENTITY) as store:
+        over.local.delete_collection("documents_raw")
+        with pytest.raises(ConchError, match="collection documents: the collection was deleted"):
+            store.rollback()
 
 
 def test_a_url_is_shown_without_secrets() -> None:

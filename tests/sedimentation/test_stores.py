@@ -16,19 +16,20 @@ import pytest
 from qdrant_client import QdrantClient
 
 from conch_dna.errors import ConchError
+from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.stores.filters import conditions_of, matches
 from conch_dna.sedimentation.stores.open_store import open_store
-from conch_dna.sedimentation.stores.server import ServerStore
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.word_fusion import WordFusion
 from qdrant_over_http import QdrantOverHttp
 
 D = 8
 IDENTITY = {"student": "tiny-student", "digest": "d1", "dimension": D}
-LASTING = ["folder", "local mode", "http", "server"]
+LASTING = ["folder", "http", "server"]
 Opens = Callable[..., VectorStore]
 
-# Local mode says so once; the parameters are for the server.
+# What stands behind `http` says so once; the parameters are for a server.
 pytestmark = pytest.mark.filterwarnings("ignore:Local mode performs exact:UserWarning")
 
 
@@ -39,17 +40,6 @@ def place_of(kind: str, folder: Path) -> Iterator[Opens]:
         yield lambda identity=IDENTITY: open_store(":memory:", identity=identity)
     elif kind == "folder":
         yield lambda identity=IDENTITY: open_store(folder / "db", identity=identity)
-    elif kind == "local mode":
-
-        def local(identity: Any = IDENTITY) -> VectorStore:
-            client = QdrantClient(path=str(folder / "db"))
-            try:
-                return ServerStore(client, "documents", identity, place="here", waits_s=())
-            except BaseException:
-                client.close()
-                raise
-
-        yield local
     elif kind == "http":
         with QdrantOverHttp() as over:
             yield lambda identity=IDENTITY: open_store(over.url, identity=identity)
@@ -229,6 +219,8 @@ FILTERS: list[tuple[Any, set[int]]] = [
     ({"kind": ["a", "b"]}, {0, 1}),
     ({"n": 1}, {0}),
     ({"n": [1, "1"]}, {0, 2}),
+    ({"n": {1, "1"}}, {0, 2}),
+    ({"n": (1, True)}, {0, 4}),
     ({"n": True}, {4}),
     ({"flag": True}, {0}),
     ({"flag": False}, {1}),
@@ -249,6 +241,13 @@ FILTERS: list[tuple[Any, set[int]]] = [
 ]
 
 
+def test_one_definition_says_what_a_filter_means() -> None:
+    for where, expected in FILTERS:
+        conditions = conditions_of(where)
+        found = {n for n, payload in enumerate(KINDS) if matches(payload, conditions)}
+        assert found == expected, where
+
+
 def test_filters_by_payload(store: VectorStore) -> None:
     ids = list(range(len(KINDS)))
     store.put(ids, KINDS, ["d"] * len(ids), {RAW: rows_of(len(ids))})
@@ -259,6 +258,17 @@ def test_filters_by_payload(store: VectorStore) -> None:
             queries = rows_of(2, seed=5, dimension=dimension)
             hits = store.search(queries, version=version, top_k=10, where=where)
             assert [set(one.ids) for one in hits] == [expected] * 2, (where, version)
+
+
+def test_word_fusion_filters_as_the_store_does() -> None:
+    with open_store(":memory:", identity=IDENTITY) as store:
+        ids = list(range(len(KINDS)))
+        payloads = [{**payload, "text": "owl"} for payload in KINDS]
+        store.put(ids, payloads, ["d"] * len(ids), {RAW: rows_of(len(ids))})
+        fusion = WordFusion(store, 60)
+        for where, expected in FILTERS:
+            (hits,) = store.search(rows_of(1, seed=5), version=RAW, top_k=10, where=where)
+            assert set(fusion.fused("owl", hits, 10, where)[0]) == expected, where
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from conch_dna.checkpoints import read_folder, write_folder
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.adapters.closed_forms import sums_of
-from conch_dna.sedimentation.choices import KINDS
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.config import KINDS
+from conch_dna.sedimentation.embedders.contract import unit
 
 ARRAYS_FILE = "adapter.safetensors"
 ADAPTER_FILE = "adapter.json"

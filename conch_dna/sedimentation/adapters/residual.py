@@ -14,7 +14,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError, NonFiniteLossError
 from conch_dna.sedimentation.adapters.adapter import Adapter, residual_rows
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.embedders.contract import unit
 
 # Of one epoch: its number from 0 in, targets [N, E] of all pairs out.
 TargetsOfEpoch = Callable[[int], np.ndarray]

@@ -13,8 +13,8 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import Adapter, fit_procrustes
-from conch_dna.sedimentation.choices import SCHEDULES
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.config import SCHEDULES
+from conch_dna.sedimentation.embedders.contract import unit
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.embedders.contract import unit
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.stores.contract import VectorStore

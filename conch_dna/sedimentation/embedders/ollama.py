@@ -4,14 +4,10 @@ Knows that HTTP interface and the prefixes of known models; nothing of what vect
 To teach it a model that wants prefixes: a line in PREFIXES, as the model's card gives them.
 """
 
-import http.client
 import ipaddress
-import json
 import os
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,15 +40,15 @@ def server_address(host: str | None) -> str:
     Raises:
         ConchError: It is no address.
     """
-    given = (host or "").strip()
-    scheme, _, rest = given.rpartition("://")
+    text = (host or "").strip()
+    scheme, _, rest = text.rpartition("://")
     try:
         port = {"": 11434, "http": 80, "https": 443}[scheme]
         parts = urllib.parse.urlsplit(f"//{rest}")
         port = parts.port or port
     except (KeyError, ValueError) as error:
         raise ConchError(
-            f"OLLAMA_HOST is {given!r}, which is no address: write host, host:port or "
+            f"OLLAMA_HOST is {text!r}, which is no address: write host, host:port or "
             "http://host:port"
         ) from error
     name = parts.hostname or "127.0.0.1"
@@ -68,11 +64,7 @@ def server_address(host: str | None) -> str:
 
 
 class _Refused(Exception):
-    """The server answered, and the answer is no."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    """The server answered, and the answer is no; the message is its reason."""
 
 
 class OllamaEmbedder(CheckedEmbedder):
@@ -132,18 +124,8 @@ class OllamaEmbedder(CheckedEmbedder):
         """Content address: the server's digest of the model, and the prefixes."""
         return content_digest("ollama", self._model_digest, *self.prefixes)
 
-    @property
-    def report(self) -> str:
-        """What it is; a too long text is refused, not cut."""
-        query, document = self.prefixes
-        shown = f"prefixes {query!r} and {document!r}" if query or document else "no prefixes"
-        return (
-            f"{self.name} at {self.address}, {self.dimension} dimensions, {shown}, refuses texts "
-            "that are too long"
-        )
-
     def _find_model(self) -> str:
-        wanted = self.model if ":" in self.model.split("/")[-1] else f"{self.model}:latest"
+        tagged = self.model if ":" in self.model.split("/")[-1] else f"{self.model}:latest"
         try:
             models = self._request("/api/tags").get("models", [])
             digests = {str(model["name"]): str(model["digest"]) for model in models}
@@ -151,12 +133,12 @@ class OllamaEmbedder(CheckedEmbedder):
             raise ConchError(
                 f"{self.address} does not answer as Ollama does: check OLLAMA_HOST"
             ) from error
-        if wanted not in digests:
+        if tagged not in digests:
             raise ConchError(
-                f"Ollama at {self.address} has no model {wanted}: run `ollama pull {self.model}`; "
+                f"Ollama at {self.address} has no model {tagged}: run `ollama pull {self.model}`; "
                 f"it has {', '.join(sorted(digests)) or 'none'}"
             )
-        return digests[wanted]
+        return digests[tagged]
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         prefix = self.prefixes[0 if queries else 1]
@@ -199,55 +181,52 @@ class OllamaEmbedder(CheckedEmbedder):
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The server's JSON; asked again while it is down or busy."""
+        import httpx
+
         reason = ""
-        for wait in (0.0, *self._waits_s):
-            time.sleep(wait)
+        for wait_s in (0.0, *self._waits_s):
+            time.sleep(wait_s)
             try:
-                return self._request_once(path, body)
-            except _Refused as error:
-                reason = str(error)
-                if error.status not in _BUSY:
-                    raise
-            except (OSError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                answer = httpx.request(
+                    "GET" if body is None else "POST",
+                    self.address + path,
+                    json=body,
+                    timeout=self._timeout_s,
+                    follow_redirects=True,
+                    # A proxy for the world outside must not be asked for a server on this machine.
+                    trust_env=not _is_this_machine(self.address),
+                )
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                reason = str(error) or type(error).__name__
+                continue
+            if answer.status_code not in _BUSY:
+                return self._content(answer, is_about_text=body is not None)
+            reason = _reason(answer)
         raise ConchError(
             f"Ollama at {self.address} does not answer ({reason}): start it with `ollama serve`, "
             "or let OLLAMA_HOST name where it runs"
         )
 
-    def _request_once(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.address + path, data=data, headers={"Content-Type": "application/json"}
-        )
-        try:
-            with _opener(self.address).open(request, timeout=self._timeout_s) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = _reason(error)
-            if error.code not in _ABOUT_THE_TEXT | _BUSY and body is not None:
+    def _content(self, answer: Any, *, is_about_text: bool) -> Any:
+        if answer.is_success:
+            try:
+                return answer.json()
+            except ValueError as error:
                 raise ConchError(
-                    f"Ollama at {self.address} refuses {self.name}: {reason}"
+                    f"{self.address} does not answer as Ollama does: check OLLAMA_HOST"
                 ) from error
-            raise _Refused(error.code, reason) from error
-        except ValueError as error:
-            raise ConchError(
-                f"{self.address} does not answer as Ollama does: check OLLAMA_HOST"
-            ) from error
+        if is_about_text and answer.status_code not in _ABOUT_THE_TEXT:
+            raise ConchError(f"Ollama at {self.address} refuses {self.name}: {_reason(answer)}")
+        raise _Refused(_reason(answer))
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+def _reason(answer: Any) -> str:
     try:
-        return str(json.loads(text)["error"])
+        return str(answer.json()["error"])
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {text[:200]}".strip()
+        return f"HTTP {answer.status_code} {answer.text[:200]}".strip()
 
 
-def _opener(address: str) -> urllib.request.OpenerDirector:
+def _is_this_machine(address: str) -> bool:
     host = urllib.parse.urlsplit(address).hostname or ""
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        # A proxy for the world outside must not be asked for a server on this machine.
-        return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener()
+    return host in ("localhost", "::1") or host.startswith("127.")

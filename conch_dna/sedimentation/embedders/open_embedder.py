@@ -1,15 +1,13 @@
-"""Opens an embedder by name: sentence-transformers, model2vec or Ollama, told apart by the name.
+"""Opens an embedder by its name: sentence-transformers, model2vec or Ollama.
 
 Knows which name means which kind; nothing of how each works.
 To add a kind: a module beside ollama.py, a branch in `open_embedder`, a row in the contract tests.
 """
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.contract import Embedded, Embedder
+from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.embedders.local import open_local
 from conch_dna.sedimentation.embedders.ollama import OLLAMA, OllamaEmbedder
-
-__all__ = ["Embedded", "Embedder", "open_embedder"]
 
 
 def open_embedder(

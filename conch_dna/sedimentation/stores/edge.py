@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,10 @@ import numpy as np
 
 from conch_dna.checkpoints import FolderLock, remove_unfinished, write_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
-from conch_dna.sedimentation.stores.checked import CheckedStore
-from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW
-from conch_dna.sedimentation.stores.state import (
-    Found,
-    VersionState,
-    checked_identity,
-)
-from conch_dna.sedimentation.stores.stored_documents import DIGEST, ID, qdrant_filter
+from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
+from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
+from conch_dna.sedimentation.stores.state import VersionState, checked_identity
+from conch_dna.sedimentation.stores.stored_documents import Record
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -38,18 +35,19 @@ SHARD = "shard"
 SPARE_BYTES = 256 * 2**20
 # Bytes on disk for each byte of vectors: once in the log and once in the storage, and some.
 BYTES_WRITTEN = 3
-KEYS_AT_ONCE = 10_000
 
 _log = logging.getLogger(__name__)
 
 
-class EdgeStore(CheckedStore):
-    """See `VectorStore`.
+class EdgeStore(VectorStore):
+    """A `VectorStore` in one folder, locked while it is open.
 
     Args:
         folder: Made where it is missing; may hold other files.
-        identity: See `open_store`.
-        exact_below: See `open_store`; `index` builds HNSW graphs from there on.
+        identity: `student`, `digest` and `dimension` of the raw vectors; may be None where there
+            is a store.
+        exact_below: Documents from which on searches are approximate, and `index` builds HNSW
+            graphs.
 
     Raises:
         FolderInUseError: Another process has it open.
@@ -74,18 +72,17 @@ class EdgeStore(CheckedStore):
             checked_identity(None, None, str(folder))
         with ExitStack() as opening:
             opening.enter_context(FolderLock(folder, elsewhere="choose another folder"))
-            stored = _read_manifest(manifest)
-            known = checked_identity(identity, stored and stored["identity"], str(folder))
-            state = VersionState(**stored["versions"]) if stored else VersionState()
-            super().__init__(str(folder), known, state, exact_below)
-            if stored is None:
+            is_new = not manifest.exists()
+            stored, state = (None, VersionState(active=RAW)) if is_new else _read_manifest(manifest)
+            checked = checked_identity(identity, stored, str(folder))
+            super().__init__(str(folder), checked, state, exact_below)
+            if is_new:
                 self._make_shard()
             else:
                 _finish_shard(folder)
             remove_unfinished(folder)
-            self._shard = self._loaded()
+            self._shard = self._load_shard()
             opening.callback(self._shard.close)
-            self._sizes: dict[str, int] = {}
             self._drop_unfinished()
             self._check_whole()
             self._open = opening.pop_all()
@@ -130,7 +127,7 @@ class EdgeStore(CheckedStore):
             optimizers=edge.EdgeOptimizersConfig(indexing_threshold=kilobytes),
         )
 
-    def _loaded(self) -> Any:
+    def _load_shard(self) -> Any:
         """The shard; where a kill came between two parts of a deletion, as it was before or after.
 
         Edge deletes a vector name in its segments and in its configuration, one after the other,
@@ -169,16 +166,15 @@ class EdgeStore(CheckedStore):
         for name in self._state.building:
             self._erase(name)
         if self._state.building:
-            state = VersionState(**{**self._state.as_document(), "building": {}})
-            self._advance(state)
+            self._advance(replace(self._state, building={}))
 
     def _check_whole(self) -> None:
-        documents = self._size(RAW)
+        documents = self.count(RAW)
         for name, about in self._state.kept.items():
-            found = self._size(name)
-            if found != documents or found < about["count"]:
+            vectors = self.count(name)
+            if vectors != documents or vectors < about["count"]:
                 raise NotWholeError(
-                    f"{self.folder} is not whole: version {name} holds {found} vectors for "
+                    f"{self.folder} is not whole: version {name} holds {vectors} vectors for "
                     f"{documents} documents, {about['count']} when it became active. Restore the "
                     "folder, or make the store anew from its documents"
                 )
@@ -204,52 +200,49 @@ class EdgeStore(CheckedStore):
                 self._edge.Point(key, {version: lists[version][n] for version in lists}, payload)
                 for n, (key, payload) in enumerate(zip(keys, stored, strict=True))
             ]
-            self._sizes.clear()
             self._shard.update(self._edge.UpdateOperation.upsert_points(points))
             self._shard.flush()
 
-    def _fetch(self, keys: list[str], version: str | None) -> dict[str, Found]:
-        found = {}
-        # Whoever wants no vector wants no more than the reserved fields.
-        payload = [ID, DIGEST] if version is None else True
-        vector = False if version is None else [version]
-        for first in range(0, len(keys), KEYS_AT_ONCE):
-            part = keys[first : first + KEYS_AT_ONCE]
-            with self._asking("be read"):
-                records = self._shard.retrieve(part, with_payload=payload, with_vector=vector)
-            for one in records:
-                held = version and one.vector.get(version)
-                if version is None or held is not None:
-                    found[str(one.id)] = Found(str(one.id), one.payload, held)
-        return found
-
-    def _scan(self, version: str, size: int, *, with_payload: bool) -> Iterator[list[Found]]:
-        offset = None
-        while True:
-            request = self._edge.ScrollRequest(
-                offset=offset,
-                limit=size,
-                filter=self._holding(version),
-                with_vector=[version],
-                with_payload=True if with_payload else [ID],
+    def _fetch(
+        self, keys: list[str], version: str, *, payload: bool | list[str], vector: bool
+    ) -> list[Record]:
+        with self._asking("be read"):
+            points = self._shard.retrieve(
+                keys, with_payload=payload, with_vector=[version] if vector else False
             )
-            with self._asking("be read"):
-                records, offset = self._shard.scroll(request)
-            if records:
-                yield [Found(str(one.id), one.payload, one.vector[version]) for one in records]
-            if offset is None:
-                return
+        if not vector:
+            return [Record(str(each.id), each.payload) for each in points]
+        return [
+            Record(str(each.id), each.payload, each.vector[version])
+            for each in points
+            if version in each.vector
+        ]
+
+    def _scroll(
+        self, version: str, offset: Any, size: int, payload: bool | list[str]
+    ) -> tuple[list[Record], Any]:
+        request = self._edge.ScrollRequest(
+            offset=offset,
+            limit=size,
+            filter=self._holding(version),
+            with_vector=[version],
+            with_payload=payload,
+        )
+        with self._asking("be read"):
+            points, following = self._shard.scroll(request)
+        records = [Record(str(each.id), each.payload, each.vector[version]) for each in points]
+        return records, following
 
     def _nearest(
         self,
         queries: np.ndarray,
         version: str,
         top_k: int,
-        where: Mapping[str, list[str | int | bool]],
+        conditions: Conditions,
         exact: bool,
-    ) -> list[list[Found]]:
+    ) -> list[list[Record]]:
         edge = self._edge
-        condition = qdrant_filter(edge, where)
+        condition = qdrant_filter(edge, conditions)
         requests = [
             edge.QueryRequest(
                 query=edge.Query.Nearest(row, using=version),
@@ -263,33 +256,30 @@ class EdgeStore(CheckedStore):
         with self._asking("be searched"):
             answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
         return [
-            [Found(str(one.id), one.payload, score=one.score) for one in hits] for hits in answers
+            [Record(str(each.id), each.payload, score=each.score) for each in hits]
+            for hits in answers
         ]
 
     def _holding(self, version: str) -> Any:
         return self._edge.Filter(must=[self._edge.HasVectorCondition(version)])
 
-    def _size(self, version: str) -> int:
-        if version not in self._sizes:
-            request = self._edge.CountRequest(exact=True, filter=self._holding(version))
-            with self._asking("be counted"):
-                self._sizes[version] = self._shard.count(request)
-        return self._sizes[version]
+    def _count(self, version: str) -> int:
+        request = self._edge.CountRequest(exact=True, filter=self._holding(version))
+        with self._asking("be counted"):
+            return int(self._shard.count(request))
 
     def _create(self, name: str, dimension: int) -> None:
         self._need_space(0)
         update = self._edge.UpdateOperation
         with self._asking("be written"):
             self._shard.update(update.create_dense_vector(name, dimension, self._edge.Distance.Dot))
-        self._sizes.pop(name, None)
 
-    def _fill(self, name: str, found: list[Found], rows: np.ndarray) -> None:
+    def _fill(self, name: str, keys: list[str], rows: np.ndarray) -> None:
         self._need_space(rows.nbytes)
-        self._sizes.pop(name, None)
         with self._asking("be written"):
             vectors = [
-                self._edge.PointVectors(one.key, {name: row})
-                for one, row in zip(found, rows.tolist(), strict=True)
+                self._edge.PointVectors(key, {name: row})
+                for key, row in zip(keys, rows.tolist(), strict=True)
             ]
             self._shard.update(self._edge.UpdateOperation.update_vectors(vectors))
 
@@ -297,14 +287,13 @@ class EdgeStore(CheckedStore):
         self._flush()
         with self._asking("be written"):
             self._shard.update(self._edge.UpdateOperation.delete_vector_name(name))
-        self._sizes.pop(name, None)
         self._flush()
 
     def _commit(self, state: VersionState) -> None:
         document = {
             "format": FORMAT,
             "identity": self.identity,
-            "versions": state.as_document(),
+            "versions": asdict(state),
         }
         try:
             write_json(self.folder / MANIFEST, document)
@@ -322,7 +311,7 @@ class EdgeStore(CheckedStore):
     def _optimize(self) -> bool:
         # Segments are written anew beside the old ones.
         dimensions = [self._dimension(name) for name in (RAW, *self.versions())]
-        self._need_space(2 * 4 * sum(dimensions) * self._size(RAW))
+        self._need_space(2 * 4 * sum(dimensions) * self.count(RAW))
         with self._asking("be indexed"):
             built = bool(self._shard.optimize())
         self._flush()
@@ -342,9 +331,8 @@ def _finish_shard(folder: Path) -> None:
         _unfinished(folder).rename(folder / SHARD)
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
+    """The identity and the versions."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -352,11 +340,9 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
                 f"{path} has format {manifest['format']}, but only {FORMAT} is known: open the "
                 "store with the version of conch_dna that made it"
             )
-        VersionState(**manifest["versions"])
-        found: dict[str, Any] = {"identity": dict(manifest["identity"]), **manifest}
+        return dict(manifest["identity"]), VersionState(**manifest["versions"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotWholeError(
             f"{path} cannot be read as a manifest: restore it, or make the store anew from its "
             "documents"
         ) from error
-    return found

@@ -1,7 +1,7 @@
 """Opens a store by its location: a folder, a server's address, or memory.
 
-Knows which class serves which location; nothing of what they do.
-To add a store: subclass `CheckedStore`, choose it here, add it to the contract tests.
+Knows which class serves which location, and where what belongs to a store lies; nothing of what
+they do. To add a store: subclass `VectorStore`, choose it here, add it to the contract tests.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,10 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, VectorStore
+
+STATE = "conch_state"
+# Folders in a store's: its vectors, their versions' adapters, the chelation log, and a cache.
+VECTORS, VERSIONS, LOG, TEACHER_VECTORS = "vectors", "versions", "chelation", "teacher_vectors"
 
 
 def open_store(
@@ -37,18 +41,15 @@ def open_store(
             identity was given, or the server cannot be reached.
     """
     text = str(location)
-    if text.startswith(("http://", "https://")):
-        from conch_dna.sedimentation.stores.server import open_server
-
-        return open_server(
-            text, collection, identity=identity, api_key=api_key, exact_below=exact_below
-        )
-    if api_key is not None:
+    is_server = text.startswith(("http://", "https://"))
+    if api_key is not None and not is_server:
         raise ConchError(f"an API key is for a server, but {text} is not the URL of one")
-    if text == ":memory:":
-        from conch_dna.sedimentation.stores.memory import MemoryStore
+    if is_server or text == ":memory:":
+        from conch_dna.sedimentation.stores.server import ServerStore
 
-        return MemoryStore(identity, exact_below=exact_below)
+        return ServerStore(
+            text, identity, collection=collection, api_key=api_key, exact_below=exact_below
+        )
     if "://" in text:
         raise ConchError(
             f"{text} is no location of a store: give a folder, a URL that begins with http:// or "
@@ -57,3 +58,19 @@ def open_store(
     from conch_dna.sedimentation.stores.edge import EdgeStore
 
     return EdgeStore(Path(location), identity, exact_below=exact_below)
+
+
+def state_of(location: str, folder: str | Path | None, collection: str) -> Path:
+    """The folder beside a store's vectors, or that of a store without one.
+
+    Args:
+        location: A folder, or the URL of a server.
+        folder: Where a user wants it; None for the usual place.
+        collection: Of a server.
+
+    >>> state_of("http://localhost:6333", None, "papers").as_posix()
+    'conch_state/papers'
+    """
+    if folder:
+        return Path(folder).expanduser()
+    return Path(STATE) / collection if "://" in location else Path(location).expanduser()

@@ -1,38 +1,41 @@
-"""A store on a Qdrant server: a collection for each version, an alias that leads to the active one.
+"""A store on a Qdrant server: a collection for each version, an alias to the active one.
 
-Knows Qdrant's client; nothing of folders. `<collection>_raw` holds the raw vectors and, as its
-metadata, what the store is; `<collection>_<version>` the same documents with a version's vectors;
-the alias `<collection>` leads to the active one. To ask the server for something new, go through
-`_ask`, which retries: the call must do no harm when it is made twice.
+Knows Qdrant's client, whose own `:memory:` stands in for a server; nothing of folders.
+`<collection>_raw` holds the raw vectors and, as its metadata, what the store is;
+`<collection>_<version>` the same documents with a version's vectors; the alias `<collection>`
+leads to the active one. No message shows a key or a password. To ask the server for something new,
+go through `_ask`, which retries: the call must do no harm when it is made twice.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.sedimentation.stores.checked import CheckedStore
-from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW
-from conch_dna.sedimentation.stores.server_connection import RETRY_WAITS_S, ask, connect, shown_url
-from conch_dna.sedimentation.stores.state import (
-    NAME,
-    Found,
-    VersionState,
-    checked_identity,
-)
-from conch_dna.sedimentation.stores.stored_documents import DIGEST, ID, qdrant_filter
+from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
+from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
+from conch_dna.sedimentation.stores.state import VERSION_NAME, VersionState, checked_identity
+from conch_dna.sedimentation.stores.stored_documents import Record
 
-Result = TypeVar("Result")
+MEMORY = ":memory:"
 FORMAT = 1
 # Field of the raw collection's metadata; its value is text, as a server merges objects.
 ABOUT = "conch_dna"
 # A server takes 32 MiB at once. A number in JSON takes some 20 bytes.
 REQUEST_BYTES = 8 * 2**20
 NUMBER_BYTES = 20
-KEYS_AT_ONCE = 1_000
+# Seconds before each further attempt to reach a server.
+RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0)
+TIMEOUT_S = 60
+# Statuses that say nothing of the request but that the server, or what is before it, is not ready.
+BUSY = (429, 502, 503, 504)
+
+_log = logging.getLogger(__name__)
 
 
 class _About(NamedTuple):
@@ -49,93 +52,106 @@ class _About(NamedTuple):
     kept: dict[str, dict[str, Any]]
     building: dict[str, int]
 
-
-def open_server(
-    url: str,
-    collection: str,
-    *,
-    identity: Mapping[str, Any] | None,
-    api_key: str | None = None,
-    exact_below: int = EXACT_BELOW,
-) -> "ServerStore":
-    """Connect to a server and open a store there; see `open_store`.
-
-    Raises:
-        ConchError: It cannot be reached, refuses the key, or holds another store.
-    """
-    client = connect(url, api_key)
-    try:
-        return ServerStore(
-            client,
-            collection,
-            identity,
-            place=shown_url(url),
-            exact_below=exact_below,
-            waits_s=RETRY_WAITS_S,
-        )
-    except BaseException:
-        client.close()
-        raise
+    def as_metadata(self) -> dict[str, str]:
+        return {ABOUT: json.dumps({"format": FORMAT, **self._asdict()})}
 
 
-class ServerStore(CheckedStore):
-    """See `VectorStore`.
+class ServerStore(VectorStore):
+    """A `VectorStore` on a server, or in this process's memory and gone with it.
 
     Versions that another process builds are not seen; one process at a time may write.
 
     Args:
-        client: A `QdrantClient`; `close` closes it.
+        url: Of the server, or MEMORY.
+        identity: `student`, `digest` and `dimension` of the raw vectors; may be None where there
+            is a store.
         collection: Name of the alias and beginning of the collections' names.
-        identity: See `open_store`.
-        place: What messages call the server.
-        exact_below: See `open_store`. The server itself decides when it builds graphs.
-        waits_s: Seconds to wait before each further attempt to reach the server.
+        api_key: Of the server.
+        exact_below: Documents from which on searches are approximate. The server itself decides
+            when it builds graphs; in memory all are compared with.
+
+    Raises:
+        ConchError: It cannot be reached, refuses the key, or holds another store.
     """
+
+    KEYS_AT_ONCE = 1_000
 
     def __init__(
         self,
-        client: Any,
-        collection: str,
+        url: str,
         identity: Mapping[str, Any] | None = None,
         *,
-        place: str,
+        collection: str,
+        api_key: str | None = None,
         exact_below: int = EXACT_BELOW,
-        waits_s: tuple[float, ...],
     ) -> None:
         from qdrant_client import models
 
-        if not NAME.fullmatch(collection.lower()):
+        if not VERSION_NAME.fullmatch(collection.lower()):
             raise ConchError(
                 f"{collection!r} is no name of a collection: use up to 64 letters, digits, '.', "
                 "'_' and '-', beginning with a letter or digit"
             )
-        self._client = client
         self._models: Any = models
-        self._waits_s = waits_s
+        self._in_memory = url == MEMORY
         self.collection = collection
         # Versions begun by this process, and by others that did not finish them.
         self._mine: set[str] = set()
         self._unfinished: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
-        self.place = f"{place}, collection {collection}"
-        about = self._read_about()
-        known = checked_identity(identity, about and about.identity, self.place)
-        super().__init__(self.place, known, VersionState(), exact_below)
-        if about is None:
-            self._make()
-        self.refresh()
+        self.place = f"{shown_url(url)}, collection {collection}"
+        self._client = _connect(url, api_key)
+        try:
+            about = self._read_about()
+            checked = checked_identity(identity, about and about.identity, self.place)
+            super().__init__(self.place, checked, VersionState(active=RAW), exact_below)
+            if about is None:
+                self._make()
+            self.refresh()
+        except BaseException:
+            self._client.close()
+            raise
 
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        return ask(call, self.place, self._waits_s)
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a call of the client gives, made again while the server cannot be reached.
+
+        Args:
+            call: Does no harm when it is made twice, as its answer can be lost.
+            *arguments: Of the call.
+            **options: Of the call.
+
+        Raises:
+            ConchError: The server refuses, or cannot be reached.
+        """
+        from qdrant_client.common.client_exceptions import QdrantException
+        from qdrant_client.http.exceptions import ApiException
+
+        for wait_s in (*RETRY_WAITS_S, None):
+            try:
+                return call(*arguments, **options)
+            except (ApiException, QdrantException) as error:
+                reason, is_passing = _reason(error)
+                if not is_passing:
+                    raise ConchError(
+                        f"the Qdrant server at {self.place} refused: {reason}"
+                    ) from error
+                if wait_s is None:
+                    raise ConchError(
+                        f"the Qdrant server at {self.place} cannot be reached "
+                        f"({len(RETRY_WAITS_S) + 1} attempts): {reason}. What was acknowledged is "
+                        "there; start the server and go on"
+                    ) from error
+                _log.warning("%s: %s; trying again in %g s", self.place, reason, wait_s)
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
 
     def _name(self, version: str) -> str:
         return f"{self.collection}_{version}"
 
     def _read_about(self) -> _About | None:
         raw = self._name(RAW)
-        if not self._ask(lambda: self._client.collection_exists(raw)):
+        if not self._ask(self._client.collection_exists, raw):
             return None
-        info = self._ask(lambda: self._client.get_collection(raw))
+        info = self._ask(self._client.get_collection, raw)
         text = (info.config.metadata or {}).get(ABOUT)
         if text is None:
             raise ConchError(
@@ -148,50 +164,43 @@ class ServerStore(CheckedStore):
         return _About(**document)
 
     def _write_about(self, about: _About) -> None:
-        text = json.dumps({"format": FORMAT, **about._asdict()})
-        self._ask(lambda: self._client.update_collection(self._name(RAW), metadata={ABOUT: text}))
+        metadata = about.as_metadata()
+        self._ask(self._client.update_collection, self._name(RAW), metadata=metadata)
 
     def _make(self) -> None:
         about = _About(self.identity, RAW, {}, {}, {})
-        text = json.dumps({"format": FORMAT, **about._asdict()})
-        self._make_collection(RAW, int(self.identity["dimension"]), {ABOUT: text})
+        self._create(RAW, int(self.identity["dimension"]), about.as_metadata())
         self._move_alias(RAW)
 
-    def _make_collection(
-        self, version: str, dimension: int, metadata: dict[str, Any] | None = None
-    ) -> None:
+    def _create(self, name: str, dimension: int, metadata: dict[str, Any] | None = None) -> None:
         vectors = self._models.VectorParams(size=dimension, distance=self._models.Distance.DOT)
+        collection = self._name(name)
 
-        def make() -> None:
+        def create() -> None:
             # A first attempt may have arrived though its answer did not.
-            if not self._client.collection_exists(self._name(version)):
+            if not self._client.collection_exists(collection):
                 self._client.create_collection(
-                    self._name(version), vectors_config=vectors, metadata=metadata
+                    collection, vectors_config=vectors, metadata=metadata
                 )
 
-        self._ask(make)
+        self._ask(create)
 
     def _alias(self) -> str | None:
         """The version that the alias leads to; None if there is no alias."""
-        aliases = self._ask(lambda: self._client.get_aliases()).aliases
-        for one in aliases:
-            if one.alias_name == self.collection:
-                name: str = one.collection_name
-                if not name.startswith(f"{self.collection}_"):
-                    raise ConchError(
-                        f"{self.place}: the alias leads to {name}: choose another name"
-                    )
-                return name.removeprefix(f"{self.collection}_")
-        return None
+        aliases = self._ask(self._client.get_aliases).aliases
+        targets = {each.alias_name: each.collection_name for each in aliases}
+        name: str | None = targets.get(self.collection)
+        if name is None:
+            return None
+        if not name.startswith(f"{self.collection}_"):
+            raise ConchError(f"{self.place}: the alias leads to {name}: choose another name")
+        return name.removeprefix(f"{self.collection}_")
 
     def _move_alias(self, version: str) -> None:
-        models = self._models
-        move = models.CreateAliasOperation(
-            create_alias=models.CreateAlias(
-                collection_name=self._name(version), alias_name=self.collection
-            )
-        )
-        self._ask(lambda: self._client.update_collection_aliases([move]))
+        name = self._name(version)
+        alias = self._models.CreateAlias(collection_name=name, alias_name=self.collection)
+        move = self._models.CreateAliasOperation(create_alias=alias)
+        self._ask(self._client.update_collection_aliases, [move])
 
     def refresh(self) -> None:
         """Read which version is active, which may be another process's doing."""
@@ -213,14 +222,14 @@ class ServerStore(CheckedStore):
         self._state = VersionState(
             active=active,
             previous=about.previous_of.get(active),
-            kept={name: known for name, known in about.kept.items() if name not in building},
-            building={name: size for name, size in building.items() if name in self._mine},
+            kept={n: facts for n, facts in about.kept.items() if n not in building},
+            building={n: size for n, size in building.items() if n in self._mine},
         )
         self._unfinished = {n: size for n, size in building.items() if n not in self._mine}
-        self._sizes.clear()
+        self._counts.clear()
 
     def add_version(self, name: str, dimension: int) -> None:
-        """See `VectorStore`; first removes what a killed process had begun."""
+        """Begin a version of this dimension; what a killed process had begun is removed first."""
         self.refresh()
         for other in self._unfinished:
             self._erase(other)
@@ -256,7 +265,6 @@ class ServerStore(CheckedStore):
         # Raw comes last: `digests` tells of a document only when it has all its vectors.
         for version in sorted(rows, key=lambda name: name == RAW):
             self._upsert(version, keys, stored, rows[version])
-        self._sizes.clear()
 
     def _upsert(
         self, version: str, keys: list[str], stored: list[dict[str, Any]], rows: np.ndarray
@@ -268,101 +276,122 @@ class ServerStore(CheckedStore):
             batch = self._models.Batch(
                 ids=keys[part], vectors=rows[part].tolist(), payloads=stored[part]
             )
-            self._ask(partial(self._client.upsert, self._name(version), points=batch, wait=True))
+            self._ask(self._client.upsert, self._name(version), points=batch, wait=True)
 
-    def _retrieve(self, keys: list[str], version: str, *, payload: Any, vector: bool) -> list[Any]:
-        records: list[Any] = []
-        for first in range(0, len(keys), KEYS_AT_ONCE):
-            records += self._ask(
-                partial(
-                    self._client.retrieve,
-                    self._name(version),
-                    ids=keys[first : first + KEYS_AT_ONCE],
-                    with_payload=payload,
-                    with_vectors=vector,
-                )
-            )
-        return records
+    def _fetch(
+        self, keys: list[str], version: str, *, payload: bool | list[str], vector: bool
+    ) -> list[Record]:
+        points = self._ask(
+            self._client.retrieve,
+            self._name(version),
+            ids=keys,
+            with_payload=payload,
+            with_vectors=vector,
+        )
+        return [Record(str(each.id), each.payload, each.vector) for each in points]
 
-    def _fetch(self, keys: list[str], version: str | None) -> dict[str, Found]:
-        # Whoever wants no vector wants no more than the reserved fields.
-        payload = [ID, DIGEST] if version is None else True
-        found = self._retrieve(keys, version or RAW, payload=payload, vector=version is not None)
-        return {str(one.id): Found(str(one.id), one.payload, one.vector) for one in found}
-
-    def _scan(self, version: str, size: int, *, with_payload: bool) -> Iterator[list[Found]]:
-        offset = None
-        while True:
-            records, offset = self._ask(
-                partial(
-                    self._client.scroll,
-                    self._name(version),
-                    limit=size,
-                    offset=offset,
-                    with_payload=True if with_payload else [ID],
-                    with_vectors=True,
-                )
-            )
-            if records:
-                yield [Found(str(one.id), one.payload, one.vector) for one in records]
-            if offset is None:
-                return
+    def _scroll(
+        self, version: str, offset: Any, size: int, payload: bool | list[str]
+    ) -> tuple[list[Record], Any]:
+        points, following = self._ask(
+            self._client.scroll,
+            self._name(version),
+            limit=size,
+            offset=offset,
+            with_payload=payload,
+            with_vectors=True,
+        )
+        return [Record(str(each.id), each.payload, each.vector) for each in points], following
 
     def _nearest(
         self,
         queries: np.ndarray,
         version: str,
         top_k: int,
-        where: Mapping[str, list[str | int | bool]],
+        conditions: Conditions,
         exact: bool,
-    ) -> list[list[Found]]:
+    ) -> list[list[Record]]:
         models = self._models
-        condition = qdrant_filter(models, where)
+        condition = qdrant_filter(models, conditions)
+        # In memory all are compared with anyway, and the client would warn of that.
+        params = None if self._in_memory else models.SearchParams(exact=exact)
         size = max(1, REQUEST_BYTES // (queries.shape[1] * NUMBER_BYTES))
         answers: list[Any] = []
         for first in range(0, len(queries), size):
             requests = [
                 models.QueryRequest(
-                    query=row,
-                    limit=top_k,
-                    filter=condition,
-                    with_payload=True,
-                    params=models.SearchParams(exact=exact),
+                    query=row, limit=top_k, filter=condition, with_payload=True, params=params
                 )
                 for row in queries[first : first + size].tolist()
             ]
-            answers += self._ask(
-                partial(self._client.query_batch_points, self._name(version), requests=requests)
-            )
+            name = self._name(version)
+            answers += self._ask(self._client.query_batch_points, name, requests=requests)
         return [
-            [Found(str(one.id), one.payload, score=one.score) for one in answer.points]
+            [Record(str(each.id), each.payload, score=each.score) for each in answer.points]
             for answer in answers
         ]
 
-    def _size(self, version: str) -> int:
-        if version not in self._sizes:
-            name = self._name(version)
-            self._sizes[version] = self._ask(
-                lambda: int(self._client.count(name, exact=True).count)
-            )
-        return self._sizes[version]
+    def _count(self, version: str) -> int:
+        return int(self._ask(self._client.count, self._name(version), exact=True).count)
 
-    def _create(self, name: str, dimension: int) -> None:
-        self._make_collection(name, dimension)
-
-    def _fill(self, name: str, found: list[Found], rows: np.ndarray) -> None:
-        keys = [one.key for one in found]
+    def _fill(self, name: str, keys: list[str], rows: np.ndarray) -> None:
         # Each collection has the payloads, so that filters work on it.
-        held = {
-            str(one.id): one.payload
-            for one in self._retrieve(keys, RAW, payload=True, vector=False)
-        }
-        self._upsert(name, keys, [held[key] for key in keys], rows)
-        self._sizes.pop(name, None)
+        records = self._records(keys, RAW, vector=False)
+        self._upsert(name, keys, [dict(records[key].payload) for key in keys], rows)
 
     def _erase(self, name: str) -> None:
-        self._ask(lambda: self._client.delete_collection(self._name(name)))
-        self._sizes.pop(name, None)
+        self._ask(self._client.delete_collection, self._name(name))
 
     def _release(self) -> None:
         self._client.close()
+
+
+def _connect(url: str, api_key: str | None) -> Any:
+    """A `QdrantClient` of this server; nothing is sent yet.
+
+    Raises:
+        ConchError: URL or key cannot be ones.
+    """
+    from qdrant_client import QdrantClient
+
+    if url == MEMORY:
+        return QdrantClient(MEMORY)
+    # The HTTP library would show a key with a line break in its message.
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+        raise ConchError("the API key is empty or holds a line break or a letter outside ASCII")
+    try:
+        # A check of versions would warn, instead of refusing, where the server is down.
+        return QdrantClient(url=url, api_key=api_key, timeout=TIMEOUT_S, check_compatibility=False)
+    except ValueError as error:
+        raise ConchError(f"{shown_url(url)} is no URL of a server: {error}") from error
+
+
+def shown_url(url: str) -> str:
+    """A URL without user, password and query, which may be secret."""
+    if url == MEMORY:
+        return url
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+
+
+def _reason(error: Any) -> tuple[str, bool]:
+    """What went wrong, in one line without what was asked; and whether it may pass."""
+    from httpx import TransportError
+    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    if isinstance(error, ResourceExhaustedResponse):
+        return "it is busy", True
+    if isinstance(error, ResponseHandlingException):
+        source = error.source
+        text = one_line(f"{type(source).__name__} {source}")
+        return text.rstrip("."), isinstance(source, TransportError)
+    if not isinstance(error, UnexpectedResponse):
+        return one_line(error).rstrip("."), False
+    if error.status_code in (401, 403):
+        return f"it does not accept the API key ({error.status_code})", False
+    try:
+        text = error.structured()["status"]["error"]
+    except (ValueError, KeyError, TypeError):
+        text = error.reason_phrase
+    return f"{error.status_code} {one_line(text)}".rstrip("."), error.status_code in BUSY

@@ -5,22 +5,12 @@ Knows neither files nor servers. What more a store must remember of a version: `
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.stores.contract import RAW
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-class Found(NamedTuple):
-    """A stored document: its payload with reserved fields, and a vector or a score if asked for."""
-
-    key: str
-    payload: Mapping[str, Any]
-    vector: Any = None
-    score: float = 0.0
+VERSION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,48 +25,44 @@ class VersionState:
         building: Versions that were not, or that are being deleted, with their dimension.
     """
 
-    active: str = RAW
+    active: str
     previous: str | None = None
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     building: dict[str, int] = field(default_factory=dict)
 
-    def as_document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
 
 def checked_identity(
-    given: Mapping[str, Any] | None, stored: Mapping[str, Any] | None, place: str
+    wanted: Mapping[str, Any] | None, stored: Mapping[str, Any] | None, place: str
 ) -> dict[str, Any]:
     """The identity of a store, compared with what is asked for.
 
     Raises:
         ConchError: They differ, there is none, or one is incomplete.
     """
-    if given is not None:
+    if wanted is not None:
         for name, kind in (("student", str), ("dimension", int)):
-            if not isinstance(given.get(name), kind) or not given[name]:
+            if not isinstance(wanted.get(name), kind) or not wanted[name]:
                 raise ConchError(
-                    f"identity has {name} {given.get(name)!r}: a store needs student, digest and "
+                    f"identity has {name} {wanted.get(name)!r}: a store needs student, digest and "
                     "dimension of what makes its vectors"
                 )
     if stored is None:
-        if given is None:
+        if wanted is None:
             raise ConchError(f"{place} holds no store yet: ingest documents first")
-        return dict(given)
-    if given is not None and dict(given) != dict(stored):
+        return dict(wanted)
+    if wanted is not None and dict(wanted) != dict(stored):
         reasons = []
-        if given["student"] != stored["student"]:
-            reasons.append(f"with student {stored['student']}, not {given['student']}")
-        elif given.get("digest") != stored.get("digest"):
+        if wanted["student"] != stored["student"]:
+            reasons.append(f"with student {stored['student']}, not {wanted['student']}")
+        elif wanted.get("digest") != stored.get("digest"):
             reasons.append(
                 f"with other weights or settings of {stored['student']} (digest "
-                f"{stored.get('digest')}, now {given.get('digest')})"
+                f"{stored.get('digest')}, now {wanted.get('digest')})"
             )
-        if given["dimension"] != stored["dimension"]:
-            reasons.append(f"in {stored['dimension']} dimensions, not {given['dimension']}")
+        if wanted["dimension"] != stored["dimension"]:
+            reasons.append(f"in {stored['dimension']} dimensions, not {wanted['dimension']}")
         if not reasons:
-            reasons.append(f"with {dict(stored)}, not {dict(given)}")
+            reasons.append(f"with {dict(stored)}, not {dict(wanted)}")
         raise ConchError(
             f"the store in {place} was made {' and '.join(reasons)}: open it with that student, "
             "or ingest into a new store"

@@ -1,34 +1,38 @@
-"""How a document lies in a store: its key, its reserved payload fields, filters, content digest.
+"""How a document lies in a store: its key, its reserved fields, its vector's digest.
 
 Knows neither versions nor Qdrant's ways. To keep one more thing with each document: `to_stored`
-and `from_stored`, under a field that begins with the reserved prefix.
+and `as_given`, under a field that begins with the reserved prefix.
 """
 
 import hashlib
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.stores.contract import Id, Where
+from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.stores.filters import LARGEST, PREFIX, boolean_fields, is_unicode
 
-PREFIX = "_conch_"
 ID = f"{PREFIX}id"
 DIGEST = f"{PREFIX}digest"
-# Names of the fields that are true or false: Qdrant Edge 0.9 takes a boolean in a filter for 1 or
-# 0 and then finds nothing.
-TRUE = f"{PREFIX}true"
-FALSE = f"{PREFIX}false"
-LARGEST = 2**63
 NAMESPACE = uuid.UUID("7f1d3c52-6a0b-5a43-9c58-0d1f0c0a6e11")
 # How far the length of a unit vector in float32 may be from 1.
 LENGTH_TOLERANCE = 1e-3
 
 
-def id_text(identifier: Id) -> str:
+class Record(NamedTuple):
+    """A stored document: its payload with reserved fields, and a vector or a score if asked for."""
+
+    key: str
+    payload: Mapping[str, Any]
+    vector: Any = None
+    score: float = 0.0
+
+
+def id_text(identifier: DocumentId) -> str:
     """An id as text that keeps its type: `i1` for 1, `s1` for "1"."""
     if isinstance(identifier, str):
         return f"s{identifier}"
@@ -39,7 +43,7 @@ def id_text(identifier: Id) -> str:
     )
 
 
-def key_of(identifier: Id) -> str:
+def key_of(identifier: DocumentId) -> str:
     """The point's key: UUID 5 of type and id, as Qdrant takes no texts."""
     try:
         return str(uuid.uuid5(NAMESPACE, id_text(identifier)))
@@ -47,7 +51,7 @@ def key_of(identifier: Id) -> str:
         raise ConchError(f"id {identifier!r} is no valid Unicode text") from error
 
 
-def keys_of(ids: Sequence[Id]) -> list[str]:
+def keys_of(ids: Sequence[DocumentId]) -> list[str]:
     """The keys of ids, each of which must be there once.
 
     Raises:
@@ -55,13 +59,12 @@ def keys_of(ids: Sequence[Id]) -> list[str]:
     """
     keys = [key_of(identifier) for identifier in ids]
     if len(set(keys)) < len(keys):
-        seen: set[str] = set()
-        twice = next(i for i, k in zip(ids, keys, strict=True) if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        twice = next(ids[n] for n, key in enumerate(keys) if key in keys[:n])
         raise ConchError(f"id {twice!r} comes twice in one batch: give each document once")
     return keys
 
 
-def to_stored(identifier: Id, payload: Mapping[str, Any], digest: str) -> dict[str, Any]:
+def to_stored(identifier: DocumentId, payload: Mapping[str, Any], digest: str) -> dict[str, Any]:
     """A payload with the reserved fields.
 
     Raises:
@@ -78,25 +81,22 @@ def to_stored(identifier: Id, payload: Mapping[str, Any], digest: str) -> dict[s
             f"document {identifier!r}: payload holds {wrong}, which would not come back as "
             "given: use texts, finite numbers of at most 64 bits, booleans, None, lists and dicts"
         )
-    stored = {**payload, ID: id_text(identifier), DIGEST: digest}
-    for field, held in payload.items():
-        if isinstance(held, bool | list):
-            for name, value in ((TRUE, True), (FALSE, False)):
-                if _has(held, value):
-                    stored.setdefault(name, []).append(field)
-    return stored
+    return {**payload, ID: id_text(identifier), DIGEST: digest, **boolean_fields(payload)}
 
 
-def from_stored(stored: Mapping[str, Any]) -> tuple[Id, dict[str, Any]]:
-    """The id and the payload as they were given."""
-    payload = {field: v for field, v in stored.items() if not field.startswith(PREFIX)}
-    return stored_id(stored), payload
-
-
-def stored_id(stored: Mapping[str, Any]) -> Id:
+def stored_id(stored: Mapping[str, Any]) -> DocumentId:
     """The id as it was given."""
     text: str = stored[ID]
     return int(text[1:]) if text.startswith("i") else text[1:]
+
+
+def as_given(records: Iterable[Record]) -> tuple[list[DocumentId], list[dict[str, Any]]]:
+    """The ids and the payloads of records, as they were given."""
+    ids, payloads = [], []
+    for each in records:
+        ids.append(stored_id(each.payload))
+        payloads.append({f: v for f, v in each.payload.items() if not f.startswith(PREFIX)})
+    return ids, payloads
 
 
 def _not_plain(value: Any) -> str | None:
@@ -104,7 +104,7 @@ def _not_plain(value: Any) -> str | None:
     if value is None or isinstance(value, bool):
         return None
     if type(value) is str:
-        return None if _is_unicode(value) else f"the invalid text {value!r}"
+        return None if is_unicode(value) else f"the invalid text {value!r}"
     if type(value) is int:
         return None if -LARGEST <= value < LARGEST else f"the integer {value}"
     if type(value) is float:
@@ -114,88 +114,12 @@ def _not_plain(value: Any) -> str | None:
         inside = value
     elif isinstance(value, Mapping):
         for key in value:
-            if type(key) is not str or not _is_unicode(key):
+            if type(key) is not str or not is_unicode(key):
                 return f"the field {key!r}"
         inside = value.values()
     else:
         return f"{value!r} of type {type(value).__name__}"
     return next((wrong for v in inside if (wrong := _not_plain(v)) is not None), None)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def wanted(where: Where | None) -> dict[str, list[str | int | bool]]:
-    """A filter with a list of values for each field.
-
-    Raises:
-        ConchError: A field cannot be asked for, or a value is no text, integer or boolean.
-    """
-    found = {}
-    for field, given in (where or {}).items():
-        if not isinstance(field, str) or not field or '"' in field or "\\" in field:
-            raise ConchError(
-                f"where: {field!r} cannot be asked for: name a payload field without quotes"
-            )
-        values = list(given) if isinstance(given, list | tuple | set | frozenset) else [given]
-        if not values:
-            raise ConchError(f"where: {field!r} has no values, so that nothing could be found")
-        for value in values:
-            fits = isinstance(value, int) and -LARGEST <= value < LARGEST
-            if not fits and not (isinstance(value, str) and _is_unicode(value)):
-                raise ConchError(
-                    f"where: {field!r} is to be {value!r} of type {type(value).__name__}: give "
-                    "texts, integers of at most 64 bits or booleans"
-                )
-        found[field] = values
-    return found
-
-
-def _has(held: Any, value: str | int | bool) -> bool:
-    """Whether a payload's value is this one, or a list with it; 1, 1.0 and True are three."""
-    items = held if isinstance(held, list) else [held]
-    return any(type(item) is type(value) and item == value for item in items)
-
-
-def matches(payload: Mapping[str, Any], where: Mapping[str, list[str | int | bool]]) -> bool:
-    """Whether a payload has, in each field, one of the values."""
-    return all(
-        field in payload and any(_has(payload[field], value) for value in values)
-        for field, values in where.items()
-    )
-
-
-def qdrant_filter(api: Any, where: Mapping[str, list[str | int | bool]]) -> Any:
-    """The filter in Qdrant's words.
-
-    Args:
-        api: `qdrant_edge` or `qdrant_client.models`, which name the same things alike.
-        where: What `wanted` gives.
-
-    Returns:
-        A `Filter` of that module, or None if all documents match.
-    """
-
-    def one_of(path: str, values: Sequence[str | int]) -> Any:
-        return api.FieldCondition(key=path, match=api.MatchAny(any=list(values)))
-
-    must = []
-    for field, values in where.items():
-        # Quoted, or a dot in the name would lead into an object.
-        path = f'"{field}"'
-        either = []
-        if texts := [v for v in values if isinstance(v, str)]:
-            either.append(one_of(path, texts))
-        if numbers := [v for v in values if type(v) is int]:
-            either.append(one_of(path, numbers))
-        either += [one_of(n, [field]) for n, v in ((TRUE, True), (FALSE, False)) if _has(values, v)]
-        must.append(api.Filter(should=either))
-    return api.Filter(must=must) if must else None
 
 
 def checked_rows(vectors: Any, *, count: int | None, dimension: int, what: str) -> np.ndarray:
@@ -230,7 +154,7 @@ class ContentSum:
         self.count = 0
         self._sum = 0
 
-    def add(self, ids: Sequence[Id], vectors: np.ndarray) -> None:
+    def add(self, ids: Sequence[DocumentId], vectors: np.ndarray) -> None:
         """Count in documents, none of which was counted before; vectors `[n, D]`."""
         rows = np.ascontiguousarray(vectors, "<f4")
         for identifier, row in zip(ids, rows, strict=True):

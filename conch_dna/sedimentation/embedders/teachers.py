@@ -1,14 +1,16 @@
-"""A teacher's vectors on disk, found again by the content of text and teacher.
+"""Teachers: an embedder whose vectors are kept on disk, and several embedders as one.
 
-Knows an embedder and one folder format; nothing of targets, students or stores. A shard is a
+Knows embedders and one folder format; nothing of targets, students or stores. A shard is a
 safetensors file named by its own digest, never changed: several processes may add at once, a kill
 loses what was not yet a shard, and a damaged one is found, deleted and computed again.
-To change what a vector depends on: put it into `_key` or into the embedder's digest.
+To change what a vector depends on: put it into `_key` or into the embedder's digest. To combine
+teachers otherwise: another subclass of `Embedder`.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 from conch_dna.checkpoints import write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problem_of
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of, unit
 
 logger = logging.getLogger(__name__)
 
@@ -32,37 +34,32 @@ class VectorCache:
     Args:
         folder: Of all caches; this one lies in a folder below, named by the embedder's digest.
         digest: The embedder's.
-
-    Attributes:
-        damaged: Names of shards that were found damaged and deleted.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder = folder / digest[:32]
-        self.damaged: list[str] = []
-        self._places: dict[bytes, tuple[Path, int]] | None = None
         self._dimension: int | None = None
         self._last: tuple[Path, np.ndarray] | None = None
 
     @property
     def dimension(self) -> int | None:
         """Of the vectors; None where there are none."""
-        self._read()
-        return self._dimension
+        # Reading the shards tells it.
+        return self._dimension if self._places else None
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self._places)
 
-    def _read(self) -> dict[bytes, tuple[Path, int]]:
+    @cached_property
+    def _places(self) -> dict[bytes, tuple[Path, int]]:
         """Where each key's vector lies; the shards are verified the first time."""
-        if self._places is None:
-            self._places = {}
-            for path in self.folder.glob(".writing-*"):
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    path.unlink(missing_ok=True)
-            for path in sorted(self.folder.glob("vectors-*.safetensors")):
-                self._read_shard(path, self._places)
-        return self._places
+        places: dict[bytes, tuple[Path, int]] = {}
+        for path in self.folder.glob(".writing-*"):
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink(missing_ok=True)
+        for path in sorted(self.folder.glob("vectors-*.safetensors")):
+            self._read_shard(path, places)
+        return places
 
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
         from safetensors.numpy import load
@@ -72,7 +69,6 @@ class VectorCache:
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
             )
-            self.damaged.append(path.name)
             path.unlink(missing_ok=True)
             return
         arrays = load(data)
@@ -81,9 +77,9 @@ class VectorCache:
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The vectors `[D]` of those keys that have one."""
-        places = self._read()
+        places = self._places
         known = sorted(
-            ((*places[key], key) for key in set(keys) if key in places), key=lambda found: found[:2]
+            ((*places[key], key) for key in set(keys) if key in places), key=lambda place: place[:2]
         )
         return {key: self._vectors(path)[row] for path, row, key in known}
 
@@ -108,7 +104,7 @@ class VectorCache:
 
         if not keys:
             return
-        places = self._read()
+        places = self._places
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 32)
         data = save({"keys": names, "vectors": np.ascontiguousarray(vectors, np.float32)})
         path = self.folder / _shard_name(data)
@@ -125,7 +121,7 @@ def _key(text: str, *, queries: bool) -> bytes:
     return bytes.fromhex(content_digest("query" if queries else "document", text))
 
 
-class CachedEmbedder:
+class CachedEmbedder(Embedder):
     """An embedder that computes a text's vector once; the model loads only for what is missing.
 
     Args:
@@ -140,16 +136,13 @@ class CachedEmbedder:
     def __init__(self, embedder: Embedder, folder: Path) -> None:
         self.embedder = embedder
         self._folder = folder
-        self._cache: VectorCache | None = None
         self.computed = 0
         self.found = 0
 
-    @property
+    @cached_property
     def cache(self) -> VectorCache:
         """Its shards."""
-        if self._cache is None:
-            self._cache = VectorCache(self._folder, self.embedder.digest)
-        return self._cache
+        return VectorCache(self._folder, self.embedder.digest)
 
     @property
     def name(self) -> str:
@@ -166,23 +159,12 @@ class CachedEmbedder:
         """The embedder's."""
         return self.embedder.digest
 
-    @property
-    def report(self) -> str:
-        """The embedder's, and where its vectors are kept."""
-        return f"{self.embedder.report}, cached in {self.cache.folder}"
-
-    def documents(self, texts: Iterable[str]) -> Embedded:
-        """See `Embedder`."""
-        return self._embed(texts, queries=False)
-
-    def queries(self, texts: Iterable[str]) -> Embedded:
-        """See `Embedder`."""
-        return self._embed(texts, queries=True)
-
     def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
-        if isinstance(texts, str):
-            return self.embedder.documents(texts)  # refuses it, as it does without a cache
-        parts = list(self._parts(iter(texts), queries=queries))
+        source = iter(texts)
+        # A shard's worth at a time, so that a kill loses no more than that.
+        parts = []
+        while batch := list(islice(source, SHARD_ROWS)):
+            parts.append(self._part(batch, queries=queries))
         if not parts:
             return Embedded(np.zeros((0, self.dimension), np.float32), [])
         kept: list[int] = []
@@ -194,17 +176,8 @@ class CachedEmbedder:
             start += len(part.kept) + len(part.errors)
         return Embedded(np.concatenate([part.vectors for part in parts]), kept, errors)
 
-    def _parts(self, texts: Iterator[str], *, queries: bool) -> Iterator[Embedded]:
-        """A shard's worth at a time, so that a kill loses no more than that."""
-        while batch := list(islice(texts, SHARD_ROWS)):
-            yield self._part(batch, queries=queries)
-
     def _part(self, texts: list[str], *, queries: bool) -> Embedded:
-        errors = {
-            number: reason
-            for number, text in enumerate(texts)
-            if (reason := problem_of(text)) is not None
-        }
+        errors = problems_of(texts)
         keys = {
             number: _key(text, queries=queries)
             for number, text in enumerate(texts)
@@ -226,16 +199,75 @@ class CachedEmbedder:
         """Embed what is missing, add it to the shards and to `vectors`; reasons of the rest."""
         if not missing:
             return {}
-        embed = self.embedder.queries if queries else self.embedder.documents
-        made, keys = embed(missing.values()), list(missing)
-        known = self.cache.dimension
-        if known is not None and made.vectors.shape[1] != known:
+        keys = list(missing)
+        fresh = self.embedder.embed(missing.values(), queries=queries)
+        dimension = fresh.vectors.shape[1]
+        if self.cache.dimension not in (None, dimension):
             raise ConchError(
-                f"{self.name} gives {made.vectors.shape[1]} dimensions and {self.cache.folder} "
-                f"holds vectors of {known}: delete that folder"
+                f"{self.name} gives {dimension} dimensions and {self.cache.folder} holds vectors "
+                f"of {self.cache.dimension}: delete that folder"
             )
-        kept = [keys[number] for number in made.kept]
-        self.cache.add(kept, made.vectors)
+        kept = [keys[number] for number in fresh.kept]
+        self.cache.add(kept, fresh.vectors)
         self.computed += len(kept)
-        vectors.update(zip(kept, made.vectors, strict=True))
-        return {keys[number]: reason for number, reason in made.errors.items()}
+        vectors.update(zip(kept, fresh.vectors, strict=True))
+        return {keys[number]: reason for number, reason in fresh.errors.items()}
+
+
+class TeacherEnsemble(Embedder):
+    """Vectors of several embedders, each times √weight, side by side.
+
+    The weights sum to 1, so rows have length 1 and the cosine of two texts is the weighted mean
+    of the embedders' cosines. A text that one of them cannot embed is an error.
+
+    Args:
+        embedders: Two or more.
+        weights: One for each, above 0; scaled to sum to 1. Equal where None.
+
+    Raises:
+        ConchError: The weights do not fit.
+    """
+
+    def __init__(self, embedders: Sequence[Embedder], weights: Sequence[float] | None) -> None:
+        shares = np.asarray([1.0] * len(embedders) if weights is None else weights, np.float64)
+        if shares.shape != (len(embedders),) or not (np.isfinite(shares) & (shares > 0)).all():
+            raise ConchError(
+                f"weights {list(weights or [])} do not fit {len(embedders)} teachers: give each "
+                "one number above 0"
+            )
+        self.embedders = tuple(embedders)
+        self.weights = tuple(float(weight) for weight in shares / shares.sum())
+
+    @property
+    def name(self) -> str:
+        """Names and weights."""
+        parts = zip(self.weights, self.embedders, strict=True)
+        return " + ".join(f"{weight:.3g} {embedder.name}" for weight, embedder in parts)
+
+    @property
+    def dimension(self) -> int:
+        """The sum of theirs."""
+        return sum(embedder.dimension for embedder in self.embedders)
+
+    @property
+    def digest(self) -> str:
+        """Content address of theirs and the weights."""
+        parts = zip(self.weights, self.embedders, strict=True)
+        return content_digest(
+            "ensemble",
+            *(part for weight, each in parts for part in (repr(weight), each.digest)),
+        )
+
+    def _embed(self, texts: Iterable[str], *, queries: bool) -> Embedded:
+        texts = list(texts)
+        parts = [embedder.embed(texts, queries=queries) for embedder in self.embedders]
+        errors: dict[int, str] = {}
+        for part in reversed(parts):
+            errors |= part.errors
+        kept = [number for number in parts[0].kept if number not in errors]
+        columns = []
+        for weight, part in zip(self.weights, parts, strict=True):
+            row = {number: place for place, number in enumerate(part.kept)}
+            columns.append(np.sqrt(weight) * part.vectors[[row[number] for number in kept]])
+        vectors = unit(np.concatenate(columns, axis=1), what="teachers' vectors")
+        return Embedded(vectors, kept, dict(sorted(errors.items())))
