@@ -25,7 +25,6 @@ from conch_dna.training.head_loss import (
     chunk_log_probs,
     chunked_loss,
     forward_kl_and_gradient,
-    gold_and_gradient,
     gold_log_probs,
     takes_chunks,
     with_nothing,
@@ -317,16 +316,16 @@ def make_aligned_loss(
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
         hidden = student.body(arrays["inputs"])
         hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
-        sums = chunked_loss(
+        sums, gold = chunked_loss(
             student.head,
             hidden,
             {name: arrays[name] for name in ROWS if name in arrays},
             soft_and_gradient if "kept_ids" in arrays else None,
             chunk,
-            row_and_gradient=gold_and_gradient,
+            with_gold=True,
             before=1 if alignment == "roots" else 0,
         )
-        return combine(sums.get("loss", mx.array(0.0)), sums["rows"], arrays, **weights)
+        return combine(sums.get("loss", mx.array(0.0)), gold, arrays, **weights)
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
         logits = student.logits(arrays["inputs"])
