@@ -44,19 +44,15 @@ from conch_dna.training.answers import (
     texts_of,
 )
 from conch_dna.training.batches import Batch, sequential_batches
-from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
-from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
 from conch_dna.training.examples import Examples
-from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.records import Record, split_heldout
 from conch_dna.training.report import draw_curve, samples_text
 from conch_dna.training.settings import KDConfig, KDResult, domain_folder, get_kd_adapter_path
 from conch_dna.training.soft_targets import TargetBatches, Targets
 from conch_dna.training.trainer import (
     CHECKPOINT_PREFIX,
-    Loss,
     Trainer,
     TrainingResult,
     trainer_settings,
@@ -292,7 +288,7 @@ class DomainRun:
         settings = trainer_settings(config)
         trainer = Trainer(
             student.model,
-            self._loss(student, prepared.targets),
+            prepared.targets.loss(student, config),
             stream,
             list(self._heldout(prepared, self.examples.temperature, config.val_batches)),
             settings,
@@ -302,29 +298,6 @@ class DomainRun:
             report=self.report,
         )
         return trainer.run(resume=self._resume)
-
-    def _loss(self, student: LanguageModel, targets: Targets) -> Loss:
-        config = self.config
-        if isinstance(targets, AlignedTargets):
-            return make_aligned_loss(
-                student,
-                alignment=targets.alignment,
-                temperature=self.examples.temperature,
-                alpha=config.alpha,
-                divergence=config.divergence,
-                soft_weight=config.soft_weight,
-                chunk_weight=config.chunk_weight,
-                chunk_scale=config.chunk_scale,
-                roots=targets.student_roots,
-                chunk=config.head_chunk,
-            )
-        return make_distillation_loss(
-            student,
-            temperature=config.temperature,
-            alpha=config.alpha,
-            divergence=config.divergence,
-            chunk=config.head_chunk,
-        )
 
     def _evaluated(self, prepared: Prepared) -> Iterator[Batch]:
         for indices in sequential_batches(prepared.heldout, self.config.batch_size):

@@ -190,11 +190,11 @@ class ChunkedLoss(NamedTuple):
 
     Attributes:
         sums: The sums of all chunks; of them only `loss` carries a gradient.
-        gold: Log-probability of each row's own token `[N]`, differentiable; None if not wanted.
+        gold: Log-probability of each row's own token `[N]`, differentiable; empty if not wanted.
     """
 
     sums: Sums
-    gold: mx.array | None
+    gold: mx.array
 
 
 def chunked_loss(
@@ -279,7 +279,7 @@ def chunked_loss(
     differentiable: Any = mx.custom_function(evaluate)
     differentiable.vjp(pull_back)
     outputs = differentiable(hidden)
-    return ChunkedLoss(outputs["sums"], outputs.get("gold"))
+    return ChunkedLoss(outputs["sums"], outputs.get("gold", mx.zeros(0)))
 
 
 def _pulled_back(
