@@ -26,18 +26,23 @@ Sums = dict[str, mx.array]
 LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
 
 
+def at_positions(values: mx.array, arrays: Sums) -> mx.array:
+    """Of a model's output `[B, T, …]` that of the counted positions `[N, …]`."""
+    return values.reshape(-1, values.shape[-1])[arrays["positions"]]
+
+
 def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
     """Cross-entropy of a batch over full logits, for models whose head is being trained.
 
     Args:
         model: Maps ids `[B, T]` to logits `[B, T, V]`.
-        arrays: See `batches.Batch`.
+        arrays: Of a batch: `inputs`, and `positions`, `labels` and `weights` of its counted
+            tokens.
 
     Returns:
         `loss`: summed nats over the counted tokens, a scalar.
     """
-    logits = model(arrays["inputs"])
-    logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+    logits = at_positions(model(arrays["inputs"]), arrays)
     losses = token_cross_entropy(logits, arrays["labels"])
     return {"loss": (losses * arrays["weights"]).sum()}
 
@@ -340,14 +345,12 @@ def make_logit_loss(
     """
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
-        hidden = student.body(arrays["inputs"])
-        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
+        hidden = at_positions(student.body(arrays["inputs"]), arrays)
         targets = {name: arrays[name] for name in names}
         return chunked_loss(student.head, hidden, targets, rule, chunk).sums
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
-        logits = student.logits(arrays["inputs"])
-        logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+        logits = at_positions(student.logits(arrays["inputs"]), arrays)
         return sums_of(logits, {name: arrays[name] for name in names})
 
     return chunked if takes_chunks(student) else dense
@@ -355,10 +358,8 @@ def make_logit_loss(
 
 def takes_chunks(student: LanguageModel) -> bool:
     """Whether a student's head can be taken apart from its body and is frozen."""
-    return student.has_plain_head and not _head_is_trained(student)
-
-
-def _head_is_trained(student: LanguageModel) -> bool:
+    if not student.has_plain_head:
+        return False
     model = student.model
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
-    return bool(head.trainable_parameters())
+    return not head.trainable_parameters()

@@ -20,6 +20,7 @@ from conch_dna.losses import (
 )
 from conch_dna.training.head_loss import (
     Sums,
+    at_positions,
     autodiff,
     chunk_log_probs,
     chunked_loss,
@@ -30,23 +31,8 @@ from conch_dna.training.head_loss import (
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.trainer import Loss
 
-ROWS = (
-    "kept_ids",
-    "teacher_log_probs",
-    "soft_weights",
-    "inner_tokens",
-    "inner_outcomes",
-    "inner_places",
-    "inner_log_probs",
-    "outcome_places",
-    "inner_known",
-    "inner_blank",
-    "over_tokens",
-    "over_columns",
-    "over_own",
-    "labels",
-    "weights",
-)
+# What a batch holds besides arrays with a row for each counted token.
+NO_ROWS = ("inputs", "chunk_log_probs", "chunk_weights")
 # Another one would change a class of many tokens more than one of few, see `roots`.
 CLASS_TEMPERATURE = 1.0
 # Student's logits `[n, V]` of a chunk and its arrays to what the distributions' comparison adds
@@ -61,7 +47,7 @@ def outcome_sum(
 
     Args:
         logits: Student's `[n, V]` over the real tokens; differentiable.
-        rows: See `AlignedTargets.collate`.
+        rows: A chunk's arrays, of which `AlignedTargets.collate` says the shapes.
         temperature: t.
         divergence: A key of LOSSES.
         nothing: The id that stands for no token.
@@ -82,7 +68,7 @@ def class_sum(
     Args:
         logits: Student's `[n, V]` over the real tokens, of the row before as well where there is
             one: `[n + 1, V]`; differentiable.
-        rows: See `roots.RootTargets.arrays`.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         divergence: A key of LOSSES.
         nothing: The id that stands for no token.
         roots: `[V]`, the root of each of the student's tokens; see `vocabulary.common_roots`.
@@ -137,7 +123,7 @@ def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: i
     Args:
         logits: `[n, V]` or, with the row before, `[n + 1, V]`, float32; differentiable.
         student: Log-probabilities of the outcomes `[n, K + 1]`, as if no token reached over.
-        rows: See `roots.RootTargets.arrays`.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         nothing: The id that stands for no token.
 
     Returns:
@@ -166,7 +152,7 @@ def inner_log_probs(logits: mx.array, rows: Sums, *, nothing: int) -> mx.array:
 
     Args:
         logits: `[n, V]`, float32; differentiable.
-        rows: See `roots.RootTargets.arrays`.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         nothing: The id that stands for no token.
 
     Returns:
@@ -201,14 +187,14 @@ def open_sum(logits: mx.array, rows: Sums, roots: np.ndarray) -> mx.array:
 
     Args:
         logits: `[n, V]`; differentiable.
-        rows: See `roots.RootTargets.arrays`.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         roots: `[V]`, the root of each of the student's tokens.
     """
     logits = logits.astype(mx.float32)
     own = np.arange(logits.shape[-1])
-    known = roots[: len(own)]
-    columns = mx.array(np.where(known >= 0, known, own).astype(np.int32))[rows["labels"]]
-    within = mx.take_along_axis(gather_roots(logits, roots), columns[:, None], axis=-1)
+    columns = np.where(roots[: len(own)] >= 0, roots[: len(own)], own).astype(np.int32)
+    of_labels = mx.array(columns)[rows["labels"]]
+    within = mx.take_along_axis(gather_roots(logits, roots), of_labels[:, None], axis=-1)
     within = within - mx.take_along_axis(logits, rows["labels"][:, None], axis=-1)
     token = token_cross_entropy(logits, rows["labels"])
     by_class = rows["soft_weights"]
@@ -222,7 +208,7 @@ def combine(soft: mx.array, gold: mx.array, arrays: Sums, config: KDConfig) -> S
     Args:
         soft: What comparing distributions gave, a sum.
         gold: Log-probability of every counted token `[N]`; differentiable.
-        arrays: See `AlignedTargets.collate`.
+        arrays: Of a batch, of which `AlignedTargets.collate` says the shapes.
         config: For alpha, w₁ = `soft_weight`, w₂ = `chunk_weight` and `chunk_scale`.
 
     Returns:
@@ -257,12 +243,10 @@ def make_aligned_loss(
     rule = autodiff(lambda logits, rows: {"loss": soft(logits, rows)}) if soft else None
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
-        hidden = student.body(arrays["inputs"])
-        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
         sums, gold = chunked_loss(
             student.head,
-            hidden,
-            {name: arrays[name] for name in ROWS if name in arrays},
+            at_positions(student.body(arrays["inputs"]), arrays),
+            {name: value for name, value in arrays.items() if name not in NO_ROWS},
             rule,
             config.head_chunk,
             with_gold=True,
@@ -271,8 +255,7 @@ def make_aligned_loss(
         return combine(sums.get("loss", mx.array(0.0)), gold, arrays, config)
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
-        logits = student.logits(arrays["inputs"])
-        logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+        logits = at_positions(student.logits(arrays["inputs"]), arrays)
         gold = gold_log_probs(logits, arrays["labels"])
         total = soft(logits, arrays) if soft else mx.array(0.0)
         return combine(total, gold, arrays, config)

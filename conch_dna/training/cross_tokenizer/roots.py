@@ -25,14 +25,12 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from conch_dna.language_model import LanguageModel
 from conch_dna.training.batches import Example, round_up
 from conch_dna.training.cross_tokenizer.alignments import rank_within
 from conch_dna.training.cross_tokenizer.loss import (
     CLASS_TEMPERATURE,
     SoftLoss,
     class_sum,
-    make_aligned_loss,
 )
 from conch_dna.training.cross_tokenizer.targets import (
     AlignedRows,
@@ -47,7 +45,6 @@ from conch_dna.training.cross_tokenizer.vocabulary import (
     TokenClasses,
 )
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.trainer import Loss
 
 LEAST_POSSIBLE = 0.5
 MOST_UNKNOWN = 0.1
@@ -272,7 +269,7 @@ class ClassBatch:
         count = np.array([len(members.tokens) for members in groups], np.int64)
         place = np.repeat(np.arange(len(groups)), count)
         members = Members.joined(groups)
-        column = self._columns(ids, place, members.classes)
+        column = columns_of(ids, place, members.classes)
         of_rest = column == ids.shape[1]
         # Outcomes of a place in the order of their classes, the rest first.
         keys = place * (self.nothing + 1) + np.where(of_rest, 0, members.classes + 1)
@@ -335,7 +332,7 @@ class ClassBatch:
         over_tokens = np.full((rows, size), self.nothing, np.int32)
         over_tokens[row, number] = members.tokens
         over_columns = np.full((rows, size), kept_ids.shape[1], np.int32)
-        over_columns[row, number] = self._columns(kept_ids, row, members.classes)
+        over_columns[row, number] = columns_of(kept_ids, row, members.classes)
         has_longer = np.isin(np.arange(rows), row)
         return {
             "over_own": np.where(has_longer, own, self.nothing).astype(np.int32),
@@ -344,10 +341,6 @@ class ClassBatch:
             "soft_weights": soft_weights,
             "inner_known": inner_known,
         }
-
-    def _columns(self, kept_ids: np.ndarray, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        ids = [np.where(part < 0, self.nothing, part) for part in (kept_ids, classes)]
-        return columns_of(ids[0], rows, ids[1], self.nothing)
 
     def _places(self, *, of_teacher: bool) -> InnerPlaces:
         """The places inside single tokens of one side, at boundaries of the other."""
@@ -384,6 +377,7 @@ class RootTargets(AlignedTargets):
     """Distributions over classes of tokens, at every boundary that says something."""
 
     name = "roots"
+    rows_before = 1
 
     @cached_property
     def classes(self) -> TokenClasses:
@@ -435,10 +429,6 @@ class RootTargets(AlignedTargets):
             roots=self.classes.student_roots,
         )
 
-    def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
-        """The loss of a student over batches of `collate`; it looks one row back."""
-        return make_aligned_loss(student, self.soft_loss(config), config, before=1)
-
 
 def trimmed(ids: np.ndarray, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Drop the columns that no row needs, up to a multiple of 32.
@@ -467,12 +457,15 @@ def token_before(examples: Sequence[Example]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def columns_of(kept_ids: np.ndarray, rows: np.ndarray, ids: np.ndarray, nothing: int) -> np.ndarray:
-    """The column of `kept_ids` `[N, K]` in which each row has an id; K for `nothing` or none."""
-    width = nothing + 1
-    keys = (np.arange(len(kept_ids))[:, None] * width + kept_ids).ravel()
+def columns_of(kept_ids: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The column of `kept_ids` `[n, K]` in which each of some rows has an id; K for -1 or none.
+
+    >>> columns_of(np.array([[4, 2], [1, 4]]), np.array([0, 1, 1]), np.array([2, 4, 2])).tolist()
+    [1, 1, 2]
+    """
+    width = max(kept_ids.max(initial=0), ids.max(initial=0)) + 2
+    keys = (np.arange(len(kept_ids))[:, None] * width + kept_ids + 1).ravel()
     order = np.argsort(keys, kind="stable")
-    sought = rows * width + ids
+    sought = rows * width + ids + 1
     at = order[np.searchsorted(keys[order], sought).clip(max=len(keys) - 1)]
-    found = (keys[at] == sought) & (ids != nothing)
-    return np.where(found, at % kept_ids.shape[1], kept_ids.shape[1])
+    return np.where((keys[at] == sought) & (ids >= 0), at % kept_ids.shape[1], kept_ids.shape[1])

@@ -114,10 +114,12 @@ class AlignedTargets:
     Attributes:
         name: A key of `examples.KINDS`.
         keeps_outcomes: Whether the cache must hold kept tokens besides the text's own.
+        rows_before: Rows before its own whose logits `soft_loss` gets as well.
     """
 
     name: ClassVar[str]
     keeps_outcomes: ClassVar[bool] = True
+    rows_before: ClassVar[int] = 0
 
     def __init__(self, cache: SoftTargetCache, teacher: ModelSource, student: ModelSource) -> None:
         self.cache = cache
@@ -188,7 +190,7 @@ class AlignedTargets:
 
     def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
         """The loss of a student over batches of `collate`, for the trainer."""
-        return make_aligned_loss(student, self.soft_loss(config), config)
+        return make_aligned_loss(student, self.soft_loss(config), config, before=self.rows_before)
 
     def evaluation_batch(self, examples: Sequence[AlignedExample]) -> Batch:
         """A batch at temperature 1 whose figures mean the same with every kind.

@@ -59,11 +59,11 @@ class TokenBytes:
         written as a byte, since texts are made of that one.
         """
         order = sorted(range(len(self.pieces)), key=lambda index: index in self.byte_ids)
-        found: dict[bytes, int] = {}
+        ids: dict[bytes, int] = {}
         for index in order:
             if self.pieces[index] and index not in self.special_ids:
-                found.setdefault(self.pieces[index], index)
-        return found
+                ids.setdefault(self.pieces[index], index)
+        return ids
 
     @property
     def count(self) -> int:
@@ -158,22 +158,21 @@ def _byte_value(token: str) -> int | None:
 
 
 def _spelling(token: str, kind: str, mark: str) -> bytes:
+    text = token
     if kind == "byte-level":
         alphabet = _byte_alphabet()
         if all(character in alphabet for character in token):
             return bytes(alphabet[character] for character in token)
-        return token.encode("utf-8", "surrogatepass")
-    if kind == "sentencepiece":
+    elif kind == "sentencepiece":
         value = _byte_value(token)
         if value is not None:
             return bytes([value])
-        return token.replace(SPACE_MARK, " ").encode("utf-8", "surrogatepass")
-    if kind == "wordpiece":
+        text = token.replace(SPACE_MARK, " ")
+    elif kind == "wordpiece":
         text = token.removeprefix(mark) if token.startswith(mark) else " " + token
-        return text.encode("utf-8", "surrogatepass")
-    if kind == "suffix" and token.endswith(mark):
-        return (token.removesuffix(mark) + " ").encode("utf-8", "surrogatepass")
-    return token.encode("utf-8", "surrogatepass")
+    elif kind == "suffix" and token.endswith(mark):
+        text = token.removesuffix(mark) + " "
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _adds_space(tokenizer: Any, pieces: Sequence[bytes], special_ids: set[int]) -> bool:

@@ -125,8 +125,8 @@ def same_tokens(teacher: TokenBytes, student: TokenBytes) -> bool:
 
 
 def _piece(table: TokenBytes, index: int) -> bytes | None:
-    known = index < len(table.pieces) and table.exists[index]
-    return table.pieces[index] if known else None
+    exists = index < len(table.pieces) and table.exists[index]
+    return table.pieces[index] if exists else None
 
 
 def shown_bytes(piece: bytes | None) -> str:
@@ -159,12 +159,12 @@ def shared_tokens(teacher: TokenBytes, student: TokenBytes) -> np.ndarray:
         `[n]` int64, n the teacher's largest id plus one.
     """
     shared = np.full(len(teacher.pieces), -1, np.int64)
-    taken = set()
+    partners = set()
 
     def join(first: int, second: int | None) -> None:
-        if second is not None and shared[first] < 0 and second not in taken:
+        if second is not None and shared[first] < 0 and second not in partners:
             shared[first] = second
-            taken.add(second)
+            partners.add(second)
 
     if teacher.end_id is not None:
         join(teacher.end_id, student.end_id)

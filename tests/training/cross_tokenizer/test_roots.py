@@ -59,8 +59,8 @@ def test_the_token_before_counts_only_where_it_is_taught_as_well() -> None:
 
 def test_a_column_is_found_by_its_id_in_its_own_row() -> None:
     kept = np.array([[4, 2, 9], [1, 9, 9]])
-    rows, ids = np.array([0, 0, 1, 1, 1]), np.array([2, 1, 1, 9, 4])
-    assert columns_of(kept, rows, ids, 9).tolist() == [1, 3, 0, 3, 3]
+    rows, ids = np.array([0, 0, 1, 1, 1]), np.array([2, 1, 1, -1, 4])
+    assert columns_of(kept, rows, ids).tolist() == [1, 3, 0, 3, 3]
 
 
 def test_at_a_boundary_the_teacher_says_what_comes_next_in_both_of_its_ways(
