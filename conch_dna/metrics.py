@@ -1,4 +1,4 @@
-"""Figures of merit: perplexity, agreement, closed gaps, intervals of differences, calibration.
+"""Figures of merit: perplexity, agreement, closed gaps, intervals and calibration.
 
 Knows nothing of models or files; everything here is plain arithmetic on numbers.
 To add a metric: a function here, its column in `training/evaluation.py`, its case in the test.

@@ -427,7 +427,7 @@ def test_compiled_as_the_trainer_compiles_it(folders: dict[str, Path]) -> None:
     assert_same_gradients(named_arrays(gradients), plain[1])
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jsd", marks=pytest.mark.slow)])
 def test_peak_memory_is_one_chunk(divergence: str) -> None:
     """At 32,000 tokens in the vocabulary, 32 positions at a time instead of 512.
 

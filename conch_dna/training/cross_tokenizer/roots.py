@@ -1,4 +1,4 @@
-"""A teacher's targets as classes of tokens: what two vocabularies can say about the same text.
+"""A teacher's targets as classes of tokens, which mean the same in two vocabularies.
 
 Knows aligned examples, both vocabularies and the teacher's cache; nothing of weights.
 Another way to find out what is inside a class would be a method of `ClassBatch`.
@@ -92,8 +92,8 @@ class InnerPlaces:
     """Boundaries of one side inside single tokens of the other.
 
     Attributes:
-        student_rows: `[P]`: ascending.
-        teacher_rows: `[P]`: ascending.
+        student_rows: `[P]`: the student's row at each place, ascending.
+        teacher_rows: `[P]`: the teacher's row at each place.
         tokens: `[P]`: the single token.
         read: `[P]`: how many of its bytes lie before the boundary.
     """
@@ -113,20 +113,22 @@ class InnerOutcomes:
     Attributes:
         place_rows: `[P]`: the student's row of each place, ascending.
         settled: `[P]`, bool: the teacher says it, or there is only one thing to say.
-        outcome_places: `[O]`: ascending.
-        log_probs: `[O]`: -inf where the teacher does not say it.
-        token_places: `[E]`: ascending.
+        outcome_places: `[O]`: the place of each outcome, ascending.
+        log_probs: `[O]`: of each outcome among those of its place; -inf where the teacher does
+            not say it.
+        tokens: `[E]`: the student's, which count for an outcome; -1 where the teacher does not
+            say it.
+        token_places: `[E]`: the place of each token, ascending.
         token_outcomes: `[E]`: the outcome for which each token counts.
-        tokens: `[E]`: -1 where the teacher does not say it.
     """
 
     place_rows: np.ndarray
     settled: np.ndarray
     outcome_places: np.ndarray
     log_probs: np.ndarray
+    tokens: np.ndarray
     token_places: np.ndarray
     token_outcomes: np.ndarray
-    tokens: np.ndarray
 
     def laid(self, count: int, *, nothing: int) -> Arrays:
         """What belongs to each row beside each other; see `RootTargets.arrays`.

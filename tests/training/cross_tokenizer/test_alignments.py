@@ -20,7 +20,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import (
 )
 
 # How many texts are tried: a few at every commit, all of them by `make test-slow`.
-tried = pytest.mark.parametrize("examples", [150, pytest.param(2000, marks=pytest.mark.slow)])
+tried = pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
 FAMILIES = ("gpt2", "qwen2.5", "smollm2", "phi-3-mini", "tinystories2k")
 MODELS = ("babyllama105", "babyllama361", "stories260K")
 Chunk = tuple[tuple[int, int], tuple[int, int]]
