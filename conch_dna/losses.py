@@ -247,24 +247,6 @@ def likelihood_kl(
     return scale * (not_p * differences[0] + p * differences[1])
 
 
-def sorted_distance(teacher_log_probs: mx.array, student_log_probs: mx.array) -> mx.array:
-    """L1 distance of two distributions whose outcomes were sorted: between 0 and 2.
-
-    It compares shapes only, whatever the outcomes stand for: a baseline, not a divergence.
-
-    Args:
-        teacher_log_probs: `[..., K]`, likeliest first.
-        student_log_probs: Same shape and order; differentiable.
-
-    Returns:
-        `[...]`, without unit.
-
-    Source: Boizard et al. (2024), "Towards Cross-Tokenizer Distillation: the Universal Logit
-        Distillation Loss for LLMs", eq. 5.
-    """
-    return 2 * total_variation(teacher_log_probs, student_log_probs)
-
-
 def compute_ce_loss(logits: mx.array, targets: mx.array, ignore_index: int = -100) -> mx.array:
     """Mean cross-entropy over the targets that count.
 

@@ -1,4 +1,4 @@
-"""Figures of merit: perplexity, agreement, closed gaps, intervals of differences, calibration.
+"""Figures of merit: perplexity, agreement, closed gaps, intervals and calibration.
 
 Knows nothing of models or files; everything here is plain arithmetic on numbers.
 To add a metric: a function here, its column in `training/evaluation.py`, its case in the test.
@@ -89,30 +89,26 @@ def token_metrics(
     )
 
 
-def gap_closed(kl_before: float, kl_after: float) -> float | None:
+def closed_gap(before: dict[str, Any], after: dict[str, Any]) -> float | None:
     """Share of the KL divergence that training took away: `1 - after / before`.
 
-    Returns:
-        1 when nothing is left, 0 when nothing changed, negative when it grew; None when there
-        was no gap (before is 0), where the share has no meaning.
-
-    >>> gap_closed(0.5, 0.25)
-    0.5
-    """
-    if kl_before <= 0:
-        return None
-    return 1.0 - kl_after / kl_before
-
-
-def closed_gap(before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """`gap_closed` of two models' figures: by the KL, or where there is none by that of chunks.
+    Of the tokens' KL, or where no token can be compared of that of chunks.
 
     Args:
         before: `TokenMetrics.to_json` of the model before training.
         after: Of the model after it.
+
+    Returns:
+        1 when nothing is left, 0 when nothing changed, negative when it grew; None when there
+        was no gap (before is 0 or unknown), where the share has no meaning.
+
+    >>> closed_gap({"kl_nats": 0.5}, {"kl_nats": 0.25})
+    0.5
     """
     name = "chunk_kl_nats" if before["kl_nats"] is None else "kl_nats"
-    return gap_closed(before[name], after[name]) if before[name] is not None else None
+    if before[name] is None or before[name] <= 0:
+        return None
+    return float(1.0 - after[name] / before[name])
 
 
 def paired_interval(
@@ -136,7 +132,7 @@ def paired_interval(
     if len(difference) < 2 or np.ptp(difference) == 0:
         mean = float(difference.mean())
         return mean, mean
-    found = bootstrap(
+    interval = bootstrap(
         (difference,),
         np.mean,
         confidence_level=confidence,
@@ -144,7 +140,7 @@ def paired_interval(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -218,12 +214,12 @@ def expected_calibration_error(
         In [0, 1]; 0 where every bin is as right as it is sure.
 
     Raises:
-        ValueError: See `reliability`.
+        ValueError: There is nothing to bin, or it does not fit; `reliability` says what.
 
     >>> sure, right = np.array([0.75, 0.75, 0.5, 0.5]), np.array([1, 1, 1, 0])
     >>> expected_calibration_error(sure, right, bins=2)
     0.125
     """
-    found = reliability(confidence, outcome, bins=bins)
-    gaps = np.abs(np.array(found.confidence) - np.array(found.outcome))
-    return float(np.average(gaps, weights=found.count))
+    binned = reliability(confidence, outcome, bins=bins)
+    gaps = np.abs(np.array(binned.confidence) - np.array(binned.outcome))
+    return float(np.average(gaps, weights=binned.count))

@@ -13,7 +13,6 @@ from conch_dna.metrics import (
     TokenMetrics,
     closed_gap,
     expected_calibration_error,
-    gap_closed,
     perplexity,
     reliability,
     token_metrics,
@@ -81,12 +80,12 @@ def test_perplexity_of_a_uniform_guess_is_the_vocabulary() -> None:
     [(0.8, 0.2, 0.75), (0.8, 0.0, 1.0), (0.8, 0.8, 0.0), (0.4, 0.6, -0.5)],
 )
 def test_share_of_the_gap(before: float, after: float, closed: float) -> None:
-    assert gap_closed(before, after) == pytest.approx(closed)
+    assert closed_gap({"kl_nats": before}, {"kl_nats": after}) == pytest.approx(closed)
 
 
 @pytest.mark.parametrize("before", [0.0, -1e-9])
 def test_there_is_no_share_of_no_gap(before: float) -> None:
-    assert gap_closed(before, 0.1) is None
+    assert closed_gap({"kl_nats": before}, {"kl_nats": 0.1}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,24 @@
 """A teacher whose tokenizer is not the student's, asked for by the student's own examples.
 
 Knows both sides' examples and the teacher's cache; nothing of blending or of lines. What it says
-is told where both have one token for the same text (the alignment "bytes", without its chunks).
+is told where both have one token for the same text (`SharedTokenTargets`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from conch_dna.digests import content_digest
-from conch_dna.language_model import ModelSource
+from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report
 from conch_dna.training.batches import Batch, Example
-from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
+from conch_dna.training.cross_tokenizer.alignments import SHARED_TOKENS
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.examples import Examples
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
-
-TOLD_BY_TOKENS = "bytes"
+from conch_dna.training.trainer import Loss
 
 
 def examples_for(
@@ -31,10 +29,7 @@ def examples_for(
     A blend needs outcomes that are the student's own tokens; the alignment "roots" compares
     classes of tokens, and so it does not serve here.
     """
-    alike = Examples(teacher, student, replace(config, alignment=AUTO), report=report)
-    if alike.alignment == INDEX:
-        return alike
-    return Examples(teacher, student, replace(config, alignment=TOLD_BY_TOKENS), report=report)
+    return Examples(teacher, student, config, report=report, across=SHARED_TOKENS)
 
 
 class ForeignTargets:
@@ -72,6 +67,10 @@ class ForeignTargets:
     def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
         """See `AlignedTargets.collate`; `soft_weights` tells where the teacher says something."""
         return self.inner.collate(self._view(examples), temperature)
+
+    def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
+        """The loss of a student of this teacher alone."""
+        return self.inner.loss(student, config)
 
     def evaluation_batch(self, examples: Sequence[Example]) -> Batch:
         """See `AlignedTargets.evaluation_batch`."""

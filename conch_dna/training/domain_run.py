@@ -47,12 +47,10 @@ from conch_dna.training.answers import (
 )
 from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.chats.templates import dated
-from conch_dna.training.cross_tokenizer.loss import make_aligned_loss
-from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
 from conch_dna.training.examples import Examples, Split
-from conch_dna.training.head_loss import make_cross_entropy_loss, make_distillation_loss
+from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.records import Record, json_lines
 from conch_dna.training.report import draw_curve, samples_text
 from conch_dna.training.settings import (
@@ -64,7 +62,6 @@ from conch_dna.training.settings import (
 )
 from conch_dna.training.soft_targets import TargetBatches, Targets
 from conch_dna.training.trainer import (
-    Loss,
     Trainer,
     TrainingResult,
     trainer_settings,
@@ -292,7 +289,7 @@ class DomainRun:
     def _fit(self, student: LanguageModel, data: RunData) -> TrainingResult:
         config = self.config
         train, targets, temperature = data.split.train, data.targets, self.examples.temperature
-        loss = heldout_loss = self._loss(student, targets)
+        loss = heldout_loss = targets.loss(student, config)
         stream: ExampleBatches
         if config.alpha > 0:
             stream = TargetBatches(
@@ -318,29 +315,6 @@ class DomainRun:
             report=self.report,
         )
         return trainer.run(resume=self._resume)
-
-    def _loss(self, student: LanguageModel, targets: Targets) -> Loss:
-        config = self.config
-        if isinstance(targets, AlignedTargets):
-            return make_aligned_loss(
-                student,
-                alignment=targets.alignment,
-                temperature=self.examples.temperature,
-                alpha=config.alpha,
-                divergence=config.divergence,
-                soft_weight=config.soft_weight,
-                chunk_weight=config.chunk_weight,
-                chunk_scale=config.chunk_scale,
-                roots=targets.student_roots,
-                chunk=config.head_chunk,
-            )
-        return make_distillation_loss(
-            student,
-            temperature=config.temperature,
-            alpha=config.alpha,
-            divergence=config.divergence,
-            chunk=config.head_chunk,
-        )
 
     def _heldout(self, data: RunData, limit: int = -1) -> Iterator[list[Any]]:
         heldout = data.split.heldout

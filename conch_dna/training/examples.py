@@ -15,14 +15,19 @@ from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.answers import openings
 from conch_dna.training.batches import Example, ExampleBatches
-from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO, INDEX
+from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import (
     AlignedExample,
     RecordAligner,
     coverage,
     require_coverage,
 )
-from conch_dna.training.cross_tokenizer.targets import AlignedTargets
+from conch_dna.training.cross_tokenizer.roots import RootTargets
+from conch_dna.training.cross_tokenizer.targets import (
+    AlignedTargets,
+    ChunkTargets,
+    SharedTokenTargets,
+)
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.records import Record, fitting, split_heldout, tokenize_records
@@ -35,6 +40,9 @@ from conch_dna.training.soft_targets import (
 )
 
 AUTO_ALIGNMENT = "roots"
+KINDS: dict[str, type[AlignedTargets]] = {
+    kind.name: kind for kind in (RootTargets, ChunkTargets, SharedTokenTargets)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +82,11 @@ class Examples:
         student: The same of the student.
         config: How texts are cut, held out and compared.
         report: Gets ("message", …) and ("warning", …).
+        across: A key of KINDS for tokenizers that differ, whatever the configuration says.
 
     Attributes:
-        alignment: "index" where both tokenizers are the same (then every alignment but "uld"
-            says the same), else the configuration's, "auto" resolved.
+        alignment: "index" where both tokenizers are the same, else the configuration's, "auto"
+            resolved.
     """
 
     def __init__(
@@ -87,14 +96,15 @@ class Examples:
         config: KDConfig,
         *,
         report: Report = silent,
+        across: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.config = config
         self.report = report
         same = same_tokens(token_bytes(teacher.tokenizer), token_bytes(student.tokenizer))
-        self.alignment = resolve_alignment(config.alignment, same=same)
-        if same and config.alignment not in (AUTO, self.alignment):
+        self.alignment = resolve_alignment(across or config.alignment, same=same)
+        if same and config.alignment != AUTO:
             self._message(
                 f"both tokenizers are the same: tokens are compared by index, which is what "
                 f"--alignment {config.alignment} comes to"
@@ -226,7 +236,7 @@ class Examples:
 
     def identity(self, *, with_digests: bool = True) -> TargetIdentity:
         """What is stored of the teacher; see `soft_targets.target_identity`."""
-        soft = self.alignment == INDEX or ALIGNMENTS[self.alignment].soft != "nowhere"
+        soft = self.alignment == INDEX or KINDS[self.alignment].keeps_outcomes
         return target_identity(
             self.teacher,
             top_k=self.config.top_k if soft else 0,
@@ -240,20 +250,20 @@ class Examples:
         cache = SoftTargetCache(folder, self.identity(), report=self.report)
         if self.alignment == INDEX:
             return cache
-        return AlignedTargets(cache, self.teacher, self.student, self.alignment)
+        return KINDS[self.alignment](cache, self.teacher, self.student)
 
 
 def resolve_alignment(alignment: str, *, same: bool) -> str:
     """The alignment that a setting comes to.
 
     Args:
-        alignment: "auto" or a key of ALIGNMENTS.
-        same: Whether both tokenizers are the same. Then there is nothing to align and tokens
-            are compared by index; only the baseline "uld" still does something else.
+        alignment: "auto" or a key of KINDS.
+        same: Whether both tokenizers are the same. Then there is nothing to align, and tokens
+            are compared by index.
 
     >>> resolve_alignment("auto", same=False)
     'roots'
     """
-    if same and alignment != "uld":
+    if same:
         return INDEX
     return AUTO_ALIGNMENT if alignment == AUTO else alignment

@@ -6,7 +6,7 @@ A divergence added to `losses.LOSSES` works here at once; only forward KL has a 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +24,11 @@ from conch_dna.losses import (
 
 Sums = dict[str, mx.array]
 LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
-RowLoss = Callable[[mx.array, Sums], tuple[mx.array, mx.array]]
+
+
+def at_positions(values: mx.array, arrays: Sums) -> mx.array:
+    """Of a model's output `[B, T, …]` that of the counted positions `[N, …]`."""
+    return values.reshape(-1, values.shape[-1])[arrays["positions"]]
 
 
 def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
@@ -32,13 +36,13 @@ def cross_entropy_sums(model: nn.Module, arrays: Sums) -> Sums:
 
     Args:
         model: Maps ids `[B, T]` to logits `[B, T, V]`.
-        arrays: See `batches.Batch`.
+        arrays: Of a batch: `inputs`, and `positions`, `labels` and `weights` of its counted
+            tokens.
 
     Returns:
         `loss`: summed nats over the counted tokens, a scalar.
     """
-    logits = model(arrays["inputs"])
-    logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+    logits = at_positions(model(arrays["inputs"]), arrays)
     losses = token_cross_entropy(logits, arrays["labels"])
     return {"loss": (losses * arrays["weights"]).sum()}
 
@@ -69,20 +73,17 @@ def distillation_sums(
     """
     student = kept_and_rest(logits, targets["kept_ids"], temperature)
     divergences = LOSSES[divergence](targets["teacher_log_probs"], student)
-    kd_weights, ce_weights = row_weights(targets)
+    kd_weights, ce_weights, hard_share = _shares(targets, alpha, hard)
     kd = temperature**2 * (divergences * kd_weights).sum()
     ce = (token_cross_entropy(logits, targets["labels"]) * ce_weights).sum()
-    return {"loss": alpha * kd + _hard(alpha, hard) * ce, "kd": kd, "ce": ce}
+    return {"loss": alpha * kd + hard_share * ce, "kd": kd, "ce": ce}
 
 
-def row_weights(targets: Sums) -> tuple[mx.array, mx.array]:
-    """Weights `[N]` of each token's divergence and of its cross-entropy."""
+def _shares(targets: Sums, alpha: float, hard: float | None) -> tuple[mx.array, mx.array, float]:
+    """Weights `[N]` of each token's divergence and cross-entropy, and the latter's share."""
     weights = targets["weights"]
-    return targets.get("kd_weights", weights), targets.get("ce_weights", weights)
-
-
-def _hard(alpha: float, hard: float | None) -> float:
-    return 1 - alpha if hard is None else hard
+    kd_weights, ce_weights = (targets.get(name, weights) for name in ("kd_weights", "ce_weights"))
+    return kd_weights, ce_weights, 1 - alpha if hard is None else hard
 
 
 def forward_kl_and_gradient(
@@ -104,8 +105,7 @@ def forward_kl_and_gradient(
     """
     logits = logits.astype(mx.float32)
     kept_ids, labels = targets["kept_ids"], targets["labels"][:, None]
-    kd_weights, ce_weights = row_weights(targets)
-    hard_share = _hard(alpha, hard)
+    kd_weights, ce_weights, hard_share = _shares(targets, alpha, hard)
     scaled = logits / temperature
     kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
     others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
@@ -190,6 +190,18 @@ def chunk_log_probs(gold: mx.array, arrays: Sums) -> mx.array:
     return mx.zeros(count + 1).at[arrays["chunk_index"]].add(gold)[:count]
 
 
+class ChunkedLoss(NamedTuple):
+    """What `chunked_loss` comes to.
+
+    Attributes:
+        sums: The sums of all chunks; of them only `loss` carries a gradient.
+        gold: Log-probability of each row's own token `[N]`, differentiable; empty if not wanted.
+    """
+
+    sums: Sums
+    gold: mx.array
+
+
 def chunked_loss(
     head: Callable[[mx.array], mx.array],
     hidden: mx.array,
@@ -197,78 +209,89 @@ def chunked_loss(
     loss_and_gradient: LogitLoss | None,
     chunk: int,
     *,
-    row_and_gradient: RowLoss | None = None,
+    with_gold: bool = False,
     before: int = 0,
-) -> Sums:
-    """Sums of a loss over logits, whose gradient flows to the hidden states only.
+) -> ChunkedLoss:
+    """A loss over logits, summed over tokens, whose gradient flows to the hidden states only.
 
-    Each chunk's logits are turned into a loss and a gradient by the hidden states at once and
-    dropped before the next chunk begins.
+    Logits are the largest arrays of a step: of 1,024 tokens and a vocabulary of 151,936 they take
+    622 MB, and a dense loss holds several arrays of that size until the backward pass. Here each
+    chunk's logits exist once. Its loss and the gradient of its loss by the logits are computed in
+    the forward pass; the gradient goes through the head to the hidden states, which are some
+    hundred times smaller, and the logits are dropped before the next chunk begins. The backward
+    pass only scales these stored gradients, so the head is never computed a second time.
+
+    That is right because the loss is a sum over tokens: its gradient by a token's hidden state
+    needs no other token, and an outer factor (a mean, the optimiser's scale) multiplies it as a
+    whole. A figure that is put together from tokens of several chunks has no such factor in
+    common. For it `with_gold` gives a log-probability and its own gradient for each token, and
+    the backward pass weighs these token by token.
 
     Args:
         head: Hidden states `[n, D]` to logits `[n, V]`; its parameters get no gradient.
         hidden: `[N, D]`; differentiable.
-        targets: Arrays `[N, …]`.
-        loss_and_gradient: Logits and targets of a chunk to sums and the gradient of `loss`.
+        targets: Arrays `[N, …]`; with `with_gold` the `labels` among them.
+        loss_and_gradient: Logits and targets of a chunk to sums and the gradient of `loss`; None
+            for no sums.
         chunk: Tokens per chunk; 0 takes all at once.
-        row_and_gradient: Logits and targets of a chunk to a figure of every row `[n]` and its
-            gradient by the row's logits, for losses that put the rows together afterwards.
+        with_gold: Give the log-probability of each row's own token too.
         before: Rows before a chunk's own whose logits `loss_and_gradient` gets as well (fewer at
             the beginning); its gradient is by these too, its targets are those of its own.
-
-    Returns:
-        The summed sums, of which only `loss` carries a gradient, and `rows` `[N]`, which does
-        too; each only where its function is given.
     """
     size = chunk or hidden.shape[0]
-    names: list[str] = []
 
-    def evaluate(states: mx.array) -> tuple[mx.array, ...]:
-        totals: Sums = {}
-        gradients: list[mx.array] = []
-        rows: list[mx.array] = []
-        row_gradients: list[mx.array] = []
+    def evaluate(states: mx.array) -> dict[str, Any]:
+        sums: Sums = {}
+        parts: dict[str, list[mx.array]] = {"gradient": [], "gold": [], "gold_gradient": []}
         for start in range(0, states.shape[0], size):
             shared = min(before, start)
             part = states[start - shared : start + size]
             if start:
                 # Without this order the graph may hold the logits of several chunks at a time,
                 # for their gradient or for their sums.
-                last = [*gradients[-1:], *row_gradients[-1:], *rows[-1:], *totals.values()]
-                part = mx.depends([part], last)[0]
+                last = [array for arrays in parts.values() for array in arrays[-1:]]
+                part = mx.depends([part], [*last, *sums.values()])[0]
             logits = head(part)
-            given = {name: value[start : start + size] for name, value in targets.items()}
+            own = {name: value[start : start + size] for name, value in targets.items()}
             if loss_and_gradient is not None:
-                sums, by_logits = loss_and_gradient(logits, given)
-                _, by_states = mx.vjp(head, [part], [by_logits.astype(logits.dtype)])
+                chunk_sums, by_logits = loss_and_gradient(logits, own)
+                by_states = _pulled_back(head, part, by_logits.astype(logits.dtype))
                 if shared:
-                    last_rows = gradients[-1][-shared:] + by_states[0][:shared]
-                    gradients[-1] = mx.concatenate([gradients[-1][:-shared], last_rows])
-                gradients.append(by_states[0][shared:])
-                totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-            if row_and_gradient is not None:
-                values, by_logits = row_and_gradient(logits[shared:], given)
-                _, by_states = mx.vjp(head, [part[shared:]], [by_logits.astype(logits.dtype)])
-                rows.append(values)
-                row_gradients.append(by_states[0])
-        names[:] = sorted(totals, key=lambda name: name != "loss")
-        outputs = [totals[name] for name in names]
-        outputs += [mx.concatenate(parts) for parts in (gradients, rows, row_gradients) if parts]
-        return tuple(outputs)
+                    last_rows = parts["gradient"][-1][-shared:] + by_states[:shared]
+                    parts["gradient"][-1] = mx.concatenate(
+                        [parts["gradient"][-1][:-shared], last_rows]
+                    )
+                parts["gradient"].append(by_states[shared:])
+                sums = {name: sums.get(name, 0.0) + value for name, value in chunk_sums.items()}
+            if with_gold:
+                gold, by_logits = gold_and_gradient(logits[shared:], own)
+                parts["gold"].append(gold)
+                parts["gold_gradient"].append(
+                    _pulled_back(head, part[shared:], by_logits.astype(logits.dtype))
+                )
+        joined = {name: mx.concatenate(arrays) for name, arrays in parts.items() if arrays}
+        return {"sums": sums, **joined}
 
-    def pull_back(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
-        gradient = mx.zeros_like(hidden)
+    def pull_back(states: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        gradient = mx.zeros_like(states)
         if loss_and_gradient is not None:
-            gradient += cotangents[0].astype(hidden.dtype) * outputs[len(names)]
-        if row_and_gradient is not None:
-            gradient += cotangents[-2].astype(hidden.dtype)[:, None] * outputs[-1]
+            gradient += cotangents["sums"]["loss"].astype(states.dtype) * outputs["gradient"]
+        if with_gold:
+            by_gold = cotangents["gold"].astype(states.dtype)
+            gradient += by_gold[:, None] * outputs["gold_gradient"]
         return gradient
 
-    custom: Any = mx.custom_function(evaluate)
-    custom.vjp(pull_back)
-    outputs = custom(hidden)
-    sums = dict(zip(names, outputs, strict=False))
-    return {**sums, "rows": outputs[-2]} if row_and_gradient is not None else sums
+    differentiable: Any = mx.custom_function(evaluate)
+    differentiable.vjp(pull_back)
+    outputs = differentiable(hidden)
+    return ChunkedLoss(outputs["sums"], outputs.get("gold", mx.zeros(0)))
+
+
+def _pulled_back(
+    head: Callable[[mx.array], mx.array], states: mx.array, by_logits: mx.array
+) -> mx.array:
+    """A gradient by logits `[n, V]` as one by the hidden states `[n, D]` behind them."""
+    return mx.vjp(head, [states], [by_logits])[1][0]
 
 
 def make_distillation_loss(
@@ -342,14 +365,12 @@ def make_logit_loss(
     """
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
-        hidden = student.body(arrays["inputs"])
-        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
+        hidden = at_positions(student.body(arrays["inputs"]), arrays)
         targets = {name: arrays[name] for name in names}
-        return chunked_loss(student.head, hidden, targets, rule, chunk)
+        return chunked_loss(student.head, hidden, targets, rule, chunk).sums
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
-        logits = student.logits(arrays["inputs"])
-        logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+        logits = at_positions(student.logits(arrays["inputs"]), arrays)
         return sums_of(logits, {name: arrays[name] for name in names})
 
     return chunked if takes_chunks(student) else dense
@@ -357,10 +378,8 @@ def make_logit_loss(
 
 def takes_chunks(student: LanguageModel) -> bool:
     """Whether a student's head can be taken apart from its body and is frozen."""
-    return student.has_plain_head and not _head_is_trained(student)
-
-
-def _head_is_trained(student: LanguageModel) -> bool:
+    if not student.has_plain_head:
+        return False
     model = student.model
     head = model.lm_head if "lm_head" in model else model.model.embed_tokens
-    return bool(head.trainable_parameters())
+    return not head.trainable_parameters()

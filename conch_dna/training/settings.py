@@ -59,7 +59,7 @@ class KDConfig:
     alignment: str = _option(
         AUTO,
         "How a teacher with another tokenizer teaches; auto finds out whether it has one.",
-        choices=(AUTO, *sorted(ALIGNMENTS)),
+        choices=(AUTO, *ALIGNMENTS),
     )
     soft_weight: float = _option(
         1.0, "Weight of distributions compared across tokenizers, within the KD loss.", low=0

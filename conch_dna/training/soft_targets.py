@@ -26,6 +26,9 @@ from conch_dna.training.batches import (
     collate,
     sequential_batches,
 )
+from conch_dna.training.head_loss import make_distillation_loss
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.trainer import Loss
 
 FORMAT = "soft targets 1"
 SHARD_POSITIONS = 16_384
@@ -351,6 +354,16 @@ class SoftTargetCache:
         outcomes = self.outcomes(examples, temperature, len(batch.arrays["labels"]))
         return replace(batch, arrays={**batch.arrays, **outcomes})
 
+    def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
+        """The loss of a student over batches of `collate`, for the trainer."""
+        return make_distillation_loss(
+            student,
+            temperature=config.temperature,
+            alpha=config.alpha,
+            divergence=config.divergence,
+            chunk=config.head_chunk,
+        )
+
     def evaluation_batch(self, examples: Sequence[Example]) -> Batch:
         """A batch at temperature 1 in which every counted token is a chunk of its own."""
         batch = self.collate(examples, 1.0)
@@ -405,6 +418,9 @@ class Targets(Protocol):
 
     def collate(self, examples: Sequence[Any], temperature: float) -> Batch:
         """A batch of examples with their targets."""
+
+    def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
+        """The loss of a student over batches of `collate`, for the trainer."""
 
     def evaluation_batch(self, examples: Sequence[Any]) -> Batch:
         """A batch for `evaluation.heldout_metrics`."""

@@ -8,7 +8,7 @@ import time
 from _setting import print_setting, shared_data
 
 from conch_dna.language_model import open_tokenizer
-from conch_dna.training.cross_tokenizer.byte_alignment import align_spans
+from conch_dna.training.cross_tokenizer.alignments import align_spans
 from conch_dna.training.cross_tokenizer.records import text_coverage
 from conch_dna.training.cross_tokenizer.token_bytes import encode_all, token_bytes, token_spans
 from conch_dna.training.cross_tokenizer.vocabulary import compare_tokenizers

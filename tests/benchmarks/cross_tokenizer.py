@@ -1,4 +1,4 @@
-"""Teachers with another tokenizer: every alignment against cross-entropy alone, three seeds.
+"""Teachers with another tokenizer: alignments and baselines against cross-entropy, three seeds.
 
     python tests/benchmarks/cross_tokenizer.py [--pair PAIR] [--kind KIND] [--steps 200]
 
@@ -14,6 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from _baseline_alignments import BASELINES, instead_of_roots
 from _setting import print_setting, shared_data, short_stories, spread
 
 from conch_dna.training.settings import KDConfig
@@ -27,12 +28,9 @@ PAIRS = {
 }
 KINDS = {
     "cross-entropy only": {"alignment": "alm", "alpha": 0.0},
-    "uld": {"alignment": "uld"},
-    "truncate": {"alignment": "truncate"},
     "alm": {"alignment": "alm"},
-    "project": {"alignment": "project"},
-    "bytes": {"alignment": "bytes"},
     "auto (roots)": {"alignment": "auto"},
+    **{name: {"alignment": "auto"} for name in BASELINES},
 }
 
 
@@ -72,7 +70,8 @@ def main() -> None:
                         steps_per_save=arguments.steps,
                     )
                     distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
-                    result = distiller.distill_domain("stories", data=records, overwrite=True)
+                    with instead_of_roots(kind if kind in BASELINES else None):
+                        result = distiller.distill_domain("stories", data=records, overwrite=True)
                     before, after = result.evaluation["before"], result.evaluation["after"]
                     figures[kind].append(after)
                     print(

@@ -17,7 +17,7 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS
 from conch_dna.training.cross_tokenizer.records import AlignedExample
-from conch_dna.training.cross_tokenizer.targets import AlignedTargets
+from conch_dna.training.cross_tokenizer.targets import ChunkTargets
 from conch_dna.training.examples import Examples, resolve_alignment
 from conch_dna.training.records import Record
 from conch_dna.training.settings import KDConfig
@@ -113,15 +113,14 @@ def settings(**changes: Any) -> KDConfig:
 # Which alignment
 
 
-@pytest.mark.parametrize("alignment", ["auto", *sorted(ALIGNMENTS)])
+@pytest.mark.parametrize("alignment", ["auto", *ALIGNMENTS])
 def test_one_tokenizer_is_compared_by_index_and_two_as_asked(alignment: str) -> None:
-    """Only the baseline uld says something else of the same tokens."""
-    assert resolve_alignment(alignment, same=True) == ("uld" if alignment == "uld" else "index")
+    assert resolve_alignment(alignment, same=True) == "index"
     different = "roots" if alignment == "auto" else alignment
     assert resolve_alignment(alignment, same=False) == different
 
 
-@pytest.mark.parametrize("alignment", ["auto", *sorted(ALIGNMENTS)])
+@pytest.mark.parametrize("alignment", ["auto", *ALIGNMENTS])
 def test_that_an_alignment_is_not_needed_is_said_where_it_was_asked_for(
     alignment: str, source: Any
 ) -> None:
@@ -130,14 +129,14 @@ def test_that_an_alignment_is_not_needed_is_said_where_it_was_asked_for(
     pair = Examples(
         bpe, source("bpe", hidden_size=16), settings(alignment=alignment), report=reports
     )
-    if alignment in ("auto", "uld"):
+    if alignment == "auto":
         assert reports == []
     else:
         ((event, message),) = reports
         assert event == "message"
         assert message.startswith("both tokenizers are the same: tokens are compared by index")
         assert f"--alignment {alignment} " in message
-    assert pair.alignment == ("uld" if alignment == "uld" else "index")
+    assert pair.alignment == "index"
 
 
 def test_one_tokenizer_gives_plain_examples_and_a_plain_cache(source: Any, tmp_path: Path) -> None:
@@ -154,15 +153,14 @@ def test_one_tokenizer_gives_plain_examples_and_a_plain_cache(source: Any, tmp_p
 
 def test_two_tokenizers_give_both_sides_and_targets_laid_over(source: Any, tmp_path: Path) -> None:
     teacher, student = source("characters"), source("bpe")
-    pair = Examples(teacher, student, settings(alignment="project"))
+    pair = Examples(teacher, student, settings(alignment="alm"))
     _, examples = pair.make(RECORDS)
     text = "The big dog ran to the park, and then it went home."
     assert spelled(teacher, examples[1].teacher.ids) == f" {text}"
     assert spelled(student, examples[1].ids) == text
     targets = pair.targets(tmp_path)
-    assert isinstance(targets, AlignedTargets)
-    assert targets.alignment == "project"
-    assert pair.described(examples)["alignment"] == "project"
+    assert isinstance(targets, ChunkTargets)
+    assert pair.described(examples)["alignment"] == "alm"
 
 
 # What is too long
@@ -224,7 +222,7 @@ def test_the_message_says_how_much_is_covered_and_how(source: Any) -> None:
         for r in RECORDS
     ]
     reports = Reports()
-    pair = Examples(teacher, student, settings(alignment="bytes"), report=reports)
+    pair = Examples(teacher, student, settings(alignment="alm"), report=reports)
     _, examples = pair.make(data)
     single = chunked = 0
     for record in data:
@@ -247,14 +245,14 @@ def test_the_message_says_how_much_is_covered_and_how(source: Any) -> None:
     assert reports == [
         (
             "message",
-            f"the tokenizers differ, alignment bytes: {single / counted:.1%} of the student's "
+            f"the tokenizers differ, alignment alm: {single / counted:.1%} of the student's "
             f"tokens are one token of the teacher too, {chunked / counted:.1%} are in chunks of "
             "several, 0.0% are not covered",
         )
     ]
 
 
-@pytest.mark.parametrize("alignment", sorted(ALIGNMENTS))
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_classes_of_tokens_have_no_temperature_and_it_is_said(alignment: str, source: Any) -> None:
     """Silent failure: a setting that is not used, or used where it means nothing."""
     for temperature in (1.0, 2.0):

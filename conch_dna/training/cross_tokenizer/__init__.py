@@ -1,1 +1,1 @@
-"""A teacher with another tokenizer: which tokens, texts and classes of tokens belong together."""
+"""A teacher with another tokenizer: which tokens, texts and classes belong together."""

@@ -1,7 +1,7 @@
 """The loss of a student whose teacher has another tokenizer.
 
-Knows a model's body and head and a batch of `aligned_targets`; nothing of texts or tokenizers.
-To add an alignment whose distributions are compared otherwise: a branch in `soft_sum`.
+Knows a model's body and head and batches of `targets.AlignedTargets`; nothing of texts or
+tokenizers. To compare distributions otherwise: a `SoftLoss`, which a kind of targets hands on.
 """
 
 from collections.abc import Callable
@@ -15,46 +15,82 @@ from conch_dna.losses import (
     LOSSES,
     kept_and_rest,
     likelihood_kl,
-    log_softmax,
     log_sum_exp,
-    sorted_distance,
     token_cross_entropy,
 )
 from conch_dna.training.head_loss import (
     Sums,
+    at_positions,
+    autodiff,
     chunk_log_probs,
     chunked_loss,
-    forward_kl_and_gradient,
-    gold_and_gradient,
     gold_log_probs,
     takes_chunks,
     with_nothing,
 )
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.trainer import Loss
 
-ROWS = (
-    "kept_ids",
-    "teacher_log_probs",
-    "soft_weights",
-    "inner_tokens",
-    "inner_outcomes",
-    "inner_places",
-    "inner_log_probs",
-    "outcome_places",
-    "inner_told",
-    "inner_blank",
-    "over_tokens",
-    "over_columns",
-    "over_own",
-    "labels",
-    "weights",
-)
+# What a batch holds besides arrays with a row for each counted token.
+NO_ROWS = ("inputs", "chunk_log_probs", "chunk_weights")
+# Another one would change a class of many tokens more than one of few, see `roots`.
+CLASS_TEMPERATURE = 1.0
+# Student's logits `[n, V]` of a chunk and its arrays to what the distributions' comparison adds
+# to the loss, a differentiable sum over tokens.
+SoftLoss = Callable[[mx.array, Sums], mx.array]
+
+
+def outcome_sum(
+    logits: mx.array, rows: Sums, *, temperature: float, divergence: str, nothing: int
+) -> mx.array:
+    """`t² D` over the kept tokens and one rest, summed over the rows that are compared.
+
+    Args:
+        logits: Student's `[n, V]` over the real tokens; differentiable.
+        rows: A chunk's arrays, of which `AlignedTargets.collate` says the shapes.
+        temperature: t.
+        divergence: A key of LOSSES.
+        nothing: The id that stands for no token.
+    """
+    scaled = logits.astype(mx.float32) / temperature
+    student = kept_and_rest(with_nothing(scaled, nothing), rows["kept_ids"])
+    losses = LOSSES[divergence](rows["teacher_log_probs"], student)
+    return temperature**2 * (losses * rows["soft_weights"]).sum()
+
+
+def class_sum(
+    logits: mx.array, rows: Sums, *, divergence: str, nothing: int, roots: np.ndarray
+) -> mx.array:
+    """The divergence over classes of tokens, summed, and what only the text can teach of them.
+
+    At boundaries that both have, and at those inside single tokens of one side; see `roots`.
+
+    Args:
+        logits: Student's `[n, V]` over the real tokens, of the row before as well where there is
+            one: `[n + 1, V]`; differentiable.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
+        divergence: A key of LOSSES.
+        nothing: The id that stands for no token.
+        roots: `[V]`, the root of each of the student's tokens; see `vocabulary.common_roots`.
+    """
+    teacher = rows["teacher_log_probs"]
+    scaled = logits.astype(mx.float32) / CLASS_TEMPERATURE
+    own = scaled[-len(teacher) :]
+    classes = with_nothing(gather_roots(own, roots), nothing)
+    student = kept_and_rest(classes, rows["kept_ids"])
+    student = with_reaching(scaled, student, rows, nothing=nothing)
+    between = LOSSES[divergence](teacher, student) * rows["soft_weights"]
+    # Each divergence is a sum over outcomes, so that of all places of a row is one sum.
+    inner = inner_log_probs(own, rows, nothing=nothing)
+    inside = LOSSES[divergence](rows["inner_log_probs"], inner)
+    return (between + inside).sum() + open_sum(logits[-len(teacher) :], rows, roots)
 
 
 def gather_roots(logits: mx.array, roots: np.ndarray) -> mx.array:
     """Log-scores of classes of tokens: log-sum-exp over the tokens with the same root.
 
     Args:
-        logits: `[n, V]`, float32, already over the temperature; differentiable.
+        logits: `[n, V]`, float32; differentiable.
         roots: `[V]`: each token's root, itself included, or -1 for a token of its own.
 
     Returns:
@@ -75,60 +111,6 @@ def gather_roots(logits: mx.array, roots: np.ndarray) -> mx.array:
     return mx.where(mx.array(member), -mx.inf, mx.logaddexp(logits, others))
 
 
-def soft_sum(
-    logits: mx.array,
-    rows: Sums,
-    *,
-    alignment: str,
-    temperature: float,
-    divergence: str,
-    nothing: int,
-    roots: np.ndarray,
-) -> mx.array:
-    """`t² D`, summed over the rows whose distributions are compared; differentiable.
-
-    For "roots" with `untold_sum`.
-
-    Args:
-        logits: Student's `[n, V]` over the real tokens, for "roots" of the row before as well
-            where there is one: `[n + 1, V]`.
-        rows: See `AlignedTargets.collate`.
-        alignment: A key of ALIGNMENTS.
-        temperature: t.
-        divergence: A key of LOSSES.
-        nothing: The id that stands for no token.
-        roots: For "roots", see `vocabulary.common_roots`.
-    """
-    teacher = rows["teacher_log_probs"]
-    if alignment == "roots":
-        scaled = logits.astype(mx.float32) / temperature
-        own = scaled[-len(teacher) :]
-        classes = with_nothing(gather_roots(own, roots), nothing)
-        student = kept_and_rest(classes, rows["kept_ids"])
-        student = with_reaching(scaled, student, rows, nothing=nothing)
-        between = LOSSES[divergence](teacher, student) * rows["soft_weights"]
-        # Each divergence is a sum over outcomes, so that of all places of a row is one sum.
-        inner = inner_log_probs(own, rows, nothing=nothing)
-        inside = LOSSES[divergence](rows["inner_log_probs"], inner)
-        return temperature**2 * (between + inside).sum() + untold_sum(
-            logits[-len(teacher) :], rows, roots
-        )
-    if alignment == "uld":
-        kept = teacher.shape[-1] - 1
-        log_probs = log_softmax(logits, temperature)
-        order = mx.stop_gradient(mx.argsort(-log_probs, axis=-1))[:, :kept]
-        student = mx.take_along_axis(log_probs, order, axis=-1)
-        missing = kept - student.shape[-1]
-        if missing > 0:
-            student = mx.concatenate([student, mx.full((len(student), missing), -mx.inf)], axis=-1)
-        losses = sorted_distance(teacher[:, :-1], student)
-    else:
-        scaled = logits.astype(mx.float32) / temperature
-        student = kept_and_rest(with_nothing(scaled, nothing), rows["kept_ids"])
-        losses = LOSSES[divergence](teacher, student)
-    return temperature**2 * (losses * rows["soft_weights"]).sum()
-
-
 def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: int) -> mx.array:
     """What the student says comes next at a boundary that its tokens may also reach over.
 
@@ -139,10 +121,9 @@ def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: i
     one longer token behind them.
 
     Args:
-        logits: `[n, V]` or, with the row before, `[n + 1, V]`, float32, already over the
-            temperature; differentiable.
+        logits: `[n, V]` or, with the row before, `[n + 1, V]`, float32; differentiable.
         student: Log-probabilities of the outcomes `[n, K + 1]`, as if no token reached over.
-        rows: See `ClassTargets.reaching`.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         nothing: The id that stands for no token.
 
     Returns:
@@ -170,8 +151,8 @@ def inner_log_probs(logits: mx.array, rows: Sums, *, nothing: int) -> mx.array:
     """The student's distributions inside its own tokens, by what its tokens begin with.
 
     Args:
-        logits: `[n, V]`, float32, already over the temperature; differentiable.
-        rows: See `ClassTargets.within`.
+        logits: `[n, V]`, float32; differentiable.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
         nothing: The id that stands for no token.
 
     Returns:
@@ -197,76 +178,56 @@ def inner_log_probs(logits: mx.array, rows: Sums, *, nothing: int) -> mx.array:
     return mx.where(there, logs, -mx.inf)
 
 
-def untold_sum(logits: mx.array, rows: Sums, roots: np.ndarray) -> mx.array:
+def open_sum(logits: mx.array, rows: Sums, roots: np.ndarray) -> mx.array:
     """Cross-entropy of what classes leave open, summed: only the text can teach that.
 
-    Where the teacher tells the class, it is that of the text's token within its class, 0 for a
-    class of one token and where the teacher tells what is inside; where it tells nothing, that of
-    the token.
+    Where the teacher tells the class, it is that of the text's token within its class: 0 for a
+    class of one token, and where the teacher tells what is inside. Where it tells nothing, it is
+    that of the token.
+
+    Args:
+        logits: `[n, V]`; differentiable.
+        rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
+        roots: `[V]`, the root of each of the student's tokens.
     """
     logits = logits.astype(mx.float32)
     own = np.arange(logits.shape[-1])
-    known = roots[: len(own)]
-    columns = mx.array(np.where(known >= 0, known, own).astype(np.int32))[rows["labels"]]
-    within = mx.take_along_axis(gather_roots(logits, roots), columns[:, None], axis=-1)
+    columns = np.where(roots[: len(own)] >= 0, roots[: len(own)], own).astype(np.int32)
+    of_labels = mx.array(columns)[rows["labels"]]
+    within = mx.take_along_axis(gather_roots(logits, roots), of_labels[:, None], axis=-1)
     within = within - mx.take_along_axis(logits, rows["labels"][:, None], axis=-1)
     token = token_cross_entropy(logits, rows["labels"])
-    told = rows["soft_weights"]
-    open_class = told * (1 - rows["inner_told"])
-    return (open_class * within.squeeze(-1) + (rows["weights"] - told) * token).sum()
+    by_class = rows["soft_weights"]
+    open_class = by_class * (1 - rows["inner_known"])
+    return (open_class * within.squeeze(-1) + (rows["weights"] - by_class) * token).sum()
 
 
-def combine(
-    soft: mx.array,
-    gold: mx.array,
-    arrays: Sums,
-    *,
-    alpha: float,
-    soft_weight: float,
-    chunk_weight: float,
-    chunk_scale: float,
-) -> Sums:
+def combine(soft: mx.array, gold: mx.array, arrays: Sums, config: KDConfig) -> Sums:
     """Put together `alpha (w₁ soft + w₂ chunks) + (1 - alpha) CE`, sums over tokens and chunks.
 
     Args:
-        soft: See `soft_sum`.
+        soft: What comparing distributions gave, a sum.
         gold: Log-probability of every counted token `[N]`; differentiable.
-        arrays: See `AlignedTargets.collate`.
-        alpha: Share of what comes from the teacher.
-        soft_weight: w₁.
-        chunk_weight: w₂.
-        chunk_scale: s of `losses.likelihood_kl`.
+        arrays: Of a batch, of which `AlignedTargets.collate` says the shapes.
+        config: For alpha, w₁ = `soft_weight`, w₂ = `chunk_weight` and `chunk_scale`.
 
     Returns:
         `loss`, `kd` (both soft parts, weighted), `ce`, and the parts `soft` and `chunks`.
     """
-    likelihoods = chunk_log_probs(gold, arrays)
-    distances = likelihood_kl(arrays["chunk_log_probs"], likelihoods, scale=chunk_scale)
-    chunks = (distances * arrays["chunk_weights"]).sum()
-    kd = soft_weight * soft + chunk_weight * chunks
+    chunks = mx.array(0.0)
+    if "chunk_index" in arrays:
+        student, teacher = chunk_log_probs(gold, arrays), arrays["chunk_log_probs"]
+        distances = likelihood_kl(teacher, student, scale=config.chunk_scale)
+        chunks = (distances * arrays["chunk_weights"]).sum()
+    kd = config.soft_weight * soft + config.chunk_weight * chunks
     ce = -(gold * arrays["weights"]).sum()
-    return {
-        "loss": alpha * kd + (1 - alpha) * ce,
-        "kd": kd,
-        "ce": ce,
-        "soft": soft,
-        "chunks": chunks,
-    }
+    loss = config.alpha * kd + (1 - config.alpha) * ce
+    return {"loss": loss, "kd": kd, "ce": ce, "soft": soft, "chunks": chunks}
 
 
 def make_aligned_loss(
-    student: LanguageModel,
-    *,
-    alignment: str,
-    temperature: float,
-    alpha: float,
-    divergence: str,
-    soft_weight: float,
-    chunk_weight: float,
-    chunk_scale: float,
-    roots: np.ndarray,
-    chunk: int = 1024,
-) -> Callable[[nn.Module, Sums], Sums]:
+    student: LanguageModel, soft: SoftLoss | None, config: KDConfig, *, before: int = 0
+) -> Loss:
     """The loss over batches of `AlignedTargets`, for the trainer.
 
     Like `head_loss.make_distillation_loss` it never holds the logits of a whole batch, unless
@@ -274,65 +235,29 @@ def make_aligned_loss(
 
     Args:
         student: Loaded model, adapter attached.
-        alignment: A key of ALIGNMENTS.
-        temperature: t of the distributions that are compared.
-        alpha: Share of what comes from the teacher.
-        divergence: A key of LOSSES.
-        soft_weight: Of the compared distributions.
-        chunk_weight: Of the compared likelihoods.
-        chunk_scale: s of `losses.likelihood_kl`.
-        roots: For "roots": each token's root.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        soft: Compares distributions; None where only likelihoods of chunks are compared.
+        config: Weights of the parts, see `combine`, and `head_chunk`, the tokens whose logits
+            exist at once.
+        before: Rows before its own whose logits `soft` gets as well.
     """
-    nothing = student.source.token_count
-    weights = {
-        "alpha": alpha,
-        "soft_weight": soft_weight,
-        "chunk_weight": chunk_weight,
-        "chunk_scale": chunk_scale,
-    }
-
-    def soft(logits: mx.array, rows: Sums) -> mx.array:
-        return soft_sum(
-            logits,
-            rows,
-            alignment=alignment,
-            temperature=temperature,
-            divergence=divergence,
-            nothing=nothing,
-            roots=roots,
-        )
-
-    def soft_and_gradient(logits: mx.array, rows: Sums) -> tuple[Sums, mx.array]:
-        if divergence == "forward_kl" and alignment not in ("uld", "roots"):
-            extended = with_nothing(logits.astype(mx.float32), nothing)
-            targets = {**rows, "weights": rows["soft_weights"]}
-            sums, gradient = forward_kl_and_gradient(
-                extended, targets, temperature=temperature, alpha=1.0
-            )
-            return {"loss": sums["kd"]}, gradient[:, : logits.shape[-1]]
-        value, gradient = mx.value_and_grad(lambda x: soft(x, rows))(logits.astype(mx.float32))
-        return {"loss": value}, gradient
+    rule = autodiff(lambda logits, rows: {"loss": soft(logits, rows)}) if soft else None
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
-        hidden = student.body(arrays["inputs"])
-        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
-        sums = chunked_loss(
+        sums, gold = chunked_loss(
             student.head,
-            hidden,
-            {name: arrays[name] for name in ROWS if name in arrays},
-            soft_and_gradient if "kept_ids" in arrays else None,
-            chunk,
-            row_and_gradient=gold_and_gradient,
-            before=1 if alignment == "roots" else 0,
+            at_positions(student.body(arrays["inputs"]), arrays),
+            {name: value for name, value in arrays.items() if name not in NO_ROWS},
+            rule,
+            config.head_chunk,
+            with_gold=True,
+            before=before,
         )
-        return combine(sums.get("loss", mx.array(0.0)), sums["rows"], arrays, **weights)
+        return combine(sums.get("loss", mx.array(0.0)), gold, arrays, config)
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
-        logits = student.logits(arrays["inputs"])
-        logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]]
+        logits = at_positions(student.logits(arrays["inputs"]), arrays)
         gold = gold_log_probs(logits, arrays["labels"])
-        total = soft(logits, arrays) if "kept_ids" in arrays else mx.array(0.0)
-        return combine(total, gold, arrays, **weights)
+        total = soft(logits, arrays) if soft else mx.array(0.0)
+        return combine(total, gold, arrays, config)
 
     return chunked if takes_chunks(student) else dense

@@ -1,10 +1,10 @@
 """Records as the tokens of two models with different tokenizers, and which belong together.
 
 Knows records, two tokenizers and bytes; nothing of distributions or weights.
-To align another form of record: see `records`; what its answers are is told there.
+To align another form of record: `training/records.py`, which says what its answers are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.batches import Example
-from conch_dna.training.cross_tokenizer.byte_alignment import Alignment, align_spans
+from conch_dna.training.cross_tokenizer.alignments import Alignment, align_spans
 from conch_dna.training.cross_tokenizer.token_bytes import (
     TokenBytes,
     TokenSpans,
@@ -73,6 +73,17 @@ class Coverage:
     in_chunks: int
     counted: int
 
+    @classmethod
+    def of(cls, texts: Iterable[tuple[Alignment, int]]) -> "Coverage":
+        """That of several texts, from the chunks and the number of counted tokens of each."""
+        one_to_one = in_chunks = counted = 0
+        for chunks, tokens in texts:
+            single = chunks.one_to_one
+            one_to_one += int(single.sum())
+            in_chunks += int(np.diff(chunks.student)[~single].sum())
+            counted += tokens
+        return cls(one_to_one=one_to_one, in_chunks=in_chunks, counted=counted)
+
     @property
     def share(self) -> float:
         """Share of the tokens that is aligned at all."""
@@ -90,13 +101,7 @@ class Coverage:
 
 def coverage(examples: Sequence[AlignedExample]) -> Coverage:
     """Count the aligned tokens of examples."""
-    single = chunked = 0
-    for example in examples:
-        one_to_one = example.chunks.one_to_one
-        lengths = example.chunks.student[:, 1] - example.chunks.student[:, 0]
-        single += int(one_to_one.sum())
-        chunked += int(lengths[~one_to_one].sum())
-    return Coverage(one_to_one=single, in_chunks=chunked, counted=sum(e.to_cover for e in examples))
+    return Coverage.of((example.chunks, example.to_cover) for example in examples)
 
 
 def text_coverage(texts: Sequence[str], teacher: Any, student: Any) -> Coverage:
@@ -104,24 +109,15 @@ def text_coverage(texts: Sequence[str], teacher: Any, student: Any) -> Coverage:
 
     Args:
         texts: Whatever both models could be given.
-        teacher: Its tokenizer.
-        student: Likewise.
+        teacher: The teacher's tokenizer.
+        student: The student's tokenizer.
     """
-    tables = token_bytes(teacher), token_bytes(student)
-    single = chunked = counted = 0
-    for text in texts:
-        spans = [
-            token_spans(text.encode(), ids, table)
-            for table, (ids,) in zip(
-                tables, (encode_all(t, [text]) for t in (teacher, student)), strict=True
-            )
-        ]
-        chunks = align_spans(*spans)
-        one_to_one = chunks.one_to_one
-        single += int(one_to_one.sum())
-        chunked += int(np.diff(chunks.student)[~one_to_one].sum())
-        counted += len(spans[1].ends)
-    return Coverage(one_to_one=single, in_chunks=chunked, counted=counted)
+    sides = []
+    for tokenizer in (teacher, student):
+        table, ids = token_bytes(tokenizer), encode_all(tokenizer, list(texts))
+        sides.append([token_spans(t.encode(), i, table) for t, i in zip(texts, ids, strict=True)])
+    pairs = zip(*sides, strict=True)
+    return Coverage.of((align_spans(first, second), len(second.ends)) for first, second in pairs)
 
 
 def require_coverage(covered: Coverage, *, teacher: str, student: str) -> None:
@@ -147,7 +143,7 @@ class RecordAligner:
 
     Args:
         teacher: Its tokenizer is used, not its weights.
-        student: Likewise.
+        student: The model that is to learn; its tokenizer is used, not its weights.
         train_on_prompt: The student's prompt tokens count too.
     """
 
@@ -163,7 +159,8 @@ class RecordAligner:
         """One record; messages call it by the name.
 
         Raises:
-            ConchError: See `records.tokenize_record`.
+            ConchError: It cannot be tokenized for one of the models (see
+                `records.record_tokens`), or none of its tokens counts.
         """
         whole = plain_text(record, *self.tokenizers)
         texts = record_texts(record) if whole is None else [whole]

@@ -1,6 +1,6 @@
-"""The bytes that every token id stands for, and where the tokens of a text begin and end in it.
+"""The bytes of every token, where tokens lie in a text, and what lies inside them.
 
-Knows tokenizers and bytes; nothing of models, pairs of tokenizers or training.
+Knows tokenizers and bytes; nothing of models, classes of tokens or training.
 To read another way of writing tokens: a branch in `_spelling` and its line in KINDS.
 """
 
@@ -23,6 +23,9 @@ KINDS = {
     "plain": "tokens are written as they are",
 }
 SPACE_MARK = "\u2581"
+LONGEST_PREFIX = 32
+# A token is read behind it, so that no space is put in front of it.
+CONTEXT = "\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +59,11 @@ class TokenBytes:
         written as a byte, since texts are made of that one.
         """
         order = sorted(range(len(self.pieces)), key=lambda index: index in self.byte_ids)
-        found: dict[bytes, int] = {}
+        ids: dict[bytes, int] = {}
         for index in order:
             if self.pieces[index] and index not in self.special_ids:
-                found.setdefault(self.pieces[index], index)
-        return found
+                ids.setdefault(self.pieces[index], index)
+        return ids
 
     @property
     def count(self) -> int:
@@ -156,22 +159,21 @@ def _byte_value(token: str) -> int | None:
 
 
 def _spelling(token: str, kind: str, mark: str) -> bytes:
+    text = token
     if kind == "byte-level":
         alphabet = _byte_alphabet()
         if all(character in alphabet for character in token):
             return bytes(alphabet[character] for character in token)
-        return token.encode("utf-8", "surrogatepass")
-    if kind == "sentencepiece":
+    elif kind == "sentencepiece":
         value = _byte_value(token)
         if value is not None:
             return bytes([value])
-        return token.replace(SPACE_MARK, " ").encode("utf-8", "surrogatepass")
-    if kind == "wordpiece":
+        text = token.replace(SPACE_MARK, " ")
+    elif kind == "wordpiece":
         text = token.removeprefix(mark) if token.startswith(mark) else " " + token
-        return text.encode("utf-8", "surrogatepass")
-    if kind == "suffix" and token.endswith(mark):
-        return (token.removesuffix(mark) + " ").encode("utf-8", "surrogatepass")
-    return token.encode("utf-8", "surrogatepass")
+    elif kind == "suffix" and token.endswith(mark):
+        text = token.removesuffix(mark) + " "
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _adds_space(tokenizer: Any, pieces: Sequence[bytes], special_ids: set[int]) -> bool:
@@ -272,3 +274,83 @@ def _edited_spans(text: bytes, spelled: bytes, starts: np.ndarray, ends: np.ndar
     lengths = ends - starts
     exact = ~empty & (matched[ends] - matched[starts] == lengths)
     return TokenSpans(text_starts, text_ends, exact & (text_ends - text_starts == lengths))
+
+
+class TokenInsides:
+    """What tokens say about the text inside them, to a reader with another tokenizer.
+
+    A model that gives `the` and `then` their probabilities has also said what follows `th`.
+
+    Args:
+        tokens: Of the model that says something.
+        reader: Of the model that reads it.
+        reader_tokenizer: From transformers, or as mlx_lm wraps it.
+
+    Attributes:
+        lengths: `[n]`, int64: bytes of each token.
+        prefixes: `[n, 33]`, int32: a number for the first k bytes of each token, the same for
+            the same bytes; 0 where the token is shorter.
+        following: `[n, 33]`, int32: the reader's token behind those bytes when it reads the
+            token; -1 where it has no boundary there.
+    """
+
+    def __init__(self, tokens: TokenBytes, reader: TokenBytes, reader_tokenizer: Any) -> None:
+        size = len(tokens.texts)
+        self.lengths = np.fromiter(map(len, tokens.texts), np.int64, size)
+        self.prefixes = np.zeros((size, LONGEST_PREFIX + 1), np.int32)
+        self.following = np.full((size, LONGEST_PREFIX + 1), -1, np.int32)
+        numbers: dict[bytes, int] = {}
+        readable = []
+        for token, piece in enumerate(tokens.texts):
+            for length in range(1, min(len(piece), LONGEST_PREFIX) + 1):
+                number = numbers.setdefault(piece[:length], len(numbers) + 1)
+                self.prefixes[token, length] = number
+            if len(piece) > 1:
+                try:
+                    readable.append((token, CONTEXT + piece.decode()))
+                except UnicodeDecodeError:
+                    continue
+        encoded = encode_all(reader_tokenizer, [text for _, text in readable])
+        for (token, text), ids in zip(readable, encoded, strict=True):
+            spans = token_spans(text.encode(), ids, reader)
+            places = spans.starts - len(CONTEXT)
+            for at in np.flatnonzero((places > 0) & (places <= LONGEST_PREFIX) & spans.exact):
+                self.following[token, places[at]] = ids[at]
+
+    @cached_property
+    def _by_prefix(self) -> list[np.ndarray]:
+        """For each number of a prefix the tokens that begin with it, ascending."""
+        numbers = self.prefixes.ravel()
+        tokens = np.argsort(numbers, kind="stable") // self.prefixes.shape[1]
+        groups = np.split(tokens, np.cumsum(np.bincount(numbers))[:-1])
+        return [tokens[:0], *groups[1:]]
+
+    def beginning(self, token: int, length: int) -> np.ndarray:
+        """The tokens that begin with a token's first bytes, itself included; none beyond 32."""
+        if not 1 <= length <= LONGEST_PREFIX:
+            return np.zeros(0, np.int64)
+        return self._by_prefix[self.prefixes[token, length]]
+
+    def behind(
+        self, read: np.ndarray, own: np.ndarray, kept: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What kept tokens say about a text of which the reader has read a part of one token.
+
+        Args:
+            read: Bytes read `[n]`.
+            own: The token that the text really has there `[n]`.
+            kept: Tokens that the model gave a probability `[n, K]`.
+
+        Returns:
+            `[n, K]`: the reader's next token if the text goes on as the kept token does, or -1
+            where it has no boundary there; whether the kept token goes on behind what was read,
+            and whether it is exactly that, `[n, K]`, bool.
+        """
+        inside = (read >= 1) & (read <= LONGEST_PREFIX)
+        place = np.where(inside, read, 0)
+        prefix = self.prefixes[own, place]
+        same = (self.prefixes[kept, place[:, None]] == prefix[:, None]) & (prefix > 0)[:, None]
+        ended = same & (self.lengths[kept] == read[:, None])
+        goes_on = same & ~ended
+        following = np.where(goes_on, self.following[kept, place[:, None]], -1)
+        return following, goes_on, ended

@@ -1,13 +1,15 @@
-"""Which token of one tokenizer is which of another, and heads of unequal size.
+"""Which token of one tokenizer is which of another, and which of them form a class.
 
-Knows the bytes of tokens and arrays of logits; nothing of texts, models or training. To add a
-strategy for heads of unequal size: an entry in ALIGNERS; the mass-conservation test runs over it.
+Knows the bytes of tokens and, for heads of unequal size, arrays of logits; nothing of texts,
+models or training.
+To add a strategy for such heads: a branch in `align_vocab_sizes` and its name in STRATEGIES.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +19,7 @@ from conch_dna.errors import ConchError
 from conch_dna.losses import log_softmax
 from conch_dna.training.cross_tokenizer.token_bytes import (
     TokenBytes,
+    TokenInsides,
     encode_all,
     token_bytes,
     token_spans,
@@ -26,6 +29,8 @@ SAME = "same"
 SAME_UP_TO_PADDING = "same up to padding rows"
 DIFFERENT = "different"
 EXAMPLES = 5
+MOST_BEGINNERS = 512
+STRATEGIES = ("project", "truncate")
 # Texts that a token may be put behind to see how another tokenizer would go on.
 CONTEXTS = ("\n", "a", ".", "1", "")
 
@@ -42,12 +47,12 @@ class TokenizerComparison:
     Attributes:
         verdict: "same", when every id stands for the same bytes in both; "same up to padding
             rows", when besides one head has more rows than the other; or "different".
-        teacher_kind: A key of `token_bytes.KINDS`.
-        student_kind: Likewise.
-        teacher_tokens: Real tokens.
-        student_tokens: Likewise.
-        teacher_rows: Rows of the head, where they were told.
-        student_rows: Likewise.
+        teacher_kind: How the teacher's tokens are written, a key of `token_bytes.KINDS`.
+        student_kind: How the student's are.
+        teacher_tokens: Real tokens of the teacher.
+        student_tokens: Real tokens of the student.
+        teacher_rows: Rows of the teacher's head; None where they are not known.
+        student_rows: Rows of the student's head; None where they are not known.
         shared_tokens: Teacher's tokens that the student has too, with the same bytes at any id.
         same_ids: Ids that stand for the same bytes in both.
         shared_examples: Some of the shared tokens.
@@ -82,9 +87,9 @@ def compare_tokenizers(
 
     Args:
         teacher: A tokenizer from transformers, or as mlx_lm wraps it.
-        student: Likewise.
+        student: Another one.
         teacher_rows: Rows of the teacher's head, to tell padding.
-        student_rows: Likewise.
+        student_rows: Rows of the student's head.
     """
     first, second = token_bytes(teacher), token_bytes(student)
     size = max(len(first.pieces), len(second.pieces))
@@ -120,8 +125,8 @@ def same_tokens(teacher: TokenBytes, student: TokenBytes) -> bool:
 
 
 def _piece(table: TokenBytes, index: int) -> bytes | None:
-    known = index < len(table.pieces) and table.exists[index]
-    return table.pieces[index] if known else None
+    exists = index < len(table.pieces) and table.exists[index]
+    return table.pieces[index] if exists else None
 
 
 def shown_bytes(piece: bytes | None) -> str:
@@ -154,12 +159,12 @@ def shared_tokens(teacher: TokenBytes, student: TokenBytes) -> np.ndarray:
         `[n]` int64, n the teacher's largest id plus one.
     """
     shared = np.full(len(teacher.pieces), -1, np.int64)
-    taken = set()
+    partners = set()
 
     def join(first: int, second: int | None) -> None:
-        if second is not None and shared[first] < 0 and second not in taken:
+        if second is not None and shared[first] < 0 and second not in partners:
             shared[first] = second
-            taken.add(second)
+            partners.add(second)
 
     if teacher.end_id is not None:
         join(teacher.end_id, student.end_id)
@@ -199,7 +204,7 @@ def build_vocab_projection(teacher_tokenizer: Any, student_tokenizer: Any) -> Vo
 
     Args:
         teacher_tokenizer: From transformers, or as mlx_lm wraps it.
-        student_tokenizer: Likewise.
+        student_tokenizer: The tokenizer of the model that is to predict its own tokens.
 
     Raises:
         ConchError: The student has neither a token for the beginning of one of the teacher's
@@ -215,7 +220,8 @@ def build_vocab_projection(teacher_tokenizer: Any, student_tokenizer: Any) -> Vo
     if missing and unknown is None:
         raise ConchError(
             f"the student's tokenizer cannot spell {shown_bytes(teacher.pieces[missing[0]])} and "
-            f"{len(missing) - 1} more of the teacher's tokens: use another --alignment"
+            f"{len(missing) - 1} more of the teacher's tokens: use a student that can, or "
+            "`conch-dna distill`, which compares texts"
         )
     targets[targets < 0] = unknown if unknown is not None else 0
     return VocabProjection(targets, len(student.pieces))
@@ -253,36 +259,6 @@ def first_pieces(teacher: TokenBytes, student: TokenBytes, student_tokenizer: An
     return firsts
 
 
-def _truncate(
-    teacher_logits: mx.array, student_logits: mx.array, projection: VocabProjection | None
-) -> tuple[mx.array, mx.array]:
-    size = min(teacher_logits.shape[-1], student_logits.shape[-1])
-    return teacher_logits[..., :size], student_logits[..., :size]
-
-
-def _project(
-    teacher_logits: mx.array, student_logits: mx.array, projection: VocabProjection | None
-) -> tuple[mx.array, mx.array]:
-    if projection is None:
-        raise ValueError("strategy 'project' needs a projection: make it by build_vocab_projection")
-    real = len(projection.targets)
-    if teacher_logits.shape[-1] < real or student_logits.shape[-1] < projection.size:
-        raise ValueError(
-            f"the projection is from {real} to {projection.size} tokens, but the heads have "
-            f"{teacher_logits.shape[-1]} and {student_logits.shape[-1]} rows: they belong to "
-            "other tokenizers"
-        )
-    probabilities = mx.exp(log_softmax(teacher_logits[..., :real]))
-    columns = mx.array(projection.targets.astype(np.int32))
-    projected = mx.zeros((*teacher_logits.shape[:-1], projection.size))
-    projected = projected.at[..., columns].add(probabilities)
-    return mx.log(projected), student_logits[..., : projection.size]
-
-
-Aligner = Callable[[mx.array, mx.array, VocabProjection | None], tuple[mx.array, mx.array]]
-ALIGNERS: dict[str, Aligner] = {"truncate": _truncate, "project": _project}
-
-
 def align_vocab_sizes(
     teacher_logits: mx.array,
     student_logits: mx.array,
@@ -299,7 +275,7 @@ def align_vocab_sizes(
     Args:
         teacher_logits: `[..., V_teacher]`.
         student_logits: `[..., V_student]`.
-        strategy: A key of ALIGNERS.
+        strategy: One of STRATEGIES.
         projection: For "project", see `build_vocab_projection`. With "truncate" it is refused:
             who has a projection has different tokenizers.
 
@@ -315,14 +291,30 @@ def align_vocab_sizes(
     >>> teacher.shape == student.shape == (2, 151936)
     True
     """
-    if strategy not in ALIGNERS:
-        raise ValueError(f"strategy {strategy!r} is unknown: use one of {sorted(ALIGNERS)}")
-    if strategy == "truncate" and projection is not None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is unknown: use one of {list(STRATEGIES)}")
+    if strategy == "truncate":
+        if projection is not None:
+            raise ValueError(
+                "a projection means different tokenizers, whose heads must not be cut by index: "
+                "use strategy 'project', or leave the projection out to cut them all the same"
+            )
+        size = min(teacher_logits.shape[-1], student_logits.shape[-1])
+        return teacher_logits[..., :size], student_logits[..., :size]
+    if projection is None:
+        raise ValueError("strategy 'project' needs a projection: make it by build_vocab_projection")
+    real = len(projection.targets)
+    if teacher_logits.shape[-1] < real or student_logits.shape[-1] < projection.size:
         raise ValueError(
-            "a projection means different tokenizers, whose heads must not be cut by index: use "
-            "strategy 'project', or leave the projection out to cut them all the same"
+            f"the projection is from {real} to {projection.size} tokens, but the heads have "
+            f"{teacher_logits.shape[-1]} and {student_logits.shape[-1]} rows: they belong to "
+            "other tokenizers"
         )
-    return ALIGNERS[strategy](teacher_logits, student_logits, projection)
+    probabilities = mx.exp(log_softmax(teacher_logits[..., :real]))
+    columns = mx.array(projection.targets.astype(np.int32))
+    projected = mx.zeros((*teacher_logits.shape[:-1], projection.size))
+    projected = projected.at[..., columns].add(probabilities)
+    return mx.log(projected), student_logits[..., : projection.size]
 
 
 def common_roots(teacher_tokenizer: Any, student_tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -350,3 +342,101 @@ def common_roots(teacher_tokenizer: Any, student_tokenizer: Any) -> tuple[np.nda
         roots = np.where(roots >= 0, step[roots], -1)
     roots = np.where((roots >= 0) & (back[roots] >= 0), roots, -1)
     return np.where(of_teacher >= 0, roots[of_teacher], -1), roots
+
+
+class Members(NamedTuple):
+    """Tokens of the student that begin alike, and the class of what follows in each.
+
+    Attributes:
+        tokens: `[m]`.
+        classes: `[m]`: a root, or -1 for a token that ends there, or where the teacher has no
+            boundary.
+    """
+
+    tokens: np.ndarray
+    classes: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> "Members":
+        """Some of them, chosen by a bool for each `[m]`."""
+        return Members(self.tokens[chosen], self.classes[chosen])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Members"]) -> "Members":
+        """All of some, behind each other."""
+        return cls(*map(np.concatenate, zip(NO_MEMBERS, *parts, strict=True)))
+
+
+NO_MEMBERS = Members(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class TokenClasses:
+    """The classes of two vocabularies, and which tokens say something about which class.
+
+    Args:
+        tokenizers: The teacher's and the student's.
+        tables: The bytes of their tokens.
+        shared: The student's id of each of the teacher's tokens that both have, or -1.
+
+    Attributes:
+        teacher_roots: The root of each of the teacher's tokens, an id of the student's, or -1.
+        student_roots: The root of each of the student's tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizers: tuple[Any, Any],
+        tables: tuple[TokenBytes, TokenBytes],
+        shared: np.ndarray,
+    ) -> None:
+        self.tokenizers = tokenizers
+        self.tables = tables
+        self.shared = shared
+        self.teacher_roots, self.student_roots = common_roots(*tokenizers)
+        self._members: dict[tuple[int, int], Members] = {}
+
+    @cached_property
+    def teacher_insides(self) -> TokenInsides:
+        """What the teacher's tokens say to the student."""
+        return TokenInsides(*self.tables, self.tokenizers[1])
+
+    @cached_property
+    def student_insides(self) -> TokenInsides:
+        """What the student's tokens say to the teacher."""
+        return TokenInsides(*self.tables[::-1], self.tokenizers[0])
+
+    @cached_property
+    def teacher_has(self) -> np.ndarray:
+        """Whether the teacher has each of the student's tokens."""
+        has = np.zeros(len(self.tables[1].pieces), bool)
+        has[self.shared[self.shared >= 0]] = True
+        return has
+
+    def beginning(self, token: int, length: int) -> Members:
+        """The student's tokens that begin with the first bytes of one of them."""
+        if (token, length) not in self._members:
+            insides = self.student_insides
+            tokens = insides.beginning(token, length)
+            following = insides.following[tokens, length] if len(tokens) else tokens
+            classes = np.where(following >= 0, self.teacher_roots[following], -1)
+            self._members[token, length] = Members(tokens, classes)
+        return self._members[token, length]
+
+    def reaching_over(self, token: int, *, shared_before: bool) -> Members:
+        """A token of the student and those that begin with it; none for -1.
+
+        Args:
+            token: The student's, which ended at a boundary.
+            shared_before: Leave out the longer ones that the teacher has too.
+        """
+        if token < 0:
+            return NO_MEMBERS
+        members = self.beginning(token, int(self.student_insides.lengths[token]))
+        if not shared_before:
+            return members
+        return members.where(~self.teacher_has[members.tokens] | (members.tokens == token))
+
+    def inside(self, token: int, length: int) -> Members:
+        """Of the tokens that begin alike those of the token's class; none of more than 512."""
+        members = self.beginning(token, length)
+        same = self.student_roots[members.tokens] == self.student_roots[token]
+        return members.where(same) if same.sum() <= MOST_BEGINNERS else NO_MEMBERS

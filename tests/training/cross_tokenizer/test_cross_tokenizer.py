@@ -119,7 +119,7 @@ def runs(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]
     output = tmp_path_factory.mktemp("runs")
     finished: dict[str, Run] = {}
     load = ModelSource.load
-    for alignment in sorted(ALIGNMENTS):
+    for alignment in ALIGNMENTS:
         loaded: list[str] = []
         events: list[tuple[str, dict[str, Any]]] = []
 
@@ -139,7 +139,7 @@ def runs(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]
     return finished
 
 
-every_alignment = pytest.mark.parametrize("alignment", sorted(ALIGNMENTS))
+every_alignment = pytest.mark.parametrize("alignment", ALIGNMENTS)
 
 
 @every_alignment
@@ -163,8 +163,8 @@ def test_every_alignment_brings_its_own_loss_down(alignment: str, runs: dict[str
     assert best == runs[alignment].result.final_kd_loss
     parts = heldout[0]
     assert parts["kd"] == pytest.approx(parts["soft"] + parts["chunks"])
-    assert (parts["soft"] > 0) == (ALIGNMENTS[alignment].soft != "nowhere")
-    assert (parts["chunks"] > 0) == (ALIGNMENTS[alignment].chunks != "none")
+    assert (parts["soft"] > 0) == (alignment == "roots")
+    assert (parts["chunks"] > 0) == (alignment == "alm")
 
 
 @every_alignment
@@ -182,7 +182,7 @@ def test_the_evaluation_has_figures_that_compare_between_tokenizers(
     assert evaluation["before"]["chunk_kl_nats"] > 0
     assert evaluation["before"] != evaluation["after"]
     # Before any training the figures are the student's alone, whatever the alignment.
-    other = runs["bytes"].result.evaluation
+    other = runs["roots"].result.evaluation
     for name in FIGURES:
         assert evaluation["before"][name] == pytest.approx(other["before"][name], rel=1e-6)
         assert evaluation["teacher"][name] == pytest.approx(other["teacher"][name], rel=1e-6)
@@ -234,17 +234,15 @@ def test_the_result_says_how_the_tokenizers_were_brought_together(
     assert f"{shares['one_to_one']:.1%} of the student's tokens are one token" in message
 
 
-def test_alignments_that_keep_as_much_share_the_teachers_targets(
+def test_each_alignment_keeps_only_what_it_needs_of_the_teacher(
     runs: dict[str, Run], pair: Pair
 ) -> None:
-    """The first that keeps nothing and the first that keeps distributions need the teacher."""
+    """Each asks the teacher, loads it once, and stores likelihoods or distributions."""
     teacher, student = str(pair.teacher), str(pair.student)
-    for number, (alignment, run) in enumerate(runs.items()):
-        assert run.loaded == ([teacher] if number < 2 else []) + [student, student], alignment
-    assert [*runs][:2] == ["alm", "bytes"]
+    for alignment, run in runs.items():
+        assert run.loaded == [teacher, student, student], alignment
     sizes = {name: run.result.metadata["cache_bytes_per_token"] for name, run in runs.items()}
-    alm = sizes.pop("alm")
-    assert alm == 4 and set(sizes.values()) == {64 * (2 + 4) + 2 * 8 + 4}
+    assert sizes == {"alm": 4, "roots": 64 * (2 + 4) + 2 * 8 + 4}
     folders = {
         p.parent for p in Path(runs["alm"].result.adapter_path).parent.rglob("*.safetensors")
     }
@@ -298,7 +296,8 @@ def test_the_teachers_own_answers_teach_too(alignment: str, pair: Pair, tmp_path
 
 def test_the_teachers_exact_tokens_are_what_it_is_asked_about(pair: Pair, tmp_path: Path) -> None:
     """Tokenized again, an answer with <unk> in it would be another one."""
-    distil(pair, tmp_path, how={"prompts": PROMPTS}, num_iters=2)
+    # Nine examples are trained on, and three held out: all targets are read.
+    distil(pair, tmp_path, how={"prompts": PROMPTS}, num_iters=3, batch_size=3)
     lines = (tmp_path / "s" / "training_data.jsonl").read_text().splitlines()
     answered = [json.loads(line)["tokens"] for line in lines]
     tokens = sum(len(each["ids"]) - each["prompt_length"] for each in answered)
@@ -333,7 +332,14 @@ def uninterrupted(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> bytes
 
 
 @pytest.mark.parametrize(
-    ("event", "number"), [("phase", 2), ("phase", 3), ("step", 3), ("checkpoint", 2), ("phase", 4)]
+    ("event", "number"),
+    [
+        ("step", 3),
+        *(
+            pytest.param(*place, marks=pytest.mark.slow)
+            for place in (("phase", 2), ("phase", 3), ("checkpoint", 2), ("phase", 4))
+        ),
+    ],
 )
 def test_a_crash_anywhere_changes_nothing(
     event: str, number: int, uninterrupted: bytes, pair: Pair, tmp_path: Path
@@ -359,8 +365,8 @@ def test_a_crash_anywhere_changes_nothing(
 
 def test_another_alignment_is_another_setting(pair: Pair, tmp_path: Path) -> None:
     """Silent failure: the finished result of one alignment is returned for another."""
-    distil(pair, tmp_path, alignment="bytes", num_iters=1)
-    with pytest.raises(ConchError, match=r"other settings: alignment: was 'bytes', now 'alm'"):
+    distil(pair, tmp_path, alignment="roots", num_iters=1)
+    with pytest.raises(ConchError, match=r"other settings: alignment: was 'roots', now 'alm'"):
         distil(pair, tmp_path, alignment="alm", num_iters=1, how={"data": RECORDS, "resume": True})
 
 
@@ -407,20 +413,13 @@ def test_a_dry_run_bounds_answers_to_come(pair: Pair, tmp_path: Path) -> None:
 def test_one_tokenizer_needs_no_alignment(
     tiny_teacher: Path, tiny_student: Path, tmp_path: Path
 ) -> None:
-    """A named one comes to the same bytes as none, except for the baseline uld."""
+    """A named one comes to the same bytes as none."""
     same = Pair(tiny_teacher, tiny_student)
-    results = {
-        name: distil(same, tmp_path / name, alignment=name, num_iters=3)
-        for name in ("auto", "bytes", "uld")
-    }
-    told = {name: result.metadata["alignment"] for name, result in results.items()}
-    assert told == {"auto": "index", "bytes": "index", "uld": "uld"}
-    auto, aligned, uld = (adapter_of(result) for result in results.values())
-    assert auto == aligned != uld
-    assert results["uld"].metadata["coverage"]["one_to_one"] == 1
-    for name in FIGURES:
-        before = {result.evaluation["before"][name] for result in results.values()}
-        assert max(before) == pytest.approx(min(before), rel=1e-5)
+    auto, named = (
+        distil(same, tmp_path / name, alignment=name, num_iters=3) for name in ("auto", "alm")
+    )
+    assert auto.metadata["alignment"] == named.metadata["alignment"] == "index"
+    assert adapter_of(auto) == adapter_of(named)
 
 
 def make_capped_folder(folder: Path, tokenizer: Path) -> Path:
@@ -457,7 +456,7 @@ def test_a_model_that_caps_its_logits(capped: str, pair: Pair, tmp_path: Path) -
     assert all(math.isfinite(result.evaluation["after"][name]) for name in FIGURES)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_student_whose_head_is_trained(tied: bool, pair: Pair, tmp_path: Path) -> None:
     key = "model.embed_tokens" if tied else "lm_head"
     student = make_model_folder(

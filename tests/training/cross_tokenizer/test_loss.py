@@ -12,55 +12,25 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from aligned_pairs import Pair, aligned_targets
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, INDEX
+from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.cross_tokenizer.loss import (
     combine,
     gather_roots,
     inner_log_probs,
-    make_aligned_loss,
-    soft_sum,
-    untold_sum,
+    open_sum,
     with_reaching,
 )
-from conch_dna.training.cross_tokenizer.records import RecordAligner
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
-from conch_dna.training.examples import resolve_alignment
+from conch_dna.training.examples import KINDS, resolve_alignment
 from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.soft_targets import SoftTargetCache, target_identity
-from models import make_model_folder
-from tokenizers_made import character_tokenizer
-
-TEXTS = [
-    {"prompt": "Once upon a time", "completion": " there was a little cat who was very happy."},
-    {"prompt": "The dog", "completion": " ran to the park. It saw a big red ball!"},
-    {"text": "Tom and Sue went home because it was late."},
-]
-SETTINGS: dict[str, Any] = {
-    "temperature": 2.0,
-    "alpha": 0.7,
-    "divergence": "forward_kl",
-    "soft_weight": 1.0,
-    "chunk_weight": 1.0,
-    "chunk_scale": 100.0,
-}
+from conch_dna.training.settings import KDConfig
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def targets_of(
-    teacher: ModelSource, student: ModelSource, folder: Path, alignment: str, top_k: int = 32
-) -> tuple[list[Any], AlignedTargets]:
-    aligner = RecordAligner(teacher, student)
-    examples = [aligner.align(record, f"example {n}") for n, record in enumerate(TEXTS, 1)]
-    soft = ALIGNMENTS[alignment].soft != "nowhere"
-    identity = target_identity(teacher, top_k=top_k if soft else 0, temperature=2.0)
-    targets = AlignedTargets(SoftTargetCache(folder, identity), teacher, student, alignment)
-    targets.fill(teacher, examples, batch_size=2)
-    return examples, targets
 
 
 def arrays_of(
@@ -71,38 +41,30 @@ def arrays_of(
 
 
 @pytest.fixture(scope="module")
-def same_pair(tiny_teacher: Path, tiny_student: Path) -> tuple[ModelSource, ModelSource]:
+def same_pair(tiny_teacher: Path, tiny_student: Path) -> Pair:
     return ModelSource(str(tiny_teacher)), ModelSource(str(tiny_student))
 
 
-@pytest.mark.parametrize("alignment", sorted(set(ALIGNMENTS) - {"uld"}))
-def test_with_one_tokenizer_every_alignment_but_uld_is_the_loss_by_index(
-    alignment: str, same_pair: tuple[ModelSource, ModelSource], tmp_path: Path
-) -> None:
-    """By the code for different tokenizers itself, not only by what a run resolves it to.
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_one_tokenizer_needs_no_alignment(kind: str) -> None:
+    assert resolve_alignment(kind, same=True) == INDEX
 
-    alm compares no distributions; with one tokenizer a run compares by index instead. Classes
-    are compared at temperature 1.
-    """
-    temperature = 1.0 if alignment == "roots" else 2.0
+
+@pytest.mark.parametrize("kind", ["roots", "shared tokens"])
+def test_with_one_tokenizer_distributions_are_compared_as_by_index(
+    kind: str, same_pair: Pair, tmp_path: Path
+) -> None:
+    """By the code for different tokenizers itself; classes are compared at temperature 1."""
+    temperature = 1.0 if kind == "roots" else 2.0
     teacher, source = same_pair
-    assert resolve_alignment(alignment, same=True) == INDEX
-    if ALIGNMENTS[alignment].soft == "nowhere":
-        return
     student = source.load()
-    examples, targets = targets_of(teacher, source, tmp_path, alignment)
+    examples, targets = aligned_targets((teacher, source), tmp_path, kind, top_k=32)
     of_teacher = [example.teacher for example in examples]
     by_index = targets.cache.collate(of_teacher, temperature)
     arrays = {name: mx.array(value) for name, value in by_index.arrays.items()}
     by_index_loss = make_distillation_loss(student, temperature=temperature, alpha=0.7)
     expected = by_index_loss(student.model, arrays)
-    loss = make_aligned_loss(
-        student,
-        alignment=alignment,
-        roots=targets.student_roots,
-        chunk=16,
-        **{**SETTINGS, "temperature": temperature},
-    )
+    loss = targets.loss(student, KDConfig(temperature=temperature, alpha=0.7, head_chunk=16))
     got = loss(student.model, arrays_of(targets, examples, temperature))
     count = by_index.count
     for name in ("loss", "kd", "ce"):
@@ -110,53 +72,6 @@ def test_with_one_tokenizer_every_alignment_but_uld_is_the_loss_by_index(
             expected[name].item() / count, abs=1e-5, rel=1e-5
         )
     assert got["kd"].item() / count > 0.1, "the models must differ for this to say anything"
-
-
-def test_uld_does_not_see_which_token_is_which() -> None:
-    """The baseline's blindness: a permuted vocabulary costs nothing."""
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(4, 9)).astype(np.float32)
-    sorted_log_probs = np.sort(log_softmax(logits / 2.0), axis=-1)[:, ::-1]
-    rest = np.full((4, 1), -np.inf, np.float32)
-    rows = {
-        "teacher_log_probs": mx.array(np.concatenate([sorted_log_probs, rest], 1)),
-        "soft_weights": mx.ones(4),
-    }
-    permuted = mx.array(logits[:, random.permutation(9)])
-    value = soft_sum(
-        permuted,
-        rows,
-        alignment="uld",
-        temperature=2.0,
-        divergence="forward_kl",
-        nothing=9,
-        roots=np.arange(9),
-    )
-    assert value.item() == pytest.approx(0, abs=1e-5)
-
-
-def test_uld_is_the_l1_distance_of_sorted_probabilities() -> None:
-    random = np.random.default_rng(1)
-    student = random.normal(size=(3, 7))
-    teacher = np.sort(log_softmax(random.normal(size=(3, 5))), axis=-1)[:, ::-1]
-    rows = {
-        "teacher_log_probs": mx.array(
-            np.concatenate([teacher, np.full((3, 1), -np.inf)], 1).astype(np.float32)
-        ),
-        "soft_weights": mx.array([1.0, 0.0, 1.0]),
-    }
-    own = np.sort(np.exp(log_softmax(student)), axis=-1)[:, ::-1][:, :5]
-    distances = np.abs(np.exp(teacher) - own).sum(-1)
-    value = soft_sum(
-        mx.array(student.astype(np.float32)),
-        rows,
-        alignment="uld",
-        temperature=1.0,
-        divergence="forward_kl",
-        nothing=7,
-        roots=np.arange(7),
-    )
-    assert value.item() == pytest.approx(distances[0] + distances[2], rel=1e-5)
 
 
 def test_classes_add_up_the_probabilities_of_their_members() -> None:
@@ -197,10 +112,7 @@ def test_the_loss_is_put_together_as_the_formula_says() -> None:
         mx.array(2.5),
         mx.array(gold.astype(np.float32)),
         arrays,
-        alpha=0.6,
-        soft_weight=0.5,
-        chunk_weight=2.0,
-        chunk_scale=10.0,
+        KDConfig(alpha=0.6, soft_weight=0.5, chunk_weight=2.0, chunk_scale=10.0),
     )
     student = np.array([gold[0] + gold[1], gold[2]])
     p, q = np.exp(teacher[:2] / 10), np.exp(student / 10)
@@ -213,28 +125,26 @@ def test_the_loss_is_put_together_as_the_formula_says() -> None:
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-@pytest.mark.parametrize("alignment", sorted(ALIGNMENTS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_in_chunks_it_is_the_same_loss_and_gradient(
-    alignment: str,
+    kind: str,
     divergence: str,
-    other_pair: tuple[ModelSource, ModelSource],
+    other_pair: Pair,
     tmp_path: Path,
 ) -> None:
     """The path that never holds all logits against MLX's own gradient through all of them."""
     teacher, source = other_pair
     student = source.load()
-    examples, targets = targets_of(teacher, source, tmp_path, alignment)
+    examples, targets = aligned_targets((teacher, source), tmp_path, kind, top_k=32)
     arrays = arrays_of(targets, examples)
-    settings = {**SETTINGS, "divergence": divergence}
+    config = KDConfig(divergence=divergence, head_chunk=24)
     results = []
     for plain in (True, False):
         model = LanguageModel(source, student.model)
         model.__dict__["has_plain_head"] = plain
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
-        loss = make_aligned_loss(
-            model, alignment=alignment, roots=targets.student_roots, chunk=24, **settings
-        )
+        loss = targets.loss(model, config)
         grad = nn.value_and_grad(student.model, lambda m, f=loss: f(m, arrays)["loss"])
         value, gradient = grad(student.model)
         results.append((value.item(), dict(tree_flatten(gradient))))
@@ -246,14 +156,9 @@ def test_in_chunks_it_is_the_same_loss_and_gradient(
 
 
 @pytest.fixture(scope="module")
-def other_pair(
-    tmp_path_factory: pytest.TempPathFactory, tiny_student: Path
-) -> tuple[ModelSource, ModelSource]:
+def other_pair(characters: ModelSource, tiny_student: Path) -> Pair:
     """A teacher that reads characters, for a student that reads BPE."""
-    folder = tmp_path_factory.mktemp("other")
-    tokenizer = character_tokenizer(folder / "tokenizer")
-    teacher = make_model_folder(folder / "teacher", seed=5, tokenizer=tokenizer)
-    return ModelSource(str(teacher)), ModelSource(str(tiny_student))
+    return characters, ModelSource(str(tiny_student))
 
 
 def test_inside_a_token_the_student_is_what_its_tokens_add_up_to() -> None:
@@ -325,7 +230,7 @@ def test_boundaries_keep_a_finite_gradient_where_nothing_can_follow() -> None:
 
 
 def test_what_classes_leave_open_is_taught_by_the_text() -> None:
-    """Told rows pay for the token within its class, others for the token, inner ones nothing."""
+    """Rows of a known class pay for the token in it, others for the token, inner ones nothing."""
     random = np.random.default_rng(5)
     logits = random.normal(size=(4, 5))
     labels = np.array([2, 3, 1, 0])
@@ -334,10 +239,10 @@ def test_what_classes_leave_open_is_taught_by_the_text() -> None:
         "labels": mx.array(labels),
         "weights": mx.array([1.0, 1, 1, 0]),
         "soft_weights": mx.array([1.0, 0, 1, 0]),
-        "inner_told": mx.array([0.0, 0, 1, 0]),
+        "inner_known": mx.array([0.0, 0, 1, 0]),
     }
     log_probs = log_softmax(logits)
     within = np.log(np.exp(log_probs[0, [1, 2, 3]]).sum()) - log_probs[0, 2]
     expected = within - log_probs[1, 3]
-    got = untold_sum(mx.array(logits.astype(np.float32)), rows, roots).item()
+    got = open_sum(mx.array(logits.astype(np.float32)), rows, roots).item()
     assert got == pytest.approx(expected, rel=1e-5)
