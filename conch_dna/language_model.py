@@ -1,11 +1,14 @@
 """Load a causal language model by hub id, folder or embedded name; its body, head and real size.
 
 Knows mlx_lm's model classes; nothing of training, targets or files other than the model's own.
-To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`.
+To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`. To
+tell another error of the hub apart: an `except` in `hub_errors`, before the more general ones.
 """
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from mlx.utils import tree_flatten
 
 from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError, one_line
-from conch_dna.hub import hub_errors
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
@@ -75,6 +77,41 @@ def _download(model_id: str, *, weights: bool) -> Path:
     otherwise = f"give a folder, or use the embedded pair ({EMBEDDED_HINT})"
     with hub_errors(model_id, otherwise=otherwise):
         return Path(snapshot_download(model_id, allow_patterns=patterns))
+
+
+@contextmanager
+def hub_errors(model_id: str, *, otherwise: str) -> Iterator[None]:
+    """Turns the errors of a download into one line.
+
+    Args:
+        model_id: What is downloaded, for the message.
+        otherwise: What to do without the hub, as the end of "check the network, …".
+
+    Raises:
+        ConchError: The hub has no such model, asks for a login, or could not be reached.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ConchError(
+            f"the hub asks for a login and a licence agreement for {model_id}: accept it on the "
+            "model's page, then run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConchError(f"the hub has no model {model_id}: check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConchError(
+            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
+            f"check the network, {otherwise}"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

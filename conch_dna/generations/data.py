@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.checkpoints import remove_unfinished, write_folder
-from conch_dna.digests import content_digest
+from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError
 from conch_dna.generations.line import MANIFEST_FILE, Line, generation_name
 from conch_dna.generations.replay import ReplayBatches, create_replay_buffer
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import ModelSource
-from conch_dna.provenance import provenance
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.batches import Batch, Example
 from conch_dna.training.cross_tokenizer.records import AlignedExample

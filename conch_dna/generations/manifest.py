@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conch_dna.digests import content_digest
+from conch_dna.digests import content_digest, provenance
 from conch_dna.generations.data import FORMAT, Material, now
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.promotion import Verdict
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.train_child import Teacher
-from conch_dna.provenance import provenance
 
 METRICS_FILE = "metrics.json"
 

@@ -18,10 +18,10 @@ from conch_dna.command_parts import HELP, OneLineErrors, example
 from conch_dna.cortex.benchmark.rows import BenchmarkSettings, DomainBenchmark
 from conch_dna.cortex.calibration.confidence import METHODS
 from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.digests import provenance
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Report, silent
-from conch_dna.provenance import provenance
 from conch_dna.training.records import Record, read_records
 from conch_dna.training.settings import DEFAULT_TEACHER, KDConfig
 

