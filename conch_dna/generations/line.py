@@ -22,9 +22,11 @@ from conch_dna.checkpoints import (
     verify_folder,
     write_atomically,
 )
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.digests import content_digest, file_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.language_model import ADAPTER_FILES
 
+FORMAT = "generation 1"
 HEAD_FILE = "HEAD"
 LOG_FILE = "log.jsonl"
 MANIFEST_FILE = "manifest.json"
@@ -32,6 +34,11 @@ CANDIDATE = "CANDIDATE-"
 GENERATION = re.compile(r"G(\d{3,})")
 FAILED = re.compile(r"FAILED-(G\d{3,})-\S+")
 EVENTS = ("init", "promoted", "failed", "rollback")
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def generation_name(number: int) -> str:
@@ -158,21 +165,24 @@ class Line:
         document: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         return document
 
-    def parent(self, name: str) -> str | None:
-        """Which generation a generation grew from; None for the first."""
-        found: str | None = self.manifest(name).get("parent")
-        return found
-
     def ancestors(self, name: str) -> list[str]:
         """Parent, grandparent and so on, up to the first generation."""
-        found: list[str] = []
-        parent = self.parent(name)
-        while parent is not None:
-            if parent in found:
+        names = [name]
+        while (parent := self.manifest(names[-1]).get("parent")) is not None:
+            if parent in names[1:]:
                 raise NotWholeError(f"{self.folder}: {parent} is its own ancestor")
-            found.append(parent)
-            parent = self.parent(parent)
+            names.append(parent)
+        return names[1:]
+
+    def base(self, name: str) -> dict[str, str]:
+        """The model that a generation's line began with: its name, and its content addresses."""
+        found: dict[str, str] = self.manifest([name, *self.ancestors(name)][-1])["base"]
         return found
+
+    def adapter(self, name: str) -> Path | None:
+        """The folder of a generation as an adapter; None for a first one that is the base alone."""
+        path = self.path(name)
+        return path if all((path / file).is_file() for file in ADAPTER_FILES) else None
 
     @property
     def next_name(self) -> str:
@@ -184,6 +194,28 @@ class Line:
     def candidate(self) -> Path:
         """Where the next child is written, whole or not at all, before it is judged."""
         return self.folder / f"{CANDIDATE}{self.next_name}"
+
+    def next_manifest(
+        self, parents: tuple[str | None, str | None], *, seed: int, **facts: Any
+    ) -> dict[str, Any]:
+        """What is written down of the next child.
+
+        Args:
+            parents: Parent and grandparent, where there are any.
+            seed: Of everything that was drawn.
+            **facts: What else is to be said of it.
+        """
+        return {
+            "format": FORMAT,
+            "line": self.name,
+            "generation": self.next_name,
+            "parent": parents[0],
+            "grandparent": parents[1],
+            **facts,
+            **provenance(),
+            "seed": seed,
+            "created": now(),
+        }
 
     # What changes the line; the caller holds the lock.
 
@@ -211,9 +243,8 @@ class Line:
             ConchError: The candidate is not whole.
         """
         verify_folder(candidate)
-        name = (
-            f"FAILED-{candidate.name.removeprefix(CANDIDATE)}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-        )
+        child = candidate.name.removeprefix(CANDIDATE)
+        name = f"FAILED-{child}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         self._rename(candidate, self.folder / name)
         self._append("failed", name)
         return name
@@ -252,7 +283,7 @@ class Line:
         logged = {entry.folder for entry in self.log()}
         for name in self.generations():
             if name not in logged:
-                parent = self.parent(name)
+                parent = self.manifest(name).get("parent")
                 if parent is None or (self.exists and self.head == parent):
                     self._set_head(name)
                 self._append("init" if parent is None else "promoted", name)
@@ -282,7 +313,7 @@ class Line:
             folder=name,
             head=self.head,
             folder_digest=folder_digest(self.folder / name),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=now(),
             previous=entries[-1].digest if entries else "",
         )
         text = "".join(f"{each.text}\n" for each in [*entries, entry])

@@ -21,12 +21,11 @@ from conch_dna.generations.data import (
     data_digest,
     earlier_records,
     init_line,
-    now,
 )
 from conch_dna.generations.evolve import WORK, train_generation_with_teachers
-from conch_dna.generations.line import HEAD_FILE, Line
+from conch_dna.generations.line import HEAD_FILE, Line, now
 from conch_dna.generations.manifest import Outcome
-from conch_dna.generations.promotion import Verdict
+from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report
@@ -126,7 +125,7 @@ class RetrainResult:
     domain: str
     version: str
     promoted: bool
-    verdicts: list[Verdict]
+    verdicts: list[GateVerdict]
     path: Path
     taught_by: str
     records: int

@@ -204,7 +204,7 @@ def test_a_line_goes_back_and_is_checked(line: Path, tmp_path: Path) -> None:
         ("stabilizers: {emma: 1}", "stabilizers, names unknown settings: emma"),
         ("training_params: {nums: 1}", "training_params, names unknown settings: nums"),
         ("training_params: {alignment: uld}", "names unknown settings: alignment"),
-        ("training_params: {beta: high}", "a value is not of its kind"),
+        ("training_params: {beta: high}", "beta is 'high': it must be a number"),
         ("training_params: {beta: -1}", "beta is -1: it must be 0 or more"),
         ("teachers: [{role: uncle, path: x}]", "is not a mapping with a role, parent or"),
         ("laws: {name: x}", "laws hold no list; write for example"),

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
-from conch_dna.generations.data import init_line
+from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, earlier_records, init_line
 from conch_dna.generations.evolve import WORK
 from conch_dna.generations.evolve import train_generation_with_teachers as evolve
 from conch_dna.generations.laws import Law
 from conch_dna.generations.line import Line, folder_digest
-from conch_dna.generations.promotion import GateSettings
-from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.settings import EvolveConfig, GateSettings
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors
+from conch_dna.training.records import json_lines
 from conch_dna.training.settings import KDConfig
+from cortex_models import write_adapter
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, character_tokenizer
 
@@ -340,6 +341,19 @@ def test_a_line_is_begun_once(grown: tuple[Line, list[Any]]) -> None:
         init_line(grown[0], "embedded:student", stories(0))
 
 
+def test_what_an_adapter_held_out_stays_held_out(tmp_path: Path) -> None:
+    """Of its data nothing else is held out, whatever the split of a new line would choose."""
+    adapter, records = tmp_path / "adapter", stories(0)
+    write_adapter(adapter, "embedded:student")
+    kept = [records[index] for index in (3, 20)]
+    assert all(records.count(record) == 1 for record in kept)
+    (adapter / HELDOUT_FILE).write_text(json_lines(kept))
+    line = Line(tmp_path, "tales")
+    init_line(line, "embedded:student", records, adapter=adapter)
+    both = [earlier_records(line, ["G000"], file)["G000"] for file in (DATA_FILE, HELDOUT_FILE)]
+    assert both == [[record for record in records if record not in kept], kept]
+
+
 @pytest.mark.slow
 def test_an_interrupted_generation_goes_on_where_it_was(
     grown: tuple[Line, list[Any]], tmp_path: Path
@@ -413,13 +427,13 @@ def test_what_is_finished_is_not_done_again_when_resumed(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": -1.0}, "alpha is -1: it must be 0 or more"),
+        ({"alpha": -1.0}, "alpha is -1.0: it must be 0 or more"),
         ({"alpha": 0.0, "beta": 0.0}, "nothing would be learned"),
         (
             {"ema_decay": 1.0, "answers": 0},
-            "ema_decay is 1: .*; answers is 0: it must be 1 or more",
+            "ema_decay is 1.0: .*; answers is 0: it must be 1 or more",
         ),
-        ({"replay_share": 1.0}, "replay_share is 1"),
+        ({"replay_share": 1.0}, "replay_share is 1.0: it must be at least 0 and below 1"),
     ],
 )
 def test_settings_out_of_range_are_named_together(settings: dict[str, Any], message: str) -> None:

@@ -29,7 +29,7 @@ from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.turn import AskOptions
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
-from conch_dna.generations.measures import text_scores
+from conch_dna.generations.promotion import text_scores
 from conch_dna.metrics import reliability
 from conch_dna.progress import Report, silent
 from conch_dna.training.answers import continuation_text
