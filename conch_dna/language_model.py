@@ -149,7 +149,7 @@ def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[A
     """The tokenizer of a model, and how many rows its configuration gives the head.
 
     Args:
-        model_id: See `resolve_model`; a folder with nothing but a tokenizer will do.
+        model_id: A hub id, an embedded name, or a folder, which may hold nothing but a tokenizer.
         trust_remote_code: Let Python code that comes with it run.
 
     Raises:
@@ -171,7 +171,7 @@ class ModelSource:
     """A model's folder: all that can be told without its weights, and the way to load them.
 
     Args:
-        model_id: See `resolve_model`.
+        model_id: `embedded:<name>`, a folder, or a hub id such as `organisation/name`.
         trust_remote_code: Let Python code that comes with the model run.
         weights: Download the weights too, where the model comes from the hub.
         adapter: Folder of an adapter that belongs to it and is applied whenever it is loaded.
@@ -181,7 +181,7 @@ class ModelSource:
         folder: Where it lies.
 
     Raises:
-        ConchError: See `resolve_model`.
+        ConchError: There is no such embedded model or folder, or the hub has or gives none.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ def blend_teacher_predictions(
         logits_t1: The first teacher's `[..., V]`, any float dtype.
         logits_t2: The second's, over the same tokens.
         temperature: Above 0.
-        method: See `confidence`.
+        method: Measure of confidence, "top1" or "entropy".
 
     Returns:
         Log-probabilities of the blend `[..., V]`, float32, and the weights `[...]` of both.
@@ -178,7 +178,7 @@ def choose(
     confidence is above its threshold; else the text's own token; without one, nothing.
 
     Args:
-        distance: See `disagreement`.
+        distance: Disagreement of the teachers, between 0 and 1.
         first_confidence: Of the first teacher, at temperature 1.
         has_gold: Whether there is a token of the text that may be taught.
         js_threshold: Between 0 and 1.
@@ -222,7 +222,7 @@ def smart_target_selection(
         js_threshold: Disagreement below which both teach, between 0 and 1.
         confidence_threshold: Confidence above which the first teaches alone, between 0 and 1.
         gold_weight: Weight of a token that the text alone teaches.
-        method: See `confidence`.
+        method: Measure of confidence, "top1" or "entropy".
 
     Returns:
         Log-probabilities of the target `[..., V]`, float32; its weight `[...]`, 1 for a teacher's,
@@ -295,13 +295,13 @@ def common_outcomes(
     """
     ids, log_probs = first
     _, other = second
-    both, found, unused = _matches(first, second, nothing)
+    both, theirs, unused = _matches(first, second, nothing)
     kept = np.where(both, log_probs[:, :-1], -np.inf)
     return (
         np.where(both, ids, nothing),
         _with_rest(kept, np.where(both, -np.inf, log_probs[:, :-1]), log_probs[:, -1]),
         # What the second gives no common token, summed itself: 1 - Σ would lose small rests.
-        _with_rest(found, np.where(unused, other[:, :-1], -np.inf), other[:, -1]),
+        _with_rest(theirs, np.where(unused, other[:, :-1], -np.inf), other[:, -1]),
     )
 
 
@@ -324,13 +324,13 @@ def _matches(
     row = np.arange(len(ids))[:, None] * (nothing + 1)
     keys = (row + np.minimum(other_ids, nothing)).ravel()
     order = np.argsort(keys, kind="stable")
-    wanted = row + np.minimum(ids, nothing)
-    at = order[np.searchsorted(keys[order], wanted).clip(max=max(0, len(keys) - 1))]
-    both = (keys[at] == wanted) & (ids < nothing)
+    own_keys = row + np.minimum(ids, nothing)
+    at = order[np.searchsorted(keys[order], own_keys).clip(max=max(0, len(keys) - 1))]
+    both = (keys[at] == own_keys) & (ids < nothing)
     unused = np.ones(other_ids.size, bool)
     unused[at[both]] = False
-    found = np.where(both, other[:, :-1].ravel()[at], -np.inf)
-    return both, found, unused.reshape(other_ids.shape)
+    theirs = np.where(both, other[:, :-1].ravel()[at], -np.inf)
+    return both, theirs, unused.reshape(other_ids.shape)
 
 
 def all_outcomes(first: Outcomes, second: Outcomes, nothing: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,14 +349,14 @@ def all_outcomes(first: Outcomes, second: Outcomes, nothing: int) -> tuple[np.nd
         The log-probabilities `[n, K + K' + 1]` of both, -inf where there is no token.
     """
     (ids, log_probs), (other_ids, other) = first, second
-    both, found, unused = _matches(first, second, nothing)
+    both, theirs, unused = _matches(first, second, nothing)
     only_first = (ids < nothing) & ~both
     only_second = (other_ids < nothing) & unused
     each, rest = _share_of_rest(log_probs[:, -1], ids < nothing, only_second, nothing)
     other_each, other_rest = _share_of_rest(other[:, -1], other_ids < nothing, only_first, nothing)
     one = (log_probs[:, :-1], np.where(only_second, each, -np.inf), rest)
     two = (
-        np.where(only_first, other_each, found),
+        np.where(only_first, other_each, theirs),
         np.where(only_second, other[:, :-1], -np.inf),
         other_rest,
     )

@@ -191,16 +191,16 @@ def validate(line: Line, generation: str | None, manifest_file: str | None) -> N
     from conch_dna.generations.manifest import METRICS_FILE
     from conch_dna.generations.promotion import gate_verdicts
 
-    chosen = generation or line.head
-    manifest = line.manifest(chosen)
+    name = generation or line.head
+    manifest = line.manifest(name)
     if "verdicts" not in manifest:
-        raise ConchError(f"{chosen} is the first generation: it was not judged")
-    wanted = _manifest(manifest_file) or manifest
-    gates = EvolveConfig.from_manifest(wanted, source=manifest_file or chosen).gates
-    metrics = json.loads((line.path(chosen) / METRICS_FILE).read_text(encoding="utf-8"))
+        raise ConchError(f"{name} is the first generation: it was not judged")
+    request = _manifest(manifest_file) or manifest
+    gates = EvolveConfig.from_manifest(request, source=manifest_file or name).gates
+    metrics = json.loads((line.path(name) / METRICS_FILE).read_text(encoding="utf-8"))
     scores = metrics["scores"]
     verdicts = gate_verdicts(scores["child"], scores["parent"], gates)
-    _print_verdicts(chosen, verdicts)
+    _print_verdicts(name, verdicts)
     if not all(verdict.passed for verdict in verdicts):
         sys.exit(1)
 
@@ -212,14 +212,14 @@ def show(line: Line, generation: str | None, as_json: bool) -> None:
     """Show what a generation grew from, what it was taught, and how it was judged."""
     from conch_dna.generations.tables import manifest_table, verdict_table
 
-    chosen = generation or line.head
-    manifest = line.manifest(chosen)
+    name = generation or line.head
+    manifest = line.manifest(name)
     if as_json:
         click.echo(json_text(manifest), nl=False)
         return
-    _print(manifest_table(chosen, manifest))
+    _print(manifest_table(name, manifest))
     if "verdicts" in manifest:
-        _print(verdict_table(chosen, manifest["verdicts"]))
+        _print(verdict_table(name, manifest["verdicts"]))
 
 
 @_command("conch-dna generations log tales --picture tales.png")
@@ -303,10 +303,10 @@ def ensemble(
     from conch_dna.training.records import prompt_ids
 
     head = line.head
-    chosen = names.split(",") if names else [head, *line.ancestors(head)[:1]]
+    members = names.split(",") if names else [head, *line.ancestors(head)[:1]]
     shares = _numbers(weights) if weights else None
     base = ModelSource(line.base(head)["model"], trust_remote_code=trust_remote_code)
-    models = load_generations(base, [line.adapter(each.strip()) for each in chosen])
+    models = load_generations(base, [line.adapter(each.strip()) for each in members])
     ids = prompt_ids(base.tokenizer, prompt, "")
     answer = ensemble_answer(
         ids, models, shares, max_tokens=max_tokens, temperature=temperature, seed=seed

@@ -206,7 +206,7 @@ def gather(
     earlier = earlier_records(line, chain, HELDOUT_FILE)
     recall = create_replay_buffer(earlier, config.measured, seed=seed)
     aligned: dict[str, dict[str, AlignedExample]] = {role: {} for role in foreign}
-    kept, made = _examples(examples, foreign, records, aligned)
+    kept, new = _examples(examples, foreign, records, aligned)
     records = [records[index] for index in kept]
     train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
     replay: list[Record] = []
@@ -214,8 +214,8 @@ def gather(
         earlier = earlier_records(line, chain, DATA_FILE)
         replay = create_replay_buffer(earlier, config.replay_size, seed=seed)
     return GenerationData(
-        train=[made[index] for index in train],
-        heldout=[made[index] for index in heldout],
+        train=[new[index] for index in train],
+        heldout=[new[index] for index in heldout],
         replay=_examples(examples, foreign, replay, aligned)[1] if replay else [],
         recall=examples.make(recall)[1],
         train_records=[records[index] for index in train],
@@ -234,11 +234,11 @@ def _examples(
 
     What the foreign ones read is added to `aligned`.
     """
-    kept, made = examples.make(records)
+    kept, ours = examples.make(records)
     for role, view in foreign.items():
         places, theirs = view.make([records[index] for index in kept])
         kept = [kept[place] for place in places]
-        made = [made[place] for place in places]
-        own = zip(made, theirs, strict=True)
-        aligned[role].update((one.digest, other) for one, other in own)
-    return kept, made
+        ours = [ours[place] for place in places]
+        pairs = zip(ours, theirs, strict=True)
+        aligned[role].update((own.digest, other) for own, other in pairs)
+    return kept, ours

@@ -216,8 +216,8 @@ class Evolution:
         """The outcome of the same request, where it was the last thing that happened."""
         name = self.line.log()[-1].folder
         manifest = self.line.manifest(name)
-        wanted = {"data": data_digest(self.records), "settings": settings_digest(self.config)}
-        if "decision" not in manifest or not wanted.items() <= manifest["digests"].items():
+        request = {"data": data_digest(self.records), "settings": settings_digest(self.config)}
+        if "decision" not in manifest or not request.items() <= manifest["digests"].items():
             return None
         self._message(f"{name} is already finished")
         return outcome_of(self.line.path(name))

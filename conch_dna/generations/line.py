@@ -98,7 +98,7 @@ class Line:
         self.folder = root / name
 
     def lock(self) -> FolderLock:
-        """Held while the line is changed; see `FolderLock`."""
+        """Held by the one process that changes the line."""
         return FolderLock(self.folder, elsewhere="choose another line or --root")
 
     @property
@@ -138,8 +138,8 @@ class Line:
     def _folders(self, pattern: re.Pattern[str]) -> list[str]:
         if not self.folder.is_dir():
             return []
-        found = [p.name for p in self.folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)]
-        return sorted(found, key=lambda name: (len(name.split("-")[0]), name))
+        names = [p.name for p in self.folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)]
+        return sorted(names, key=lambda name: (len(name.split("-")[0]), name))
 
     def path(self, name: str) -> Path:
         """The folder of a generation or of a refused child.
@@ -176,8 +176,8 @@ class Line:
 
     def base(self, name: str) -> dict[str, str]:
         """The model that a generation's line began with: its name, and its content addresses."""
-        found: dict[str, str] = self.manifest([name, *self.ancestors(name)][-1])["base"]
-        return found
+        base: dict[str, str] = self.manifest([name, *self.ancestors(name)][-1])["base"]
+        return base
 
     def adapter(self, name: str) -> Path | None:
         """The folder of a generation as an adapter; None for a first one that is the base alone."""
@@ -328,17 +328,17 @@ class Line:
         path = self.folder / LOG_FILE
         if not path.is_file():
             return []
-        found = []
+        entries = []
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                found.append(Entry(**json.loads(text)))
+                entries.append(Entry(**json.loads(text)))
             except (ValueError, TypeError) as error:
                 raise NotWholeError(f"{path} is not whole: line {number} is no entry") from error
-        return found
+        return entries
 
     def problems(self) -> list[str]:
         """Everything about the line that is not as it was written; none for a whole line."""
-        found: list[str] = []
+        faults: list[str] = []
         try:
             entries = self.log()
         except NotWholeError as error:
@@ -346,20 +346,20 @@ class Line:
         previous = ""
         for number, entry in enumerate(entries, 1):
             if entry.previous != previous:
-                found.append(f"{LOG_FILE} line {number} does not follow the one before it")
+                faults.append(f"{LOG_FILE} line {number} does not follow the one before it")
             previous = entry.digest
         recorded = {entry.folder: entry.folder_digest for entry in entries}
         present = [*self.generations(), *self.failed()]
-        found += [f"{name} is in the log and gone" for name in recorded if name not in present]
+        faults += [f"{name} is in the log and gone" for name in recorded if name not in present]
         for name in present:
-            found += self._folder_problems(name, recorded)
+            faults += self._folder_problems(name, recorded)
         try:
             head = self.head
             if entries and entries[-1].head != head:
-                found.append(f"{HEAD_FILE} names {head}, the log's last entry {entries[-1].head}")
+                faults.append(f"{HEAD_FILE} names {head}, the log's last entry {entries[-1].head}")
         except ConchError as error:
-            found.append(str(error))
-        return found
+            faults.append(str(error))
+        return faults
 
     def _folder_problems(self, name: str, recorded: Mapping[str, str]) -> Sequence[str]:
         path = self.folder / name
@@ -368,17 +368,17 @@ class Line:
             manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         except (NotWholeError, OSError, ValueError) as error:
             return [str(error)]
-        found = []
+        problems = []
         if name not in recorded:
-            found.append(f"{name} is not in the log")
+            problems.append(f"{name} is not in the log")
         elif folder_digest(path) != recorded[name]:
-            found.append(f"{name} is another than when it entered the log")
+            problems.append(f"{name} is another than when it entered the log")
         for ancestor, digest in manifest.get("digests", {}).get("parents", {}).items():
             if ancestor not in self.generations():
-                found.append(f"{name} grew from {ancestor}, which is gone")
+                problems.append(f"{name} grew from {ancestor}, which is gone")
             elif folder_digest(self.folder / ancestor) != digest:
-                found.append(f"{name} grew from another {ancestor} than the one that is there")
-        return found
+                problems.append(f"{name} grew from another {ancestor} than the one that is there")
+        return problems
 
 
 def folder_digest(path: Path) -> str:

@@ -263,7 +263,7 @@ def requested(
     """Which line is to evolve and from which data, as given or as a manifest says.
 
     Args:
-        manifest: See `EvolveConfig.from_manifest`; its `evolution_request` is read.
+        manifest: By hand, or a generation's; its `evolution_request` is read.
         source: Where it comes from, for the message.
         line: The line's name, which wins over the manifest's.
         data: The file of new data, which wins over the manifest's.
