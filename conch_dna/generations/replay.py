@@ -5,15 +5,13 @@ Knows records and examples; nothing of models or of how a line is kept on disk.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example, ExampleBatches, bucketed_batches
-
-Record = dict[str, Any]
+from conch_dna.training.records import Record
 
 
 def create_replay_buffer(

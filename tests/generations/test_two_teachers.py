@@ -297,6 +297,24 @@ def test_taboo_words_are_taught_by_nobody(
         assert not banned & set(arrays["kept_ids"][row].tolist())
 
 
+def test_what_is_left_without_a_taboo_token_is_scaled_up(
+    teachers: dict[str, Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    source = ModelSource(str(tiny_student))
+    logits = logits_of(teachers["parent"], examples_of(source))[0]
+    first, *others = oracle.likeliest(logits, TOP_K).tolist()
+    taboo = TabooTokens(source.tokenizer, ids=[first])
+    targets, examples = made(teachers, ("parent", None), tiny_student, tmp_path, taboo)
+    arrays = targets.collate(examples, TEMPERATURE).arrays
+    assert arrays["strategy"][0] == Strategy.BLENDED
+    kept, log_probs = arrays["kept_ids"][0], arrays["teacher_log_probs"][0, :-1]
+    assert set(kept.tolist()) - {targets.nothing} == set(others)
+    p = oracle.softmax(logits, TEMPERATURE)
+    real = kept != targets.nothing
+    expected = p[kept[real]] / (1 - p[first])
+    np.testing.assert_allclose(np.exp(log_probs[real]), expected, rtol=2e-3)
+
+
 def test_the_student_is_not_pushed_towards_a_taboo_token(
     teachers: dict[str, Path], tiny_student: Path, tmp_path: Path
 ) -> None:
