@@ -207,12 +207,11 @@ def remove_unfinished(parent: Path) -> None:
     A folder that was moved aside for a replacement that never came is put back.
     """
     for path in parent.glob(f"{_TEMPORARY}*"):
-        if path.is_dir() and path.name.startswith(f"{_TEMPORARY}old-"):
-            original = path.with_name(path.name.removeprefix(f"{_TEMPORARY}old-"))
-            if not original.exists():
-                os.rename(path, original)
-                continue
-        if path.is_dir():
+        # The same path where nothing was moved aside.
+        original = path.with_name(path.name.removeprefix(f"{_TEMPORARY}old-"))
+        if path.is_dir() and not original.exists():
+            os.rename(path, original)
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
