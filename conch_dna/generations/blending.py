@@ -3,7 +3,7 @@
 Knows distributions, as arrays; nothing of models, tokens' text or files. Works alike on dense
 distributions and on K + 1 outcomes, whose last stands for the tokens that were not kept. Functions
 of logits and of probabilities are for users; a generation works on log-probabilities.
-To add a measure of confidence: a branch in `confidence` and its name in CONFIDENCES.
+To add a measure of confidence: a branch in `confidence` and its name in settings.CONFIDENCES.
 """
 
 from enum import IntEnum
@@ -11,6 +11,7 @@ from enum import IntEnum
 import mlx.core as mx
 import numpy as np
 
+from conch_dna.generations.settings import CONFIDENCES
 from conch_dna.losses import (
     forward_kl,
     generalised_jsd,
@@ -20,7 +21,6 @@ from conch_dna.losses import (
 
 Outcomes = tuple[np.ndarray, np.ndarray]
 """Ids `[n, K]` (the number of tokens or more for none) and log-probabilities `[n, K + 1]`."""
-CONFIDENCES = ("top1", "entropy")
 LN_2 = float(np.log(2))
 
 

@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.checkpoints import json_text, write_atomically, write_json
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
-from conch_dna.generations.line import Line
 from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 from conch_dna.training.settings import KDConfig
+
+if TYPE_CHECKING:
+    from conch_dna.generations.line import Line
 
 
 @click.group(
@@ -47,6 +48,8 @@ def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]],
         @wraps(function)
         def on_line(name: str | None, root: str, **options: Any) -> None:
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            from conch_dna.generations.line import Line
+
             folder = Path(root).expanduser()
             if named:
                 function(Line(folder, str(name)), **options)
@@ -94,7 +97,7 @@ def _print_verdicts(name: str, verdicts: Sequence[Any]) -> None:
     help="JSONL of what it can do: later generations replay it and are measured on it.",
 )
 @click.option("--adapter", metavar="DIR", help="Folder of an adapter that belongs to the model.")
-def init(line: Line, model: str, data: str, adapter: str | None) -> None:
+def init(line: "Line", model: str, data: str, adapter: str | None) -> None:
     """Begin a line with a model as generation 0."""
     from conch_dna.generations.data import init_line
     from conch_dna.training.records import read_records
@@ -152,8 +155,10 @@ def evolve(
     """
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
+    from conch_dna.checkpoints import write_json
     from conch_dna.generations.evolve import train_generation_with_teachers
     from conch_dna.generations.laws import read_laws
+    from conch_dna.generations.line import Line
     from conch_dna.progress import Progress
     from conch_dna.training.records import read_records
 
@@ -183,7 +188,7 @@ def evolve(
 @_command("conch-dna generations validate tales", "conch-dna generations validate tales G002")
 @click.argument("generation", required=False, help="Default: the current one.")
 @click.option("--manifest", "manifest_file", metavar="FILE", help="YAML or JSON with other gates.")
-def validate(line: Line, generation: str | None, manifest_file: str | None) -> None:
+def validate(line: "Line", generation: str | None, manifest_file: str | None) -> None:
     """Judge a generation again by its stored measures, with its own or with other gates.
 
     Exit code 1 says that a gate fails.
@@ -208,8 +213,9 @@ def validate(line: Line, generation: str | None, manifest_file: str | None) -> N
 @_command("conch-dna generations show tales G002")
 @click.argument("generation", required=False, help="Default: the current one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead.")
-def show(line: Line, generation: str | None, as_json: bool) -> None:
+def show(line: "Line", generation: str | None, as_json: bool) -> None:
     """Show what a generation grew from, what it was taught, and how it was judged."""
+    from conch_dna.checkpoints import json_text
     from conch_dna.generations.tables import manifest_table, verdict_table
 
     name = generation or line.head
@@ -224,8 +230,9 @@ def show(line: Line, generation: str | None, as_json: bool) -> None:
 
 @_command("conch-dna generations log tales --picture tales.png")
 @click.option("--picture", metavar="FILE", help="Draw the line there, as PNG, PDF or SVG.")
-def log(line: Line, picture: str | None) -> None:
+def log(line: "Line", picture: str | None) -> None:
     """Show the line as a tree: what grew from what, what was refused, and what is current."""
+    from conch_dna.checkpoints import write_atomically
     from conch_dna.generations.tables import draw_line, line_tree, nodes_of
 
     head = line.head
@@ -238,7 +245,7 @@ def log(line: Line, picture: str | None) -> None:
 
 
 @_command("conch-dna generations verify tales")
-def verify(line: Line) -> None:
+def verify(line: "Line") -> None:
     """Check every generation and the log against what was written."""
     _ = line.head
     problems = line.problems()
@@ -250,7 +257,7 @@ def verify(line: Line) -> None:
 
 @_command("conch-dna generations rollback tales", "conch-dna generations rollback tales --to G001")
 @click.option("--to", metavar="GENERATION", help="An ancestor. [default: the parent]")
-def rollback(line: Line, to: str | None) -> None:
+def rollback(line: "Line", to: str | None) -> None:
     """Let an ancestor be current again; nothing is deleted."""
     _ = line.head
     with line.lock():
@@ -287,7 +294,7 @@ def rollback(line: Line, to: str | None) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def ensemble(
-    line: Line,
+    line: "Line",
     prompt: str,
     names: str | None,
     weights: str | None,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conch_dna.errors import ConchError
 
 Check = Callable[[str, Any], bool]
@@ -73,6 +71,8 @@ def read_laws(path: Path) -> list[Law]:
     Raises:
         ConchError: The file cannot be read, or something in it is no law; all of it at once.
     """
+    import yaml
+
     try:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

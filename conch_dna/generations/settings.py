@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.generations.blending import CONFIDENCES
 from conch_dna.generations.laws import Law, laws_of
 from conch_dna.option_fields import option, option_problems, refuse_unknown
 from conch_dna.training.settings import KDConfig
 
 GENERATION_NAME = re.compile(r"HEAD|G\d{3,}")
+CONFIDENCES = ("top1", "entropy")
+"""Measures of how sure a teacher is; `blending.confidence` has a branch for each."""
 PAIRED = ("recall", "generalize")
 """Gates that compare one score for each item, so that their difference has an interval."""
 # Settings of a distillation for which a generation has no use, or which are its line's.

@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 
 import oracle
 from conch_dna.generations.blending import (
-    CONFIDENCES,
     Strategy,
     all_outcomes,
     blend_teacher_predictions,
@@ -27,6 +26,7 @@ from conch_dna.generations.blending import (
     shares,
     smart_target_selection,
 )
+from conch_dna.generations.settings import CONFIDENCES
 
 LOGITS = st.floats(-30, 30, width=32)
 
