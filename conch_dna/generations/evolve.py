@@ -51,15 +51,20 @@ from conch_dna.generations.train_child import (
     train_child,
 )
 from conch_dna.generations.two_teachers import TeacherCache, TwoTeacherTargets
-from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource
+from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
-from conch_dna.training.adapters import load_verified, require_goes_on, save_adapter
+from conch_dna.training.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    load_verified,
+    require_goes_on,
+    save_adapter,
+)
 from conch_dna.training.answers import openings
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
-ADAPTER_CONFIG, ADAPTER_FILE = ADAPTER_FILES
 SAMPLES_FILE = "samples.json"
 LOG_FILE = "training_log.json"
 REPORT_FILE = "report.png"
