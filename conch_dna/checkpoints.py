@@ -9,8 +9,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,13 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
         ConchError: The disk is full or not writable; the old file, if any, is untouched.
     """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
+
+    def undo() -> None:
+        # Where the parent is itself a file, not even `missing_ok` helps.
+        with suppress(OSError):
+            temporary.unlink()
+
+    with _whole_or_absent(path, undo):
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(temporary)
@@ -55,19 +61,24 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def _whole_or_absent(path: Path, undo: Callable[[], None]) -> Iterator[None]:
+    """Undoes what a failed or interrupted writer of `path` left, and says so in one line."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:
-        _remove_file(temporary)
-        raise _unwritable(path, error) from error
+        undo()
+        raise ConchError(
+            f"cannot write {path}: {str(error).rstrip('.')}. Nothing half-written was left; free "
+            "some disk space or choose another place, then run the same command again, with "
+            "--resume where it has that"
+        ) from error
     except BaseException:
         # Ctrl-C as well must leave nothing half-written.
-        _remove_file(temporary)
+        undo()
         raise
-
-
-def _remove_file(path: Path) -> None:
-    # Where the parent is itself a file, not even `missing_ok` helps.
-    with suppress(OSError):
-        path.unlink()
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -109,14 +120,6 @@ def save_arrays(
     write_atomically(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
 
 
-def _unwritable(path: Path, error: Exception) -> ConchError:
-    return ConchError(
-        f"cannot write {path}: {str(error).rstrip('.')}. Nothing half-written was left; free some "
-        "disk space or choose another place, then run the same command again, with --resume where "
-        "it has that"
-    )
-
-
 def write_folder(
     path: Path,
     *,
@@ -140,7 +143,13 @@ def write_folder(
     """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
-    try:
+
+    def undo() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.is_dir() and not path.exists():
+            os.rename(replaced, path)
+
+    with _whole_or_absent(path, undo):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in (arrays or {}).items():
@@ -161,19 +170,6 @@ def write_folder(
         os.rename(temporary, path)
         sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
-        _undo_folder(path, temporary, replaced)
-        raise _unwritable(path, error) from error
-    except BaseException:
-        # Ctrl-C as well must leave nothing half-written.
-        _undo_folder(path, temporary, replaced)
-        raise
-
-
-def _undo_folder(path: Path, temporary: Path, replaced: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    if replaced.is_dir() and not path.exists():
-        os.rename(replaced, path)
 
 
 def verify_folder(path: Path) -> None:
@@ -183,11 +179,9 @@ def verify_folder(path: Path) -> None:
         NotWholeError: A file is missing, added, truncated or altered; the message names it.
     """
     try:
-        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        digests = dict(json.loads((path / DIGESTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole") from error
-    if not isinstance(digests, dict):
-        raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole")
     for name, digest in digests.items():
         file = path / name
         if not file.is_file():
@@ -207,7 +201,7 @@ def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, A
         The groups of arrays and the JSON documents, by file name.
 
     Raises:
-        NotWholeError: See `verify_folder`.
+        NotWholeError: A file is missing, added, truncated or altered; the message names it.
     """
     verify_folder(path)
     arrays: dict[str, dict[str, mx.array]] = {}
@@ -225,13 +219,8 @@ def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, A
 
 def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
     """Folders named `<prefix><number>` in `parent`, lowest number first."""
-    found = []
-    if parent.is_dir():
-        for path in parent.iterdir():
-            number = path.name.removeprefix(prefix)
-            if path.name.startswith(prefix) and number.isdecimal() and path.is_dir():
-                found.append((int(number), path))
-    return sorted(found)
+    folders = {path.name.removeprefix(prefix): path for path in parent.glob(f"{prefix}*/")}
+    return sorted((int(name), path) for name, path in folders.items() if name.isdecimal())
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -239,15 +228,12 @@ def remove_unfinished(parent: Path) -> None:
 
     A folder that was moved aside for a replacement that never came is put back.
     """
-    if not parent.is_dir():
-        return
     for path in parent.glob(f"{_TEMPORARY}*"):
-        if path.is_dir() and path.name.startswith(f"{_TEMPORARY}old-"):
-            original = path.with_name(path.name.removeprefix(f"{_TEMPORARY}old-"))
-            if not original.exists():
-                os.rename(path, original)
-                continue
-        if path.is_dir():
+        # The same path where nothing was moved aside.
+        original = path.with_name(path.name.removeprefix(f"{_TEMPORARY}old-"))
+        if path.is_dir() and not original.exists():
+            os.rename(path, original)
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -255,12 +241,12 @@ def remove_unfinished(parent: Path) -> None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Every key whose value differs, as `name: was A, now B`, in the order of the keys."""
-    names: Iterable[str] = dict.fromkeys([*saved, *now])
-    missing = "absent"
+    names = dict.fromkeys([*saved, *now])
+    pairs = {name: (saved.get(name, "absent"), now.get(name, "absent")) for name in names}
     return [
-        f"{name}: was {saved.get(name, missing)!r}, now {now.get(name, missing)!r}"
-        for name in names
-        if saved.get(name, missing) != now.get(name, missing)
+        f"{name}: was {before!r}, now {after!r}"
+        for name, (before, after) in pairs.items()
+        if before != after
     ]
 
 

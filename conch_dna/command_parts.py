@@ -115,13 +115,13 @@ def passed_on(
         arguments = click.argument(
             "arguments", nargs=-1, type=click.UNPROCESSED, help=f"As of python -m {module}."
         )
-        made: click.Command = group.command(
+        command: click.Command = group.command(
             cls=OneLineErrors,
             add_help_option=False,
             context_settings={"ignore_unknown_options": True},
             epilog=example(*lines),
         )(arguments(function))
-        return made
+        return command
 
     return decorate
 

@@ -1,13 +1,21 @@
-"""Content addresses: SHA-256 of files and of lists of parts.
+"""What tells results apart: SHA-256 of what they hold, and the versions that computed them.
 
-Knows bytes only. Everything that is cached or resumed is found or refused by these.
-To address a new kind of thing: turn it into bytes or text and pass it to `content_digest`.
+Knows bytes and packages, nothing of models or runs. Everything that is cached or resumed is found
+or refused by these. To address a new kind of thing: turn it into bytes or text and pass it to
+`content_digest`. To record another package: its name in `PACKAGES`.
 """
 
 import hashlib
+import platform
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from conch_dna import __version__
+
+PACKAGES = ("mlx", "mlx-lm", "numpy")
 
 
 def file_digest(path: Path) -> str:
@@ -24,3 +32,9 @@ def content_digest(*parts: bytes | str | np.ndarray) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of this package and of those that decide its numbers, and the platform."""
+    versions = {"conch_dna": __version__, **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "platform": platform.platform()}

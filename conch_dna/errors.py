@@ -25,20 +25,20 @@ class Interrupted(ConchError):
     """The run was stopped by Ctrl-C after its state was saved."""
 
 
-def one_line(said: object, *, trust_option: str | None = None) -> str:
-    """What a library said, on one line of at most 300 characters.
+def one_line(message: object, *, trust_option: str | None = None) -> str:
+    """A library's message on one line of at most 300 characters.
 
     Args:
-        said: An error or a text; an error that says nothing is named by its type.
+        message: An error or a text; an error without a text is named by its type.
         trust_option: How the user would let a model's own code run, for libraries that ask for it.
 
     >>> one_line(ValueError("of   three words"))
     'of three words'
     """
-    text = " ".join(str(said).split())
+    text = " ".join(str(message).split())
     if trust_option and "trust_remote_code" in text:
         return f"{text[:200]} … {trust_option} lets that code run: only if you trust it"
-    return text[:300] or (type(said).__name__ if isinstance(said, Exception) else "")
+    return text[:300] or (type(message).__name__ if isinstance(message, Exception) else "")
 
 
 class EgoUnavailableError(ConchError):

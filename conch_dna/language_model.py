@@ -1,12 +1,14 @@
 """Load a causal language model by hub id, folder or embedded name; its body, head and real size.
 
 Knows mlx_lm's model classes; nothing of training, targets or files other than the model's own.
-To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`.
+To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`. To
+tell another error of the hub apart: an `except` in `hub_errors`, before the more general ones.
 """
 
 import gc
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from mlx.utils import tree_flatten
 
 from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError, one_line
-from conch_dna.hub import hub_errors
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
@@ -78,6 +79,41 @@ def _download(model_id: str, *, weights: bool) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=patterns))
 
 
+@contextmanager
+def hub_errors(model_id: str, *, otherwise: str) -> Iterator[None]:
+    """Turns the errors of a download into one line.
+
+    Args:
+        model_id: What is downloaded, for the message.
+        otherwise: What to do without the hub, as the end of "check the network, …".
+
+    Raises:
+        ConchError: The hub has no such model, asks for a login, or could not be reached.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ConchError(
+            f"the hub asks for a login and a licence agreement for {model_id}: accept it on the "
+            "model's page, then run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConchError(f"the hub has no model {model_id}: check the name") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConchError(
+            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
+            f"check the network, {otherwise}"
+        ) from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order of their names."""
     return sorted(folder.glob("model*.safetensors"))
@@ -113,7 +149,7 @@ def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[A
     """The tokenizer of a model, and how many rows its configuration gives the head.
 
     Args:
-        model_id: See `resolve_model`; a folder with nothing but a tokenizer will do.
+        model_id: A hub id, an embedded name, or a folder, which may hold nothing but a tokenizer.
         trust_remote_code: Let Python code that comes with it run.
 
     Raises:
@@ -137,7 +173,7 @@ class ModelSource:
     """A model's folder: all that can be told without its weights, and the way to load them.
 
     Args:
-        model_id: See `resolve_model`.
+        model_id: `embedded:<name>`, a folder, or a hub id such as `organisation/name`.
         trust_remote_code: Let Python code that comes with the model run.
         weights: Download the weights too, where the model comes from the hub.
         adapter: Folder of an adapter that belongs to it and is applied whenever it is loaded.
@@ -147,7 +183,7 @@ class ModelSource:
         folder: Where it lies.
 
     Raises:
-        ConchError: See `resolve_model`.
+        ConchError: There is no such embedded model or folder, or the hub has or gives none.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ words in `range_text`.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 from conch_dna.errors import ConchError
@@ -97,6 +97,17 @@ def option_problem(
     if isinstance(value, float | int) and kind != "bool" and not _is_inside(value, limits):
         return f"{name} is {value}: it must be {range_text(option)}"
     return None
+
+
+def option_problems(settings: Any) -> list[str]:
+    """What is wrong with the values of settings, field by field; nothing for sound ones.
+
+    Args:
+        settings: A dataclass; fields that `option` did not make are not looked at.
+    """
+    known = (each for each in fields(settings) if "help" in each.metadata)
+    problems = (option_problem(each, getattr(settings, each.name)) for each in known)
+    return [problem for problem in problems if problem is not None]
 
 
 def _is_inside(number: float, limits: Mapping[str, Any]) -> bool:

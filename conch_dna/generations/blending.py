@@ -1,8 +1,9 @@
 """Two teachers into one target: confidence, disagreement, and what a token is taught by.
 
 Knows distributions, as arrays; nothing of models, tokens' text or files. Works alike on dense
-distributions and on K + 1 outcomes, whose last stands for the tokens that were not kept.
-To add a measure of confidence: a branch in `confidence` and its name in CONFIDENCES.
+distributions and on K + 1 outcomes, whose last stands for the tokens that were not kept. Functions
+of logits and of probabilities are for users; a generation works on log-probabilities.
+To add a measure of confidence: a branch in `confidence` and its name in settings.CONFIDENCES.
 """
 
 from enum import IntEnum
@@ -10,16 +11,16 @@ from enum import IntEnum
 import mlx.core as mx
 import numpy as np
 
+from conch_dna.generations.settings import CONFIDENCES
 from conch_dna.losses import (
     forward_kl,
     generalised_jsd,
     log_softmax,
-    log_sum_exp,
     sum_last,
-    token_cross_entropy,
 )
 
-CONFIDENCES = ("top1", "entropy")
+Outcomes = tuple[np.ndarray, np.ndarray]
+"""Ids `[n, K]` (the number of tokens or more for none) and log-probabilities `[n, K + 1]`."""
 LN_2 = float(np.log(2))
 
 
@@ -72,7 +73,11 @@ def confidence(log_probs: mx.array, method: str = "top1", *, rest_tokens: int = 
 
 
 def calculate_confidence(probs: mx.array, method: str = "top1") -> mx.array:
-    """See `confidence`, for probabilities `[..., V]`.
+    """How sure probabilities `[..., V]` are of their next token, `[...]` between 0 and 1.
+
+    Args:
+        probs: Any float dtype.
+        method: "top1" or "entropy", as `confidence` explains them.
 
     >>> calculate_confidence(mx.array([0.5, 0.5])).item()
     0.5
@@ -87,7 +92,7 @@ def disagreement(first_log_probs: mx.array, second_log_probs: mx.array) -> mx.ar
 
     Args:
         first_log_probs: log p `[..., V]`, float32; -inf where an outcome is excluded.
-        second_log_probs: log q, likewise, of the same outcomes.
+        second_log_probs: log q of the same outcomes.
 
     Returns:
         `[...]` between 0, identical, and 1, disjoint.
@@ -99,7 +104,7 @@ def disagreement(first_log_probs: mx.array, second_log_probs: mx.array) -> mx.ar
 
 
 def jensen_shannon_divergence(p: mx.array, q: mx.array) -> mx.array:
-    """See `disagreement`, for probabilities `[..., V]`.
+    """Divergence of two arrays of probabilities `[..., V]`: 0 for equal ones, 1 for disjoint ones.
 
     >>> jensen_shannon_divergence(mx.array([1.0, 0.0]), mx.array([0.0, 1.0])).item()
     1.0
@@ -107,7 +112,7 @@ def jensen_shannon_divergence(p: mx.array, q: mx.array) -> mx.array:
     return disagreement(_logs(p), _logs(q))
 
 
-def blend(
+def mixture(
     first_log_probs: mx.array, second_log_probs: mx.array, first_weight: mx.array
 ) -> mx.array:
     """`log(w p + (1 - w) q)`, elementwise over the outcomes `[..., V]`.
@@ -147,16 +152,16 @@ def blend_teacher_predictions(
         logits_t1: The first teacher's `[..., V]`, any float dtype.
         logits_t2: The second's, over the same tokens.
         temperature: Above 0.
-        method: See `confidence`.
+        method: Measure of confidence, "top1" or "entropy".
 
     Returns:
         Log-probabilities of the blend `[..., V]`, float32, and the weights `[...]` of both.
     """
     _same_shape(logits_t1, logits_t2)
-    plain = [log_softmax(logits) for logits in (logits_t1, logits_t2)]
-    first, second = shares(*(confidence(log_probs, method) for log_probs in plain))
-    soft = [log_softmax(logits, temperature) for logits in (logits_t1, logits_t2)]
-    return blend(soft[0], soft[1], first), (first, second)
+    both = (logits_t1, logits_t2)
+    first, second = shares(*(confidence(log_softmax(logits), method) for logits in both))
+    soft = [log_softmax(logits, temperature) for logits in both]
+    return mixture(soft[0], soft[1], first), (first, second)
 
 
 def choose(
@@ -173,7 +178,7 @@ def choose(
     confidence is above its threshold; else the text's own token; without one, nothing.
 
     Args:
-        distance: See `disagreement`.
+        distance: Disagreement of the teachers, between 0 and 1.
         first_confidence: Of the first teacher, at temperature 1.
         has_gold: Whether there is a token of the text that may be taught.
         js_threshold: Between 0 and 1.
@@ -214,30 +219,29 @@ def smart_target_selection(
         logits_t2: The second's (the grandparent's), over the same tokens.
         gold_labels: Tokens of the text `[...]`; a negative one is none.
         temperature: Of the targets.
-        js_threshold: See `choose`.
-        confidence_threshold: See `choose`.
+        js_threshold: Disagreement below which both teach, between 0 and 1.
+        confidence_threshold: Confidence above which the first teaches alone, between 0 and 1.
         gold_weight: Weight of a token that the text alone teaches.
-        method: See `confidence`.
+        method: Measure of confidence, "top1" or "entropy".
 
     Returns:
         Log-probabilities of the target `[..., V]`, float32; its weight `[...]`, 1 for a teacher's,
         `gold_weight` for the text's, 0 for a skipped one (whose target is the blend); and the
         strategy int32 `[...]`.
     """
-    _same_shape(logits_t1, logits_t2)
-    plain = [log_softmax(logits) for logits in (logits_t1, logits_t2)]
-    sure = [confidence(log_probs, method) for log_probs in plain]
-    gold = mx.full(sure[0].shape, -1) if gold_labels is None else mx.array(gold_labels)
+    blended, _ = blend_teacher_predictions(logits_t1, logits_t2, temperature, method=method)
+    first, second = log_softmax(logits_t1), log_softmax(logits_t2)
+    sure = confidence(first, method)
+    gold = mx.full(sure.shape, -1) if gold_labels is None else mx.array(gold_labels)
     strategy = choose(
-        disagreement(plain[0], plain[1]),
-        sure[0],
+        disagreement(first, second),
+        sure,
         gold >= 0,
         js_threshold=js_threshold,
         confidence_threshold=confidence_threshold,
     )
-    soft = [log_softmax(logits, temperature) for logits in (logits_t1, logits_t2)]
-    target = blend(soft[0], soft[1], shares(*sure)[0])
-    target = mx.where((strategy == Strategy.T1_ONLY)[..., None], soft[0], target)
+    alone = log_softmax(logits_t1, temperature)
+    target = mx.where((strategy == Strategy.T1_ONLY)[..., None], alone, blended)
     tokens = mx.arange(logits_t1.shape[-1])
     one_hot = mx.where(tokens == gold[..., None], 0.0, -mx.inf)
     target = mx.where((strategy == Strategy.GOLD_FALLBACK)[..., None], one_hot, target)
@@ -272,70 +276,8 @@ def disagreement_regularizer(
     return (1 - disagreement(first, second)) * forward_kl(first, student)
 
 
-def two_teacher_loss(
-    student_logits: mx.array,
-    target: mx.array,
-    weight: mx.array,
-    strategy: mx.array,
-    labels: mx.array,
-    *,
-    regularizer: mx.array | None = None,
-    alpha: float = 0.1,
-    beta: float = 0.9,
-    gamma: float = 0.0,
-    temperature: float = 2.0,
-) -> mx.array:
-    """`alpha CE + beta t² KL(p̄‖q) + gamma R` of every token, times its weight.
-
-    A token of the text has no temperature: its one-hot target is compared with the student at
-    temperature 1 and without t², so that `KL` is its cross-entropy.
-
-    Args:
-        student_logits: `[..., V]`; differentiable.
-        target: Log-probabilities p̄ `[..., V]`, see `smart_target_selection`.
-        weight: `[...]`; 0 leaves a token out of all three parts.
-        strategy: `[...]`, see `Strategy`.
-        labels: Tokens of the text `[...]`; a negative one has no cross-entropy.
-        regularizer: R `[...]`, see `disagreement_regularizer`.
-        alpha: Share of cross-entropy.
-        beta: Share of the target.
-        gamma: Share of the regularizer.
-        temperature: t of the target.
-
-    Returns:
-        Nats `[...]`, float32.
-    """
-    has_gold = labels >= 0
-    own = mx.where(has_gold, labels, 0)
-    ce = mx.where(has_gold, token_cross_entropy(student_logits, own), 0.0)
-    soft = forward_kl(target, log_softmax(student_logits, temperature)) * temperature**2
-    hard = forward_kl(target, log_softmax(student_logits))
-    loss = alpha * ce + beta * mx.where(strategy == Strategy.GOLD_FALLBACK, hard, soft)
-    if regularizer is not None:
-        loss = loss + gamma * regularizer
-    # A skipped token may have a target of no use; times 0 it must not be NaN.
-    return mx.where(weight > 0, loss, 0.0) * weight
-
-
-def exclude(log_probs: mx.array, excluded: mx.array) -> tuple[mx.array, mx.array]:
-    """Take outcomes out of a distribution and scale the others up.
-
-    Args:
-        log_probs: log p `[..., V]`, float32.
-        excluded: bool, `[..., V]` or `[V]`.
-
-    Returns:
-        Log-probabilities `[..., V]`, and whether anything was left `[...]`: where not, the
-        distribution is all -inf and its token must be skipped.
-    """
-    left = mx.where(excluded, -mx.inf, log_probs)
-    total = log_sum_exp(left)
-    some = total > -mx.inf
-    return mx.where(some, left - mx.where(some, total, 0.0), -mx.inf), some.squeeze(-1)
-
-
 def common_outcomes(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], nothing: int
+    first: Outcomes, second: Outcomes, nothing: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bring two teachers' K + 1 outcomes to the tokens that both kept and one rest.
 
@@ -343,9 +285,8 @@ def common_outcomes(
     at most that over all tokens.
 
     Args:
-        first: Ids `[n, K]` (`nothing` or more for none) and log-probabilities `[n, K + 1]`, the
-            rest last.
-        second: Likewise, `[n, K']`.
+        first: `[n, K]` and `[n, K + 1]`, the rest last.
+        second: `[n, K']` and `[n, K' + 1]`.
         nothing: The number of tokens, which stands for no token.
 
     Returns:
@@ -353,38 +294,46 @@ def common_outcomes(
         log-probabilities `[n, K + 1]` of both, -inf where there is no token.
     """
     ids, log_probs = first
-    other_ids, other = second
-    both, at = _matches(ids, other_ids, nothing)
+    _, other = second
+    both, theirs, unused = _matches(first, second, nothing)
     kept = np.where(both, log_probs[:, :-1], -np.inf)
-    lost = np.where(both, -np.inf, log_probs[:, :-1])
-    rest = np.logaddexp(log_probs[:, -1], np.logaddexp.reduce(lost, axis=1, initial=-np.inf))
-    found = np.where(both, other[:, :-1].ravel()[at], -np.inf)
-    # What the second gives no common token, summed itself: 1 - Σ would lose small rests.
-    used = np.zeros(other_ids.size, bool)
-    used[at[both]] = True
-    unused = np.where(used.reshape(other_ids.shape), -np.inf, other[:, :-1])
-    other_rest = np.logaddexp(other[:, -1], np.logaddexp.reduce(unused, axis=1, initial=-np.inf))
     return (
         np.where(both, ids, nothing),
-        np.concatenate([kept, rest[:, None]], axis=1),
-        np.concatenate([found, other_rest[:, None]], axis=1),
+        _with_rest(kept, np.where(both, -np.inf, log_probs[:, :-1]), log_probs[:, -1]),
+        # What the second gives no common token, summed itself: 1 - Σ would lose small rests.
+        _with_rest(theirs, np.where(unused, other[:, :-1], -np.inf), other[:, -1]),
     )
 
 
-def _matches(ids: np.ndarray, other_ids: np.ndarray, nothing: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each token of one teacher was kept by the other `[n, K]`, and where, flattened."""
-    width = nothing + 1
-    row = np.arange(len(ids))[:, None] * width
+def _with_rest(kept: np.ndarray, lost: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Log-probabilities of kept tokens and of a rest to which the lost ones go."""
+    whole = np.logaddexp(rest, np.logaddexp.reduce(lost, axis=1, initial=-np.inf))
+    return np.concatenate([kept, whole[:, None]], axis=1)
+
+
+def _matches(
+    first: Outcomes, second: Outcomes, nothing: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which tokens two teachers both kept.
+
+    Returns:
+        Whether the second kept each token of the first `[n, K]`, its log-probability of that token
+        (-inf where not), and which tokens of the second the first did not keep `[n, K']`.
+    """
+    (ids, _), (other_ids, other) = first, second
+    row = np.arange(len(ids))[:, None] * (nothing + 1)
     keys = (row + np.minimum(other_ids, nothing)).ravel()
     order = np.argsort(keys, kind="stable")
-    wanted = row + np.minimum(ids, nothing)
-    at = order[np.searchsorted(keys[order], wanted).clip(max=max(0, len(keys) - 1))]
-    return (keys[at] == wanted) & (ids < nothing), at
+    own_keys = row + np.minimum(ids, nothing)
+    at = order[np.searchsorted(keys[order], own_keys).clip(max=max(0, len(keys) - 1))]
+    both = (keys[at] == own_keys) & (ids < nothing)
+    unused = np.ones(other_ids.size, bool)
+    unused[at[both]] = False
+    theirs = np.where(both, other[:, :-1].ravel()[at], -np.inf)
+    return both, theirs, unused.reshape(other_ids.shape)
 
 
-def all_outcomes(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], nothing: int
-) -> tuple[np.ndarray, np.ndarray]:
+def all_outcomes(first: Outcomes, second: Outcomes, nothing: int) -> tuple[np.ndarray, np.ndarray]:
     """Bring two teachers' K + 1 outcomes to the tokens that either kept and one rest.
 
     Of a token that a teacher did not keep it is taken to say what its rest says of each of its
@@ -392,32 +341,24 @@ def all_outcomes(
     teachers that keep different ones would seem to agree: nearly all would be rest on both sides.
 
     Args:
-        first: As for `common_outcomes`.
-        second: Likewise.
-        nothing: The number of tokens.
+        first: `[n, K]` and `[n, K + 1]`, the rest last.
+        second: `[n, K']` and `[n, K' + 1]`.
+        nothing: The number of tokens, which stands for no token.
 
     Returns:
         The log-probabilities `[n, K + K' + 1]` of both, -inf where there is no token.
     """
-    ids, log_probs = first
-    other_ids, other = second
-    both, at = _matches(ids, other_ids, nothing)
-    used = np.zeros(other_ids.size, bool)
-    used[at[both]] = True
+    (ids, log_probs), (other_ids, other) = first, second
+    both, theirs, unused = _matches(first, second, nothing)
     only_first = (ids < nothing) & ~both
-    only_second = (other_ids < nothing) & ~used.reshape(other_ids.shape)
+    only_second = (other_ids < nothing) & unused
     each, rest = _share_of_rest(log_probs[:, -1], ids < nothing, only_second, nothing)
     other_each, other_rest = _share_of_rest(other[:, -1], other_ids < nothing, only_first, nothing)
-    found = np.where(both, other[:, :-1].ravel()[at], -np.inf)
-    one = (
-        log_probs[:, :-1],
-        np.where(only_second, each[:, None], -np.inf),
-        rest[:, None],
-    )
+    one = (log_probs[:, :-1], np.where(only_second, each, -np.inf), rest)
     two = (
-        np.where(only_first, other_each[:, None], found),
+        np.where(only_first, other_each, theirs),
         np.where(only_second, other[:, :-1], -np.inf),
-        other_rest[:, None],
+        other_rest,
     )
     return np.concatenate(one, axis=1), np.concatenate(two, axis=1)
 
@@ -425,12 +366,16 @@ def all_outcomes(
 def _share_of_rest(
     rest: np.ndarray, kept: np.ndarray, asked: np.ndarray, nothing: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of each token in a rest, and of what is left without those asked for."""
-    tokens = nothing - kept.sum(axis=1)
+    """Log-probability of each token in a rest, and of what is left without those asked for.
+
+    Returns:
+        Both `[n, 1]`.
+    """
+    tokens = np.maximum(1, nothing - kept.sum(axis=1))
     with np.errstate(divide="ignore"):
-        each = rest - np.log(np.maximum(1, tokens))
-        left = rest + np.log(1 - asked.sum(axis=1) / np.maximum(1, tokens))
-    return each, left
+        each = rest - np.log(tokens)
+        left = rest + np.log(1 - asked.sum(axis=1) / tokens)
+    return each[:, None], left[:, None]
 
 
 def _same_shape(*logits: mx.array) -> None:
@@ -438,5 +383,5 @@ def _same_shape(*logits: mx.array) -> None:
     if len(set(shapes)) > 1:
         raise ValueError(
             f"the distributions have shapes {' and '.join(map(str, shapes))}; teachers with other "
-            "tokens are laid over the student's first (training.aligned_targets)"
+            "tokens are laid over the student's first"
         )

@@ -7,22 +7,21 @@ help, an example, and a line in README.md.
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
-from conch_dna.generations.options import NUMBERS, UNUSED
+from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
     from conch_dna.generations.line import Line
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group(
@@ -37,38 +36,56 @@ def generations() -> None:
 
 
 def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function a command of the group, on a line, whose help ends with an example.
+    """Make a function a command of the group whose first argument is a line.
 
     Args:
-        *lines: The example.
-        named: Whether the line's name must be given.
+        *lines: The example with which its help ends.
+        named: Whether the line's name must be given; else the function gets the name, which may be
+            None, and the folder of all lines instead.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        root = click.option(
+        @wraps(function)
+        def on_line(name: str | None, root: str, **options: Any) -> None:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            from conch_dna.generations.line import Line
+
+            folder = Path(root).expanduser()
+            if named:
+                function(Line(folder, str(name)), **options)
+            else:
+                function(name, folder, **options)
+
+        add_root = click.option(
             "--root",
             metavar="DIR",
             default="generations",
             show_default=True,
             help="Folder of all lines.",
         )
-        name = click.argument(
+        add_name = click.argument(
             "name",
             required=named,
             help="The line's." if named else "The line's; else the manifest says it.",
         )
-        made = generations.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
-        command: click.Command = made(name(root(function)))
+        add = generations.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
+        command: click.Command = add(add_name(add_root(on_line)))
         return command
 
     return decorate
 
 
-def _line(name: str, root: str) -> "Line":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.generations.line import Line
+def _print(*tables: Any) -> None:
+    from rich.console import Console
 
-    return Line(Path(root).expanduser(), name)
+    for table in tables:
+        Console(highlight=False).print(table)
+
+
+def _print_verdicts(name: str, verdicts: Sequence[Any]) -> None:
+    from conch_dna.generations.tables import verdict_table
+
+    _print(verdict_table(name, [asdict(verdict) for verdict in verdicts]))
 
 
 @_command("conch-dna generations init tales --model embedded:student --data stories.jsonl")
@@ -80,24 +97,14 @@ def _line(name: str, root: str) -> "Line":
     help="JSONL of what it can do: later generations replay it and are measured on it.",
 )
 @click.option("--adapter", metavar="DIR", help="Folder of an adapter that belongs to the model.")
-def init(name: str, root: str, model: str, data: str, adapter: str | None) -> None:
+def init(line: "Line", model: str, data: str, adapter: str | None) -> None:
     """Begin a line with a model as generation 0."""
-    line = _line(name, root)
     from conch_dna.generations.data import init_line
     from conch_dna.training.records import read_records
 
     records = read_records(Path(data))
     first = init_line(line, model, records, adapter=Path(adapter) if adapter else None)
-    click.echo(f"{name}: {first} is {model}, with {len(records)} records, in {line.folder}")
-
-
-def _number_options(command: F) -> F:
-    """Give a command the numbers of a generation that are no settings of KDConfig."""
-    for name, number in reversed(NUMBERS.items()):
-        described = f"{number.words} [default: {number.default:g}]"
-        option = f"--{name.replace('_', '-')}"
-        command = click.option(option, name, type=float, default=None, help=described)(command)
-    return command
+    click.echo(f"{line.name}: {first} is {model}, with {len(records)} records, in {line.folder}")
 
 
 def _manifest(path: str | None) -> dict[str, Any]:
@@ -122,16 +129,7 @@ def _manifest(path: str | None) -> dict[str, Any]:
 @click.option(
     "--taboo", "taboo_words", multiple=True, metavar="WORD", help="Taught by nobody; repeatable."
 )
-@_number_options
-@click.option(
-    "--critic/--no-critic", default=None, help="A second teacher teaches too. [default: true]"
-)
-@click.option(
-    "--first-teacher",
-    metavar="MODEL",
-    help="Hub id or folder of a model that teaches in the parent's place, with whatever tokenizer.",
-)
-@click.option("--second-teacher", metavar="MODEL", help="The same in the grandparent's place.")
+@options_of(EvolveConfig, leave_out=("replay_size", "measured", "answers"))
 @click.option("--json", "json_file", metavar="FILE", help="Write the verdicts there too.")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
@@ -142,14 +140,14 @@ def _manifest(path: str | None) -> dict[str, Any]:
 )
 def evolve(
     name: str | None,
-    root: str,
+    root: Path,
     data: str | None,
     manifest_file: str | None,
     laws: str | None,
     json_file: str | None,
     resume: bool,
     overwrite: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Learn from parent and grandparent; replace the parent if every gate passes.
 
@@ -157,37 +155,29 @@ def evolve(
     """
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dataclasses import asdict, fields
-
-    from rich.console import Console
-
     from conch_dna.checkpoints import write_json
     from conch_dna.generations.evolve import train_generation_with_teachers
     from conch_dna.generations.laws import read_laws
-    from conch_dna.generations.settings import EvolveConfig, requested
-    from conch_dna.generations.tables import verdict_table
+    from conch_dna.generations.line import Line
     from conch_dna.progress import Progress
     from conch_dna.training.records import read_records
 
     source = manifest_file or "the command line"
     manifest = _manifest(manifest_file)
-    asked = requested(manifest, source, line=name, data=data)
-    named = {option: value for option, value in given.items() if value not in (None, ())}
+    names = requested(manifest, source, line=name, data=data)
+    named = {option: value for option, value in options.items() if value not in (None, ())}
     own = {each.name: named.pop(each.name) for each in fields(EvolveConfig) if each.name in named}
     if laws:
         own["laws"] = tuple(read_laws(Path(laws)))
     config = EvolveConfig.from_manifest(manifest, source=source, training=named, overriding=own)
-    line = _line(asked["line"], root)
+    line = Line(root, names["line"])
     _ = line.head
-    records = read_records(Path(asked["data"]))
+    records = read_records(Path(names["data"]))
     with Progress() as progress:
         outcome = train_generation_with_teachers(
             line, records, config, report=progress, resume=resume, overwrite=overwrite
         )
-    Console(highlight=False).print(
-        verdict_table(outcome.name, [asdict(verdict) for verdict in outcome.verdicts])
-    )
+    _print_verdicts(outcome.name, outcome.verdicts)
     if json_file:
         write_json(Path(json_file), asdict(outcome))
     click.echo(f"HEAD of {line.name} is {line.head}; the child is in {line.path(outcome.name)}")
@@ -198,32 +188,24 @@ def evolve(
 @_command("conch-dna generations validate tales", "conch-dna generations validate tales G002")
 @click.argument("generation", required=False, help="Default: the current one.")
 @click.option("--manifest", "manifest_file", metavar="FILE", help="YAML or JSON with other gates.")
-def validate(name: str, root: str, generation: str | None, manifest_file: str | None) -> None:
+def validate(line: "Line", generation: str | None, manifest_file: str | None) -> None:
     """Judge a generation again by its stored measures, with its own or with other gates.
 
     Exit code 1 says that a gate fails.
     """
-    line = _line(name, root)
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from conch_dna.generations.manifest import METRICS_FILE
-    from conch_dna.generations.promotion import judge
-    from conch_dna.generations.settings import EvolveConfig
-    from conch_dna.generations.tables import verdict_table
+    from conch_dna.generations.promotion import gate_verdicts
 
-    chosen = generation or line.head
-    manifest = line.manifest(chosen)
+    name = generation or line.head
+    manifest = line.manifest(name)
     if "verdicts" not in manifest:
-        raise ConchError(f"{chosen} is the first generation: it was not judged")
-    source = manifest_file or chosen
-    asked = _manifest(manifest_file) or manifest
-    gates = EvolveConfig.from_manifest(asked, source=source).gates
-    metrics = json.loads((line.path(chosen) / METRICS_FILE).read_text(encoding="utf-8"))
+        raise ConchError(f"{name} is the first generation: it was not judged")
+    request = _manifest(manifest_file) or manifest
+    gates = EvolveConfig.from_manifest(request, source=manifest_file or name).gates
+    metrics = json.loads((line.path(name) / METRICS_FILE).read_text(encoding="utf-8"))
     scores = metrics["scores"]
-    verdicts = judge(scores["child"], scores["parent"], gates)
-    Console(highlight=False).print(verdict_table(chosen, [asdict(verdict) for verdict in verdicts]))
+    verdicts = gate_verdicts(scores["child"], scores["parent"], gates)
+    _print_verdicts(name, verdicts)
     if not all(verdict.passed for verdict in verdicts):
         sys.exit(1)
 
@@ -231,68 +213,59 @@ def validate(name: str, root: str, generation: str | None, manifest_file: str | 
 @_command("conch-dna generations show tales G002")
 @click.argument("generation", required=False, help="Default: the current one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest instead.")
-def show(name: str, root: str, generation: str | None, as_json: bool) -> None:
+def show(line: "Line", generation: str | None, as_json: bool) -> None:
     """Show what a generation grew from, what it was taught, and how it was judged."""
-    line = _line(name, root)
-    from rich.console import Console
-
     from conch_dna.checkpoints import json_text
     from conch_dna.generations.tables import manifest_table, verdict_table
 
-    chosen = generation or line.head
-    manifest = line.manifest(chosen)
+    name = generation or line.head
+    manifest = line.manifest(name)
     if as_json:
         click.echo(json_text(manifest), nl=False)
         return
-    console = Console(highlight=False)
-    console.print(manifest_table(chosen, manifest))
+    _print(manifest_table(name, manifest))
     if "verdicts" in manifest:
-        console.print(verdict_table(chosen, manifest["verdicts"]))
+        _print(verdict_table(name, manifest["verdicts"]))
 
 
 @_command("conch-dna generations log tales --picture tales.png")
 @click.option("--picture", metavar="FILE", help="Draw the line there, as PNG, PDF or SVG.")
-def log(name: str, root: str, picture: str | None) -> None:
+def log(line: "Line", picture: str | None) -> None:
     """Show the line as a tree: what grew from what, what was refused, and what is current."""
-    line = _line(name, root)
-    from rich.console import Console
-
     from conch_dna.checkpoints import write_atomically
     from conch_dna.generations.tables import draw_line, line_tree, nodes_of
 
     head = line.head
     nodes = nodes_of(line)
-    Console(highlight=False).print(line_tree(name, nodes, head))
+    _print(line_tree(line.name, nodes, head))
     if picture:
         path = Path(picture)
-        write_atomically(path, partial(draw_line, title=name, nodes=nodes, head=head))
+        write_atomically(path, partial(draw_line, title=line.name, nodes=nodes, head=head))
         click.echo(f"drawn in {path}")
 
 
 @_command("conch-dna generations verify tales")
-def verify(name: str, root: str) -> None:
+def verify(line: "Line") -> None:
     """Check every generation and the log against what was written."""
-    line = _line(name, root)
     _ = line.head
     problems = line.problems()
     if problems:
-        raise ConchError(f"line {name!r} is not as it was written: {'; '.join(problems)}")
+        raise ConchError(f"line {line.name!r} is not as it was written: {'; '.join(problems)}")
     count = len(line.generations())
-    click.echo(f"{name}: {count} generations and {len(line.log())} log entries are whole")
+    click.echo(f"{line.name}: {count} generations and {len(line.log())} log entries are whole")
 
 
 @_command("conch-dna generations rollback tales", "conch-dna generations rollback tales --to G001")
 @click.option("--to", metavar="GENERATION", help="An ancestor. [default: the parent]")
-def rollback(name: str, root: str, to: str | None) -> None:
+def rollback(line: "Line", to: str | None) -> None:
     """Let an ancestor be current again; nothing is deleted."""
-    line = _line(name, root)
     _ = line.head
     with line.lock():
         for text in line.recover():
             click.echo(text)
         before = line.head
         target = line.rollback(to)
-    click.echo(f"HEAD of {name} was {before} and is {target}")
+    click.echo(f"HEAD of {line.name} was {before} and is {target}")
 
 
 @_command('conch-dna generations ensemble tales --prompt "Once upon a time"')
@@ -321,8 +294,7 @@ def rollback(name: str, root: str, to: str | None) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def ensemble(
-    name: str,
-    root: str,
+    line: "Line",
     prompt: str,
     names: str | None,
     weights: str | None,
@@ -332,21 +304,16 @@ def ensemble(
     trust_remote_code: bool,
 ) -> None:
     """Let several generations answer a prompt together."""
-    line = _line(name, root)
     from conch_dna.generations.ensemble import ensemble_answer, load_generations
     from conch_dna.language_model import ModelSource
-    from conch_dna.training.adapters import ADAPTER_FILE
     from conch_dna.training.answers import continuation_text
     from conch_dna.training.chats.conversations import prompt_ids
 
     head = line.head
-    chosen = names.split(",") if names else [head, *line.ancestors(head)[:1]]
+    members = names.split(",") if names else [head, *line.ancestors(head)[:1]]
     shares = _numbers(weights) if weights else None
-    first = line.manifest([head, *line.ancestors(head)][-1])
-    base = ModelSource(first["base"]["model"], trust_remote_code=trust_remote_code)
-    folders = [line.path(each.strip()) for each in chosen]
-    adapters = [path if (path / ADAPTER_FILE).is_file() else None for path in folders]
-    models = load_generations(base, adapters)
+    base = ModelSource(line.base(head)["model"], trust_remote_code=trust_remote_code)
+    models = load_generations(base, [line.adapter(each.strip()) for each in members])
     ids = prompt_ids(base.tokenizer, prompt, "")
     answer = ensemble_answer(
         ids, models, shares, max_tokens=max_tokens, temperature=temperature, seed=seed

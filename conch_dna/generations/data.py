@@ -1,14 +1,13 @@
 """The data of a line: what generation 0 brings, what a new one learns from and is judged by.
 
 Knows records, examples and a line's folders; nothing of training or gates. What earlier generations
-learned lies in their folders, so nothing but the new data has to be given.
+learned and held out lies in their folders, so nothing but the new data has to be given.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,22 @@ from typing import Any
 from conch_dna.checkpoints import remove_unfinished, write_folder
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
-from conch_dna.generations.line import MANIFEST_FILE, Line, generation_name
+from conch_dna.generations.line import MANIFEST_FILE, Line
 from conch_dna.generations.replay import ReplayBatches, create_replay_buffer
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.two_teachers import TwoTeacherTargets
-from conch_dna.language_model import ModelSource
-from conch_dna.provenance import provenance
-from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
+from conch_dna.language_model import ADAPTER_FILES, ModelSource
 from conch_dna.training.batches import Batch, Example
 from conch_dna.training.cross_tokenizer.records import AlignedExample
+from conch_dna.training.domain_run import HELDOUT_FILE
 from conch_dna.training.examples import Examples
-from conch_dna.training.records import Record, read_records, split_heldout
+from conch_dna.training.records import Record, json_lines, read_records, split_heldout
 
-FORMAT = "generation 1"
 DATA_FILE = "data.jsonl"
-HELDOUT_FILE = "heldout.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class GenerationData:
     """The tokenized data of a generation.
 
     Attributes:
@@ -42,38 +38,42 @@ class Material:
         heldout: New ones to be judged by.
         replay: Earlier ones to learn from again.
         recall: Earlier ones to be judged by.
-        records: The new records of `train` and of `heldout`.
+        train_records: What `train` was made of.
+        heldout_records: What `heldout` was made of.
         aligned: For each teacher with another tokenizer, by its role: its example for the digest of
-            each that is taught.
+            each that it teaches.
     """
 
     train: list[Example]
     heldout: list[Example]
     replay: list[Example]
     recall: list[Example]
-    records: tuple[list[Record], list[Record]]
+    train_records: list[Record]
+    heldout_records: list[Record]
     aligned: Mapping[str, Mapping[str, AlignedExample]]
 
     @property
-    def taught(self) -> list[Example]:
+    def with_targets(self) -> list[Example]:
         """All that needs the teachers' targets."""
         return [*self.train, *self.heldout, *self.replay]
+
+    @property
+    def judged_by(self) -> list[Example]:
+        """All that is held out, the new ones first."""
+        return [*self.heldout, *self.recall]
 
 
 class TwoTeacherBatches(ReplayBatches):
     """A seeded stream of new and replayed examples that carry the target of two teachers."""
 
     def __init__(
-        self,
-        material: Material,
-        targets: TwoTeacherTargets,
-        config: EvolveConfig,
+        self, data: GenerationData, targets: TwoTeacherTargets, config: EvolveConfig
     ) -> None:
         super().__init__(
-            material.train,
-            material.replay,
+            data.train,
+            data.replay,
             config.training.batch_size,
-            share=config.replay_share if material.replay else 0.0,
+            share=config.replay_share if data.replay else 0.0,
             seed=config.training.seed,
         )
         self.targets = targets
@@ -102,11 +102,12 @@ def init_line(
 
     Args:
         line: It must not exist yet.
-        model_id: The base of all generations; see `resolve_model`.
+        model_id: The base of all generations: a hub id, a folder or an embedded name.
         records: What it was trained on, or should not forget: later generations replay these and
             are measured on a part of them.
         config: For the split.
-        adapter: An adapter that belongs to the model.
+        adapter: An adapter that belongs to the model. What it held out of its own training, in
+            `heldout.jsonl` of its folder, stays held out, and nothing else is.
 
     Returns:
         The generation's name.
@@ -118,47 +119,45 @@ def init_line(
     folder = Path(model_id).expanduser()
     model_id = str(folder.resolve()) if folder.is_dir() else model_id
     base = ModelSource(model_id)
-    train, heldout = split_heldout(records, config.training.val_fraction, seed=config.training.seed)
+    train, heldout = _split(records, config, adapter)
     with line.lock():
         remove_unfinished(line.folder)
         if line.generations():
             raise ConchError(
                 f"line {line.name!r} has generations already: evolve it, or choose another name"
             )
-        documents: dict[str, Any] = {
-            MANIFEST_FILE: {
-                "format": FORMAT,
-                "line": line.name,
-                "generation": generation_name(0),
-                "parent": None,
-                "grandparent": None,
-                "base": {"model": model_id, **base_digests(base)},
-                "digests": {"parents": {}, "data": data_digest(records)},
-                **provenance(),
-                "seed": config.training.seed,
-                "created": now(),
-            },
-            DATA_FILE: json_lines([records[index] for index in train]),
-            HELDOUT_FILE: json_lines([records[index] for index in heldout]),
-        }
+        manifest = line.next_manifest(
+            (None, None),
+            seed=config.training.seed,
+            base={"model": model_id, **base_digests(base)},
+            digests={"parents": {}, "data": data_digest(records)},
+        )
         writers: dict[str, Callable[[Path], Any]] = {}
         if adapter is not None:
-            writers = {
-                name: partial(shutil.copyfile, adapter / name)
-                for name in (ADAPTER_CONFIG, ADAPTER_FILE)
-            }
+            writers = {name: partial(shutil.copyfile, adapter / name) for name in ADAPTER_FILES}
+        documents = {MANIFEST_FILE: manifest, **record_files(train, heldout)}
         write_folder(line.candidate, documents=documents, writers=writers)
         return line.promote(line.candidate, event="init")
 
 
-def now() -> str:
-    """The time, UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _split(
+    records: Sequence[Record], config: EvolveConfig, adapter: Path | None
+) -> tuple[list[Record], list[Record]]:
+    """What generation 0 was trained on, and what it held out."""
+    path = adapter / HELDOUT_FILE if adapter else None
+    if path is not None and path.is_file():
+        heldout = read_records(path)
+        texts = {json_lines([record]) for record in heldout}
+        return [record for record in records if json_lines([record]) not in texts], heldout
+    seed = config.training.seed
+    parts = split_heldout(records, config.training.val_fraction, seed=seed)
+    train, heldout = ([records[index] for index in part] for part in parts)
+    return train, heldout
 
 
-def json_lines(records: Sequence[Record]) -> str:
-    """Records as the text of a JSONL file."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def record_files(train: Sequence[Record], heldout: Sequence[Record]) -> dict[str, str]:
+    """The files in a generation's folder that keep what it learned from and what it held out."""
+    return {DATA_FILE: json_lines(train), HELDOUT_FILE: json_lines(heldout)}
 
 
 def data_digest(records: Sequence[Record]) -> str:
@@ -171,14 +170,13 @@ def base_digests(base: ModelSource) -> dict[str, str]:
     return {"weights": base.weights_digest, "tokenizer": base.tokenizer_digest}
 
 
-def earlier_records(line: Line, chain: Sequence[str], file: str) -> Mapping[str, list[Record]]:
+def earlier_records(line: Line, names: Sequence[str], file: str) -> dict[str, list[Record]]:
     """The records in one file of every generation, by its name; none for one that kept none."""
-    found = {}
-    for name in chain:
-        path = line.path(name) / file
-        has_some = path.is_file() and path.stat().st_size > 0
-        found[name] = read_records(path) if has_some else []
-    return found
+    paths = {name: line.path(name) / file for name in names}
+    return {
+        name: read_records(path) if path.is_file() and path.stat().st_size else []
+        for name, path in paths.items()
+    }
 
 
 def gather(
@@ -189,7 +187,7 @@ def gather(
     config: EvolveConfig,
     *,
     foreign: Mapping[str, Examples],
-) -> Material:
+) -> GenerationData:
     """Tokenize and split new data, and draw from those of the generations before.
 
     Args:
@@ -208,24 +206,25 @@ def gather(
     earlier = earlier_records(line, chain, HELDOUT_FILE)
     recall = create_replay_buffer(earlier, config.measured, seed=seed)
     aligned: dict[str, dict[str, AlignedExample]] = {role: {} for role in foreign}
-    kept, made = _made(examples, foreign, records, aligned)
+    kept, new = _examples(examples, foreign, records, aligned)
     records = [records[index] for index in kept]
     train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
     replay: list[Record] = []
     if config.replay_share:
         earlier = earlier_records(line, chain, DATA_FILE)
         replay = create_replay_buffer(earlier, config.replay_size, seed=seed)
-    return Material(
-        [made[index] for index in train],
-        [made[index] for index in heldout],
-        _made(examples, foreign, replay, aligned)[1] if replay else [],
-        examples.make(recall)[1],
-        ([records[index] for index in train], [records[index] for index in heldout]),
-        aligned,
+    return GenerationData(
+        train=[new[index] for index in train],
+        heldout=[new[index] for index in heldout],
+        replay=_examples(examples, foreign, replay, aligned)[1] if replay else [],
+        recall=examples.make(recall)[1],
+        train_records=[records[index] for index in train],
+        heldout_records=[records[index] for index in heldout],
+        aligned=aligned,
     )
 
 
-def _made(
+def _examples(
     examples: Examples,
     foreign: Mapping[str, Examples],
     records: Sequence[Record],
@@ -235,11 +234,11 @@ def _made(
 
     What the foreign ones read is added to `aligned`.
     """
-    kept, made = examples.make(records)
+    kept, ours = examples.make(records)
     for role, view in foreign.items():
-        places, found = view.make([records[index] for index in kept])
+        places, theirs = view.make([records[index] for index in kept])
         kept = [kept[place] for place in places]
-        made = [made[place] for place in places]
-        own = zip(made, found, strict=True)
-        aligned[role].update((one.digest, other) for one, other in own)
-    return kept, made
+        ours = [ours[place] for place in places]
+        pairs = zip(ours, theirs, strict=True)
+        aligned[role].update((own.digest, other) for own, other in pairs)
+    return kept, ours

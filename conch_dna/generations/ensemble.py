@@ -33,18 +33,18 @@ def load_generations(base: ModelSource, adapters: Sequence[Path | None]) -> list
 
 
 def _weights(log_probs: Sequence[mx.array], weights: Sequence[float] | None) -> list[mx.array]:
-    """Log w of each model, `[..., 1]`: as given, or in proportion to confidence."""
+    """Log w of each model, `[..., 1]`: by the shares asked for, or in proportion to confidence."""
     if weights is None:
         sure = [confidence(each)[..., None] for each in log_probs]
         total = sum(sure[1:], sure[0])
         return [mx.log(each / total) for each in sure]
-    given = [float(weight) for weight in weights]
-    if len(given) != len(log_probs) or min(given) < 0 or sum(given) <= 0:
+    shares = [float(weight) for weight in weights]
+    if len(shares) != len(log_probs) or min(shares) < 0 or sum(shares) <= 0:
         raise ConchError(
-            f"weights {given} do not fit {len(log_probs)} models: give one of 0 or more for each, "
+            f"weights {shares} do not fit {len(log_probs)} models: give one of 0 or more for each, "
             "not all 0"
         )
-    return [mx.log(mx.array(weight / sum(given))) for weight in given]
+    return [mx.log(mx.array(weight / sum(shares))) for weight in shares]
 
 
 def blend_log_probs(
@@ -62,8 +62,8 @@ def blend_log_probs(
     Raises:
         ConchError: The weights do not fit.
     """
-    found = _weights(log_probs, weights)
-    parts = [each + weight for each, weight in zip(log_probs, found, strict=True)]
+    log_weights = _weights(log_probs, weights)
+    parts = [each + weight for each, weight in zip(log_probs, log_weights, strict=True)]
     return log_sum_exp(mx.stack(parts, axis=-1)).squeeze(-1)
 
 
@@ -87,7 +87,7 @@ def ensemble_inference(
     Args:
         input_ids: `[T]` or `[B, T]`.
         models: Loaded, with the same tokenizer.
-        weights: See `blend_log_probs`.
+        weights: Of each model, in any unit; None for each token's confidence.
 
     Returns:
         Log-probabilities `[T, V]` or `[B, T, V]`, float32.
@@ -116,7 +116,7 @@ def ensemble_answer(
     Args:
         prompt: Token ids, at least one.
         models: Loaded, with the same tokenizer.
-        weights: See `blend_log_probs`.
+        weights: Of each model, in any unit; None for each token's confidence.
         max_tokens: Longest answer; shorter where a model's context ends.
         temperature: Of the draw; 0 takes the likeliest token.
         seed: Of the draw.
@@ -141,16 +141,16 @@ def ensemble_answer(
     sample = make_sampler(temperature, models[0].vocabulary_size, key)
     stops = set(models[0].tokenizer.eos_token_ids)
     caches = [make_prompt_cache(model.model) for model in models]
-    given = mx.array(list(prompt))[None]
+    ids = mx.array(list(prompt))[None]
     answer: list[int] = []
     while len(answer) < room:
-        said = [
-            log_softmax(model.model(given, cache=cache)[:, -1, : model.vocabulary_size])
+        log_probs = [
+            log_softmax(model.model(ids, cache=cache)[:, -1, : model.vocabulary_size])
             for model, cache in zip(models, caches, strict=True)
         ]
-        token = int(np.asarray(sample(blend_log_probs(said, weights)))[0])
+        token = int(np.asarray(sample(blend_log_probs(log_probs, weights)))[0])
         answer.append(token)
         if token in stops:
             break
-        given = mx.array([[token]])
+        ids = mx.array([[token]])
     return answer

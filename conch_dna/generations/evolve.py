@@ -1,18 +1,17 @@
 """One generation: learn from two frozen teachers, be measured, and be promoted or archived.
 
-Ties the floors below together for a line; knows what happens when, and what a kill leaves behind.
+Ties the rooms of this part together for a line; knows what happens when, and what a kill leaves
+behind. How a child learns is in train_child.py, how it is judged in promotion.py.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from conch_dna.checkpoints import (
     differences,
@@ -24,15 +23,12 @@ from conch_dna.checkpoints import (
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.data import (
-    DATA_FILE,
-    HELDOUT_FILE,
-    Material,
+    GenerationData,
     base_digests,
     data_digest,
     gather,
-    json_lines,
+    record_files,
 )
-from conch_dna.generations.foreign_teacher import examples_for
 from conch_dna.generations.laws import violations
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.manifest import (
@@ -43,12 +39,18 @@ from conch_dna.generations.manifest import (
     outcome_of,
     settings_digest,
 )
-from conch_dna.generations.measures import Measured, measure
-from conch_dna.generations.promotion import judge, tone_drift
+from conch_dna.generations.promotion import Measures, gate_verdicts, measure, tone_drift
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.tables import draw_learning
-from conch_dna.generations.train_child import Learned, Teacher, learn, teach
-from conch_dna.generations.two_teachers import TwoTeacherTargets
+from conch_dna.generations.taboo import TabooTokens
+from conch_dna.generations.train_child import (
+    Teacher,
+    TrainedChild,
+    filled_cache,
+    teacher_examples,
+    train_child,
+)
+from conch_dna.generations.two_teachers import TeacherCache, TwoTeacherTargets
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import (
@@ -70,23 +72,14 @@ RUN_FILE = "run.json"
 WORK = "work-"
 
 
-@dataclass(frozen=True)
-class Taught:
-    """What a child was taught, how its parent was measured, and what it learned."""
-
-    targets: TwoTeacherTargets
-    parent: Measured
-    learned: Learned
-
-
 class Evolution:
     """The stages of one generation; `run` calls them, holding the line's lock.
 
     Args:
         line: An existing one.
         records: New data.
-        config: See `EvolveConfig`.
-        report: See `progress.Report`.
+        config: Settings of the generation.
+        report: Gets the events of the run.
     """
 
     def __init__(
@@ -109,34 +102,53 @@ class Evolution:
                 there that is neither to be resumed nor overwritten.
             Interrupted: Ctrl-C in training; its state was saved.
         """
-        line = self.line
+        line, config = self.line, self.config
         with line.lock():
             for text in line.recover():
                 self._message(text)
             self.parent = line.head
             self._require_whole()
             ancestors = line.ancestors(self.parent)
-            self.grandparent = ancestors[0] if ancestors and self.config.critic else None
+            self.grandparent = ancestors[0] if ancestors and config.critic else None
             self.chain = [self.parent, *ancestors]
             self._read_base()
             self.teachers = self._teachers()
-            require_goes_on(self.config.training, self._adapter(self.parent))
+            require_goes_on(config.training, line.adapter(self.parent))
             if resume and (finished := self._finished()) is not None:
                 return finished
             if (judged := self._judged()) is not None:
                 return judged
             self.work = line.folder / f"{WORK}{line.next_name}"
             self._begin(resume=resume, overwrite=overwrite)
-            if self.grandparent is None and not (self.config.critic and self.config.second_teacher):
+            if len(self.teachers) == 1:
                 why = "is the first generation" if not ancestors else "teaches alone, as was asked"
                 self._message(f"{self.parent} {why}: there is one teacher")
-            return self._finish(*self._learn())
+            own = Examples(
+                self._source(self.parent), self.base, config.training, report=self.report
+            )
+            foreign = {each.role: each.examples for each in self.teachers if each.foreign}
+            data = gather(line, self.chain, own, self.records, config, foreign=foreign)
+            targets, parent = self._ask_teachers(data)
+            child = train_child(
+                self.base,
+                line.adapter(self.parent),
+                data,
+                targets,
+                config,
+                self.work,
+                # Checkpoints of a run that is not to be resumed are gone.
+                resume=resume,
+                report=self.report,
+            )
+            return self._finish(data, child, parent, targets.taboo)
 
     def _message(self, text: str) -> None:
         self.report("message", {"message": text})
 
-    def _phase(self, name: str, total: int = 0, unit: str = "") -> None:
-        self.report("phase", {"name": name, "total": total, "unit": unit})
+    def _phase(self, name: str) -> None:
+        self.report("phase", {"name": name, "total": 0, "unit": ""})
+
+    # Who takes part.
 
     def _require_whole(self) -> None:
         problems = self.line.problems()
@@ -147,17 +159,12 @@ class Evolution:
             )
 
     def _read_base(self) -> None:
-        first = self.line.manifest(self.chain[-1])
-        self.base = ModelSource(
-            first["base"]["model"], trust_remote_code=self.config.training.trust_remote_code
-        )
-        changed = differences(
-            {key: value for key, value in first["base"].items() if key != "model"},
-            base_digests(self.base),
-        )
-        if changed:
+        recorded = self.line.base(self.parent)
+        model_id = recorded.pop("model")
+        self.base = ModelSource(model_id, trust_remote_code=self.config.training.trust_remote_code)
+        if changed := differences(recorded, base_digests(self.base)):
             raise NotWholeError(
-                f"the base model {self.base.model_id} is another than the line began with: "
+                f"the base model {model_id} is another than the line began with: "
                 f"{'; '.join(changed)}"
             )
 
@@ -165,8 +172,36 @@ class Evolution:
         return ModelSource(
             self.base.model_id,
             trust_remote_code=self.base.trust_remote_code,
-            adapter=self._adapter(name),
+            adapter=self.line.adapter(name),
         )
+
+    def _teachers(self) -> list[Teacher]:
+        """One or two, the first of them first."""
+        config, trust = self.config, self.config.training.trust_remote_code
+        teachers = []
+        for role, name, model in (
+            ("parent", self.parent, config.first_teacher),
+            ("grandparent", self.grandparent, config.second_teacher if config.critic else ""),
+        ):
+            if model:
+                source = ModelSource(model, trust_remote_code=trust)
+            elif name:
+                source = self._source(name)
+            else:
+                continue
+            examples = teacher_examples(source, self.base, config.training, self.report)
+            teachers.append(
+                Teacher(
+                    role=role,
+                    path=model or str(name),
+                    source=source,
+                    examples=examples,
+                    of_line=not model,
+                )
+            )
+        return teachers
+
+    # What was begun, or judged, before.
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -186,12 +221,8 @@ class Evolution:
         """The outcome of the same request, where it was the last thing that happened."""
         name = self.line.log()[-1].folder
         manifest = self.line.manifest(name)
-        digests = manifest["digests"]
-        same = (digests.get("data"), digests.get("settings")) == (
-            data_digest(self.records),
-            settings_digest(self.config),
-        )
-        if "decision" not in manifest or not same:
+        request = {"data": data_digest(self.records), "settings": settings_digest(self.config)}
+        if "decision" not in manifest or not request.items() <= manifest["digests"].items():
             return None
         self._message(f"{name} is already finished")
         return outcome_of(self.line.path(name))
@@ -218,6 +249,7 @@ class Evolution:
         )
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder of the run, or find the one that is to be resumed as it should be."""
         self.work.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.work)
         path = self.work / RUN_FILE
@@ -241,160 +273,104 @@ class Evolution:
             for _, folder in checkpoints:
                 shutil.rmtree(folder)
         write_json(path, identity)
-        self.resume = resume
 
-    def _measure(self, model: LanguageModel, material: Material) -> Measured:
+    # Teaching and judging.
+
+    def _ask_teachers(self, data: GenerationData) -> tuple[TwoTeacherTargets, Measures]:
+        """The teachers' targets and the parent's measures; each model is loaded once and alone."""
+        config = self.config
+        parent = None
+        caches: list[TeacherCache] = []
+        for teacher in self.teachers:
+            folder, batch_size = self.line.folder / "soft_targets", config.training.batch_size
+            caches.append(filled_cache(teacher, data, folder, batch_size, self.report))
+            if teacher.of_line and teacher.path == self.parent:
+                parent = self._measure_parent(teacher.source, data)
+            teacher.source.release()
+        if parent is None:
+            # Another model teaches in its place.
+            source = self._source(self.parent)
+            parent = self._measure_parent(source, data)
+            source.release()
+        taboo = TabooTokens(self.base.tokenizer, config.taboo_words, config.taboo_ids)
+        first, second = caches[0], caches[1] if len(caches) > 1 else None
+        return TwoTeacherTargets(first, second, self.base, config.blend, taboo), parent
+
+    def _measure_parent(self, source: ModelSource, data: GenerationData) -> Measures:
+        self._phase(f"measuring {self.parent}")
+        return self._measure(source.resident(), data)
+
+    def _measure(self, model: LanguageModel, data: GenerationData) -> Measures:
+        beginnings = openings(data.judged_by, self.config.answers)
         return measure(
             model,
-            recall=material.recall,
-            generalize=material.heldout,
-            prompts=self._prompts(material),
+            recall=data.recall,
+            generalize=data.heldout,
+            prompts=[example.ids[:length].tolist() for example, length in beginnings],
             config=self.config.training,
         )
 
-    def _prompts(self, material: Material) -> list[list[int]]:
-        both = [*material.heldout, *material.recall]
-        found = openings(both, self.config.answers)
-        return [example.ids[:length].tolist() for example, length in found]
-
-    def _learn(self) -> tuple[Material, Taught]:
-        """Everything up to the end of training."""
-        config = self.config
-        own = Examples(self._source(self.parent), self.base, config.training, report=self.report)
-        foreign = {each.role: each.examples for each in self.teachers if each.foreign}
-        material = gather(self.line, self.chain, own, self.records, config, foreign=foreign)
-        cache = self.line.folder / "soft_targets"
-        measured: list[Measured] = []
-
-        def measure_parent(source: ModelSource) -> None:
-            self._phase(f"measuring {self.parent}")
-            measured.append(self._measure(source.resident(), material))
-
-        def before_leaving(teacher: Teacher) -> None:
-            if teacher.of_line and teacher.path == self.parent:
-                measure_parent(teacher.source)
-
-        targets = teach(
-            self.teachers,
-            material,
-            self.base,
-            config,
-            cache,
-            self.report,
-            before_leaving=before_leaving,
-        )
-        if not measured:
-            # Another model teaches in its place.
-            source = self._source(self.parent)
-            measure_parent(source)
-            source.release()
-        (parent,) = measured
-        learned = learn(
-            self.base,
-            self._adapter(self.parent),
-            material,
-            targets,
-            config,
-            self.work,
-            resume=self.resume,
-            report=self.report,
-        )
-        return material, Taught(targets, parent, learned)
-
-    def _teachers(self) -> list[Teacher]:
-        """One or two, the first of them first."""
-        config = self.config
-        found = []
-        places = (
-            ("parent", self.parent, config.first_teacher),
-            ("grandparent", self.grandparent, config.second_teacher if config.critic else ""),
-        )
-        for role, name, model in places:
-            if not (model or name):
-                continue
-            trust = config.training.trust_remote_code
-            source = (
-                ModelSource(model, trust_remote_code=trust) if model else self._source(str(name))
-            )
-            found.append(
-                Teacher(
-                    role=role,
-                    path=model or str(name),
-                    source=source,
-                    examples=examples_for(source, self.base, config.training, self.report),
-                    of_line=not model,
-                )
-            )
-        return found
-
-    def _adapter(self, name: str) -> Path | None:
-        path = self.line.path(name)
-        return path if (path / ADAPTER_FILE).is_file() else None
-
-    def _finish(self, material: Material, taught: Taught) -> Outcome:
+    def _finish(
+        self,
+        data: GenerationData,
+        trained: TrainedChild,
+        parent: Measures,
+        taboo: TabooTokens | None,
+    ) -> Outcome:
         self._phase("measuring the child")
-        training, tensors = taught.learned.training, taught.learned.tensors
-        parent = taught.parent
-        adapter_config = {**taught.learned.adapter_config, "model": self.base.model_id}
-        save_adapter(self.work / "candidate", tensors, adapter_config)
-        model = load_verified(self.base, self.work / "candidate", tensors)
-        child = self._measure(model, material)
+        training = trained.training
+        adapter_config = {**trained.adapter_config, "model": self.base.model_id}
+        save_adapter(self.work / "candidate", trained.tensors, adapter_config)
+        model = load_verified(self.base, self.work / "candidate", trained.tensors)
+        child = self._measure(model, data)
         model.release()
-        reference = self._reference(material)
+        decode = self.base.tokenizer.decode
+        reference = [decode(each.ids[each.counted].tolist()) for each in data.judged_by]
         broken = violations(self.config.laws, child.answers)
+        drift = tone_drift(child.answers, parent.answers, reference)
         answers_that_break = len({violation.answer for violation in broken})
-        child_metrics = {
-            "recall": child.recall.top1,
-            "generalize": child.generalize.top1,
-            "tone_drift": tone_drift(child.answers, parent.answers, reference),
-            "law_violations": answers_that_break,
+        scores: dict[str, dict[str, Any]] = {
+            "child": {**child.scores, "tone_drift": drift, "law_violations": answers_that_break},
+            "parent": parent.scores,
         }
-        parent_metrics = {"recall": parent.recall.top1, "generalize": parent.generalize.top1}
-        verdicts = judge(child_metrics, parent_metrics, self.config.gates)
-        taboo = taught.targets.taboo
-        metrics = {
-            "child": child.to_json(taboo, self.base.tokenizer),
-            "parent": parent.to_json(taboo, self.base.tokenizer),
-            "tone_drift": child_metrics["tone_drift"],
-            "law_violations": [asdict(violation) for violation in broken],
-            "scores": {
-                "child": {n: _plain(value) for n, value in child_metrics.items()},
-                "parent": {n: _plain(value) for n, value in parent_metrics.items()},
-            },
-            "best_step": training.best_step,
-            "skipped_steps": training.skipped_steps,
-            "peak_memory_bytes": mx.get_peak_memory(),
-        }
+        verdicts = gate_verdicts(scores["child"], scores["parent"], self.config.gates)
         manifest = make_manifest(
             self.line,
             (self.parent, self.grandparent),
             self.teachers,
             self.config,
-            material,
+            data,
             verdicts,
             request=self._identity,
-            data=data_digest(self.records),
+        )
+        metrics = {
+            "child": child.to_json(taboo, self.base.tokenizer),
+            "parent": parent.to_json(taboo, self.base.tokenizer),
+            "tone_drift": drift,
+            "law_violations": [asdict(violation) for violation in broken],
+            "scores": scores,
+            "best_step": training.best_step,
+            "skipped_steps": training.skipped_steps,
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        draw = partial(
+            draw_learning,
+            history=training.history,
+            title=f"{self.parent}'s child: what taught it",
+            best=training.best_step,
         )
         write_folder(
             self.line.candidate,
-            arrays={ADAPTER_FILE: tensors},
+            arrays={ADAPTER_FILE: trained.tensors},
             documents={
                 ADAPTER_CONFIG: adapter_config,
                 MANIFEST_FILE: manifest,
                 METRICS_FILE: metrics,
                 SAMPLES_FILE: {"child": child.answers, "parent": parent.answers},
                 LOG_FILE: training.history,
-                DATA_FILE: json_lines(material.records[0]),
-                HELDOUT_FILE: json_lines(material.records[1]),
+                **record_files(data.train_records, data.heldout_records),
             },
-            writers={
-                REPORT_FILE: partial(
-                    draw_learning,
-                    history=training.history,
-                    title=f"{self.parent}'s child: what taught it",
-                    best=training.best_step,
-                )
-            },
+            writers={REPORT_FILE: draw},
         )
         # The candidate holds all that is needed from here on; see `_judged`.
         shutil.rmtree(self.work)
@@ -404,32 +380,18 @@ class Evolution:
         act = self.line.promote if manifest["decision"] == "promoted" else self.line.archive
         return outcome_of(self.line.path(act(self.line.candidate)))
 
-    def _reference(self, material: Material) -> list[str]:
-        decode = self.base.tokenizer.decode
-        both = [*material.heldout, *material.recall]
-        return [decode(example.ids[example.counted].tolist()) for example in both]
 
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
+@dataclass(frozen=True)
 class TeacherStudentTrainer:
     """Grows generations with the same settings.
 
-    Args:
-        config: See `EvolveConfig`.
-        report: See `progress.Report`.
+    Attributes:
+        config: Settings of each generation.
+        report: Gets the events of the runs.
     """
 
-    def __init__(
-        self,
-        config: EvolveConfig | None = None,
-        *,
-        report: Report = silent,
-    ) -> None:
-        self.config = config or EvolveConfig()
-        self.report = report
+    config: EvolveConfig = field(default_factory=EvolveConfig)
+    report: Report = silent
 
     def train(
         self,
@@ -439,7 +401,18 @@ class TeacherStudentTrainer:
         resume: bool = False,
         overwrite: bool = False,
     ) -> Outcome:
-        """Grow one generation on a line; see `Evolution.run`."""
+        """Grow one generation on a line.
+
+        Args:
+            line: Begun with `init_line`.
+            records: New data, as `distill` takes them.
+            resume: Go on with an unfinished run of the same data and settings.
+            overwrite: Start again over an unfinished one.
+
+        Raises:
+            ConchError: The line was altered, the data are of no use, or an unfinished run lies
+                there that is neither to be resumed nor overwritten.
+        """
         evolution = Evolution(line, records, self.config, self.report)
         return evolution.run(resume=resume, overwrite=overwrite)
 
@@ -453,18 +426,15 @@ def train_generation_with_teachers(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Outcome:
-    """One generation, from data to HEAD or the archive.
+    """One generation, from data to HEAD or the archive, as `TeacherStudentTrainer.train` makes it.
 
     Args:
-        line: Begun with `material.init_line`.
+        line: Begun with `init_line`.
         records: New data, as `distill` takes them.
-        config: See `EvolveConfig`.
-        report: See `progress.Report`.
+        config: Settings of the generation; the defaults without any.
+        report: Gets the events of the run.
         resume: Go on with an unfinished run of the same data and settings.
         overwrite: Start again over an unfinished one.
-
-    Raises:
-        ConchError: See `Evolution.run`.
     """
-    trainer = TeacherStudentTrainer(config, report=report)
+    trainer = TeacherStudentTrainer(config or EvolveConfig(), report)
     return trainer.train(line, records, resume=resume, overwrite=overwrite)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from conch_dna.errors import ConchError
 
 Check = Callable[[str, Any], bool]
@@ -73,6 +71,8 @@ def read_laws(path: Path) -> list[Law]:
     Raises:
         ConchError: The file cannot be read, or something in it is no law; all of it at once.
     """
+    import yaml
+
     try:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,11 +98,11 @@ def laws_of(listed: Any, source: str) -> list[Law]:
         raise ConchError(f"{source} hold no list; {EXAMPLE}")
     laws, problems = [], []
     for number, entry in enumerate(listed, 1):
-        found = _law(entry)
-        if isinstance(found, Law):
-            laws.append(found)
+        law = _law(entry)
+        if isinstance(law, Law):
+            laws.append(law)
         else:
-            problems.append(f"law {number} {found}")
+            problems.append(f"law {number} {law}")
     names = [law.name for law in laws]
     problems += [
         f"the name {name!r} is used twice" for name in {n for n in names if names.count(n) > 1}
@@ -116,13 +116,13 @@ def _law(entry: Any) -> Law | str:
     """A law, or what is wrong with the entry."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         return "has no name"
-    given = [key for key in entry if key != "name"]
-    if len(given) != 1 or given[0] not in KINDS:
+    kinds = [key for key in entry if key != "name"]
+    if len(kinds) != 1 or kinds[0] not in KINDS:
         return (
-            f"({entry['name']}) has {', '.join(map(str, given)) or 'nothing'} beside its name; it "
+            f"({entry['name']}) has {', '.join(map(str, kinds)) or 'nothing'} beside its name; it "
             f"needs one of {', '.join(KINDS)}"
         )
-    kind, value = given[0], entry[given[0]]
+    kind, value = kinds[0], entry[kinds[0]]
     type_, _, words = KINDS[kind]
     if type(value) is not type_ or value is False or (isinstance(value, int) and value < 0):
         return f"({entry['name']}): {kind} is {value!r}, not {words}"

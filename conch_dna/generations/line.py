@@ -22,9 +22,11 @@ from conch_dna.checkpoints import (
     verify_folder,
     write_atomically,
 )
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.digests import content_digest, file_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.language_model import ADAPTER_FILES
 
+FORMAT = "generation 1"
 HEAD_FILE = "HEAD"
 LOG_FILE = "log.jsonl"
 MANIFEST_FILE = "manifest.json"
@@ -32,6 +34,11 @@ CANDIDATE = "CANDIDATE-"
 GENERATION = re.compile(r"G(\d{3,})")
 FAILED = re.compile(r"FAILED-(G\d{3,})-\S+")
 EVENTS = ("init", "promoted", "failed", "rollback")
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def generation_name(number: int) -> str:
@@ -91,7 +98,7 @@ class Line:
         self.folder = root / name
 
     def lock(self) -> FolderLock:
-        """Held while the line is changed; see `FolderLock`."""
+        """Held by the one process that changes the line."""
         return FolderLock(self.folder, elsewhere="choose another line or --root")
 
     @property
@@ -131,8 +138,8 @@ class Line:
     def _folders(self, pattern: re.Pattern[str]) -> list[str]:
         if not self.folder.is_dir():
             return []
-        found = [p.name for p in self.folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)]
-        return sorted(found, key=lambda name: (len(name.split("-")[0]), name))
+        names = [p.name for p in self.folder.iterdir() if p.is_dir() and pattern.fullmatch(p.name)]
+        return sorted(names, key=lambda name: (len(name.split("-")[0]), name))
 
     def path(self, name: str) -> Path:
         """The folder of a generation or of a refused child.
@@ -158,21 +165,24 @@ class Line:
         document: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         return document
 
-    def parent(self, name: str) -> str | None:
-        """Which generation a generation grew from; None for the first."""
-        found: str | None = self.manifest(name).get("parent")
-        return found
-
     def ancestors(self, name: str) -> list[str]:
         """Parent, grandparent and so on, up to the first generation."""
-        found: list[str] = []
-        parent = self.parent(name)
-        while parent is not None:
-            if parent in found:
+        names = [name]
+        while (parent := self.manifest(names[-1]).get("parent")) is not None:
+            if parent in names[1:]:
                 raise NotWholeError(f"{self.folder}: {parent} is its own ancestor")
-            found.append(parent)
-            parent = self.parent(parent)
-        return found
+            names.append(parent)
+        return names[1:]
+
+    def base(self, name: str) -> dict[str, str]:
+        """The model that a generation's line began with: its name, and its content addresses."""
+        base: dict[str, str] = self.manifest([name, *self.ancestors(name)][-1])["base"]
+        return base
+
+    def adapter(self, name: str) -> Path | None:
+        """The folder of a generation as an adapter; None for a first one that is the base alone."""
+        path = self.path(name)
+        return path if all((path / file).is_file() for file in ADAPTER_FILES) else None
 
     @property
     def next_name(self) -> str:
@@ -184,6 +194,28 @@ class Line:
     def candidate(self) -> Path:
         """Where the next child is written, whole or not at all, before it is judged."""
         return self.folder / f"{CANDIDATE}{self.next_name}"
+
+    def next_manifest(
+        self, parents: tuple[str | None, str | None], *, seed: int, **facts: Any
+    ) -> dict[str, Any]:
+        """What is written down of the next child.
+
+        Args:
+            parents: Parent and grandparent, where there are any.
+            seed: Of everything that was drawn.
+            **facts: What else is to be said of it.
+        """
+        return {
+            "format": FORMAT,
+            "line": self.name,
+            "generation": self.next_name,
+            "parent": parents[0],
+            "grandparent": parents[1],
+            **facts,
+            **provenance(),
+            "seed": seed,
+            "created": now(),
+        }
 
     # What changes the line; the caller holds the lock.
 
@@ -211,9 +243,8 @@ class Line:
             ConchError: The candidate is not whole.
         """
         verify_folder(candidate)
-        name = (
-            f"FAILED-{candidate.name.removeprefix(CANDIDATE)}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-        )
+        child = candidate.name.removeprefix(CANDIDATE)
+        name = f"FAILED-{child}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
         self._rename(candidate, self.folder / name)
         self._append("failed", name)
         return name
@@ -252,7 +283,7 @@ class Line:
         logged = {entry.folder for entry in self.log()}
         for name in self.generations():
             if name not in logged:
-                parent = self.parent(name)
+                parent = self.manifest(name).get("parent")
                 if parent is None or (self.exists and self.head == parent):
                     self._set_head(name)
                 self._append("init" if parent is None else "promoted", name)
@@ -282,7 +313,7 @@ class Line:
             folder=name,
             head=self.head,
             folder_digest=folder_digest(self.folder / name),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=now(),
             previous=entries[-1].digest if entries else "",
         )
         text = "".join(f"{each.text}\n" for each in [*entries, entry])
@@ -297,17 +328,17 @@ class Line:
         path = self.folder / LOG_FILE
         if not path.is_file():
             return []
-        found = []
+        entries = []
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                found.append(Entry(**json.loads(text)))
+                entries.append(Entry(**json.loads(text)))
             except (ValueError, TypeError) as error:
                 raise NotWholeError(f"{path} is not whole: line {number} is no entry") from error
-        return found
+        return entries
 
     def problems(self) -> list[str]:
         """Everything about the line that is not as it was written; none for a whole line."""
-        found: list[str] = []
+        faults: list[str] = []
         try:
             entries = self.log()
         except NotWholeError as error:
@@ -315,20 +346,20 @@ class Line:
         previous = ""
         for number, entry in enumerate(entries, 1):
             if entry.previous != previous:
-                found.append(f"{LOG_FILE} line {number} does not follow the one before it")
+                faults.append(f"{LOG_FILE} line {number} does not follow the one before it")
             previous = entry.digest
         recorded = {entry.folder: entry.folder_digest for entry in entries}
         present = [*self.generations(), *self.failed()]
-        found += [f"{name} is in the log and gone" for name in recorded if name not in present]
+        faults += [f"{name} is in the log and gone" for name in recorded if name not in present]
         for name in present:
-            found += self._folder_problems(name, recorded)
+            faults += self._folder_problems(name, recorded)
         try:
             head = self.head
             if entries and entries[-1].head != head:
-                found.append(f"{HEAD_FILE} names {head}, the log's last entry {entries[-1].head}")
+                faults.append(f"{HEAD_FILE} names {head}, the log's last entry {entries[-1].head}")
         except ConchError as error:
-            found.append(str(error))
-        return found
+            faults.append(str(error))
+        return faults
 
     def _folder_problems(self, name: str, recorded: Mapping[str, str]) -> Sequence[str]:
         path = self.folder / name
@@ -337,17 +368,17 @@ class Line:
             manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         except (NotWholeError, OSError, ValueError) as error:
             return [str(error)]
-        found = []
+        problems = []
         if name not in recorded:
-            found.append(f"{name} is not in the log")
+            problems.append(f"{name} is not in the log")
         elif folder_digest(path) != recorded[name]:
-            found.append(f"{name} is another than when it entered the log")
+            problems.append(f"{name} is another than when it entered the log")
         for ancestor, digest in manifest.get("digests", {}).get("parents", {}).items():
             if ancestor not in self.generations():
-                found.append(f"{name} grew from {ancestor}, which is gone")
+                problems.append(f"{name} grew from {ancestor}, which is gone")
             elif folder_digest(self.folder / ancestor) != digest:
-                found.append(f"{name} grew from another {ancestor} than the one that is there")
-        return found
+                problems.append(f"{name} grew from another {ancestor} than the one that is there")
+        return problems
 
 
 def folder_digest(path: Path) -> str:

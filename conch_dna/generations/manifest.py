@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.digests import content_digest
-from conch_dna.generations.data import FORMAT, Material, now
+from conch_dna.generations.data import GenerationData
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
-from conch_dna.generations.promotion import Verdict
+from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.generations.train_child import Teacher
-from conch_dna.provenance import provenance
 
 METRICS_FILE = "metrics.json"
 
@@ -34,7 +33,7 @@ class Outcome:
 
     name: str
     promoted: bool
-    verdicts: list[Verdict]
+    verdicts: list[GateVerdict]
     metrics: dict[str, Any]
 
 
@@ -47,7 +46,7 @@ def outcome_of(path: Path) -> Outcome:
     return Outcome(
         name=path.name,
         promoted=manifest["decision"] == "promoted",
-        verdicts=[Verdict(**verdict) for verdict in manifest["verdicts"]],
+        verdicts=[GateVerdict(**verdict) for verdict in manifest["verdicts"]],
         metrics=metrics,
     )
 
@@ -67,11 +66,10 @@ def make_manifest(
     parents: tuple[str, str | None],
     teachers: Sequence[Teacher],
     config: EvolveConfig,
-    material: Material,
-    verdicts: Sequence[Verdict],
+    data: GenerationData,
+    verdicts: Sequence[GateVerdict],
     *,
     request: dict[str, Any],
-    data: str,
 ) -> dict[str, Any]:
     """The manifest of a line's next generation.
 
@@ -80,40 +78,33 @@ def make_manifest(
         parents: Parent and, if it teaches or taught, grandparent.
         teachers: Who taught.
         config: What it was trained and judged with.
-        material: What it learned from.
+        data: What it learned from.
         verdicts: What the gates said.
-        request: What must be the same for the same generation.
-        data: Digest of the new records.
+        request: What must be the same for the same generation, the digest of the new records, as
+            `data`, among it.
     """
-    asked = config.to_manifest()
-    passed = all(verdict.passed for verdict in verdicts)
-    return {
-        "format": FORMAT,
-        "line": line.name,
-        "generation": line.next_name,
-        "parent": parents[0],
-        "grandparent": parents[1],
-        "evolution_request": {
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    return line.next_manifest(
+        parents,
+        seed=config.training.seed,
+        evolution_request={
             "line": line.name,
-            "records": sum(map(len, material.records)),
-            "train": len(material.train),
-            "heldout": len(material.heldout),
-            "recall": len(material.recall),
-            "replay": len(material.replay),
+            "records": len(data.train) + len(data.heldout),
+            "train": len(data.train),
+            "heldout": len(data.heldout),
+            "recall": len(data.recall),
+            "replay": len(data.replay),
         },
-        "teachers": [{"role": each.role, "path": each.path} for each in teachers],
-        **asked,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-        "decision": "promoted" if passed else "failed",
-        "reasons": [verdict.reason for verdict in verdicts if not verdict.passed],
-        "digests": {
+        teachers=[{"role": each.role, "path": each.path} for each in teachers],
+        **config.to_manifest(),
+        verdicts=[asdict(verdict) for verdict in verdicts],
+        decision="failed" if failed else "promoted",
+        reasons=[verdict.reason for verdict in failed],
+        digests={
             "parents": {name: folder_digest(line.path(name)) for name in parents if name},
             "models": models_of(teachers),
-            "data": data,
+            "data": request["data"],
             "settings": settings_digest(config),
             "request": content_digest(json.dumps(request)),
         },
-        **provenance(),
-        "seed": config.training.seed,
-        "created": now(),
-    }
+    )

@@ -1,7 +1,7 @@
-"""Gates: the measures of a child and of its parent in, a decision with its reasons out.
+"""Gates: a child and its parent are measured, and a decision with its reasons comes out.
 
-Knows numbers and generated texts; nothing of models, training or files.
-To add a gate: a function in GATES; it gets the measures of both and the settings.
+Knows loaded models, tokenized examples and generated texts; nothing of training, lines or files.
+To add a gate: an entry in GATES; it gets the measures of both and the settings.
 """
 
 import math
@@ -9,60 +9,132 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.generations.settings import PAIRED, GateSettings
+from conch_dna.generations.taboo import TabooTokens
+from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import paired_interval
+from conch_dna.training.answers import sample_texts
+from conch_dna.training.batches import Example
+from conch_dna.training.evaluation import token_scores
+from conch_dna.training.settings import KDConfig
 
 WORD = re.compile(r"\w+")
 
 Metrics = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GateSettings:
-    """What a child must reach.
+@dataclass(frozen=True, eq=False)
+class TextScores:
+    """How well a model writes texts, one figure for each.
 
     Attributes:
-        recall_margin: How much less than the parent it may recall; a share between 0 and 1.
-        generalize_gain: How much more than the parent it must get right of the new domain.
-        max_tone_drift: How much further than the parent's its words may lie from the reference.
-        max_law_violations: Answers that may break a law.
-        confidence: Of the intervals of differences, between 0 and 1.
-        by_lower_bound: Names of gates whose difference must reach its bound with this confidence,
-            not only as measured.
-        seed: Of the resampling.
+        top1: Share of a text's counted tokens that the model holds likeliest `[n]`, 0 to 1.
+        nats: Cross-entropy of its counted tokens, in nats per token `[n]`.
+        tokens: How many tokens count `[n]`.
     """
 
-    recall_margin: float = 0.05
-    generalize_gain: float = 0.02
-    max_tone_drift: float = 0.05
-    max_law_violations: int = 0
-    confidence: float = 0.95
-    by_lower_bound: tuple[str, ...] = ()
-    seed: int = 0
+    top1: np.ndarray
+    nats: np.ndarray
+    tokens: np.ndarray
 
-    def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise ConchError(f"confidence {self.confidence:g} is not between 0 and 1, such as 0.95")
-        unknown = sorted(set(self.by_lower_bound) - set(PAIRED))
-        if unknown:
-            raise ConchError(
-                f"by_lower_bound names {', '.join(unknown)}: only {', '.join(PAIRED)} are "
-                "differences with an interval"
-            )
+    def to_json(self) -> dict[str, float | int]:
+        """Means over texts of `top1`, and over tokens of `nats`."""
+        return {
+            "texts": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+            "top1": float(self.top1.mean()) if len(self.top1) else 0.0,
+            "nats_per_token": float((self.nats * self.tokens).sum() / max(1, self.tokens.sum())),
+        }
+
+
+def text_scores(
+    model: LanguageModel, examples: Sequence[Example], *, batch_size: int, chunk: int = 1024
+) -> TextScores:
+    """Score every text under a model.
+
+    Args:
+        model: Loaded.
+        examples: With at least one counted token each.
+        batch_size: Texts at once.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+    """
+    scores = token_scores(model, examples, batch_size=batch_size, chunk=chunk)
+    return TextScores(
+        np.array([each.likeliest.mean(dtype=np.float64) for each in scores]),
+        np.array([-each.log_probs.mean(dtype=np.float64) for each in scores]),
+        np.array([example.count for example in examples], np.int64),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """What gates are decided on: how well one model writes given texts, and what it answers.
+
+    Attributes:
+        recall: Its scores on earlier held-out data.
+        generalize: Its scores on the new held-out data.
+        answers: To the same prompts as the other model's.
+    """
+
+    recall: TextScores
+    generalize: TextScores
+    answers: list[str]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The figures that gates compare, one for each text."""
+        return {"recall": self.recall.top1.tolist(), "generalize": self.generalize.top1.tolist()}
+
+    def to_json(self, taboo: TabooTokens | None, tokenizer: Any) -> dict[str, Any]:
+        """The figures, with how many answers hold a taboo word where there are some."""
+        figures: dict[str, Any] = {
+            "recall": self.recall.to_json(),
+            "generalize": self.generalize.to_json(),
+        }
+        if taboo:
+            ids = [tokenizer.encode(text, add_special_tokens=False) for text in self.answers]
+            figures["answers_with_taboo_words"] = sum(bool(taboo.spelled(i).any()) for i in ids)
+        return figures
+
+
+def measure(
+    model: LanguageModel,
+    *,
+    recall: Sequence[Example],
+    generalize: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    config: KDConfig,
+) -> Measures:
+    """Score a model on two sets of texts and let it answer prompts.
+
+    Args:
+        model: Loaded.
+        recall: Earlier held-out texts.
+        generalize: New held-out ones.
+        prompts: Token ids.
+        config: Batch size, and how answers are drawn.
+    """
+    scores = [
+        text_scores(model, part, batch_size=config.batch_size, chunk=config.head_chunk)
+        for part in (recall, generalize)
+    ]
+    return Measures(scores[0], scores[1], sample_texts(model, prompts, config))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class GateVerdict:
     """What one gate says.
 
     Attributes:
         gate: Its name.
         passed: Whether the child may go on.
-        reason: One line with the figures.
+        reason: One line with the figures, after the gate's name.
         figures: What it was decided on.
     """
 
@@ -72,7 +144,12 @@ class Verdict:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-Gate = Callable[[Metrics, Metrics, GateSettings], Verdict]
+def _verdict(gate: str, passed: bool, reason: str, **figures: Any) -> GateVerdict:
+    return GateVerdict(gate=gate, passed=passed, reason=f"{gate}: {reason}", figures=figures)
+
+
+def _no_data(gate: str, who: str) -> GateVerdict:
+    return _verdict(gate, False, f"no data of the {who}; nothing is promoted on no evidence")
 
 
 def _scores(metrics: Metrics, name: str) -> np.ndarray | None:
@@ -84,18 +161,18 @@ def _scores(metrics: Metrics, name: str) -> np.ndarray | None:
     return scores if len(scores) and np.isfinite(scores).all() else None
 
 
-def _paired(
-    name: str, child: Metrics, parent: Metrics, settings: GateSettings, *, least: float
-) -> Verdict:
+def _at_least(value: float, least: float) -> bool:
+    # A difference of exactly the margin passes, whatever the last bit of a float says.
+    return value >= least or math.isclose(value, least, abs_tol=1e-9)
+
+
+def _compared(
+    gate: str, child: Metrics, parent: Metrics, settings: GateSettings, *, least: float
+) -> GateVerdict:
     """Whether the difference of a score reaches `least`, or its lower bound does."""
-    own, other = _scores(child, name), _scores(parent, name)
+    own, other = _scores(child, gate), _scores(parent, gate)
     if own is None or other is None:
-        who = "the child" if own is None else "the parent"
-        return Verdict(
-            gate=name,
-            passed=False,
-            reason=f"{name}: no data of {who}; nothing is promoted on no evidence",
-        )
+        return _no_data(gate, "child" if own is None else "parent")
     difference = float(own.mean() - other.mean())
     figures: dict[str, Any] = {
         "child": float(own.mean()),
@@ -104,73 +181,58 @@ def _paired(
         "least": least,
         "items": len(own),
     }
-    decisive, shown = difference, ""
-    wants_bound = name in settings.by_lower_bound
+    decisive, interval, bound = difference, "", ""
+    wants_bound = gate in settings.by_lower_bound
     if len(own) == len(other) and len(own) > 1:
         low, high = paired_interval(own, other, confidence=settings.confidence, seed=settings.seed)
         figures["interval"] = [low, high]
-        shown = f" [{low:+.4f}, {high:+.4f}]"
-        decisive = low if wants_bound else difference
+        interval = f" [{low:+.4f}, {high:+.4f}]"
+        if wants_bound:
+            decisive, bound = low, "lower bound "
     elif wants_bound:
-        return Verdict(
-            gate=name,
-            passed=False,
-            reason=f"{name}: no interval of {len(own)} and {len(other)} scores; its lower bound "
-            "was asked for, which needs the same items of both",
-            figures=figures,
+        reason = (
+            f"no interval of {len(own)} and {len(other)} scores; its lower bound was asked for, "
+            "which needs the same items of both"
         )
-    # A difference of exactly the margin passes, whatever the last bit of a float says.
-    passed = decisive >= least or math.isclose(decisive, least, abs_tol=1e-9)
-    bound = "lower bound " if wants_bound else ""
-    return Verdict(
-        gate=name,
-        passed=passed,
-        reason=f"{name}: {own.mean():.4f} against the parent's {other.mean():.4f}, difference "
-        f"{difference:+.4f}{shown}; {bound}needed {least:+.4f}",
-        figures=figures,
+        return _verdict(gate, False, reason, **figures)
+    reason = (
+        f"{own.mean():.4f} against the parent's {other.mean():.4f}, difference "
+        f"{difference:+.4f}{interval}; {bound}needed {least:+.4f}"
     )
+    return _verdict(gate, _at_least(decisive, least), reason, **figures)
 
 
-def recall_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> Verdict:
-    """What earlier generations learned must not be forgotten: parent's recall less the margin."""
-    return _paired("recall", child, parent, settings, least=-settings.recall_margin)
-
-
-def generalize_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> Verdict:
-    """Held-out data of the new domain: the parent's score and the gain."""
-    return _paired("generalize", child, parent, settings, least=settings.generalize_gain)
-
-
-def _at_most(name: str, child: Metrics, most: float, *, words: str) -> Verdict:
-    scores = _scores(child, name)
+def _at_most(gate: str, child: Metrics, most: float, *, words: str) -> GateVerdict:
+    """Whether a figure of the child's, summed over its items, is small enough."""
+    scores = _scores(child, gate)
     if scores is None:
-        return Verdict(
-            gate=name,
-            passed=False,
-            reason=f"{name}: no data of the child; nothing is promoted on no evidence",
-        )
+        return _no_data(gate, "child")
     value = float(scores.sum())
-    passed = value <= most or math.isclose(value, most, abs_tol=1e-9)
-    return Verdict(
-        gate=name,
-        passed=passed,
-        reason=f"{name}: {value:.4g} {words}; at most {most:g}",
-        figures={"child": value, "most": most},
-    )
+    reason = f"{value:.4g} {words}; at most {most:g}"
+    return _verdict(gate, _at_least(most, value), reason, child=value, most=most)
 
 
-def tone_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> Verdict:
+def recall_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> GateVerdict:
+    """What earlier generations learned must not be forgotten: parent's recall less the margin."""
+    return _compared("recall", child, parent, settings, least=-settings.recall_margin)
+
+
+def generalize_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> GateVerdict:
+    """Held-out data of the new domain: the parent's score and the gain."""
+    return _compared("generalize", child, parent, settings, least=settings.generalize_gain)
+
+
+def tone_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> GateVerdict:
     """How much further from the reference the child's words lie than the parent's."""
     return _at_most("tone_drift", child, settings.max_tone_drift, words="more than the parent")
 
 
-def law_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> Verdict:
+def law_gate(child: Metrics, parent: Metrics, settings: GateSettings) -> GateVerdict:
     """Answers that break a law."""
     return _at_most("law_violations", child, settings.max_law_violations, words="answers")
 
 
-PAIRED = ("recall", "generalize")
-GATES: dict[str, Gate] = {
+GATES: dict[str, Callable[[Metrics, Metrics, GateSettings], GateVerdict]] = {
     "recall": recall_gate,
     "generalize": generalize_gate,
     "tone_drift": tone_gate,
@@ -178,7 +240,9 @@ GATES: dict[str, Gate] = {
 }
 
 
-def judge(child: Metrics, parent: Metrics, settings: GateSettings | None = None) -> list[Verdict]:
+def gate_verdicts(
+    child: Metrics, parent: Metrics, settings: GateSettings | None = None
+) -> list[GateVerdict]:
     """What every gate says, in their order."""
     settings = settings or GateSettings()
     return [gate(child, parent, settings) for gate in GATES.values()]
@@ -195,11 +259,11 @@ def validate_student_vs_teachers(
 
     Args:
         student_metrics: `recall` and `generalize`, shares between 0 and 1 or one score an item in
-            the same order as the parent's; `tone_drift`, see `tone_drift`; `law_violations`, how
-            many answers break a law. What is missing fails its gate.
+            the same order as the parent's; `tone_drift`, what the function of that name gives; and
+            `law_violations`, how many answers break a law. What is missing fails its gate.
         teacher1_metrics: The parent's `recall` and `generalize`.
         teacher2_metrics: The grandparent's, for the message only: it has no say.
-        settings: See `GateSettings`.
+        settings: What it must reach; the defaults without any.
 
     Returns:
         Whether every gate passed, and a line for each, the failed ones first.
@@ -210,8 +274,8 @@ def validate_student_vs_teachers(
     >>> print(passed, message.splitlines()[0])
     False recall: 0.7000 against the parent's 0.8000, difference -0.1000; needed -0.0500
     """
-    verdicts = judge(student_metrics, teacher1_metrics, settings)
-    lines = [v.reason for v in sorted(verdicts, key=lambda verdict: verdict.passed)]
+    verdicts = gate_verdicts(student_metrics, teacher1_metrics, settings)
+    lines = [each.reason for each in sorted(verdicts, key=attrgetter("passed"))]
     for name in PAIRED:
         scores = _scores(teacher2_metrics or {}, name)
         if scores is not None:

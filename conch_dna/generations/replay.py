@@ -5,15 +5,13 @@ Knows records and examples; nothing of models or of how a line is kept on disk.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example, ExampleBatches, bucketed_batches
-
-Record = dict[str, Any]
+from conch_dna.training.records import Record
 
 
 def create_replay_buffer(
@@ -119,14 +117,14 @@ class ReplayBatches(ExampleBatches):
         """Which of the replayed examples an epoch holds, counted from 0."""
         places = np.arange(epoch * self.per_epoch, (epoch + 1) * self.per_epoch)
         rounds, within = places // max(1, self.replay_count), places % max(1, self.replay_count)
-        found = [self._round(int(n))[at] for n, at in zip(rounds, within, strict=True)]
-        return np.array(found, np.int64)
+        indices = [self._round(int(n))[at] for n, at in zip(rounds, within, strict=True)]
+        return np.array(indices, np.int64)
 
     def _draw(self, epoch: int) -> list[np.ndarray]:
-        chosen = np.concatenate([np.arange(self.new_count), self.new_count + self.replayed(epoch)])
-        lengths = [len(self.examples[index].ids) for index in chosen]
+        indices = np.concatenate([np.arange(self.new_count), self.new_count + self.replayed(epoch)])
+        lengths = [len(self.examples[index].ids) for index in indices]
         batches = bucketed_batches(lengths, self.batch_size, seed=self.seed, epoch=epoch)
-        return [chosen[batch] for batch in batches]
+        return [indices[batch] for batch in batches]
 
     @property
     def digest(self) -> str:

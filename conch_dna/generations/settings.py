@@ -1,22 +1,39 @@
 """Everything that shapes one generation except the line and the data.
 
-Knows names, defaults and ranges; nothing of how they are used. A default stands here, in
-options.py, `KDConfig`, `BlendSettings` or `GateSettings`, and nowhere else.
+Knows names, defaults, ranges and help; nothing of how they are used. A default stands here or in
+`KDConfig`, and nowhere else. To add a setting: a field with its help and range; the command line
+takes it from here.
 """
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.generations.laws import Law, laws_of
-from conch_dna.generations.options import NUMBERS, UNUSED
-from conch_dna.generations.promotion import GateSettings
-from conch_dna.generations.two_teachers import BlendSettings
-from conch_dna.option_fields import refuse_unknown
+from conch_dna.option_fields import option, option_problems, refuse_unknown
 from conch_dna.training.settings import KDConfig
 
 GENERATION_NAME = re.compile(r"HEAD|G\d{3,}")
+CONFIDENCES = ("top1", "entropy")
+"""Measures of how sure a teacher is; `blending.confidence` has a branch for each."""
+PAIRED = ("recall", "generalize")
+"""Gates that compare one score for each item, so that their difference has an interval."""
+# Settings of a distillation for which a generation has no use, or which are its line's.
+UNUSED = (
+    "alpha",
+    "alignment",
+    "soft_weight",
+    "chunk_weight",
+    "chunk_scale",
+    "samples_per_prompt",
+    "generation_batch_size",
+    "steps_per_report",
+    "output_dir",
+    "adapter_subdir",
+    "trust_remote_code",
+)
 LOSS_PARTS = ("alpha", "beta", "gamma", "blend")
 STABILIZERS = ("ema_decay", "replay_share", "replay_size", "taboo_words", "taboo_ids")
 EVALUATION = ("measured", "answers")
@@ -39,6 +56,78 @@ RECORDED = (
     "seed",
     "created",
 )
+TEACHER_PLACES = {"parent": "first_teacher", "grandparent": "second_teacher"}
+"""The setting that puts a model into each teacher's place, by the teacher's role."""
+
+_share = partial(option, low=0, high=1, between="between {low:g} and {high:g}")
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConchError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendSettings:
+    """How two teachers become one target.
+
+    Attributes:
+        first_share: The first teacher's share of every blend, between 0 and 1; None for one in
+            proportion to confidence. The other fields say themselves what they are.
+
+    Raises:
+        ConchError: A value is out of its range; all such values are named at once.
+    """
+
+    js_threshold: float = _share(0.1, "Disagreement below which both teachers teach a token.")
+    confidence_threshold: float = _share(
+        0.8, "Confidence above which the first teacher teaches alone where they disagree."
+    )
+    gold_weight: float = _share(0.5, "Weight of a token that only the text teaches.")
+    method: str = option("top1", "Measure of confidence.", choices=CONFIDENCES)
+    gated: bool = option(True, "Disagreement counts; without it every token is blended.")
+    first_share: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = option_problems(self)
+        if self.first_share is not None and not 0 <= self.first_share <= 1:
+            problems.append(f"first_share is {self.first_share:g}: it must be between 0 and 1")
+        _refuse(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """What a child must reach.
+
+    Attributes:
+        by_lower_bound: Names of gates (of PAIRED) whose difference must reach its bound with the
+            confidence asked for, not only as measured. The other fields say themselves what they
+            are.
+
+    Raises:
+        ConchError: A value is out of its range; all such values are named at once.
+    """
+
+    recall_margin: float = option(0.05, "How much less than the parent it may recall, a share.")
+    generalize_gain: float = option(
+        0.02, "How much more than the parent it must get right of the new domain, a share."
+    )
+    max_tone_drift: float = option(
+        0.05, "How much further than the parent's its words may lie from the reference."
+    )
+    max_law_violations: int = option(0, "Answers that may break a law.")
+    confidence: float = option(0.95, "Of the intervals of differences.", above=0, below=1)
+    by_lower_bound: tuple[str, ...] = ()
+    seed: int = option(0, "Of the resampling.", low=0)
+
+    def __post_init__(self) -> None:
+        problems = option_problems(self)
+        if unknown := sorted(set(self.by_lower_bound) - set(PAIRED)):
+            problems.append(
+                f"by_lower_bound names {', '.join(unknown)}: only {', '.join(PAIRED)} are "
+                "differences with an interval"
+            )
+        _refuse(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,64 +137,51 @@ class EvolveConfig:
     Attributes:
         training: Temperature, LoRA, optimiser, batches, seed; its alpha and alignment are not
             used, and its output_dir is the line's.
-        alpha: Share of cross-entropy.
-        beta: Share of the teachers' target.
-        gamma: Share of `(1 - JS) KL(p₁‖q)`.
         blend: How two teachers become one target.
         gates: What the child must reach.
-        ema_decay: See `EMA`; 0 keeps the parameters themselves.
-        replay_share: Of earlier data in an epoch; 0 for none.
-        replay_size: Most records of earlier data to draw from.
-        measured: Most held-out records of earlier data to measure recall on.
-        answers: Prompts that child and parent answer, for tone and laws.
-        critic: Whether a second teacher teaches too.
-        first_teacher: A model (hub id or folder) in the parent's place as a teacher; the child
-            grows from the parent and is compared with it all the same. Empty for the parent.
-        second_teacher: A model in the grandparent's place. Empty for the grandparent.
-        taboo_words: See `TabooTokens`.
-        taboo_ids: Likewise.
+        first_teacher: A model in the parent's place as a teacher; the child grows from the parent
+            and is compared with it all the same. Empty for the parent.
+        taboo_words: Words that nobody may teach, however a tokenizer cuts them.
+        taboo_ids: Tokens that nobody may teach.
         laws: What answers must keep to.
+
+    Raises:
+        ConchError: A value is out of its range; all such values are named at once.
     """
 
     training: KDConfig = field(default_factory=KDConfig)
-    alpha: float = NUMBERS["alpha"].default
-    beta: float = NUMBERS["beta"].default
-    gamma: float = NUMBERS["gamma"].default
+    alpha: float = option(0.5, "Share of cross-entropy in the loss.", low=0)
+    beta: float = option(0.5, "Share of the teachers' target.", low=0)
+    gamma: float = option(
+        0.0, "Share of the pull to the first teacher where both agree, (1 - JS) KL(p₁‖q).", low=0
+    )
     blend: BlendSettings = field(default_factory=BlendSettings)
     gates: GateSettings = field(default_factory=GateSettings)
-    ema_decay: float = NUMBERS["ema_decay"].default
-    replay_share: float = NUMBERS["replay_share"].default
-    replay_size: int = 1000
-    measured: int = 200
-    answers: int = 64
-    critic: bool = True
-    first_teacher: str = ""
-    second_teacher: str = ""
+    ema_decay: float = option(
+        0.999, "Decay of the averaged adapter; 0 keeps the parameters themselves.", low=0, below=1
+    )
+    replay_share: float = option(
+        0.1, "Share of earlier data in an epoch; 0 for none.", low=0, below=1
+    )
+    replay_size: int = option(1000, "Most records of earlier data to draw from.", low=1)
+    measured: int = option(
+        200, "Most held-out records of earlier data to measure recall on.", low=1
+    )
+    answers: int = option(64, "Prompts that child and parent answer, for tone and laws.", low=1)
+    critic: bool = option(True, "A second teacher teaches too.")
+    first_teacher: str = option(
+        "", "Hub id or folder of a model that teaches in the parent's place, with any tokenizer."
+    )
+    second_teacher: str = option("", "The same in the grandparent's place.")
     taboo_words: tuple[str, ...] = ()
     taboo_ids: tuple[int, ...] = ()
     laws: tuple[Law, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name):g}: it must be 0 or more"
-            for name in ("alpha", "beta", "gamma")
-            if not getattr(self, name) >= 0
-        ]
+        problems = option_problems(self)
         if not problems and self.alpha + self.beta + self.gamma == 0:
             problems.append("alpha, beta and gamma are all 0: nothing would be learned")
-        if not 0 <= self.ema_decay < 1:
-            problems.append(f"ema_decay is {self.ema_decay:g}: it must be at least 0 and below 1")
-        if not 0 <= self.replay_share < 1:
-            problems.append(
-                f"replay_share is {self.replay_share:g}: it must be at least 0, below 1"
-            )
-        problems += [
-            f"{name} is {getattr(self, name)}: it must be 1 or more"
-            for name in ("replay_size", "measured", "answers")
-            if getattr(self, name) < 1
-        ]
-        if problems:
-            raise ConchError("; ".join(problems))
+        _refuse(problems)
 
     @classmethod
     def from_manifest(
@@ -129,49 +205,39 @@ class EvolveConfig:
         Raises:
             ConchError: A name is unknown, a mapping is none, or a value is out of its range.
         """
-        unknown = sorted(set(manifest) - set(REQUEST) - set(RECORDED))
-        if unknown:
+        if unknown := sorted(set(manifest) - set(REQUEST) - set(RECORDED)):
             raise ConchError(
                 f"{source} names unknown parts: {', '.join(unknown)}; known are "
                 f"{', '.join(REQUEST)}"
             )
-        parts = {name: _mapping(manifest, name, source) for name in MAPPINGS}
-        params = parts["training_params"]
-        own = {name: params.pop(name) for name in LOSS_PARTS if name in params}
-        blend = own.pop("blend", {})
+        params, stabilizers, evaluation, gates = (_mapping(manifest, n, source) for n in MAPPINGS)
+        loss = {name: params.pop(name) for name in LOSS_PARTS if name in params}
+        blend = _mapping(loss, "blend", source)
         usable = {option.name for option in fields(KDConfig)} - set(UNUSED)
-        refuse_unknown(
-            params, {*usable, *LOSS_PARTS, "iters"}, source=f"{source}, training_params,"
-        )
-        if not isinstance(blend, dict):
-            raise ConchError(f"{source}: blend is {blend!r}, not a mapping of names to values")
-        for name, known in (("stabilizers", STABILIZERS), ("evaluation", EVALUATION)):
-            refuse_unknown(parts[name], known, source=f"{source}, {name},")
-            own |= parts[name]
-        for holder in (own, parts["gates"]):
-            for name, value in holder.items():
-                holder[name] = tuple(value) if isinstance(value, list) else value
-        kinds: tuple[tuple[dict[str, Any], Any, str], ...] = (
-            (blend, BlendSettings, "blend"),
-            (parts["gates"], GateSettings, "gates"),
-        )
-        for values, kind, name in kinds:
-            names = [each.name for each in fields(kind)]
+        known: dict[str, tuple[dict[str, Any], Any]] = {
+            "training_params": (params, {*usable, *LOSS_PARTS, "iters"}),
+            "stabilizers": (stabilizers, STABILIZERS),
+            "evaluation": (evaluation, EVALUATION),
+            "blend": (blend, [each.name for each in fields(BlendSettings)]),
+            "gates": (gates, [each.name for each in fields(GateSettings)]),
+        }
+        for name, (values, names) in known.items():
             refuse_unknown(values, names, source=f"{source}, {name},")
+        distillation = KDConfig.from_json(
+            params, source=f"{source}, training_params,", overriding=training
+        )
+        own = {
+            **_teachers(manifest.get("teachers") or [], source),
+            "laws": tuple(laws_of(manifest.get("laws") or [], f"{source}: laws")),
+            **loss,
+            **stabilizers,
+            **evaluation,
+            **(overriding or {}),
+        }
         try:
-            return cls(
-                training=KDConfig.from_json(
-                    params, source=f"{source}, training_params,", overriding=training
-                ),
-                blend=BlendSettings(**blend),
-                gates=GateSettings(**parts["gates"]),
-                **{
-                    **_teachers(manifest.get("teachers") or [], source),
-                    "laws": tuple(laws_of(manifest.get("laws") or [], f"{source}: laws")),
-                    **own,
-                    **(overriding or {}),
-                },
-            )
+            blend_settings, gate_settings = BlendSettings(**blend), GateSettings(**_tuples(gates))
+            own |= {"training": distillation, "blend": blend_settings, "gates": gate_settings}
+            return cls(**_tuples(own))
         except TypeError as error:
             raise ConchError(f"{source}: a value is not of its kind: {error}") from error
 
@@ -198,10 +264,10 @@ def requested(
     """Which line is to evolve and from which data, as given or as a manifest says.
 
     Args:
-        manifest: See `EvolveConfig.from_manifest`; its `evolution_request` is read.
+        manifest: By hand, or a generation's; its `evolution_request` is read.
         source: Where it comes from, for the message.
-        line: Wins over the manifest's.
-        data: Likewise.
+        line: The line's name, which wins over the manifest's.
+        data: The file of new data, which wins over the manifest's.
 
     Returns:
         `line` and `data`.
@@ -209,14 +275,14 @@ def requested(
     Raises:
         ConchError: One of them is said by neither.
     """
-    said = _mapping(manifest, "evolution_request", source)
-    found = {"line": line or said.get("line"), "data": data or said.get("data")}
-    if missing := [name for name, value in found.items() if not value]:
+    request = _mapping(manifest, "evolution_request", source)
+    names = {"line": line or request.get("line"), "data": data or request.get("data")}
+    if missing := [name for name, value in names.items() if not value]:
         raise ConchError(
             f"{source} gives no {' and no '.join(missing)}: name the line, and give --data, or "
             "both in a manifest's evolution_request"
         )
-    return {name: str(value) for name, value in found.items()}
+    return {name: str(value) for name, value in names.items()}
 
 
 def _mapping(manifest: dict[str, Any], name: str, source: str) -> dict[str, Any]:
@@ -226,16 +292,20 @@ def _mapping(manifest: dict[str, Any], name: str, source: str) -> dict[str, Any]
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as settings hold them, which have tuples where JSON and YAML have lists."""
+    return {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+
+
 def _teachers(listed: Any, source: str) -> dict[str, Any]:
     """Models in the teachers' places; a generation's name asks for what is there anyway."""
-    found: dict[str, Any] = {}
-    roles = {"parent": "first_teacher", "grandparent": "second_teacher"}
+    places: dict[str, Any] = {}
     for each in listed if isinstance(listed, list) else [listed]:
-        if not (isinstance(each, dict) and each.get("role") in roles and each.get("path")):
+        if not (isinstance(each, dict) and each.get("role") in TEACHER_PLACES and each.get("path")):
             raise ConchError(
                 f"{source}: teacher {each!r} is not a mapping with a role, parent or grandparent, "
                 "and a path"
             )
         if not GENERATION_NAME.fullmatch(str(each["path"])):
-            found[roles[each["role"]]] = str(each["path"])
-    return found
+            places[TEACHER_PLACES[each["role"]]] = str(each["path"])
+    return places

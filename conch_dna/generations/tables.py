@@ -87,7 +87,7 @@ class Node:
 
 def nodes_of(line: Line) -> list[Node]:
     """Every generation and refused child of a line, parents before their children."""
-    found = []
+    nodes = []
     for name in [*line.generations(), *line.failed()]:
         manifest = line.manifest(name)
         verdicts = manifest.get("verdicts", [])
@@ -96,10 +96,10 @@ def nodes_of(line: Line) -> list[Node]:
         if not note and verdicts:
             gained = next(each for each in verdicts if each["gate"] == "generalize")
             note = f"generalize {gained['figures'].get('difference', 0):+.3f}"
-        found.append(
+        nodes.append(
             Node(name=name, parent=manifest["parent"], created=manifest["created"], note=note)
         )
-    return found
+    return nodes
 
 
 def line_tree(title: str, nodes: Sequence[Node], head: str) -> "Tree":
@@ -121,7 +121,7 @@ def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> No
     Args:
         path: Where to; its ending decides the format.
         title: The line's name.
-        nodes: See `nodes_of`.
+        nodes: Parents before their children, as `nodes_of` gives them.
         head: The current generation.
     """
     import matplotlib

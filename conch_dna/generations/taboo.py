@@ -80,10 +80,10 @@ class TabooTokens:
         begun = [s[k:] for s in self.spellings for k in range(1, len(s)) if _ends(text, s[:k])]
         if not text or not re.match(WORD_BYTE, text[-1:]):
             begun += self.spellings
-        found = set(self._inside)
+        tokens = set(self._inside)
         for rest in begun:
-            found.update(self._beginning(rest))
-        return np.union1d(self.ids, np.array(sorted(found), np.int64))
+            tokens.update(self._beginning(rest))
+        return np.union1d(self.ids, np.array(sorted(tokens), np.int64))
 
     @cached_property
     def _inside(self) -> tuple[int, ...]:
@@ -101,24 +101,24 @@ class TabooTokens:
     def excluded(self, ids: Sequence[int]) -> list[np.ndarray]:
         """For each token of a text the tokens that may not stand there."""
         before = b""
-        found = []
+        by_place = []
         for token in ids:
-            found.append(self.after(before))
+            by_place.append(self.after(before))
             before = (before + self.texts[int(token)])[-(self.longest + 1) :]
-        return found
+        return by_place
 
     def spelled(self, ids: Sequence[int]) -> np.ndarray:
         """Which tokens of a text write a part of a taboo word, `[T]`, bool."""
         numbers = np.asarray(ids, np.int64)
-        found = np.isin(numbers, self.ids)
+        marks = np.isin(numbers, self.ids)
         if not self.spellings:
-            return found
+            return marks
         lengths = np.array([len(self.texts[token]) for token in numbers], np.int64)
         ends = np.cumsum(lengths)
         text = b"".join(self.texts[token] for token in numbers)
         for match in self._word.finditer(text):
-            found |= (ends > match.start()) & (ends - lengths < match.end()) & (lengths > 0)
-        return found
+            marks |= (ends > match.start()) & (ends - lengths < match.end()) & (lengths > 0)
+        return marks
 
 
 def _ends(text: bytes, begun: bytes) -> bool:

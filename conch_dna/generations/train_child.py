@@ -4,7 +4,6 @@ Knows models, examples and settings; nothing of lines, gates or promotion. Three
 resident together: each teacher answers and leaves before the next one comes.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,23 @@ from typing import Any
 import mlx.core as mx
 
 from conch_dna.errors import ConchError
-from conch_dna.generations.data import Material, TwoTeacherBatches
-from conch_dna.generations.foreign_teacher import ForeignTargets
+from conch_dna.generations.data import GenerationData, TwoTeacherBatches
 from conch_dna.generations.settings import EvolveConfig
-from conch_dna.generations.taboo import TabooTokens
-from conch_dna.generations.two_teachers import TwoTeacherTargets, make_two_teacher_loss
+from conch_dna.generations.two_teachers import (
+    TeacherCache,
+    TwoTeacherTargets,
+    make_two_teacher_loss,
+)
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report
 from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
 from conch_dna.training.batches import sequential_batches
-from conch_dna.training.cross_tokenizer.alignments import INDEX
+from conch_dna.training.cross_tokenizer.alignments import SHARED_TOKENS
 from conch_dna.training.examples import Examples
-from conch_dna.training.soft_targets import Targets
+from conch_dna.training.settings import KDConfig
 from conch_dna.training.trainer import Trainer, TrainingResult, trainer_settings
+
+"""The alignment that tells a teacher's tokens that are the student's too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +55,12 @@ class Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned:
+class TrainedChild:
     """What training made of a child.
 
     Attributes:
         training: The trainer's figures.
-        adapter_config: See `adapters.make_trainable`.
+        adapter_config: What mlx_lm must be told of the adapter.
         tensors: What was trained.
     """
 
@@ -66,70 +69,62 @@ class Learned:
     tensors: dict[str, mx.array]
 
 
-def teach(
-    teachers: Sequence[Teacher],
-    material: Material,
-    base: ModelSource,
-    config: EvolveConfig,
-    folder: Path,
-    report: Report,
-    *,
-    before_leaving: Callable[[Teacher], None] = lambda teacher: None,
-) -> TwoTeacherTargets:
-    """The targets of one or two teachers, one after the other in memory.
+def teacher_examples(
+    teacher: ModelSource, student: ModelSource, config: KDConfig, report: Report
+) -> Examples:
+    """Makes the examples of a teacher in a blend: by index, or where tokens are the same text.
+
+    A blend needs outcomes that are the student's own tokens; the alignment "roots" compares
+    classes of tokens, and so it does not serve here.
+    """
+    return Examples(teacher, student, config, report=report, across=SHARED_TOKENS)
+
+
+def filled_cache(
+    teacher: Teacher, data: GenerationData, folder: Path, batch_size: int, report: Report
+) -> TeacherCache:
+    """A teacher's targets for all that is taught; its model may be left in memory.
 
     Args:
-        teachers: The first one and, if there is one, the second.
-        material: Whose `aligned` holds the examples of foreign ones.
-        base: The student's model.
-        config: Batches, blend and taboo words.
+        teacher: Asked for what is missing.
+        data: What is taught; `aligned` holds the examples of foreign teachers.
         folder: Of the caches.
-        report: See `progress.Report`.
-        before_leaving: Called with each teacher before its model's memory is freed, so that
-            nothing else that the model is asked needs it loaded once more.
+        batch_size: Examples at once.
+        report: Gets a phase where something is missing.
     """
-    caches: list[Targets] = []
-    for teacher in teachers:
-        cache: Targets
-        if teacher.foreign:
-            cache = ForeignTargets(teacher.examples, material.aligned[teacher.role], folder)
-        else:
-            cache = teacher.examples.targets(folder)
-        if missing := cache.missing(material.taught):
-            tokens = sum(example.count for example in missing)
-            name = f"targets of {teacher.path}"
-            report("phase", {"name": name, "total": tokens, "unit": "tokens"})
-        cache.fill(teacher.source, material.taught, batch_size=config.training.batch_size)
-        before_leaving(teacher)
-        teacher.source.release()
-        caches.append(cache)
-    taboo = TabooTokens(base.tokenizer, config.taboo_words, config.taboo_ids)
-    second = caches[1] if len(caches) > 1 else None
-    return TwoTeacherTargets(caches[0], second, base, config.blend, taboo)
+    aligned = data.aligned[teacher.role] if teacher.foreign else None
+    cache = TeacherCache(teacher.examples.targets(folder), aligned)
+    examples = cache.examples(data.with_targets)
+    if missing := cache.targets.missing(examples):
+        tokens = sum(example.count for example in missing)
+        name = f"targets of {teacher.path}"
+        report("phase", {"name": name, "total": tokens, "unit": "tokens"})
+    cache.targets.fill(teacher.source, examples, batch_size=batch_size)
+    return cache
 
 
-def learn(
+def train_child(
     base: ModelSource,
     start: Path | None,
-    material: Material,
+    data: GenerationData,
     targets: TwoTeacherTargets,
     config: EvolveConfig,
     folder: Path,
     *,
     resume: bool,
     report: Report,
-) -> Learned:
+) -> TrainedChild:
     """Train a child from its parent's adapter.
 
     Args:
         base: The line's model.
         start: The parent's adapter; None where the parent is the base itself.
-        material: What there is to learn.
-        targets: See `teach`.
-        config: See `EvolveConfig`.
+        data: What there is to learn.
+        targets: What its teachers say of them.
+        config: Settings of the generation.
         folder: For checkpoints.
         resume: Go on from the last one.
-        report: See `progress.Report`.
+        report: Gets the events of the run.
 
     Raises:
         ConchError: Every held-out token would be skipped.
@@ -137,10 +132,8 @@ def learn(
     """
     training = config.training
     heldout = [
-        targets.collate([material.heldout[i] for i in indices], training.temperature)
-        for indices in sequential_batches(
-            material.heldout, training.batch_size, training.val_batches
-        )
+        targets.collate([data.heldout[i] for i in indices], training.temperature)
+        for indices in sequential_batches(data.heldout, training.batch_size, training.val_batches)
     ]
     if not any(batch.count for batch in heldout):
         raise ConchError(
@@ -154,17 +147,8 @@ def learn(
     report("phase", {"name": "training", "total": training.num_iters, "unit": "steps"})
     trainer = Trainer(
         student.model,
-        make_two_teacher_loss(
-            student,
-            temperature=training.temperature,
-            alpha=config.alpha,
-            beta=config.beta,
-            gamma=config.gamma,
-            divergence=training.divergence,
-            with_taboo=targets.taboo is not None,
-            chunk=training.head_chunk,
-        ),
-        TwoTeacherBatches(material, targets, config),
+        make_two_teacher_loss(student, config, with_taboo=targets.taboo is not None),
+        TwoTeacherBatches(data, targets, config),
         heldout,
         # A row for each step: shares of the strategies are told apart by steps.
         trainer_settings(training, ema_decay=config.ema_decay, steps_per_report=1),
@@ -176,4 +160,4 @@ def learn(
     result = trainer.run(resume=resume)
     tensors = trained_tensors(student)
     student.release()
-    return Learned(training=result, adapter_config=adapter_config, tensors=tensors)
+    return TrainedChild(training=result, adapter_config=adapter_config, tensors=tensors)

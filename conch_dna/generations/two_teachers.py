@@ -1,11 +1,11 @@
-"""What two teachers' caches say together about a batch, and the loss of a student of both.
+"""What one or two teachers say about a batch, as one target, and the loss of a student of it.
 
-Knows two caches of soft targets and a batch of examples; nothing of the models behind them. Only
-one target is laid over each token, so training costs what one teacher costs.
+Knows caches of soft targets and a batch of examples; nothing of the models behind them. Only one
+target is laid over each token, so training costs what one teacher costs.
 To add a strategy: its number in `blending.Strategy`, and its rows in `TwoTeacherTargets.collate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -14,23 +14,24 @@ import mlx.nn as nn
 import numpy as np
 
 from conch_dna.digests import content_digest
-from conch_dna.errors import ConchError
 from conch_dna.generations.blending import (
-    CONFIDENCES,
+    Outcomes,
     Strategy,
     all_outcomes,
-    blend,
     choose,
     common_outcomes,
     confidence,
     disagreement,
+    mixture,
     shares,
     weights_of,
 )
+from conch_dna.generations.settings import BlendSettings, EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import LOSSES, forward_kl, kept_and_rest, token_cross_entropy
 from conch_dna.training.batches import Batch, Example, round_up
+from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.head_loss import (
     Sums,
     autodiff,
@@ -56,43 +57,53 @@ COUNTS = ("tokens", "blended", "t1_only", "gold_fallback", "skipped", "js", "fir
 """Sums over the counted tokens of a batch, skipped ones among them, that the log shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlendSettings:
-    """How two teachers become one target.
+@dataclass(frozen=True, eq=False)
+class TeacherCache:
+    """A teacher's targets, asked for by the student's own examples.
+
+    A teacher with another tokenizer says something where both have one token for the same text.
 
     Attributes:
-        js_threshold: Below it the teachers agree, and both teach; between 0 and 1.
-        confidence_threshold: Above it the first teacher teaches alone; between 0 and 1.
-        gold_weight: Weight of a token that only the text teaches.
-        method: See `blending.confidence`.
-        gated: Whether disagreement counts; without it every token is blended.
-        first_share: The first teacher's share of every blend, between 0 and 1; None for one in
-            proportion to confidence.
+        targets: The cache.
+        aligned: The teacher's example for the digest of each of the student's; None where its
+            tokenizer is the student's.
     """
 
-    js_threshold: float = 0.1
-    confidence_threshold: float = 0.8
-    gold_weight: float = 0.5
-    method: str = "top1"
-    gated: bool = True
-    first_share: float | None = None
+    targets: Targets
+    aligned: Mapping[str, AlignedExample] | None = None
 
-    def __post_init__(self) -> None:
-        limits = {
-            "js_threshold": self.js_threshold,
-            "confidence_threshold": self.confidence_threshold,
-            "gold_weight": self.gold_weight,
-            "first_share": 0.0 if self.first_share is None else self.first_share,
-        }
-        problems = [
-            f"{name} {value:g} is not between 0 and 1"
-            for name, value in limits.items()
-            if not 0 <= value <= 1
-        ]
-        if self.method not in CONFIDENCES:
-            problems.append(f"method {self.method!r} is not one of {', '.join(CONFIDENCES)}")
-        if problems:
-            raise ConchError("; ".join(problems))
+    @property
+    def digest(self) -> str:
+        """Content address of the teacher's targets and of how they are laid."""
+        own = self.targets.digest
+        return own if self.aligned is None else content_digest("foreign", own)
+
+    def examples(self, examples: Sequence[Example]) -> Sequence[Example | AlignedExample]:
+        """The teacher's examples of the same texts."""
+        if self.aligned is None:
+            return examples
+        return [self.aligned[example.digest] for example in examples]
+
+    def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
+        """A batch of the student's examples with this teacher's targets."""
+        return self.targets.collate(self.examples(examples), temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class _Opinion:
+    """What one teacher says of a batch's tokens, without those that nobody may teach.
+
+    Attributes:
+        soft: At the temperature of the targets.
+        plain: At temperature 1, by which agreement is told.
+        sure: Its confidence `[N]`.
+        heard: Where it says something `[N]`.
+    """
+
+    soft: Outcomes
+    plain: Outcomes
+    sure: np.ndarray
+    heard: np.ndarray
 
 
 class TwoTeacherTargets:
@@ -102,14 +113,14 @@ class TwoTeacherTargets:
         first: The parent's.
         second: The grandparent's; None where there is none, and the parent teaches alone.
         student: For its number of tokens.
-        settings: See `BlendSettings`.
+        settings: How two become one.
         taboo: What neither teacher may teach; None for nothing.
     """
 
     def __init__(
         self,
-        first: Targets,
-        second: Targets | None,
+        first: TeacherCache,
+        second: TeacherCache | None,
         student: ModelSource,
         settings: BlendSettings,
         taboo: TabooTokens | None = None,
@@ -143,63 +154,47 @@ class TwoTeacherTargets:
             COUNTS; and with taboo words `excluded_ids` `[N, M]`.
         """
         batch = self.first.collate(examples, temperature)
-        plain = self.first.collate(examples, 1.0).arrays
         real = batch.arrays["weights"] > 0
-        told = _told(batch)
         excluded, spelled = self._excluded(examples, len(real))
         gold = real & ~spelled
-        own = self._without(batch.arrays, excluded)
-        own_plain = self._without(plain, excluded)
-        sure = self._confidence(*own_plain)
+        own = self._opinion(self.first, batch, examples, excluded)
+        kept_ids, target = own.soft
+        first_log_probs = target
         strategy = np.full(len(real), Strategy.BLENDED.value)
         js, first_weight = np.zeros(len(real)), np.ones(len(real))
-        kept_ids, target = own
-        first_log_probs = target
         if self.second:
-            second = self.second.collate(examples, temperature)
-            other = self._without(second.arrays, excluded)
-            other_plain = self._without(self.second.collate(examples, 1.0).arrays, excluded)
-            js = _numpy(disagreement(*_arrays(*all_outcomes(own_plain, other_plain, self.nothing))))
-            first_weight = self._first_weight(sure, self._confidence(*other_plain))
-            common_ids, one, two = common_outcomes(own, other, self.nothing)
-            blended = _numpy(blend(*_arrays(one, two, first_weight)))
+            other = self._opinion(
+                self.second, self.second.collate(examples, temperature), examples, excluded
+            )
+            js = _numpy(disagreement(*_arrays(*all_outcomes(own.plain, other.plain, self.nothing))))
+            first_weight = self._first_weight(own.sure, other.sure)
+            common_ids, one, two = common_outcomes(own.soft, other.soft, self.nothing)
+            blended = _numpy(mixture(*_arrays(one, two, first_weight)))
             if self.settings.gated:
-                distance, certainty = _arrays(js, sure)
-                strategy = _numpy(
-                    choose(
-                        distance,
-                        certainty,
-                        mx.array(gold),
-                        js_threshold=self.settings.js_threshold,
-                        confidence_threshold=self.settings.confidence_threshold,
-                    )
-                )
+                strategy = self._strategy(js, own.sure, gold)
             # Where the second says nothing, the first teaches alone.
-            heard = _told(second)
-            strategy = np.where(heard, strategy, Strategy.T1_ONLY.value)
-            js, first_weight = np.where(heard, js, 0.0), np.where(heard, first_weight, 1.0)
+            strategy = np.where(other.heard, strategy, Strategy.T1_ONLY.value)
+            js = np.where(other.heard, js, 0.0)
+            first_weight = np.where(other.heard, first_weight, 1.0)
             both = (strategy == Strategy.BLENDED)[:, None]
             kept_ids = np.where(both, common_ids, kept_ids)
             first_log_probs = np.where(both, one, target)
             target = np.where(both, blended, target)
         # Where nothing that may be taught is left, the text teaches, if it may.
-        empty = ~np.isfinite(target.max(axis=-1)) | ~told
+        empty = ~np.isfinite(target.max(axis=-1)) | ~own.heard
         fallback = np.where(gold, Strategy.GOLD_FALLBACK.value, Strategy.SKIP.value)
         strategy = np.where(empty, fallback, strategy)
         # A part of a taboo word is taught by nobody.
-        strategy = np.where(real & spelled, Strategy.SKIP.value, strategy)
-        strategy = np.where(real, strategy, Strategy.SKIP.value)
+        strategy = np.where(gold, strategy, Strategy.SKIP.value)
         # A row that is not compared has all its mass in the rest, on both sides.
-        compared = (strategy == Strategy.BLENDED) | (strategy == Strategy.T1_ONLY)
+        compared = np.isin(strategy, (Strategy.BLENDED, Strategy.T1_ONLY))[:, None]
         nowhere = np.full(target.shape[-1], -np.inf, np.float32)
         nowhere[-1] = 0
         arrays = {
             **batch.arrays,
-            "kept_ids": np.where(compared[:, None], kept_ids, self.nothing).astype(np.int32),
-            "teacher_log_probs": np.where(compared[:, None], target, nowhere).astype(np.float32),
-            "first_log_probs": np.where(compared[:, None], first_log_probs, nowhere).astype(
-                np.float32
-            ),
+            "kept_ids": np.where(compared, kept_ids, self.nothing).astype(np.int32),
+            "teacher_log_probs": np.where(compared, target, nowhere).astype(np.float32),
+            "first_log_probs": np.where(compared, first_log_probs, nowhere).astype(np.float32),
             "agreement": (1 - js).astype(np.float32),
             "strategy": strategy.astype(np.int32),
             **self._weights(strategy),
@@ -207,8 +202,37 @@ class TwoTeacherTargets:
         }
         if self.taboo:
             arrays["excluded_ids"] = excluded
-        taught = int((strategy != Strategy.SKIP).sum())
-        return replace(batch, arrays=arrays, count=taught)
+        return replace(batch, arrays=arrays, count=int((strategy != Strategy.SKIP).sum()))
+
+    def _opinion(
+        self,
+        teacher: TeacherCache,
+        batch: Batch,
+        examples: Sequence[Example],
+        excluded: np.ndarray,
+    ) -> _Opinion:
+        plain = self._without(teacher.collate(examples, 1.0).arrays, excluded)
+        ids, log_probs = plain
+        (logs,) = _arrays(log_probs)
+        rest_tokens = max(1, self.nothing - ids.shape[1])
+        everywhere = np.ones(len(ids), np.float32)
+        return _Opinion(
+            soft=self._without(batch.arrays, excluded),
+            plain=plain,
+            sure=_numpy(confidence(logs, self.settings.method, rest_tokens=rest_tokens)),
+            heard=np.asarray(batch.arrays.get("soft_weights", everywhere) > 0),
+        )
+
+    def _strategy(self, js: np.ndarray, sure: np.ndarray, gold: np.ndarray) -> np.ndarray:
+        distance, certainty = _arrays(js, sure)
+        strategy = choose(
+            distance,
+            certainty,
+            mx.array(gold),
+            js_threshold=self.settings.js_threshold,
+            confidence_threshold=self.settings.confidence_threshold,
+        )
+        return _numpy(strategy)
 
     def _weights(self, strategy: np.ndarray) -> dict[str, np.ndarray]:
         """Weights of each token, of its divergence, and of its cross-entropy.
@@ -231,32 +255,24 @@ class TwoTeacherTargets:
             return np.full(len(first), self.settings.first_share)
         return _numpy(shares(*_arrays(first, second))[0])
 
-    def _confidence(self, ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
-        rest = max(1, self.nothing - ids.shape[1])
-        (logs,) = _arrays(log_probs)
-        return _numpy(confidence(logs, self.settings.method, rest_tokens=rest))
-
     def _excluded(self, examples: Sequence[Example], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that no teacher may teach `[N, M]`, and whether a label spells taboo `[N]`."""
         spelled = np.zeros(rows, bool)
         if not self.taboo:
             return np.full((rows, 0), self.nothing, np.int32), spelled
-        found: list[np.ndarray] = []
-        marks = []
+        banned: list[np.ndarray] = []
         for example in examples:
-            excluded = self.taboo.excluded(example.ids.tolist())
-            found += [excluded[at] for at in np.flatnonzero(example.counted)]
-            marks.append(self.taboo.spelled(example.ids.tolist())[example.counted])
-        width = round_up(max([1, *(len(tokens) for tokens in found)]), EXCLUDED_MULTIPLE)
-        laid = np.full((rows, width), self.nothing, np.int32)
-        for row, tokens in enumerate(found):
-            laid[row, : len(tokens)] = tokens
-        spelled[: len(found)] = np.concatenate(marks)
-        return laid, spelled
+            ids, start = example.ids.tolist(), len(banned)
+            by_place = self.taboo.excluded(ids)
+            banned += [by_place[place] for place in np.flatnonzero(example.counted)]
+            spelled[start : len(banned)] = self.taboo.spelled(ids)[example.counted]
+        width = round_up(max([1, *map(len, banned)]), EXCLUDED_MULTIPLE)
+        excluded = np.full((rows, width), self.nothing, np.int32)
+        for row, tokens in enumerate(banned):
+            excluded[row, : len(tokens)] = tokens
+        return excluded, spelled
 
-    def _without(
-        self, arrays: dict[str, np.ndarray], excluded: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _without(self, arrays: dict[str, np.ndarray], excluded: np.ndarray) -> Outcomes:
         """A teacher's outcomes without the excluded tokens, the others scaled up."""
         ids, log_probs = arrays["kept_ids"].astype(np.int64), arrays["teacher_log_probs"]
         if not excluded.shape[1]:
@@ -270,12 +286,6 @@ class TwoTeacherTargets:
         return np.where(out, self.nothing, ids), scaled
 
 
-def _told(batch: Batch) -> np.ndarray:
-    """Where a teacher says something `[N]`: everywhere, if its tokenizer is the student's."""
-    everywhere = np.ones(len(batch.arrays["labels"]), np.float32)
-    return np.asarray(batch.arrays.get("soft_weights", everywhere) > 0)
-
-
 def _arrays(*values: np.ndarray) -> tuple[mx.array, ...]:
     return tuple(mx.array(value.astype(np.float32)) for value in values)
 
@@ -286,69 +296,44 @@ def _numpy(value: mx.array) -> np.ndarray:
 
 def _counts(strategy: np.ndarray, js: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
     """The sums of COUNTS, in their order."""
-    values = [
-        len(strategy),
-        *((strategy == kind).sum() for kind in Strategy),
-        js.sum(),
-        first.sum(),
-    ]
-    named = zip(COUNTS, values, strict=True)
+    by_strategy = [(strategy == kind).sum() for kind in Strategy]
+    named = zip(COUNTS, [len(strategy), *by_strategy, js.sum(), first.sum()], strict=True)
     return {f"sum_{name}": np.array(value, np.float32) for name, value in named}
 
 
-def two_teacher_sums(
-    logits: mx.array,
-    targets: Sums,
-    *,
-    temperature: float,
-    beta: float,
-    gamma: float,
-    divergence: str,
-    nothing: int,
-) -> Sums:
+def two_teacher_sums(logits: mx.array, targets: Sums, config: EvolveConfig, nothing: int) -> Sums:
     """`hard + beta t² D(p̄‖q) + gamma R`, summed over tokens; differentiable.
 
     `R = (1 - JS) KL(p₁‖q)` at temperature t, over the outcomes of the token's target.
 
     Args:
         logits: Student's `[n, V]` over the real tokens.
-        targets: See `TwoTeacherTargets.collate`; `ce_weights` are those of `hard`, the
+        targets: A batch of `TwoTeacherTargets`, whose `ce_weights` are those of `hard`, the
             cross-entropy.
-        temperature: t.
-        beta: Share of the target.
-        gamma: Share of the regularizer.
-        divergence: A key of LOSSES.
+        config: beta, gamma, temperature and divergence.
         nothing: The id that stands for no token.
 
     Returns:
         `loss`, `kd` (with its t²), `hard` and `regularizer`: sums in nats.
     """
-    extended = with_nothing(logits.astype(mx.float32), nothing)
-    compared = extended
+    temperature = config.training.temperature
+    compared = with_nothing(logits.astype(mx.float32), nothing)
     if "excluded_ids" in targets:
         # Excluded on both sides: a rest with them in it would teach them.
-        compared = mx.put_along_axis(extended, targets["excluded_ids"], mx.array(-mx.inf), axis=-1)
+        compared = mx.put_along_axis(compared, targets["excluded_ids"], mx.array(-mx.inf), axis=-1)
     student = kept_and_rest(compared, targets["kept_ids"], temperature)
     weights = targets["kd_weights"]
-    divergences = LOSSES[divergence](targets["teacher_log_probs"], student)
+    divergences = LOSSES[config.training.divergence](targets["teacher_log_probs"], student)
     kd = temperature**2 * (divergences * weights).sum()
     stay = forward_kl(targets["first_log_probs"], student) * targets["agreement"]
     regularizer = (stay * weights).sum()
     hard = (token_cross_entropy(logits, targets["labels"]) * targets["ce_weights"]).sum()
-    loss = hard + beta * kd + gamma * regularizer
+    loss = hard + config.beta * kd + config.gamma * regularizer
     return {"loss": loss, "kd": kd, "hard": hard, "regularizer": regularizer}
 
 
 def make_two_teacher_loss(
-    student: LanguageModel,
-    *,
-    temperature: float = 2.0,
-    alpha: float = 0.1,
-    beta: float = 0.9,
-    gamma: float = 0.0,
-    divergence: str = "forward_kl",
-    with_taboo: bool = False,
-    chunk: int = 1024,
+    student: LanguageModel, config: EvolveConfig, *, with_taboo: bool = False
 ) -> Loss:
     """The loss over batches of `TwoTeacherTargets`, for the trainer.
 
@@ -357,43 +342,33 @@ def make_two_teacher_loss(
 
     Args:
         student: Loaded model, adapter attached.
-        temperature: t of the targets.
-        alpha: Share of cross-entropy.
-        beta: Share of the target.
-        gamma: Share of the regularizer, see `two_teacher_sums`.
-        divergence: A key of LOSSES.
+        config: Shares of the parts, temperature, divergence and chunk of the loss.
         with_taboo: Whether the batches name excluded tokens.
-        chunk: Tokens whose logits exist at once; 0 takes all.
 
     Returns:
         `loss(model, arrays)` with the sums of `two_teacher_sums` and COUNTS.
     """
     nothing = student.source.token_count
-    sums_of = partial(
-        two_teacher_sums,
-        temperature=temperature,
-        beta=beta,
-        gamma=gamma,
-        divergence=divergence,
-        nothing=nothing,
-    )
+    sums_of = partial(two_teacher_sums, config=config, nothing=nothing)
 
     def closed(logits: mx.array, targets: Sums) -> tuple[Sums, mx.array]:
-        extended = with_nothing(logits.astype(mx.float32), nothing)
         sums, gradient = forward_kl_and_gradient(
-            extended, targets, temperature=temperature, alpha=beta, hard=1.0
+            with_nothing(logits.astype(mx.float32), nothing),
+            targets,
+            temperature=config.training.temperature,
+            alpha=config.beta,
+            hard=1.0,
         )
         named = {"loss": sums["loss"], "kd": sums["kd"], "hard": sums["ce"]}
         return named, gradient[:, : logits.shape[-1]]
 
-    plain = divergence == "forward_kl" and gamma == 0 and not with_taboo
+    plain = config.training.divergence == "forward_kl" and config.gamma == 0 and not with_taboo
     names = [*ROWS, *(["excluded_ids"] if with_taboo else [])]
-    loss = make_logit_loss(
-        student, names, sums_of, closed if plain else autodiff(sums_of), chunk=chunk
-    )
+    rule = closed if plain else autodiff(sums_of)
+    loss = make_logit_loss(student, names, sums_of, rule, chunk=config.training.head_chunk)
 
     def with_counts(model: nn.Module, arrays: Sums) -> Sums:
-        hard = alpha * arrays["ce_weights"] + beta * arrays["gold_weights"]
+        hard = config.alpha * arrays["ce_weights"] + config.beta * arrays["gold_weights"]
         sums = loss(model, {**arrays, "ce_weights": hard})
         return {**sums, **{name: arrays[f"sum_{name}"] for name in COUNTS}}
 

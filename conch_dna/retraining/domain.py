@@ -22,12 +22,11 @@ from conch_dna.generations.data import (
     data_digest,
     earlier_records,
     init_line,
-    now,
 )
 from conch_dna.generations.evolve import WORK, train_generation_with_teachers
-from conch_dna.generations.line import HEAD_FILE, Line
+from conch_dna.generations.line import HEAD_FILE, Line, now
 from conch_dna.generations.manifest import Outcome
-from conch_dna.generations.promotion import Verdict
+from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import MAPPINGS, EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.option_fields import named_settings
@@ -144,7 +143,7 @@ class RetrainResult:
     domain: str
     version: str
     promoted: bool
-    verdicts: list[Verdict]
+    verdicts: list[GateVerdict]
     path: Path
     taught_by: str
     records: int

@@ -23,12 +23,9 @@ _ADAPTER_LEAVES = {"lora_a", "lora_b", "m"}
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names, within a transformer layer, of every module that LoRA can wrap."""
-    found: dict[str, None] = {}
-    for layer in model.layers:
-        for name, module in layer.named_modules():
-            if isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_lora"):
-                found[name] = None
-    return sorted(found)
+    modules = [pair for layer in model.layers for pair in layer.named_modules()]
+    kinds = (nn.Linear, nn.QuantizedLinear)
+    return sorted({n for n, part in modules if isinstance(part, kinds) or hasattr(part, "to_lora")})
 
 
 def outer_names(model: nn.Module) -> list[str]:
@@ -71,11 +68,15 @@ def make_trainable(
         What `adapter_config.json` must hold for mlx_lm.
 
     Raises:
-        ConchError: See `require_goes_on`, `attach_lora` and `unfreeze_all`.
+        ConchError: LoRA is asked for on top of a folder of every weight, a layer's name is
+            unknown, the adapter to go on from has another shape, or weights to be trained in full
+            are quantized.
     """
     require_goes_on(config, start)
     if not config.full:
-        return attach_lora(student, config, start=_tensors_of(start) if start else None)
+        tensors = mx.load(str(start / ADAPTER_FILE)) if start else None
+        assert tensors is None or isinstance(tensors, dict)
+        return attach_lora(student, config, start=tensors)
     if start is not None:
         from mlx_lm.utils import load_adapters
 
@@ -87,22 +88,16 @@ def require_goes_on(config: KDConfig, start: Path | None) -> None:
     """Refuse LoRA on top of a folder that holds every weight: mlx_lm could not open the result.
 
     Raises:
-        ConchError: It is so.
+        ConchError: The folder holds every weight, and the settings ask for LoRA.
     """
     if start is None or config.full:
         return
-    made = json.loads((start / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if made.get("fine_tune_type") == "full":
+    recorded = json.loads((start / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if recorded.get("fine_tune_type") == "full":
         raise ConchError(
             f"{start} holds every weight, and LoRA layers on top of them would not fit into one "
             "adapter: add --full"
         )
-
-
-def _tensors_of(folder: Path) -> dict[str, mx.array]:
-    loaded = mx.load(str(folder / ADAPTER_FILE))
-    assert isinstance(loaded, dict)
-    return loaded
 
 
 def unfreeze_all(student: LanguageModel) -> dict[str, Any]:
@@ -246,16 +241,14 @@ def load_verified(student: ModelSource, path: Path, tensors: dict[str, mx.array]
         ConchError: A tensor is missing, added or different.
     """
     loaded = student.load(adapter_path=path)
-    found = {
+    present = {
         name: value
         for name, value in named_arrays(loaded.model.parameters()).items()
         if name in tensors or _is_adapter(name)
     }
-    wrong = sorted(set(tensors) ^ set(found)) + [
-        name
-        for name in sorted(set(tensors) & set(found))
-        if not mx.array_equal(tensors[name], found[name])
-    ]
+    both = sorted(set(tensors) & set(present))
+    wrong = sorted(set(tensors) ^ set(present))
+    wrong += [name for name in both if not mx.array_equal(tensors[name], present[name])]
     if wrong:
         raise ConchError(
             f"the adapter in {path} does not come back as it was saved: {len(wrong)} tensors are "
@@ -307,9 +300,9 @@ class _KeyedDropout(nn.Dropout):
 
 
 def _keyed_dropouts(layer: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = [
+    dropouts: list[nn.Module] = [
         m for m in layer.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1
     ]
-    for dropout in found:
+    for dropout in dropouts:
         dropout.__class__ = _KeyedDropout
-    return found
+    return dropouts

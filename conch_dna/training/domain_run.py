@@ -25,12 +25,11 @@ from conch_dna.checkpoints import (
     write_atomically,
     write_json,
 )
-from conch_dna.digests import content_digest
+from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.progress import Report
-from conch_dna.provenance import provenance
 from conch_dna.training.adapters import (
     checkpoint_layers,
     load_verified,

@@ -31,9 +31,7 @@ from conch_dna.generations.data import HELDOUT_FILE, earlier_records, init_line
 from conch_dna.generations.evolve import train_generation_with_teachers
 from conch_dna.generations.line import Line
 from conch_dna.generations.manifest import Outcome
-from conch_dna.generations.promotion import GateSettings
-from conch_dna.generations.settings import EvolveConfig
-from conch_dna.generations.two_teachers import BlendSettings
+from conch_dna.generations.settings import BlendSettings, EvolveConfig, GateSettings
 from conch_dna.language_model import ModelSource
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.records import tokenize_records
@@ -128,7 +126,7 @@ def described(line: Line, outcome: Outcome) -> str:
 
 def averaged(line: Line, folder: Path) -> dict[str, Any]:
     """The mean of parent's and child's adapter, measured on the same texts."""
-    from conch_dna.generations.measures import text_scores
+    from conch_dna.generations.promotion import text_scores
 
     child, *chain = [line.head, *line.ancestors(line.head)]
     base = ModelSource(line.manifest("G000")["base"]["model"])

@@ -32,13 +32,13 @@ from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
-from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, init_line, json_lines
+from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, init_line
 from conch_dna.generations.evolve import EvolveConfig
 from conch_dna.generations.line import MANIFEST_FILE
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import line_of
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import split_heldout
+from conch_dna.training.records import json_lines, split_heldout
 from cortex_models import write_adapter
 from models import ASSETS, make_model_folder
 from suites import STUDENT, TEACHER, answering, tales
@@ -320,7 +320,10 @@ class TestHeldOut:
 
     def test_of_a_line_what_no_version_learned(self, adapters: Path, tmp_path: Path) -> None:
         line = line_of(tmp_path, DOMAIN)
-        adapter = adapters / DOMAIN / "adapters_kd"
+        adapter = tmp_path / "adapter"
+        shutil.copytree(adapters / DOMAIN / "adapters_kd", adapter)
+        # Else what the distillation held out stays held out.
+        (adapter / HELDOUT_FILE).unlink()
         config = EvolveConfig()
         init_line(line, STUDENT, tales(20), config=config, adapter=adapter)
         found = heldout_records(tmp_path, DOMAIN)

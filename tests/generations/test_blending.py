@@ -12,10 +12,8 @@ from hypothesis.extra.numpy import arrays as numpy_arrays
 
 import oracle
 from conch_dna.generations.blending import (
-    CONFIDENCES,
     Strategy,
     all_outcomes,
-    blend,
     blend_teacher_predictions,
     calculate_confidence,
     choose,
@@ -23,13 +21,12 @@ from conch_dna.generations.blending import (
     confidence,
     disagreement,
     disagreement_regularizer,
-    exclude,
     jensen_shannon_divergence,
+    mixture,
     shares,
     smart_target_selection,
-    two_teacher_loss,
-    weights_of,
 )
+from conch_dna.generations.settings import CONFIDENCES
 
 LOGITS = st.floats(-30, 30, width=32)
 
@@ -154,7 +151,7 @@ def test_blending_a_distribution_with_itself_changes_nothing() -> None:
 
 def test_a_teacher_of_weight_0_says_nothing() -> None:
     first, second = (mx.log(mx.array([[0.5, 0.5]])), mx.array([[0.0, -mx.inf]]))
-    got = blend(first, second, mx.array([0.0]))
+    got = mixture(first, second, mx.array([0.0]))
     assert np.exp(np.asarray(got)).tolist() == [[1.0, 0.0]]
 
 
@@ -258,94 +255,6 @@ def test_disjoint_teachers_are_not_followed() -> None:
     assert disagreement_regularizer(first, second, mx.zeros((1, 3))).item() == pytest.approx(
         0, abs=1e-5
     )
-
-
-def loss_of(
-    student: np.ndarray, targets: dict[str, Any], labels: np.ndarray, regularizer: np.ndarray
-) -> np.ndarray:
-    q, soft = oracle.softmax(student), oracle.softmax(student, 2.0)
-    losses = []
-    for row, strategy in enumerate(targets["strategy"]):
-        p = targets["p"][row]
-        ce = -np.log(q[row, labels[row]]) if labels[row] >= 0 else 0.0
-        if strategy == Strategy.GOLD_FALLBACK:
-            kl = -np.log(q[row, labels[row]])
-        else:
-            kl = 4 * oracle.kl(p, soft[row])
-        losses.append(targets["weight"][row] * (0.1 * ce + 0.8 * kl + 0.3 * regularizer[row]))
-    return np.array(losses)
-
-
-def test_the_three_parts_and_their_gradient_are_their_formula() -> None:
-    """One token by each strategy; the skipped one moves nothing."""
-    first, second = (
-        np.array([list(x) for x in side]) for side in zip(*TOKENS.values(), strict=True)
-    )
-    labels = np.array([3, 1, 2, -1])
-    target, weight, strategy = smart_target_selection(to_mx(first), to_mx(second), mx.array(labels))
-    fallback = made((1, 4), 7)
-    first, second = np.concatenate([first, [[1.0, 0, 0, 0]]]), np.concatenate([second, fallback])
-    target = mx.concatenate([target, mx.array([[-mx.inf, 0.0, -mx.inf, -mx.inf]])])
-    weight = mx.concatenate([weight, mx.array([0.5])])
-    strategy = mx.concatenate([strategy, mx.array([Strategy.GOLD_FALLBACK.value])])
-    labels = np.append(labels, 1)
-    student = made((5, 4), 3)
-    targets = {
-        "p": np.exp(np.asarray(target, np.float64)),
-        "weight": np.asarray(weight),
-        "strategy": np.asarray(strategy),
-    }
-
-    def expected(x: np.ndarray) -> np.ndarray:
-        p, q, s = (oracle.softmax(y) for y in (first, second, x))
-        return loss_of(x, targets, labels, (1 - js_of(p, q)) * oracle.kl(p, s))
-
-    def got(x: mx.array) -> mx.array:
-        return two_teacher_loss(
-            x,
-            target,
-            weight,
-            strategy,
-            mx.array(labels),
-            regularizer=disagreement_regularizer(to_mx(first), to_mx(second), x),
-            beta=0.8,
-            gamma=0.3,
-        )
-
-    np.testing.assert_allclose(np.asarray(got(to_mx(student))), expected(student), rtol=1e-4)
-    gradient = np.asarray(mx.grad(lambda x: got(x).sum())(to_mx(student)))
-    numerical = numerical_gradient(lambda x: expected(x).sum(), student)
-    np.testing.assert_allclose(gradient, numerical, atol=2e-5)
-    assert (gradient[3] == 0).all(), "the skipped token"
-
-
-def test_a_skipped_token_without_any_target_is_no_nan() -> None:
-    """A text whose every likely token is excluded leaves a target of -inf only."""
-    target = mx.full((1, 3), -mx.inf)
-    skip = mx.array([Strategy.SKIP.value])
-
-    def loss(x: mx.array) -> mx.array:
-        return two_teacher_loss(x, target, weights_of(skip), skip, mx.array([-1])).sum()
-
-    value, gradient = mx.value_and_grad(loss)(mx.zeros((1, 3)))
-    assert value.item() == 0
-    assert gradient.tolist() == [[0.0, 0.0, 0.0]]
-
-
-def test_excluded_tokens_have_no_probability_and_the_others_are_scaled_up() -> None:
-    p = oracle.softmax(made((4, 6)))
-    got, some = exclude(to_mx(np.log(p)), mx.array([False, True, False, False, True, False]))
-    expected = p.copy()
-    expected[:, [1, 4]] = 0
-    expected /= expected.sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.exp(np.asarray(got)), expected, rtol=1e-5)
-    assert some.all().item()
-
-
-def test_where_everything_is_excluded_nothing_is_left() -> None:
-    got, some = exclude(mx.log(mx.array([[0.3, 0.7, 0.0]])), mx.array([True, True, False]))
-    assert np.isneginf(np.asarray(got)).all()
-    assert not some.item()
 
 
 def outcomes_of(p: np.ndarray, ids: np.ndarray, nothing: int) -> tuple[np.ndarray, np.ndarray]:

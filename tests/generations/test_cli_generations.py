@@ -14,12 +14,13 @@ from conch_dna.cli import main
 from conch_dna.generations.cli import generations
 from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig, requested
+from lines import copied
 
 CONFIG = """
 stabilizers: {ema_decay: 0.9, replay_share: 0.3}
 evaluation: {answers: 3}
 training_params: {num_iters: 8, learning_rate: 3e-3, warmup_iters: 1, batch_size: 4,
-  lora_keys: all, lora_rank: 4, max_tokens: 8, val_fraction: 0.25}
+  lora_keys: all, lora_rank: 8, max_tokens: 8, val_fraction: 0.25}
 gates: {generalize_gain: -1.0, recall_margin: 1.0, max_tone_drift: 1.0}
 """
 
@@ -38,16 +39,13 @@ def records(path: Path, word: str, count: int = 16) -> Path:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the line "tales" of three generations, its data and its settings."""
+def line(tmp_path_factory: pytest.TempPathFactory, grown: tuple[Line, list[Any]]) -> Path:
+    """A folder with the line "tales" of three generations, new data and settings."""
     folder = tmp_path_factory.mktemp("lines")
     (folder / "evolve.yaml").write_text(CONFIG)
-    data = records(folder / "old.jsonl", "cat")
-    result = run("init", "tales", "--model", "embedded:student", "--data", str(data), *root(folder))
-    assert result.exit_code == 0, result.output
+    copied(grown[0], folder / "lines")
     for number, word in enumerate(("dog", "ball")):
-        result = evolve(folder, records(folder / f"{number}.jsonl", word))
-        assert result.exit_code == 0, result.output
+        records(folder / f"{number}.jsonl", word)
     return folder
 
 
@@ -94,6 +92,16 @@ def test_a_generation_is_judged_again_by_other_gates(line: Path, tmp_path: Path)
     first = run("validate", "tales", "G000", *root(line))
     assert first.exit_code == 2
     assert "G000 is the first generation: it was not judged" in first.output
+
+
+def test_a_line_is_begun_by_a_command(tmp_path: Path) -> None:
+    data = records(tmp_path / "old.jsonl", "cat")
+    arguments = ("--model", "embedded:student", "--data", str(data), *root(tmp_path))
+    result = run("init", "new", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "new: G000 is embedded:student, with 16 records, in " in result.output
+    again = run("init", "new", *arguments)
+    assert again.exit_code == 2 and "has generations already" in again.output
 
 
 def test_a_refused_child_ends_with_1_and_its_reasons(line: Path, tmp_path: Path) -> None:
@@ -204,7 +212,7 @@ def test_a_line_goes_back_and_is_checked(line: Path, tmp_path: Path) -> None:
         ("stabilizers: {emma: 1}", "stabilizers, names unknown settings: emma"),
         ("training_params: {nums: 1}", "training_params, names unknown settings: nums"),
         ("training_params: {alignment: uld}", "names unknown settings: alignment"),
-        ("training_params: {beta: high}", "a value is not of its kind"),
+        ("training_params: {beta: high}", "beta is 'high': it must be a number"),
         ("training_params: {beta: -1}", "beta is -1: it must be 0 or more"),
         ("teachers: [{role: uncle, path: x}]", "is not a mapping with a role, parent or"),
         ("laws: {name: x}", "laws hold no list; write for example"),

@@ -1,107 +1,27 @@
 """A real line: the embedded student learns new texts, keeps old ones, and is refused bad ones."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
-from conch_dna.generations.data import init_line
+from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, earlier_records, init_line
+from conch_dna.generations.ensemble import load_generations
 from conch_dna.generations.evolve import WORK
 from conch_dna.generations.evolve import train_generation_with_teachers as evolve
 from conch_dna.generations.laws import Law
 from conch_dna.generations.line import Line, folder_digest
-from conch_dna.generations.promotion import GateSettings
 from conch_dna.generations.settings import EvolveConfig
-from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.records import json_lines
+from lines import config_of, copied, garbage, quick_config, stories, sums
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, character_tokenizer
-
-NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")
-THINGS = ("ball", "cat", "hat", "dog", "car", "cup")
-PLACES = ("park", "house", "garden", "shop")
-
-
-def stories(seed: int, count: int = 40) -> list[dict[str, str]]:
-    """Little stories of one pattern, such as the model knows."""
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        name, thing, place = (str(random.choice(x)) for x in (NAMES, THINGS, PLACES))
-        text = f"{name} had a little {thing}. {name} took the {thing} to the {place}."
-        found.append({"prompt": f"Once upon a time, {name}", "completion": f" went out. {text}"})
-    return found
-
-
-def sums(seed: int, count: int = 40) -> list[dict[str, str]]:
-    """A pattern that it does not know."""
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        name, thing = (str(random.choice(x)) for x in (NAMES, THINGS))
-        number = int(random.integers(2, 9))
-        text = f" {name} sells {number} {thing}s. Answer: {name} sold {number} {thing}s in all."
-        found.append({"prompt": f"Question {number}:", "completion": text})
-    return found
-
-
-def garbage(seed: int, count: int = 40) -> list[dict[str, str]]:
-    """The old pattern with all its words in another order each time: there is nothing to learn."""
-    random = np.random.default_rng(seed)
-    found = []
-    for record in stories(seed, count):
-        words = record["completion"].split()
-        random.shuffle(words)
-        letters = ["".join(random.permutation(list(word))) for word in words]
-        found.append({"prompt": record["prompt"], "completion": " " + " ".join(letters)})
-    return found
-
-
-def config_of(**changes: Any) -> EvolveConfig:
-    training = {
-        "num_iters": 40,
-        "learning_rate": 3e-3,
-        "warmup_iters": 2,
-        "batch_size": 8,
-        "lora_keys": "all",
-        "lora_rank": 8,
-        "max_tokens": 12,
-        "steps_per_eval": 20,
-        "steps_per_save": 20,
-        "steps_per_report": 10,
-        "val_fraction": 0.2,
-        **changes.pop("training", {}),
-    }
-    # A few tokens of samples of different topics say nothing of tone.
-    gates = {"max_tone_drift": 0.5, **changes.pop("gates", {})}
-    return EvolveConfig(
-        training=KDConfig(**training),
-        gates=GateSettings(**gates),
-        **{"answers": 4, "ema_decay": 0.9, "replay_share": 0.3, **changes},
-    )
-
-
-@pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Line, list[Any]]:
-    """A line of three generations, and the outcomes of the last two."""
-    line = Line(tmp_path_factory.mktemp("lines"), "tales")
-    init_line(line, "embedded:student", stories(0), config=config_of())
-    messages: list[str] = []
-
-    def report(event: str, row: dict[str, Any]) -> None:
-        if event == "message":
-            messages.append(row["message"])
-
-    outcomes = [
-        evolve(line, sums(1), config_of(), report=report),
-        evolve(line, stories(2) + sums(3), config_of(gates={"generalize_gain": -0.05})),
-    ]
-    return line, [*outcomes, messages]
 
 
 def test_a_generation_that_learned_and_did_not_forget_is_promoted(
@@ -167,13 +87,6 @@ def test_mlx_lm_opens_a_generation(grown: tuple[Line, list[Any]]) -> None:
     assert tokenizer.encode("Tom")
 
 
-def copied(line: Line, folder: Path) -> Line:
-    import shutil
-
-    shutil.copytree(line.folder, folder / line.name)
-    return Line(folder, line.name)
-
-
 def shares_of(row: dict[str, Any]) -> dict[str, float]:
     names = ("blended", "t1_only", "gold_fallback")
     return {name: row[name] / row["tokens"] for name in names}
@@ -186,40 +99,33 @@ def test_every_step_is_logged_and_drawn(grown: tuple[Line, list[Any]]) -> None:
     assert (line.path("G002") / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_generation_is_trained_in_full_from_a_lora_parent(
-    grown: tuple[Line, list[Any]], tmp_path: Path
+    tiny_line: Line, tmp_path: Path
 ) -> None:
     """Every weight moves, mlx_lm opens it, the ensemble takes it, and LoRA cannot follow it."""
-    from conch_dna.generations.ensemble import load_generations
-    from conch_dna.language_model import ModelSource
-
-    line = copied(grown[0], tmp_path)
-    gates = {"generalize_gain": -1.0, "recall_margin": 1.0}
-    config = config_of(training={"num_iters": 6, "full": True, "learning_rate": 1e-3}, gates=gates)
-    outcome = evolve(line, sums(4), config)
+    line = copied(tiny_line, tmp_path)
+    config = quick_config(training={"num_iters": 6, "full": True})
+    outcome = evolve(line, sums(4, 16), config)
     assert outcome.promoted and outcome.metrics["best_step"] > 0
-    base = ModelSource("embedded:student")
+    base = ModelSource(line.base("G003")["model"])
     models = load_generations(base, [line.path(name) for name in ("G003", "G002")])
     assert adapter_tensors(models[1].model) and not adapter_tensors(models[0].model)
     child, parent = (outcome.metrics[who]["generalize"] for who in ("child", "parent"))
     assert child["nats_per_token"] < parent["nats_per_token"]
-    again = evolve(line, sums(5), config)
+    again = evolve(line, sums(5, 16), config)
     assert again.promoted
     with pytest.raises(ConchError, match=r"G004 holds every weight, .*: add --full"):
-        evolve(line, sums(6), config_of(gates=gates))
+        evolve(line, sums(6, 16), quick_config())
     assert line.head == "G004" and line.problems() == []
 
 
-@pytest.mark.slow
-def test_a_teacher_with_another_tokenizer_takes_a_place(
-    grown: tuple[Line, list[Any]], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_teacher_with_another_tokenizer_takes_a_place(tiny_line: Line, tmp_path: Path) -> None:
     """It says something where a token is one of both; elsewhere the text does, or the parent."""
     bpe = byte_level_tokenizer(tmp_path / "bpe", size=400)
     other = make_model_folder(tmp_path / "other", tokenizer=bpe)
-    gates = {"generalize_gain": -1.0, "recall_margin": 1.0}
-    loose = config_of(training={"num_iters": 2}, gates=gates)
+    config = quick_config(training={"num_iters": 2})
     messages: list[str] = []
 
     def report(event: str, row: dict[str, Any]) -> None:
@@ -227,9 +133,9 @@ def test_a_teacher_with_another_tokenizer_takes_a_place(
             messages.append(row["message"])
 
     for place in ("first", "second"):
-        line = copied(grown[0], tmp_path / place)
-        config = replace(loose, **{f"{place}_teacher": str(other)})
-        outcome = evolve(line, sums(4), config, report=report)
+        line = copied(tiny_line, tmp_path / place)
+        placed = replace(config, **{f"{place}_teacher": str(other)})
+        outcome = evolve(line, sums(4, 16), placed, report=report)
         assert outcome.promoted
         manifest = line.manifest(outcome.name)
         role = {"first": "parent", "second": "grandparent"}[place]
@@ -252,8 +158,9 @@ def test_a_teacher_with_another_tokenizer_takes_a_place(
         ("embedded:student", ["base", "G001", "G002", "base", "candidate"]),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_each_model_is_loaded_once_and_alone(
-    grown: tuple[Line, list[Any]],
+    tiny_line: Line,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     first_teacher: str,
@@ -272,19 +179,17 @@ def test_each_model_is_loaded_once_and_alone(
         return models[-1]
 
     monkeypatch.setattr(ModelSource, "load", counted)
-    loose = config_of(training={"num_iters": 2}, first_teacher=first_teacher)
-    evolve(copied(grown[0], tmp_path), sums(4), loose)
+    config = quick_config(first_teacher=first_teacher)
+    evolve(copied(tiny_line, tmp_path), sums(4, 16), config)
     assert names == expected
 
 
-def test_a_teacher_that_cannot_be_aligned_is_refused(
-    grown: tuple[Line, list[Any]], tmp_path: Path
-) -> None:
+def test_a_teacher_that_cannot_be_aligned_is_refused(tiny_line: Line, tmp_path: Path) -> None:
     letters = character_tokenizer(tmp_path / "letters", byte_fallback=False)
     other = make_model_folder(tmp_path / "other", tokenizer=letters)
-    line = copied(grown[0], tmp_path)
+    line = copied(tiny_line, tmp_path)
     records = [{"prompt": f"{n}", "completion": " Жили-были кот и собака."} for n in range(9)]
-    config = config_of(first_teacher=str(other), training={"top_k": 8})
+    config = quick_config(first_teacher=str(other), training={"top_k": 8})
     with pytest.raises(ConchError, match=r"only .*% of the student's tokens could be aligned"):
         evolve(line, records, config)
     assert line.head == "G002" and line.problems() == []
@@ -307,25 +212,20 @@ def test_poisoned_data_are_refused_by_the_gates(
     assert line.problems() == []
 
 
-def test_laws_are_run_over_what_the_child_answers(
-    grown: tuple[Line, list[Any]], tmp_path: Path
-) -> None:
-    line = copied(grown[0], tmp_path)
-    config = config_of(
-        laws=(Law(name="silent", kind="max_characters", value=0),),
-        training={"num_iters": 2},
-        gates={"generalize_gain": -1.0, "recall_margin": 1.0},
-    )
-    outcome = evolve(line, sums(4), config)
+@pytest.mark.usefixtures("undrawn")
+def test_laws_are_run_over_what_the_child_answers(tiny_line: Line, tmp_path: Path) -> None:
+    line = copied(tiny_line, tmp_path)
+    config = quick_config(laws=(Law(name="silent", kind="max_characters", value=0),))
+    outcome = evolve(line, sums(4, 16), config)
     assert [v.gate for v in outcome.verdicts if not v.passed] == ["law_violations"]
     assert {v["law"] for v in outcome.metrics["law_violations"]} == {"silent"}
 
 
-def test_an_altered_ancestor_stops_the_line(grown: tuple[Line, list[Any]], tmp_path: Path) -> None:
-    line = copied(grown[0], tmp_path)
+def test_an_altered_ancestor_stops_the_line(tiny_line: Line, tmp_path: Path) -> None:
+    line = copied(tiny_line, tmp_path)
     (line.path("G000") / "data.jsonl").write_text("")
     with pytest.raises(NotWholeError, match=r"G000 is not whole: data.jsonl was truncated"):
-        evolve(line, sums(4), config_of())
+        evolve(line, sums(4, 16), quick_config())
 
 
 def test_a_line_without_earlier_data_promotes_nothing(tmp_path: Path) -> None:
@@ -340,30 +240,41 @@ def test_a_line_is_begun_once(grown: tuple[Line, list[Any]]) -> None:
         init_line(grown[0], "embedded:student", stories(0))
 
 
-@pytest.mark.slow
-def test_an_interrupted_generation_goes_on_where_it_was(
-    grown: tuple[Line, list[Any]], tmp_path: Path
-) -> None:
-    """Stopped in the middle and resumed, it is the generation that was never stopped."""
-    import signal
+def test_what_an_adapter_held_out_stays_held_out(tmp_path: Path) -> None:
+    """Of its data nothing else is held out, whatever the split of a new line would choose."""
+    adapter, records = tmp_path / "adapter", stories(0)
+    adapter.mkdir()
+    for name in ADAPTER_FILES:
+        (adapter / name).write_text("")
+    kept = [records[index] for index in (3, 20)]
+    assert all(records.count(record) == 1 for record in kept)
+    (adapter / HELDOUT_FILE).write_text(json_lines(kept))
+    line = Line(tmp_path, "tales")
+    init_line(line, "embedded:student", records, adapter=adapter)
+    both = [earlier_records(line, ["G000"], file)["G000"] for file in (DATA_FILE, HELDOUT_FILE)]
+    assert both == [[record for record in records if record not in kept], kept]
 
-    config = config_of(training={"num_iters": 20, "steps_per_save": 5, "steps_per_eval": 5})
-    whole = copied(grown[0], tmp_path / "whole")
-    expected = evolve(whole, sums(6), config)
-    line = copied(grown[0], tmp_path / "stopped")
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_interrupted_generation_goes_on_where_it_was(tiny_line: Line, tmp_path: Path) -> None:
+    """Stopped in the middle and resumed, it is the generation that was never stopped."""
+    config = quick_config(training={"num_iters": 6, "steps_per_save": 2, "steps_per_eval": 2})
+    whole = copied(tiny_line, tmp_path / "whole")
+    expected = evolve(whole, sums(6, 16), config)
+    line = copied(tiny_line, tmp_path / "stopped")
 
     def stop(event: str, row: dict[str, Any]) -> None:
-        if event == "step" and row["step"] == 7:
+        if event == "step" and row["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        evolve(line, sums(6), config, report=stop)
+        evolve(line, sums(6, 16), config, report=stop)
     assert line.head == "G002"
     with pytest.raises(ConchError, match="holds an unfinished generation: add --resume"):
-        evolve(line, sums(6), config)
+        evolve(line, sums(6, 16), config)
     with pytest.raises(ConchError, match=r"was begun with other settings: .*beta"):
-        evolve(line, sums(6), config_of(beta=0.9), resume=True)
-    got = evolve(line, sums(6), config, resume=True)
+        evolve(line, sums(6, 16), quick_config(beta=0.9), resume=True)
+    got = evolve(line, sums(6, 16), config, resume=True)
     assert (got.promoted, got.name.split("-2")[0]) == (
         expected.promoted,
         expected.name.split("-2")[0],
@@ -372,12 +283,12 @@ def test_an_interrupted_generation_goes_on_where_it_was(
         assert got.metrics["child"][name] == expected.metrics["child"][name]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
-    grown: tuple[Line, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(training={"num_iters": 4}, gates={"generalize_gain": -1.0})
-    line = copied(grown[0], tmp_path)
+    config = quick_config()
+    line = copied(tiny_line, tmp_path)
 
     class Killed(BaseException):
         pass
@@ -388,38 +299,36 @@ def test_a_child_that_was_judged_before_a_kill_is_promoted_afterwards(
     with monkeypatch.context() as patched:
         patched.setattr(Line, "promote", killed)
         with pytest.raises(Killed):
-            evolve(line, sums(6), config)
+            evolve(line, sums(6, 16), config)
     assert line.head == "G002" and line.candidate.is_dir()
-    outcome = evolve(line, sums(6), config)
+    outcome = evolve(line, sums(6, 16), config)
     assert (outcome.name, line.head) == ("G003", "G003")
     assert line.problems() == []
 
 
-@pytest.mark.slow
-def test_what_is_finished_is_not_done_again_when_resumed(
-    grown: tuple[Line, list[Any]], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_finished_is_not_done_again_when_resumed(tiny_line: Line, tmp_path: Path) -> None:
     """A process may be killed when all is done but to say so."""
-    line = copied(grown[0], tmp_path)
-    config = config_of(training={"num_iters": 2}, gates={"generalize_gain": -1.0})
-    first = evolve(line, sums(6), config)
-    again = evolve(line, sums(6), config, resume=True)
+    line = copied(tiny_line, tmp_path)
+    config = quick_config()
+    first = evolve(line, sums(6, 16), config)
+    again = evolve(line, sums(6, 16), config, resume=True)
     assert (again.name, again.verdicts) == (first.name, first.verdicts)
     assert line.head == "G003" and len(line.log()) == 4
-    other = evolve(line, sums(7), config, resume=True)
+    other = evolve(line, sums(7, 16), config, resume=True)
     assert other.name == line.head == "G004"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": -1.0}, "alpha is -1: it must be 0 or more"),
+        ({"alpha": -1.0}, "alpha is -1.0: it must be 0 or more"),
         ({"alpha": 0.0, "beta": 0.0}, "nothing would be learned"),
         (
             {"ema_decay": 1.0, "answers": 0},
-            "ema_decay is 1: .*; answers is 0: it must be 1 or more",
+            "ema_decay is 1.0: .*; answers is 0: it must be 1 or more",
         ),
-        ({"replay_share": 1.0}, "replay_share is 1"),
+        ({"replay_share": 1.0}, "replay_share is 1.0: it must be at least 0 and below 1"),
     ],
 )
 def test_settings_out_of_range_are_named_together(settings: dict[str, Any], message: str) -> None:

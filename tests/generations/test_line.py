@@ -179,7 +179,7 @@ def altered(line: Line, name: str) -> None:
 
 def forged(line: Line, name: str) -> None:
     """With digests that fit again, as someone who knows the format would."""
-    parent = line.parent(name)
+    parent = line.manifest(name)["parent"]
     manifest = {"parent": parent, "note": "forged", "digests": {"parents": {}}}
     write_folder(line.folder / name, documents={MANIFEST_FILE: manifest, "weights.txt": "forged"})
 

@@ -10,7 +10,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.promotion import (
     GATES,
     GateSettings,
-    judge,
+    gate_verdicts,
     paired_interval,
     tone_drift,
     validate_student_vs_teachers,
@@ -42,7 +42,7 @@ CASES: list[tuple[dict[str, Any], set[str]]] = [
 @pytest.mark.parametrize(("changes", "failed"), CASES)
 def test_a_gate_fails_by_its_own_measure_alone(changes: dict[str, Any], failed: set[str]) -> None:
     child = {**GOOD, **changes}
-    verdicts = judge(child, PARENT)
+    verdicts = gate_verdicts(child, PARENT)
     assert [verdict.gate for verdict in verdicts] == list(GATES)
     assert {verdict.gate for verdict in verdicts if not verdict.passed} == failed
     passed, message = validate_student_vs_teachers(child, PARENT)
@@ -109,8 +109,8 @@ def test_a_gate_can_ask_for_the_lower_bound() -> None:
     child[:2], child[-1] = 1, 0  # two more are right, and one is wrong
     measures = {**GOOD, "generalize": child}
     others = {**PARENT, "generalize": parent}
-    as_measured = judge(measures, others)[1]
-    by_bound = judge(measures, others, GateSettings(by_lower_bound=("generalize",)))[1]
+    as_measured = gate_verdicts(measures, others)[1]
+    by_bound = gate_verdicts(measures, others, GateSettings(by_lower_bound=("generalize",)))[1]
     assert as_measured.passed and not by_bound.passed
     assert as_measured.figures["interval"] == by_bound.figures["interval"]
     assert "lower bound needed +0.0200" in by_bound.reason
@@ -118,7 +118,9 @@ def test_a_gate_can_ask_for_the_lower_bound() -> None:
 
 def test_a_lower_bound_needs_the_same_items_of_both() -> None:
     settings = GateSettings(by_lower_bound=("recall",))
-    verdict = judge({**GOOD, "recall": [1, 1, 1]}, {**PARENT, "recall": [1, 0]}, settings)[0]
+    verdict = gate_verdicts({**GOOD, "recall": [1, 1, 1]}, {**PARENT, "recall": [1, 0]}, settings)[
+        0
+    ]
     assert not verdict.passed
     assert "no interval of 3 and 2 scores" in verdict.reason
 
@@ -126,7 +128,7 @@ def test_a_lower_bound_needs_the_same_items_of_both() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"confidence": 1.0}, "confidence 1 is not between 0 and 1"),
+        ({"confidence": 1.0}, "confidence is 1.0: it must be above 0 and below 1"),
         ({"by_lower_bound": ("tone_drift",)}, "by_lower_bound names tone_drift"),
     ],
 )

@@ -13,15 +13,18 @@ from mlx.utils import tree_flatten, tree_map
 import oracle
 from conch_dna.errors import ConchError
 from conch_dna.generations.blending import Strategy
+from conch_dna.generations.settings import BlendSettings, EvolveConfig
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.two_teachers import (
-    BlendSettings,
+    TeacherCache,
     TwoTeacherTargets,
     make_two_teacher_loss,
+    two_teacher_sums,
 )
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
 from conch_dna.training.records import tokenize_records
+from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
 from models import make_model_folder
 
@@ -85,7 +88,8 @@ def made(
     examples = examples_of(source)
     first, second = (cached(teachers[name], folder, examples) if name else None for name in names)
     assert first is not None
-    return TwoTeacherTargets(first, second, source, BlendSettings(**settings), taboo), examples
+    caches = TeacherCache(first), TeacherCache(second) if second else None
+    return TwoTeacherTargets(*caches, source, BlendSettings(**settings), taboo), examples
 
 
 def logits_of(path: Path, examples: Sequence[Example]) -> np.ndarray:
@@ -230,7 +234,8 @@ def test_the_loss_and_its_gradient_are_the_formula(
     batch = targets.collate(examples, TEMPERATURE)
     arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
     student = ModelSource(str(tiny_student)).load()
-    settings = {"alpha": 0.1, "beta": 0.8, "gamma": gamma, "temperature": TEMPERATURE}
+    training = KDConfig(temperature=TEMPERATURE, head_chunk=12)
+    config = EvolveConfig(alpha=0.1, beta=0.8, gamma=gamma, training=training)
     first, second = (logits_of(teachers[name], examples) for name in names)
     expected = expected_of(first, second, targets.settings)
     own = logits_of(tiny_student, examples)
@@ -251,7 +256,7 @@ def test_the_loss_and_its_gradient_are_the_formula(
         model.__dict__["has_plain_head"] = plain
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
-        loss = make_two_teacher_loss(model, chunk=12, **settings)
+        loss = make_two_teacher_loss(model, config)
         grad = nn.value_and_grad(student.model, lambda m, f=loss: f(m, arrays)["loss"])
         value, gradient = grad(student.model)
         sums = loss(student.model, arrays)
@@ -292,6 +297,24 @@ def test_taboo_words_are_taught_by_nobody(
         assert not banned & set(arrays["kept_ids"][row].tolist())
 
 
+def test_what_is_left_without_a_taboo_token_is_scaled_up(
+    teachers: dict[str, Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    source = ModelSource(str(tiny_student))
+    logits = logits_of(teachers["parent"], examples_of(source))[0]
+    first, *others = oracle.likeliest(logits, TOP_K).tolist()
+    taboo = TabooTokens(source.tokenizer, ids=[first])
+    targets, examples = made(teachers, ("parent", None), tiny_student, tmp_path, taboo)
+    arrays = targets.collate(examples, TEMPERATURE).arrays
+    assert arrays["strategy"][0] == Strategy.BLENDED
+    kept, log_probs = arrays["kept_ids"][0], arrays["teacher_log_probs"][0, :-1]
+    assert set(kept.tolist()) - {targets.nothing} == set(others)
+    p = oracle.softmax(logits, TEMPERATURE)
+    real = kept != targets.nothing
+    expected = p[kept[real]] / (1 - p[first])
+    np.testing.assert_allclose(np.exp(log_probs[real]), expected, rtol=2e-3)
+
+
 def test_the_student_is_not_pushed_towards_a_taboo_token(
     teachers: dict[str, Path], tiny_student: Path, tmp_path: Path
 ) -> None:
@@ -300,21 +323,12 @@ def test_the_student_is_not_pushed_towards_a_taboo_token(
     taboo = TabooTokens(source.tokenizer, ids=[40, 41])
     targets, examples = made(teachers, ("parent", "near"), tiny_student, tmp_path, taboo)
     arrays = {n: mx.array(v) for n, v in targets.collate(examples, TEMPERATURE).arrays.items()}
-    from conch_dna.generations.two_teachers import two_teacher_sums
-
     arrays = {**arrays, "ce_weights": 0 * arrays["ce_weights"]}
+    config = EvolveConfig(beta=0.9, gamma=0.5, training=KDConfig(temperature=TEMPERATURE))
     logits = mx.random.normal((len(arrays["labels"]), source.token_count), key=mx.random.key(3))
 
     def loss(x: mx.array) -> mx.array:
-        return two_teacher_sums(
-            x,
-            arrays,
-            temperature=TEMPERATURE,
-            beta=0.9,
-            gamma=0.5,
-            divergence="forward_kl",
-            nothing=source.token_count,
-        )["loss"]
+        return two_teacher_sums(x, arrays, config, source.token_count)["loss"]
 
     gradient = np.asarray(mx.grad(loss)(logits))
     assert (gradient[:, [40, 41]] == 0).all()
@@ -333,7 +347,7 @@ def test_a_batch_in_which_everything_is_skipped_counts_nothing_and_moves_nothing
     assert batch.count == 0
     arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
     student = source.load()
-    loss = make_two_teacher_loss(student, with_taboo=True)
+    loss = make_two_teacher_loss(student, EvolveConfig(), with_taboo=True)
     student.model.freeze()
     student.model.model.layers[0].unfreeze()
     value, gradient = nn.value_and_grad(student.model, lambda m: loss(m, arrays)["loss"])(
@@ -365,9 +379,9 @@ def test_the_digest_tells_teachers_thresholds_and_taboo_apart(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"js_threshold": 2}, "js_threshold 2 is not between 0 and 1"),
-        ({"first_share": -0.1}, "first_share -0.1 is not between 0 and 1"),
-        ({"method": "margin"}, "method 'margin' is not one of top1, entropy"),
+        ({"js_threshold": 2}, "js_threshold is 2: it must be between 0 and 1"),
+        ({"first_share": -0.1}, "first_share is -0.1: it must be between 0 and 1"),
+        ({"method": "margin"}, "method is 'margin': use one of top1, entropy"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -26,9 +26,9 @@ from conch_dna.cortex.commands.shared_options import (
     settings_of,
 )
 from conch_dna.cortex.neuron import CortexSuite
+from conch_dna.digests import provenance
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Progress, Report, silent
-from conch_dna.provenance import provenance
 from conch_dna.training.records import Record, read_records
 from conch_dna.training.settings import DEFAULT_TEACHER
 

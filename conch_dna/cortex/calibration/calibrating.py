@@ -31,7 +31,7 @@ from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import AskOptions
 from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
-from conch_dna.generations.measures import text_scores
+from conch_dna.generations.promotion import text_scores
 from conch_dna.metrics import reliability
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.lessons import conversation, record_of

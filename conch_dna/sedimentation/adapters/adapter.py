@@ -15,9 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna import provenance
 from conch_dna.checkpoints import read_folder, write_folder
-from conch_dna.digests import content_digest
+from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.adapters.closed_forms import sums_of
 from conch_dna.sedimentation.config import KINDS
@@ -190,7 +189,7 @@ class Adapter:
             "digest": self.digest,
             "figures": dict(self.figures),
             "origin": dict(origin or {}),
-            "provenance": provenance.provenance(),
+            "provenance": provenance(),
         }
         arrays = {name: mx.array(array) for name, array in self.arrays.items()}
         write_folder(folder, arrays={ARRAYS_FILE: arrays}, documents={ADAPTER_FILE: document})

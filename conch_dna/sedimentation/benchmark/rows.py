@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
 from conch_dna.progress import Report, silent
-from conch_dna.provenance import provenance
 from conch_dna.sedimentation.benchmark.collections import Collection
 from conch_dna.sedimentation.benchmark.queries import split_queries
 from conch_dna.sedimentation.benchmark.stages import (

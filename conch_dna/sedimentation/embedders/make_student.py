@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna import provenance
 from conch_dna.checkpoints import write_folder
+from conch_dna.digests import provenance
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.local import (
     STUDENT_FILE,
@@ -189,7 +189,7 @@ def _write(student: Any, folder: Path, teacher: SentenceTransformersEmbedder) ->
                 "teacher_digest": teacher.digest,
                 "dimension": int(student.dim),
                 "digest": digest,
-                "provenance": provenance.provenance(),
+                "provenance": provenance(),
             }
             write_folder(
                 folder,
