@@ -1,11 +1,11 @@
 """Measure what sedimentation gains on a collection with judgements, against control and ceiling.
 
-The command and its files; the stages are in stages.py, the rows in rows.py,
-tables and plot in report.py. To add an option: here, and a field of
-`BenchmarkSettings` that takes it.
+The command and its files; the stages are in stages.py, the rows in rows.py, tables and plot in
+report.py. To add an option: here, and a field of `ComparisonSettings` of the same name.
 """
 
 import tempfile
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from conch_dna.command_parts import HELP, OneLineErrors, example
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
-from conch_dna.sedimentation.benchmark.rows import Benchmark, BenchmarkSettings
+from conch_dna.sedimentation.benchmark.rows import Benchmark, ComparisonSettings
 from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
 from conch_dna.sedimentation.engine import DEFAULT_STUDENT
 from conch_dna.sedimentation.retrieval import dcg_at_k, ndcg_at_k
@@ -46,7 +46,7 @@ PLOT, TABLE = ".png", ".md"
 
 def run_benchmark(
     task: str,
-    settings: BenchmarkSettings,
+    settings: ComparisonSettings,
     output: Path,
     *,
     split: str = "test",
@@ -59,7 +59,7 @@ def run_benchmark(
 
     Args:
         task: See `read_collection`.
-        settings: See `BenchmarkSettings`.
+        settings: See `ComparisonSettings`.
         output: The JSON file; one that is there is replaced.
         split: Whose judgements.
         cycle_split: See `read_collection`.
@@ -110,15 +110,20 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     help="A folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), or the name of a "
     "retrieval task of mteb, such as SciFact.",
 )
-@click.option("--model", default=DEFAULT_STUDENT, show_default=True, help="The student.")
+@click.option("--model", "student", default=DEFAULT_STUDENT, show_default=True, help="The student.")
 @click.option(
     "--teacher", multiple=True, required=True, help="The teacher; give it again for several."
 )
 @share_option
-@click.option("--cycles", default=3, show_default=True, help="Cycles of each training mode.")
+@click.option(
+    "--cycles",
+    default=ComparisonSettings.cycles,
+    show_default=True,
+    help="Cycles of each training mode.",
+)
 @click.option(
     "--queries-per-cycle",
-    default=50,
+    default=ComparisonSettings.queries_per_cycle,
     show_default=True,
     help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
     "in all.",
@@ -153,18 +158,10 @@ def _write(output: Path, document: dict[str, Any]) -> None:
 )
 def main(
     task: str,
-    model: str,
-    teacher: tuple[str, ...],
     teacher_shares: tuple[float, ...],
-    cycles: int,
-    queries_per_cycle: int,
     config_file: str | None,
-    sweep: bool,
     split: str,
     cycle_split: str | None,
-    teacher_cache: str | None,
-    device: str | None,
-    trust_remote_code: bool,
     output: str,
     **given: Any,
 ) -> None:
@@ -179,19 +176,11 @@ def main(
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark.report import result_table
 
+    named = {
+        each.name: given[each.name] for each in fields(ComparisonSettings) if each.name in given
+    }
     config = settings_of(config_file, given)
-    settings = BenchmarkSettings(
-        student=model,
-        teacher=teacher,
-        teacher_shares=teacher_shares or None,
-        cycles=cycles,
-        queries_per_cycle=queries_per_cycle,
-        sweep=sweep,
-        config=config,
-        teacher_cache=teacher_cache,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    settings = ComparisonSettings(**named, teacher_shares=teacher_shares or None, config=config)
     path = Path(output).expanduser()
     try:
         with Progress() as progress:

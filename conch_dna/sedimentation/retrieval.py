@@ -1,7 +1,7 @@
 """Rankings: their quality by judgements, the fusion of several, and one by words (BM25).
 
-Knows ids, grades and texts; nothing of vectors, stores or models. To add a measure: a field of
-`Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
+Knows ids, grades and the texts of a store; nothing of vectors, models or gates. To add a measure:
+a field of `Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
 """
 
 import math
@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore, Where
+from conch_dna.sedimentation.stores.stored_documents import matches, wanted
 
-Identifier = str | int
 # Query to ids, best first; query to id to grade.
-Rankings = Mapping[str, Sequence[Identifier]]
-Judgements = Mapping[str, Mapping[Identifier, int]]
+Rankings = Mapping[str, Sequence[DocumentId]]
+Judgements = Mapping[str, Mapping[DocumentId, int]]
 NDCG_AT = 10
 RECALL_AT = 100
+# Documents of each ranking that are fused.
+FUSED = 100
 
 
 def dcg_at_k(grades: Sequence[float], k: int = NDCG_AT) -> float:
@@ -40,7 +44,7 @@ def dcg_at_k(grades: Sequence[float], k: int = NDCG_AT) -> float:
 
 
 def ndcg_at_k(
-    ranking: Sequence[Identifier], judgements: Mapping[Identifier, float], k: int = NDCG_AT
+    ranking: Sequence[DocumentId], judgements: Mapping[DocumentId, float], k: int = NDCG_AT
 ) -> float:
     """DCG of a ranking over that of the best one of all judged documents, retrieved or not.
 
@@ -71,7 +75,7 @@ class Evaluation:
     Attributes:
         queries: Their ids `[Q]`, in the order of the judgements.
         ndcg: nDCG@10 `[Q]`, float64 between 0 and 1.
-        recall: Recall@100 `[Q]`, likewise.
+        recall: Recall@100 `[Q]`, float64 between 0 and 1.
     """
 
     queries: list[str]
@@ -138,15 +142,15 @@ def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
     )
 
 
-def _refuse_repeated(ranking: Sequence[Identifier], what: str) -> None:
+def _refuse_repeated(ranking: Sequence[DocumentId], what: str) -> None:
     if len(set(ranking)) != len(ranking):
         twice = next(each for each in ranking if list(ranking).count(each) > 1)
         raise ConchError(f"{twice!r} stands in {what} more than once")
 
 
 def rrf(
-    rankings: Sequence[Sequence[Identifier]], *, k: int = 60, top_k: int | None = None
-) -> list[tuple[Identifier, float]]:
+    rankings: Sequence[Sequence[DocumentId]], *, k: int = 60, top_k: int | None = None
+) -> list[tuple[DocumentId, float]]:
     """Reciprocal rank fusion: Σ 1 / (k + rank) over the rankings, ranks from 1 (Cormack 2009).
 
     Args:
@@ -165,7 +169,7 @@ def rrf(
     """
     if k <= 0:
         raise ConchError(f"the constant of reciprocal rank fusion is {k}: it must be above 0")
-    scores: dict[Identifier, float] = {}
+    scores: dict[DocumentId, float] = {}
     for ranking in rankings:
         _refuse_repeated(ranking, "a ranking")
         for rank, each in enumerate(ranking, start=1):
@@ -188,7 +192,7 @@ class BM25:
     """
 
     def __init__(
-        self, ids: Iterable[Identifier], texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75
+        self, ids: Iterable[DocumentId], texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75
     ) -> None:
         import bm25s
 
@@ -204,7 +208,7 @@ class BM25:
 
     def search(
         self, queries: Sequence[str], *, top_k: int = 10
-    ) -> list[list[tuple[Identifier, float]]]:
+    ) -> list[list[tuple[DocumentId, float]]]:
         """The best documents of each query.
 
         Args:
@@ -221,21 +225,18 @@ class BM25:
         if top_k < 1:
             raise ConchError(f"top_k is {top_k}: it must be 1 or more")
         most = min(top_k, len(self.ids))
-        found: list[list[tuple[Identifier, float]]] = []
+        results: list[list[tuple[DocumentId, float]]] = []
         for words in self._words(list(queries)):
-            known = [word for word in words if word in self._index.vocab_dict]
-            if not known:
-                found.append([])
-                continue
-            places, scores = self._index.retrieve([known], k=most, show_progress=False)
-            found.append(
-                [
-                    (self.ids[place], float(score))
-                    for place, score in zip(places[0], scores[0], strict=True)
-                    if score > 0
-                ]
-            )
-        return found
+            results.append([])
+            if known := [word for word in words if word in self._index.vocab_dict]:
+                found = self._index.retrieve([known], k=most, show_progress=False)
+                scored = zip(found.documents[0], found.scores[0], strict=True)
+                results[-1] += [(self.ids[at], float(score)) for at, score in scored if score > 0]
+        return results
+
+    def rankings(self, queries: Sequence[str], *, top_k: int = FUSED) -> list[list[DocumentId]]:
+        """`search` without the scores, as many documents as are fused."""
+        return [[each for each, _ in found] for found in self.search(queries, top_k=top_k)]
 
     @staticmethod
     def _words(texts: list[str]) -> list[list[str]]:
@@ -250,3 +251,52 @@ class BM25:
             show_progress=False,
         )
         return list(words)
+
+
+def word_index(store: VectorStore) -> BM25:
+    """BM25 over the documents of a store."""
+    ids: list[DocumentId] = []
+    texts: list[str] = []
+    for page in store.pages(RAW):
+        ids += page.ids
+        texts += [embedded_text(payload) for payload in page.payloads]
+    return BM25(ids, texts)
+
+
+class WordFusion:
+    """Fuses the dense ranking of a query with BM25's, by reciprocal rank.
+
+    Args:
+        store: Its payloads hold the texts.
+        k: Constant of reciprocal rank fusion.
+    """
+
+    def __init__(self, store: VectorStore, k: int) -> None:
+        self.store = store
+        self.k = k
+        self._words: tuple[int, BM25] | None = None
+
+    def fused(
+        self, query: str, hits: Hits, top_k: int, where: Where | None = None
+    ) -> tuple[list[DocumentId], list[float], list[dict[str, Any]]]:
+        """Ids, scores and payloads of the best documents by both rankings.
+
+        Args:
+            query: Its text.
+            hits: The dense ranking, FUSED long where there are as many.
+            top_k: How many to give.
+            where: The filter that the dense ranking had.
+        """
+        # Made anew at the first query after documents joined.
+        count = self.store.count(RAW)
+        if self._words is None or self._words[0] != count:
+            self._words = count, word_index(self.store)
+        (by_words,) = self._words[1].rankings([query])
+        payloads = dict(zip(hits.ids, hits.payloads, strict=True))
+        page = self.store.get([each for each in by_words if each not in payloads], RAW)
+        payloads.update(zip(page.ids, page.payloads, strict=True))
+        conditions = wanted(where)
+        by_words = [each for each in by_words if matches(payloads[each], conditions)]
+        ranked = rrf([hits.ids, by_words], k=self.k, top_k=top_k)
+        ids = [each for each, _ in ranked]
+        return ids, [score for _, score in ranked], [payloads[each] for each in ids]

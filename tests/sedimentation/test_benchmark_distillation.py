@@ -18,9 +18,15 @@ from click.testing import CliRunner, Result
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation import benchmark_distillation
 from conch_dna.sedimentation.benchmark.collections import Collection, read_beir, read_collection
-from conch_dna.sedimentation.benchmark.queries import split_queries
 from conch_dna.sedimentation.benchmark.report import markdown_table
-from conch_dna.sedimentation.benchmark.rows import CONTROL, SWEPT, TEACHER, WORDS, BenchmarkSettings
+from conch_dna.sedimentation.benchmark.rows import (
+    CONTROL,
+    SWEPT,
+    TEACHER,
+    WORDS,
+    ComparisonSettings,
+)
+from conch_dna.sedimentation.benchmark.stages import split_queries
 from conch_dna.sedimentation.benchmark_distillation import (
     dcg_at_k,
     evaluate_engine,
@@ -315,7 +321,7 @@ def test_measures_by_hand_are_importable_here():
 
 def test_teacher_vectors_are_kept_where_asked(made, tmp_path):
     cache = tmp_path / "vectors"
-    settings = BenchmarkSettings(
+    settings = ComparisonSettings(
         student=made.student,
         teacher=[made.teacher],
         cycles=1,

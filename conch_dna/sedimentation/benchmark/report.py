@@ -1,6 +1,6 @@
 """A benchmark's rows for people: a table on screen, one in Markdown, a plot.
 
-Knows the JSON that `benchmark_rows.Benchmark.document` gives; computes nothing of it anew. To show
+Knows the JSON that `rows.Benchmark.document` gives; computes nothing of it anew. To show
 another figure: a column in COLUMNS.
 """
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,16 +24,14 @@ from conch_dna.metrics import paired_interval
 from conch_dna.progress import Report, silent
 from conch_dna.provenance import provenance
 from conch_dna.sedimentation.benchmark.collections import Collection
-from conch_dna.sedimentation.benchmark.queries import split_queries
 from conch_dna.sedimentation.benchmark.stages import (
     QUERY_EMBEDDING,
     answers,
     fused_rankings,
     run_training_cycle,
-    word_rankings,
-    words_of,
+    split_queries,
 )
-from conch_dna.sedimentation.changes.heldout_queries import Evidence, evaluated, teacher_rankings
+from conch_dna.sedimentation.changes.heldout_queries import Evidence, teacher_rankings
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
@@ -42,7 +40,7 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
-from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation
+from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, word_index
 
 CONTROL, TEACHER, WORDS = "student untouched (control)", "teacher (ceiling)", "BM25"
 MODES = {"baseline": "baseline", "hybrid": "hybrid", "offline": "offline symmetric"}
@@ -52,7 +50,7 @@ FIGURES = {"ndcg_at_10": "ndcg", "recall_at_100": "recall"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
+class ComparisonSettings:
     """What is compared.
 
     Attributes:
@@ -84,12 +82,9 @@ class BenchmarkSettings:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name} is {value}: it must be 1 or more"
-            for name, value in (
-                ("cycles", self.cycles),
-                ("queries_per_cycle", self.queries_per_cycle),
-            )
-            if value < 1
+            f"{name} is {getattr(self, name)}: it must be 1 or more"
+            for name in ("cycles", "queries_per_cycle")
+            if getattr(self, name) < 1
         ]
         shares = self.teacher_shares
         if shares is not None and len(shares) != len(self.teacher):
@@ -115,7 +110,7 @@ class Benchmark:
 
     Args:
         collection: See `read_collection`.
-        settings: See `BenchmarkSettings`.
+        settings: See `ComparisonSettings`.
         folder: An empty one for the stores.
         report: Gets events, see `progress.Progress`.
         save: Gets `document` after every row, so that what was measured outlives what comes.
@@ -127,11 +122,11 @@ class Benchmark:
     def __init__(
         self,
         collection: Collection,
-        settings: BenchmarkSettings,
+        settings: ComparisonSettings,
         *,
         folder: Path,
         report: Report = silent,
-        save: Callable[[dict[str, Any]], None] = lambda document: None,
+        save: Callable[[dict[str, Any]], None],
     ) -> None:
         self.collection = collection
         self.settings = settings
@@ -144,6 +139,8 @@ class Benchmark:
             queries_per_cycle=settings.queries_per_cycle,
             seed=settings.config.seed,
         )
+        cache = settings.teacher_cache
+        self._cache = Path(cache).expanduser() if cache else folder / "teacher_vectors"
         self.evidence = Evidence.judged(self.split.evaluated, collection.judgements)
         self.rows: list[dict[str, Any]] = []
         self._control: Evaluation | None = None
@@ -151,11 +148,6 @@ class Benchmark:
         # Rankings of the student's rows, of which the best is fused.
         self._dense: dict[str, list[list[DocumentId]]] = {}
         self._models: dict[str, Any] = {}
-
-    @property
-    def _cache(self) -> Path:
-        given = self.settings.teacher_cache
-        return Path(given).expanduser() if given else self.folder / "teacher_vectors"
 
     def run(self) -> dict[str, Any]:
         """Measure every row.
@@ -227,26 +219,19 @@ class Benchmark:
                 seconds["embedding"] += result.embedding_seconds
                 errors |= result.errors
                 self.report("advance", {"by": len(part)})
-            student = engine.student
-            self._models["student"] = {
-                "name": student.name,
-                "digest": student.digest,
-                "dimension": student.dimension,
-            }
-            found, taken = answers(engine, self.evidence.texts)
-            self._dense[CONTROL] = found
+            identity = dict(engine.store.identity)
+            self._models["student"] = {"name": identity.pop("student"), **identity}
             failed = {"not_embedded": {str(each): why for each, why in errors.items()}}
-            self._add(CONTROL, found, {**seconds, **taken}, failed)
+            self._answered(CONTROL, engine, seconds, failed)
             self._ceiling(engine)
             self._bm25(engine)
 
     def _ceiling(self, engine: AntigravityEngine) -> None:
         self.report("phase", {"name": TEACHER})
-        settings = self.settings
         helper = self._helper(self._cache)
         teacher = helper.teacher
         began = time.perf_counter()
-        found = teacher_rankings(engine.store, helper, self.evidence.texts, top_k=RECALL_AT)
+        rankings = teacher_rankings(engine.store, helper, self.evidence.texts, top_k=RECALL_AT)
         seconds = {"documents_and_search": time.perf_counter() - began}
         # Without the cache, and with the model in memory: what a query really costs.
         plain = self._helper(None)
@@ -256,11 +241,11 @@ class Benchmark:
         plain.embed(self.evidence.texts, queries=True)
         seconds[QUERY_EMBEDDING] = time.perf_counter() - began
         self._models["teacher"] = {
-            "names": list(settings.teacher),
+            "names": list(self.settings.teacher),
             "digest": teacher.digest,
             "dimension": teacher.dimension,
         }
-        self._add(TEACHER, found, seconds)
+        self._add(TEACHER, rankings, seconds)
 
     def _helper(self, cache: Path | None) -> TeacherDistillationHelper:
         return create_distillation_helper(
@@ -273,9 +258,9 @@ class Benchmark:
 
     def _bm25(self, engine: AntigravityEngine) -> None:
         began = time.perf_counter()
-        words = words_of(engine)
+        words = word_index(engine.store)
         indexed = time.perf_counter()
-        self._words = word_rankings(words, self.evidence.texts)
+        self._words = words.rankings(self.evidence.texts)
         seconds = {"index": indexed - began, "search": time.perf_counter() - indexed}
         self._add(WORDS, self._words, seconds)
 
@@ -313,35 +298,33 @@ class Benchmark:
         change: ChangeResult,
         seconds: Mapping[str, float],
     ) -> None:
-        found, taken = answers(engine, self.evidence.texts)
-        self._dense[name] = found
-        more = {
-            "kind": change.kind,
-            "mode": change.mode,
-            "space": engine.config.space,
-            "teacher_weight": engine.config.teacher_weight,
-            "activated": change.activated,
-            "version": change.version,
-            "candidate": change.candidate,
-            "reason": change.reason,
-            "gate": change.figures,
-            "documents": change.documents,
-            "fit": change.fit,
-            "steps": change.steps,
-            "reasons": change.reasons,
-        }
-        self._add(name, found, {**seconds, **change.seconds, **taken}, more)
+        """A row of what an engine answers after a change, with what the change came to."""
+        more = change.to_json()
+        more |= {"gate": more.pop("figures"), "space": engine.config.space}
+        more["teacher_weight"] = engine.config.teacher_weight
+        self._answered(name, engine, {**seconds, **more.pop("seconds")}, more)
+
+    def _answered(
+        self,
+        name: str,
+        engine: AntigravityEngine,
+        seconds: Mapping[str, float],
+        more: Mapping[str, Any],
+    ) -> None:
+        """A row of what an engine's active version answers to the evaluated queries."""
+        self._dense[name], taken = answers(engine, self.evidence.texts)
+        self._add(name, self._dense[name], {**seconds, **taken}, more)
 
     def _fusion(self) -> None:
         figures = {row["name"]: row["ndcg_at_10"] for row in self.rows}
         best = max(self._dense, key=lambda name: figures[name])
         began = time.perf_counter()
         k = self.settings.config.rrf_k
-        found = fused_rankings(self._dense[best], self._words, k=k)
+        rankings = fused_rankings(self._dense[best], self._words, k=k)
         seconds = {"fusion": time.perf_counter() - began}
         # The choice saw the queries that it is judged by; whoever reads the figure must know.
         more = {"fused": [best, WORDS], "chosen_on_evaluated_queries": True}
-        self._add("fusion of the best student row and BM25", found, seconds, more)
+        self._add("fusion of the best student row and BM25", rankings, seconds, more)
 
     def _engine(
         self,
@@ -351,19 +334,18 @@ class Benchmark:
         space: str = "symmetric",
         weight: float | None = None,
     ) -> AntigravityEngine:
-        settings = self.settings
-        place = self.folder / name
+        settings, place = self.settings, self.folder / name
         if name != "untouched":
             shutil.copytree(self.folder / "untouched", place)
-        values = {**asdict(settings.config), "space": space, "fusion": "none"}
+        has_teacher = training_mode != "baseline"
         return AntigravityEngine(
             place,
             settings.student,
             training_mode,
-            settings.teacher if training_mode != "baseline" else None,
+            settings.teacher if has_teacher else None,
             weight,
-            config=ChelationConfig(**values),
-            teacher_weights=settings.teacher_shares if training_mode != "baseline" else None,
+            config=replace(settings.config, space=space, fusion="none"),
+            teacher_weights=settings.teacher_shares if has_teacher else None,
             teacher_cache=self._cache,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
@@ -377,28 +359,25 @@ class Benchmark:
         more: Mapping[str, Any] | None = None,
     ) -> None:
         """A row: figures of rankings, and intervals of the difference to the control."""
-        found = evaluated(self.evidence, rankings)
-        self._control = control = self._control or found
-        row: dict[str, Any] = {"name": name, **found.to_json()}
+        own = self.evidence.evaluate(rankings)
+        self._control = control = self._control or own
+        row: dict[str, Any] = {"name": name, **own.to_json()}
+        seed = self.settings.config.seed
         row["against_control"] = {
-            figure: _difference(getattr(found, part), getattr(control, part), self._seed)
+            figure: _difference(getattr(own, part), getattr(control, part), seed)
             for figure, part in FIGURES.items()
         }
-        row["gap_closed"] = None
+        lowest = float(control.ndcg.mean())
         ceiling = next((each["ndcg_at_10"] for each in self.rows if each["name"] == TEACHER), None)
-        gap = None if ceiling is None else ceiling - float(control.ndcg.mean())
-        if gap is not None and gap > 0:
-            row["gap_closed"] = (row["ndcg_at_10"] - float(control.ndcg.mean())) / gap
+        row["gap_closed"] = None
+        if ceiling is not None and ceiling > lowest:
+            row["gap_closed"] = (row["ndcg_at_10"] - lowest) / (ceiling - lowest)
         if QUERY_EMBEDDING in seconds:
-            row["milliseconds_per_query"] = 1000 * seconds[QUERY_EMBEDDING] / len(found.queries)
+            row["milliseconds_per_query"] = 1000 * seconds[QUERY_EMBEDDING] / len(own.queries)
         row |= {**(more or {}), "seconds": dict(seconds), "peak_memory_bytes": peak_memory_bytes()}
         self.rows.append(row)
         self.report("message", {"message": f"{name}: nDCG@10 {row['ndcg_at_10']:.4f}"})
         self.save(self.document())
-
-    @property
-    def _seed(self) -> int:
-        return self.settings.config.seed
 
 
 def _difference(own: np.ndarray, control: np.ndarray, seed: int) -> dict[str, Any]:

@@ -1,19 +1,23 @@
-"""Held-out queries of a store, and what two versions of its vectors make of them.
+"""Held-out queries of a store, and what versions of its vectors make of them.
 
-Knows a store, embedders and the gate's measures; decides nothing. To judge by another measure: an
-entry of what `measures` gives.
+Knows a store, embedders and rankings; decides nothing. To judge by another measure: an entry of
+what `measures` gives.
 """
 
+import heapq
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.changes.gate import pseudo_queries, teacher_agreement
-from conch_dna.sedimentation.changes.versions import OF_TEACHER
+from conch_dna.sedimentation.changes.collapse import sample_rank
+from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, DocumentId, embedded_text
+from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.retrieval import (
     NDCG_AT,
     RECALL_AT,
@@ -23,12 +27,10 @@ from conch_dna.sedimentation.retrieval import (
 )
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 
-if TYPE_CHECKING:
-    from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
-    from conch_dna.sedimentation.changes.versions import Versions
-    from conch_dna.sedimentation.embedders.contract import Embedder
-
 QUERIES_AT_ONCE = 256
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# Less than this names no document; less than this of a text is not worth finding.
+FEWEST_WORDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +85,54 @@ class Evidence:
 
     @classmethod
     def of_corpus(cls, store: VectorStore, *, sample: int, seed: int) -> "Evidence":
-        """Pseudo-queries of a store's own documents; see `gate.pseudo_queries`."""
-        documents = (
-            (each, str(payload.get(TITLE, "")), str(payload.get(TEXT, "")))
+        """Pseudo-queries of a store's own documents: known items, to be found by their titles.
+
+        Where there is no title of three words, the first sentence is the query. What they are
+        worth: a document that holds its query's words is found by any vectors that keep words, and
+        a student's raw ones would look perfect. So its `rests`, the text without the title or
+        sentence, is what stands for it while the gate looks, before and after alike, and must have
+        three words too. Beside the figure goes `teacher_agreement`, which leaves the query's own
+        document out.
+
+        Args:
+            store: Its payloads hold titles and texts; one pass over them.
+            sample: Most queries to make. Which is decided by ids and seed, not by the order.
+            seed: Of the sample.
+        """
+        suitable = (
+            (sample_rank(identifier, seed=seed), identifier, *parts)
             for page in store.pages(RAW)
-            for each, payload in zip(page.ids, page.payloads, strict=True)
+            for identifier, payload in zip(page.ids, page.payloads, strict=True)
+            if (parts := _query_and_rest(payload)) is not None
         )
-        made = pseudo_queries(documents, sample=sample, seed=seed)
-        names = [str(number) for number in range(len(made.queries))]
+        chosen = heapq.nsmallest(sample, suitable, key=lambda each: each[0])
+        names = [str(number) for number in range(len(chosen))]
+        left_out = [identifier for _, identifier, _, _ in chosen]
         return cls(
             names=names,
-            texts=made.queries,
-            judgements=made.judgements,
-            left_out=made.documents,
-            rests=made.rests,
+            texts=[query for _, _, query, _ in chosen],
+            judgements={name: {each: 1} for name, each in zip(names, left_out, strict=True)},
+            left_out=left_out,
+            rests=[rest for _, _, _, rest in chosen],
         )
+
+    def evaluate(self, rankings: Sequence[Sequence[DocumentId]]) -> Evaluation:
+        """The quality of rankings, one of each query in their order."""
+        named = dict(zip(self.names, rankings, strict=True))
+        return evaluate_rankings(named, self.judgements)
+
+
+def _query_and_rest(payload: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A document's query and its text without it; None where there are not words enough."""
+
+    def enough(part: str) -> bool:
+        return len(part.split()) >= FEWEST_WORDS
+
+    title, text = (str(payload.get(name, "")).strip() for name in (TITLE, TEXT))
+    if enough(title) and enough(text):
+        return title, text
+    first, *rest = _SENTENCE_END.split(text, maxsplit=1)
+    return (first, rest[0]) if rest and enough(first) and enough(rest[0]) else None
 
 
 def rankings_of(
@@ -111,15 +146,9 @@ def rankings_of(
     return found
 
 
-def evaluated(evidence: Evidence, rankings: Sequence[Sequence[DocumentId]]) -> Evaluation:
-    """The quality of rankings, query by query."""
-    named = dict(zip(evidence.names, rankings, strict=True))
-    return evaluate_rankings(named, evidence.judgements)
-
-
 def teacher_rankings(
     store: VectorStore,
-    helper: "TeacherDistillationHelper",
+    helper: TeacherDistillationHelper,
     queries: Sequence[str],
     *,
     top_k: int,
@@ -148,54 +177,88 @@ def teacher_rankings(
     return [list(row) for row in ids]
 
 
-def measures(
-    versions: "Versions",
-    evidence: Evidence,
-    student: "Embedder",
-    names: tuple[str, str],
-    helper: "TeacherDistillationHelper | None" = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The gate's figures of two versions, query by query.
+def teacher_agreement(
+    rankings: Sequence[Sequence[DocumentId]],
+    teacher: Sequence[Sequence[DocumentId]],
+    left_out: Sequence[DocumentId],
+    *,
+    k: int = NDCG_AT,
+) -> np.ndarray:
+    """Which share of the teacher's own top k a ranking has in its top k, query by query.
 
     Args:
-        versions: Of the store where both are.
+        rankings: Of the vectors to judge, `[Q]` lists, best first; at least k + 1 long where the
+            corpus has as many.
+        teacher: Of the teacher's vectors of the same documents and queries.
+        left_out: One document of each query that does not count: the one that a pseudo-query was
+            taken from.
+        k: How many documents count; fewer where the teacher's ranking is shorter.
+
+    Returns:
+        float64 `[Q]` between 0 and 1.
+
+    Raises:
+        ConchError: There are not as many of each, k is below 1, or a teacher's ranking is empty.
+    """
+    lengths = [len(rankings), len(teacher), len(left_out)]
+    if len(set(lengths)) > 1 or k < 1:
+        raise ConchError(
+            f"agreement at {k} of {' and '.join(map(str, lengths))} rankings: k must be 1 or "
+            "more, and every query needs one of each"
+        )
+    shares = np.zeros(len(rankings))
+    for number, (ranking, best, own) in enumerate(zip(rankings, teacher, left_out, strict=True)):
+        wanted = [each for each in best if each != own][:k]
+        if not wanted:
+            raise ConchError(f"the teacher's ranking of query {number + 1} names no document")
+        top = [each for each in ranking if each != own][: len(wanted)]
+        shares[number] = len(set(wanted) & set(top)) / len(wanted)
+    return shares
+
+
+def measures(
+    versions: Versions,
+    evidence: Evidence,
+    student: Embedder,
+    names: Sequence[str],
+    helper: TeacherDistillationHelper | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """The gate's figures of versions, query by query.
+
+    Args:
+        versions: Of the store where they are.
         evidence: The queries; none of them give no measure.
         student: Embeds them.
-        names: The active version and the candidate.
+        names: The versions, such as the active one and a candidate.
         helper: The teacher: without judgements its agreement counts too.
 
     Returns:
-        Name of the measure to figures before and after.
+        Name of the measure to the figures `[Q]` of each version.
     """
     if not evidence.names:
         return {}
     store = versions.store
     raw = student.queries(evidence.texts).all_vectors(what="held-out queries")
-    queries = [versions.adapter(name).apply(raw) for name in names]
-    rankings = [
-        rankings_of(store, vectors, version=name)
-        for vectors, name in zip(queries, names, strict=True)
-    ]
-    shown = rankings
+    queries = {name: versions.adapter(name).apply(raw) for name in names}
+    rankings = [rankings_of(store, queries[name], version=name) for name in names]
+    with_rests = rankings
     if evidence.pseudo:
         rests = student.documents(evidence.rests).all_vectors(what="held-out documents")
-        shown = []
-        for vectors, name in zip(queries, names, strict=True):
+        with_rests = []
+        for name in names:
             if versions.origin(name)["documents"] == OF_TEACHER:
                 assert helper is not None
                 own = helper.get_teacher_embeddings(evidence.rests)
             else:
                 own = versions.adapter(name).apply(rests)
-            shown.append(_with_rests(store, evidence, vectors, own, version=name))
-    before, after = (evaluated(evidence, found).ndcg for found in shown)
-    found = {f"nDCG@{NDCG_AT}": (before, after)}
+            with_rests.append(_with_rests(store, evidence, queries[name], own, version=name))
+    figures = {f"nDCG@{NDCG_AT}": [evidence.evaluate(each).ndcg for each in with_rests]}
     if evidence.pseudo and helper is not None:
-        own_rankings = teacher_rankings(store, helper, evidence.texts, top_k=NDCG_AT + 1)
-        shares = [
-            teacher_agreement(each, own_rankings, left_out=evidence.left_out) for each in rankings
+        best = teacher_rankings(store, helper, evidence.texts, top_k=NDCG_AT + 1)
+        figures["teacher agreement"] = [
+            teacher_agreement(each, best, evidence.left_out) for each in rankings
         ]
-        found["teacher agreement"] = (shares[0], shares[1])
-    return found
+    return figures
 
 
 def _with_rests(
