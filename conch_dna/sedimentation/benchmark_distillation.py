@@ -76,11 +76,11 @@ def run_benchmark(
     collection = read_collection(task, split=split, cycle_split=cycle_split)
     with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
         benchmark = Benchmark(
-            collection,
-            settings,
+            collection=collection,
+            settings=settings,
             folder=Path(folder),
-            report=report,
             save=partial(write_json, output),
+            report=report,
         )
         document = benchmark.run()
     _write(output, document)

@@ -39,13 +39,7 @@ from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
 from conch_dna.sedimentation.retrieval import FUSED, Judgements, WordFusion
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
-from conch_dna.sedimentation.stores.folders import (
-    LOG,
-    TEACHER_VECTORS,
-    VECTORS,
-    VERSIONS,
-    state_of,
-)
+from conch_dna.sedimentation.stores.folders import LOG, TEACHER_VECTORS, VECTORS, VERSIONS, state_of
 from conch_dna.sedimentation.stores.open_store import open_store
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
@@ -102,9 +96,7 @@ class AntigravityEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self.config = (config or ChelationConfig()).having(
-            training_mode=training_mode,
-            teacher_weight=teacher_weight,
-            fusion=fusion,
+            training_mode=training_mode, teacher_weight=teacher_weight, fusion=fusion
         )
         needs_teacher = self.config.training_mode != "baseline" or self.config.space != "symmetric"
         if needs_teacher and not teacher_model_name:

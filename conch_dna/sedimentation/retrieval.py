@@ -6,7 +6,7 @@ a field of `Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -263,18 +263,18 @@ def word_index(store: VectorStore) -> BM25:
     return BM25(ids, texts)
 
 
+@dataclass(eq=False)
 class WordFusion:
     """Fuses the dense ranking of a query with BM25's, by reciprocal rank.
 
-    Args:
+    Attributes:
         store: Its payloads hold the texts.
         k: Constant of reciprocal rank fusion.
     """
 
-    def __init__(self, store: VectorStore, k: int) -> None:
-        self.store = store
-        self.k = k
-        self._words: tuple[int, BM25] | None = None
+    store: VectorStore
+    k: int
+    _words: tuple[int, BM25] | None = field(default=None, init=False)
 
     def fused(
         self, query: str, hits: Hits, top_k: int, where: Where | None = None

@@ -9,7 +9,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -44,6 +45,8 @@ from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, word_index
 
 CONTROL, TEACHER, WORDS = "student untouched (control)", "teacher (ceiling)", "BM25"
 MODES = {"baseline": "baseline", "hybrid": "hybrid", "offline": "offline symmetric"}
+# Folder of the store that the others are copies of.
+UNTOUCHED = "untouched"
 SWEPT = tuple(tenth / 10 for tenth in range(1, 11))
 CONFIDENCE = 0.95
 FIGURES = {"ndcg_at_10": "ndcg", "recall_at_100": "recall"}
@@ -105,49 +108,42 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass(eq=False, kw_only=True)
 class Benchmark:
     """One run over one collection; `run` measures, `document` holds what was measured so far.
 
-    Args:
+    Attributes:
         collection: See `read_collection`.
         settings: See `ComparisonSettings`.
         folder: An empty one for the stores.
-        report: Gets events, see `progress.Progress`.
         save: Gets `document` after every row, so that what was measured outlives what comes.
+        report: Gets events, see `progress.Progress`.
+        rows: What was measured so far.
 
     Raises:
         ConchError: The queries cannot be divided as asked; see `split_queries`.
     """
 
-    def __init__(
-        self,
-        collection: Collection,
-        settings: ComparisonSettings,
-        *,
-        folder: Path,
-        report: Report = silent,
-        save: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.collection = collection
-        self.settings = settings
-        self.folder = folder
-        self.report = report
-        self.save = save
+    collection: Collection
+    settings: ComparisonSettings
+    folder: Path
+    save: Callable[[dict[str, Any]], None]
+    report: Report = silent
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _control: Evaluation | None = field(default=None, init=False)
+    _words: list[list[DocumentId]] = field(default_factory=list, init=False)
+    # Rankings of the student's rows, of which the best is fused.
+    _dense: dict[str, list[list[DocumentId]]] = field(default_factory=dict, init=False)
+    _models: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        settings, seed = self.settings, self.settings.config.seed
+        each, cache = settings.queries_per_cycle, settings.teacher_cache
         self.split = split_queries(
-            collection,
-            cycles=settings.cycles,
-            queries_per_cycle=settings.queries_per_cycle,
-            seed=settings.config.seed,
+            self.collection, cycles=settings.cycles, queries_per_cycle=each, seed=seed
         )
-        cache = settings.teacher_cache
-        self._cache = Path(cache).expanduser() if cache else folder / "teacher_vectors"
-        self.evidence = Evidence.judged(self.split.evaluated, collection.judgements)
-        self.rows: list[dict[str, Any]] = []
-        self._control: Evaluation | None = None
-        self._words: list[list[DocumentId]] = []
-        # Rankings of the student's rows, of which the best is fused.
-        self._dense: dict[str, list[list[DocumentId]]] = {}
-        self._models: dict[str, Any] = {}
+        self.evidence = Evidence.judged(self.split.evaluated, self.collection.judgements)
+        self._cache = Path(cache).expanduser() if cache else self.folder / "teacher_vectors"
 
     def run(self) -> dict[str, Any]:
         """Measure every row.
@@ -161,7 +157,8 @@ class Benchmark:
         self._distilled("asymmetric", space="asymmetric")
         if self.settings.sweep:
             for weight in SWEPT:
-                self._distilled(f"offline symmetric, teacher_weight {weight:g}", weight=weight)
+                name = f"offline symmetric, teacher_weight {weight:g}"
+                self._distilled(name, teacher_weight=weight)
         self._fusion()
         return self.document(complete=True)
 
@@ -207,7 +204,7 @@ class Benchmark:
         """The store that all modes begin with: control, teacher and words."""
         seconds: dict[str, float] = {"ingest": 0.0, "embedding": 0.0}
         errors: dict[DocumentId, str] = {}
-        with self._engine("untouched") as engine:
+        with self._engine(UNTOUCHED) as engine:
             # What an earlier run left must not pass for this one's.
             self.save(self.document())
             total = len(self.collection.documents)
@@ -265,31 +262,18 @@ class Benchmark:
         self._add(WORDS, self._words, seconds)
 
     def _cycles(self, mode: str) -> None:
-        config, asked = self.settings.config, self.split
         with self._engine(mode, training_mode=mode) as engine:
-            for number, names in enumerate(asked.cycles, 1):
+            for number, names in enumerate(self.split.cycles, 1):
                 name = f"{MODES[mode]}, cycle {number}"
                 self.report("phase", {"name": name})
                 began = time.perf_counter()
-                change = run_training_cycle(
-                    engine,
-                    [asked.texts[each] for each in names],
-                    threshold=config.threshold,
-                    learning_rate=config.learning_rate,
-                    epochs=config.epochs,
-                )
+                change = run_training_cycle(engine, [self.split.texts[each] for each in names])
                 self._changed(name, engine, change, {"cycle": time.perf_counter() - began})
-        shutil.rmtree(self.folder / mode)
 
-    def _distilled(
-        self, name: str, *, space: str = "symmetric", weight: float | None = None
-    ) -> None:
+    def _distilled(self, name: str, **changes: Any) -> None:
         self.report("phase", {"name": name})
-        with self._engine(
-            "distilled", training_mode="offline", space=space, weight=weight
-        ) as engine:
+        with self._engine("distilled", training_mode="offline", **changes) as engine:
             self._changed(name, engine, engine.run_offline_distillation(), {})
-        shutil.rmtree(self.folder / "distilled")
 
     def _changed(
         self,
@@ -326,30 +310,26 @@ class Benchmark:
         more = {"fused": [best, WORDS], "chosen_on_evaluated_queries": True}
         self._add("fusion of the best student row and BM25", rankings, seconds, more)
 
-    def _engine(
-        self,
-        name: str,
-        *,
-        training_mode: str = "baseline",
-        space: str = "symmetric",
-        weight: float | None = None,
-    ) -> AntigravityEngine:
+    @contextmanager
+    def _engine(self, name: str, **changes: Any) -> Iterator[AntigravityEngine]:
+        """An engine whose settings are changed, on a copy of the untouched store, gone after it."""
         settings, place = self.settings, self.folder / name
-        if name != "untouched":
-            shutil.copytree(self.folder / "untouched", place)
-        has_teacher = training_mode != "baseline"
-        return AntigravityEngine(
+        if name != UNTOUCHED:
+            shutil.copytree(self.folder / UNTOUCHED, place)
+        modes = {"training_mode": "baseline", "space": "symmetric", "fusion": "none"}
+        with AntigravityEngine(
             place,
             settings.student,
-            training_mode,
-            settings.teacher if has_teacher else None,
-            weight,
-            config=replace(settings.config, space=space, fusion="none"),
-            teacher_weights=settings.teacher_shares if has_teacher else None,
+            teacher_model_name=settings.teacher,
+            config=replace(settings.config, **{**modes, **changes}),
+            teacher_weights=settings.teacher_shares,
             teacher_cache=self._cache,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
-        )
+        ) as engine:
+            yield engine
+        if name != UNTOUCHED:
+            shutil.rmtree(place)
 
     def _add(
         self,

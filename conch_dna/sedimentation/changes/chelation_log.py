@@ -97,20 +97,15 @@ def read_events(folder: Path) -> Iterator[Event]:
 
 
 def _parsed(line: bytes, where: str) -> Event:
+    remedy = "restore the file, or move all of the log's files away to begin a new one"
     try:
         document = json.loads(line)
         written = document.pop("digest")
         event = Event(**document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWholeError(
-            f"{where} is no event of the log: restore the file, or move all of the log's files "
-            "away to begin a new one"
-        ) from error
+        raise NotWholeError(f"{where} is no event of the log: {remedy}") from error
     if event.digest != written:
-        raise NotWholeError(
-            f"{where} was altered, its digest is another: restore the file, or move all of the "
-            "log's files away to begin a new one"
-        )
+        raise NotWholeError(f"{where} was altered, its digest is another: {remedy}")
     return event
 
 
@@ -264,8 +259,7 @@ class ChelationLog:
         try:
             with open(self.path, "ab") as file:
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(self.path)
         except OSError:
             self._cut(size)
             raise
@@ -273,9 +267,8 @@ class ChelationLog:
             sync(self.folder)
 
     def _cut(self, size: int) -> None:
-        with open(self.path, "r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
+        os.truncate(self.path, size)
+        sync(self.path)
 
 
 def _unwritable(path: Path, error: OSError) -> ConchError:

@@ -8,7 +8,7 @@ otherwise: `dispersions`; the null is calibrated with it, so the threshold follo
 import heapq
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +171,11 @@ def _vectors_of(
     return vectors.reshape(len(neighbourhoods), -1, vectors.shape[1])
 
 
+@dataclass(eq=False)
 class Neighbourhoods:
     """Measures neighbourhoods and logs those that have collapsed.
 
-    Args:
+    Attributes:
         store: Where the vectors are.
         log: Of collapsed ones.
         config: Size, percentile, sample and seed.
@@ -182,21 +183,13 @@ class Neighbourhoods:
         student_digest: For the events.
     """
 
-    def __init__(
-        self,
-        store: VectorStore,
-        log: ChelationLog,
-        config: ChelationConfig,
-        folder: Path,
-        student_digest: str,
-    ) -> None:
-        self.store = store
-        self.log = log
-        self.config = config
-        self.folder = folder
-        self.student_digest = student_digest
-        self._null: CollapseNull | None = None
-        self._null_count = 0
+    store: VectorStore
+    log: ChelationLog
+    config: ChelationConfig
+    folder: Path
+    student_digest: str
+    _null: CollapseNull | None = field(default=None, init=False)
+    _null_count: int = field(default=0, init=False)
 
     def measure(
         self, queries: Sequence[str], hits: Sequence[Hits], version: str

@@ -147,11 +147,7 @@ def rankings_of(
 
 
 def teacher_rankings(
-    store: VectorStore,
-    helper: TeacherDistillationHelper,
-    queries: Sequence[str],
-    *,
-    top_k: int,
+    store: VectorStore, helper: TeacherDistillationHelper, queries: Sequence[str], *, top_k: int
 ) -> list[list[DocumentId]]:
     """What the teacher itself finds, a page of documents at a time; its vectors are cached.
 
@@ -262,12 +258,7 @@ def measures(
 
 
 def _with_rests(
-    store: VectorStore,
-    evidence: Evidence,
-    queries: np.ndarray,
-    rests: np.ndarray,
-    *,
-    version: str,
+    store: VectorStore, evidence: Evidence, queries: np.ndarray, rests: np.ndarray, *, version: str
 ) -> list[list[DocumentId]]:
     """Rankings in which the held-out documents stand with their rests' vectors `[Q, E]`.
 

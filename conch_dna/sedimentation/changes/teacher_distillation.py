@@ -10,7 +10,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class DimensionCheck:
     keeps_cosines: bool
 
 
+@dataclass(eq=False)
 class TeacherDistillationHelper:
     """A teacher, or several with weights, that says what a student's vectors should become.
 
@@ -93,43 +95,34 @@ class TeacherDistillationHelper:
         ConchError: No teacher, or weights that do not fit.
     """
 
-    def __init__(
-        self,
-        teacher_model_name: str | Sequence[str],
-        *,
-        cache_dir: Path | str | None = None,
-        batch_size: int = 64,
-        weights: Sequence[float] | None = None,
-        device: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        names = teacher_model_name
+    teacher_model_name: str | Sequence[str]
+    _: KW_ONLY
+    cache_dir: Path | str | None = None
+    batch_size: int = 64
+    weights: Sequence[float] | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        names = self.teacher_model_name
         self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names)
         if not self.names or not all(self.names):
             raise ConchError("no teacher is named: give the name of a model, or several")
-        if weights is not None and len(weights) != len(self.names):
-            raise ConchError(f"{len(weights)} weights do not fit {len(self.names)} teachers")
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self.batch_size = batch_size
-        self.weights = weights
-        self.device = device
-        self.trust_remote_code = trust_remote_code
-        self._teacher: Embedder | None = None
+        if self.weights is not None and len(self.weights) != len(self.names):
+            raise ConchError(f"{len(self.weights)} weights do not fit {len(self.names)} teachers")
 
-    @property
+    @cached_property
     def teacher(self) -> Embedder:
         """The teacher, found but not loaded; with the cache in front of it.
 
         Raises:
             ConchError: It is not here and cannot be fetched.
         """
-        if self._teacher is None:
-            found = [self._opened(name) for name in self.names]
-            if self.cache_dir is not None:
-                found = [CachedEmbedder(embedder, self.cache_dir) for embedder in found]
-            several = len(found) > 1
-            self._teacher = TeacherEnsemble(found, self.weights) if several else found[0]
-        return self._teacher
+        embedders = [self._opened(name) for name in self.names]
+        if self.cache_dir is not None:
+            folder = Path(self.cache_dir).expanduser()
+            embedders = [CachedEmbedder(embedder, folder) for embedder in embedders]
+        return TeacherEnsemble(embedders, self.weights) if len(embedders) > 1 else embedders[0]
 
     def load_teacher_model(self) -> Embedder:
         """The teacher with its model in memory; loaded the first time, once in a process.
