@@ -195,7 +195,9 @@ def _write_until_killed(folder: Path) -> None:
         cache.add(keys, np.full((64, 8), number, np.float32))
 
 
-@pytest.mark.parametrize("delay_s", [0.05, 0.11, 0.2])
+@pytest.mark.parametrize(
+    "delay_s", [0.05, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.11, 0.2))]
+)
 def test_a_kill_leaves_whole_shards_only(tmp_path, delay_s):
     process = multiprocessing.get_context("spawn").Process(
         target=_write_until_killed, args=(tmp_path,)
