@@ -58,11 +58,11 @@ def run_benchmark(
     The JSON is written after every row, so that what was measured outlives what comes.
 
     Args:
-        task: See `read_collection`.
-        settings: See `ComparisonSettings`.
+        task: A folder in BEIR layout, or a task of mteb.
+        settings: What is compared.
         output: The JSON file; one that is there is replaced.
         split: Whose judgements.
-        cycle_split: See `read_collection`.
+        cycle_split: Another split of the folder, whose queries are asked in the cycles.
         report: Gets events, see `progress.Progress`.
 
     Returns:

@@ -57,7 +57,7 @@ class AntigravityEngine:
         teacher_model_name: One teacher or several; needed by the last two modes and by the
             asymmetric space.
         teacher_weight: None for the configuration's.
-        config: See `ChelationConfig`.
+        config: Everything that is not named here; its defaults where None.
         teacher_weights: Of several teachers.
         fusion: "none" or "rrf"; None for the configuration's.
         state_folder: Where adapters, logs and caches of a server's store lie; a folder's lie in it.
@@ -424,7 +424,7 @@ class AntigravityEngine:
             Means over the queries, by the measure's name; none where there are no queries.
 
         Raises:
-            ConchError: See `run_inference`.
+            ConchError: A query or the rest of its document cannot be embedded.
         """
         names = (self.versions.active,)
         quality = measures(self.versions, self._evidence(), self.student, names, self.helper)

@@ -64,8 +64,8 @@ def ndcg_at_k(
     """
     _refuse_repeated(ranking, "the ranking")
     ideal = dcg_at_k(sorted(judgements.values(), reverse=True), k)
-    found = dcg_at_k([judgements.get(each, 0) for each in ranking], k)
-    return found / ideal if ideal else 0.0
+    gain = dcg_at_k([judgements.get(each, 0) for each in ranking], k)
+    return gain / ideal if ideal else 0.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,31 +115,25 @@ def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
             f"{missing[0]!r}: rank every judged query"
         )
     grades = {
-        query: {str(each): int(grade) for each, grade in judged.items()}
-        for query, judged in judgements.items()
+        query: {str(each): int(grade) for each, grade in row.items()}
+        for query, row in judgements.items()
     }
-    if bare := [
-        query for query, judged in grades.items() if not any(g > 0 for g in judged.values())
-    ]:
+    if bare := [query for query, row in grades.items() if not any(g > 0 for g in row.values())]:
         raise ConchError(
             f"query {bare[0]!r} has no relevant document, so it says nothing of a ranking: leave "
             f"such queries out ({len(bare)} of {len(grades)})"
         )
     runs = {}
     for query in grades:
-        names = [str(each) for each in rankings[query]]
-        _refuse_repeated(names, f"the ranking of query {query!r}")
-        runs[query] = {each: float(len(names) - place) for place, each in enumerate(names)}
-    ndcg, recall = f"ndcg_cut_{NDCG_AT}", f"recall_{RECALL_AT}"
-    evaluator = pytrec_eval.RelevanceEvaluator(grades, {ndcg, recall})
-    found = evaluator.evaluate({query: run for query, run in runs.items() if run})
-    nothing = {ndcg: 0.0, recall: 0.0}
-    rows = [found.get(query, nothing) for query in grades]
-    return Evaluation(
-        queries=list(grades),
-        ndcg=np.array([row[ndcg] for row in rows]),
-        recall=np.array([row[recall] for row in rows]),
-    )
+        ids = [str(each) for each in rankings[query]]
+        _refuse_repeated(ids, f"the ranking of query {query!r}")
+        runs[query] = {each: float(len(ids) - place) for place, each in enumerate(ids)}
+    names = f"ndcg_cut_{NDCG_AT}", f"recall_{RECALL_AT}"
+    evaluator = pytrec_eval.RelevanceEvaluator(grades, set(names))
+    figures = evaluator.evaluate({query: run for query, run in runs.items() if run})
+    rows = [figures.get(query, dict.fromkeys(names, 0.0)) for query in grades]
+    ndcg, recall = (np.array([row[name] for row in rows]) for name in names)
+    return Evaluation(queries=list(grades), ndcg=ndcg, recall=recall)
 
 
 def _refuse_repeated(ranking: Sequence[DocumentId], what: str) -> None:
@@ -229,14 +223,14 @@ class BM25:
         for words in self._words(list(queries)):
             results.append([])
             if known := [word for word in words if word in self._index.vocab_dict]:
-                found = self._index.retrieve([known], k=most, show_progress=False)
-                scored = zip(found.documents[0], found.scores[0], strict=True)
+                hits = self._index.retrieve([known], k=most, show_progress=False)
+                scored = zip(hits.documents[0], hits.scores[0], strict=True)
                 results[-1] += [(self.ids[at], float(score)) for at, score in scored if score > 0]
         return results
 
     def rankings(self, queries: Sequence[str], *, top_k: int = FUSED) -> list[list[DocumentId]]:
         """`search` without the scores, as many documents as are fused."""
-        return [[each for each, _ in found] for found in self.search(queries, top_k=top_k)]
+        return [[each for each, _ in hits] for hits in self.search(queries, top_k=top_k)]
 
     @staticmethod
     def _words(texts: list[str]) -> list[list[str]]:

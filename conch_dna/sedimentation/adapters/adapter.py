@@ -63,11 +63,11 @@ class EmbeddingAdapter:
         if self.kind not in KINDS:
             raise ConchError(f"adapter kind {self.kind!r} is none of {', '.join(KINDS)}")
         expected = self._expected_shapes()
-        found = {name: array.shape for name, array in self.arrays.items()}
-        if found != expected:
+        shapes = {name: array.shape for name, array in self.arrays.items()}
+        if shapes != expected:
             raise ConchError(
                 f"a {self.kind} adapter from {self.in_dimension} to {self.out_dimension} "
-                f"dimensions needs arrays {expected}, not {found}"
+                f"dimensions needs arrays {expected}, not {shapes}"
             )
         broken = [name for name, array in self.arrays.items() if not np.isfinite(array).all()]
         if broken:
@@ -108,7 +108,7 @@ class EmbeddingAdapter:
         Args:
             kind: A linear one of KINDS.
             matrix: `[D + 1, E]`, its last row is the bias.
-            figures: See the class.
+            figures: How it was fitted, for a reader.
         """
         arrays = {
             "weight": np.ascontiguousarray(matrix[:-1], np.float32),
@@ -146,22 +146,23 @@ class EmbeddingAdapter:
         rows = self.linear_part(vectors)
         if self.kind == "residual" and len(rows):
             parts = [
-                np.array(residual_rows(self._network, mx.array(rows[at : at + ROWS_AT_ONCE])))
+                np.array(residual_rows(self.network, mx.array(rows[at : at + ROWS_AT_ONCE])))
                 for at in range(0, len(rows), ROWS_AT_ONCE)
             ]
             rows = unit(np.concatenate(parts), what="adapted vectors")
         return rows
 
     @cached_property
-    def _network(self) -> dict[str, mx.array]:
-        """Kept, or every query would copy it."""
-        return {n: mx.array(a) for n, a in self.arrays.items() if n.startswith(("inner", "outer"))}
+    def network(self) -> dict[str, mx.array]:
+        """The residual network's arrays; kept, or every query would copy them."""
+        names = ("inner_weight", "inner_bias", "outer_weight", "outer_bias")
+        return {name: mx.array(self.arrays[name]) for name in names}
 
     def linear_part(self, vectors: Any) -> np.ndarray:
         """What the residual network is given: the vectors after the linear part, unit `[N, E]`.
 
         Raises:
-            ConchError: See `apply`.
+            ConchError: The dimension is another, or a row comes out zero or not finite.
         """
         rows = np.asarray(vectors, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.in_dimension:

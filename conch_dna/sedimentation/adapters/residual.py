@@ -120,8 +120,7 @@ def _loss(network: Network, rows: mx.array, targets: mx.array) -> mx.array:
 
 def _start_network(start: EmbeddingAdapter, config: ChelationConfig) -> Network:
     if start.kind == "residual":
-        names = ("inner_weight", "inner_bias", "outer_weight", "outer_bias")
-        return {name: mx.array(start.arrays[name]) for name in names}
+        return start.network
     width = start.out_dimension
     key = mx.random.key(config.seed)
     # A unit vector times columns of this size is of the order of 1, where gelu bends.

@@ -75,15 +75,16 @@ def read_beir(folder: Path, *, split: str = "test", cycle_split: str | None = No
         folder: With corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`) and
             qrels/<split>.tsv (query, document, grade; a header line).
         split: Whose judgements.
-        cycle_split: See `read_collection`.
+        cycle_split: Another split, whose queries are `others`.
 
     Raises:
-        ConchError: See `read_collection`.
+        ConchError: A file is not as it should be, or no query has a relevant document.
     """
     corpus = {name: _document(name, row) for name, row in _rows(folder / "corpus.jsonl")}
-    judged = read_judgements(folder, split=split)
+    queries, judgements = read_judgements(folder, split=split)
     source = str(folder / "qrels" / f"{split}.tsv")
-    collection = _collection(folder.resolve().name, corpus, *judged, source=source)
+    name = folder.resolve().name
+    collection = _collection(name, corpus, queries, judgements, source=source)
     if cycle_split is None:
         return collection
     queries, _ = read_judgements(folder, split=cycle_split)
@@ -107,7 +108,7 @@ def read_judgements(folder: Path, *, split: str = "test") -> tuple[dict[str, str
         Names and texts of the queries that have a relevant document, and their grades.
 
     Raises:
-        ConchError: See `read_collection`.
+        ConchError: A file is not as it should be, or no query has a relevant document.
     """
     texts = {name: str(row.get("text") or "") for name, row in _rows(folder / "queries.jsonl")}
     path = folder / "qrels" / f"{split}.tsv"
@@ -147,20 +148,20 @@ def _lines(path: Path) -> list[str]:
 
 
 def _judgements(path: Path) -> Judgements:
-    found: dict[str, dict[str | int, int]] = {}
+    judgements: dict[str, dict[str | int, int]] = {}
     for number, line in enumerate(_lines(path), 1):
         cells = line.rstrip("\r").split("\t")
         if not line.strip() or (number == 1 and cells[0] in ("query-id", "query_id", "qid")):
             continue
         try:
             query, document, grade = cells
-            found.setdefault(query, {})[document] = int(grade)
+            judgements.setdefault(query, {})[document] = int(grade)
         except ValueError as error:
             raise ConchError(
                 f"line {number} of {path} is {line!r}: it must be query, document and a whole "
                 "number as grade, with tabs between"
             ) from error
-    return found
+    return judgements
 
 
 def _judged(

@@ -57,8 +57,8 @@ class ComparisonSettings:
     """What is compared.
 
     Attributes:
-        student: See `open_embedder`.
-        teacher: One or several.
+        student: A name as `open_embedder` takes it.
+        teacher: One or several such names.
         teacher_shares: Weights of several, in their order; the same for all where None.
         cycles: Of each mode, 1 or more.
         queries_per_cycle: Asked before each, 1 or more.
@@ -113,8 +113,8 @@ class Benchmark:
     """One run over one collection; `run` measures, `document` holds what was measured so far.
 
     Attributes:
-        collection: See `read_collection`.
-        settings: See `ComparisonSettings`.
+        collection: Its corpus is ingested whole, its judged queries are divided.
+        settings: What is compared.
         folder: An empty one for the stores.
         save: Gets `document` after every row, so that what was measured outlives what comes.
         report: Gets events, see `progress.Progress`.
@@ -173,7 +173,7 @@ class Benchmark:
             "task": collection.name,
             "complete": complete,
             "config": {
-                **{n: v for n, v in vars(self.settings).items() if n != "config"},
+                **{name: value for name, value in vars(self.settings).items() if name != "config"},
                 "teacher": list(self.settings.teacher),
                 "engine": self.settings.config.to_json(),
                 "confidence": CONFIDENCE,

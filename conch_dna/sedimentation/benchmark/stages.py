@@ -54,44 +54,41 @@ def split_queries(
         ConchError: More than half of the judged queries would be asked, or there are not so many
             others, or fewer than 2 are left to evaluate.
     """
-    wanted = cycles * queries_per_cycle
+    count = cycles * queries_per_cycle
     source = collection.others or collection.queries
     names = list(source)
+    most, what = len(names) // 2, f"half of the {len(names)} judged ones"
     if collection.others:
-        judged = {_plain(text) for text in collection.queries.values()}
-        names = [name for name in names if _plain(source[name]) not in judged]
-        repeated = len(source) - len(names)
+        texts = {_plain(text) for text in collection.queries.values()}
+        names = [name for name in names if _plain(source[name]) not in texts]
         most, what = len(names), "those of the other split"
-    else:
-        most, what = len(names) // 2, f"half of the {len(names)} judged ones"
-    if wanted > most:
+    if count > most:
         each = most // cycles
         remedy = f"give --queries-per-cycle {each} or less" if each else f"give --cycles {most}"
         raise ConchError(
-            f"{cycles} cycles of {queries_per_cycle} queries ask {wanted}, but at most {most} may "
+            f"{cycles} cycles of {queries_per_cycle} queries ask {count}, but at most {most} may "
             f"be asked, {what}: {remedy}"
         )
     order = np.random.default_rng(seed).permutation(len(names))
-    chosen = [names[number] for number in order[:wanted]]
-    asked = {_plain(source[name]) for name in chosen}
+    cycle_names = [names[number] for number in order[:count]]
+    texts = {_plain(source[name]) for name in cycle_names}
     evaluated = {
-        name: text for name, text in collection.queries.items() if _plain(text) not in asked
+        name: text for name, text in collection.queries.items() if _plain(text) not in texts
     }
     if len(evaluated) < 2:
         raise ConchError(
             f"{len(evaluated)} of {len(collection.queries)} judged queries are left to evaluate, "
             "and an interval needs 2: ask fewer queries in cycles"
         )
-    if not collection.others:
-        repeated = len(names) - wanted - len(evaluated)
+    left = len(names) if collection.others else count + len(evaluated)
     return QuerySplit(
         cycles=[
-            chosen[start : start + queries_per_cycle]
-            for start in range(0, wanted, queries_per_cycle)
+            cycle_names[start : start + queries_per_cycle]
+            for start in range(0, count, queries_per_cycle)
         ],
-        texts={name: source[name] for name in chosen},
+        texts={name: source[name] for name in cycle_names},
         evaluated=evaluated,
-        repeated=repeated,
+        repeated=len(source) - left,
     )
 
 

@@ -113,7 +113,7 @@ class ChelationLog:
     """Appends events and reads them back; the caller holds the folder's lock.
 
     A last line that a killed process left half-written is moved to `chelation_events.half-<number>`
-    and told in `recovered`: its event was never acknowledged.
+    and named in `recovered`: its event was never acknowledged.
 
     Args:
         folder: Where the files are; made when missing.
@@ -125,7 +125,7 @@ class ChelationLog:
         recovered: A line for each thing that opening the log put right.
 
     Raises:
-        NotWholeError: See `read_events`.
+        NotWholeError: A line was altered, or lines or a file are missing.
         ConchError: The folder cannot be written to, or rotate_bytes is below 1.
     """
 

@@ -139,11 +139,11 @@ def rankings_of(
     store: VectorStore, vectors: np.ndarray, *, version: str, top_k: int = RECALL_AT
 ) -> list[list[DocumentId]]:
     """The best documents of each query `[Q, D]`, ids only, a part of the queries at a time."""
-    found: list[list[DocumentId]] = []
+    rankings: list[list[DocumentId]] = []
     for start in range(0, len(vectors), QUERIES_AT_ONCE):
         part = vectors[start : start + QUERIES_AT_ONCE]
-        found += [hits.ids for hits in store.search(part, version=version, top_k=top_k)]
-    return found
+        rankings += [hits.ids for hits in store.search(part, version=version, top_k=top_k)]
+    return rankings
 
 
 def teacher_rankings(
@@ -158,12 +158,12 @@ def teacher_rankings(
     scores = np.full((len(own), 0), -np.inf, np.float32)
     ids: np.ndarray = np.empty((len(own), 0), object)
     for page in store.pages(RAW):
-        found = helper.embed([embedded_text(payload) for payload in page.payloads])
-        if not found.kept:
+        embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
+        if not embedded.kept:
             continue
-        names = np.empty(len(found.kept), object)
-        names[:] = [page.ids[number] for number in found.kept]
-        scores = np.concatenate([scores, own @ found.vectors.T], axis=1)
+        names = np.empty(len(embedded.kept), object)
+        names[:] = [page.ids[number] for number in embedded.kept]
+        scores = np.concatenate([scores, own @ embedded.vectors.T], axis=1)
         ids = np.concatenate([ids, np.broadcast_to(names, (len(own), len(names)))], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(scores, best, axis=1)
@@ -264,21 +264,17 @@ def _with_rests(
 
     Asks for enough documents that 10 others are among them, whatever the held-out ones do.
     """
-    held_out = {each: number for number, each in enumerate(evidence.left_out)}
-    wanted = NDCG_AT + min(len(held_out), RECALL_AT)
-    found: list[list[DocumentId]] = []
+    held_out = set(evidence.left_out)
+    most = NDCG_AT + min(len(held_out), RECALL_AT)
+    rankings: list[list[DocumentId]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         part = queries[start : start + QUERIES_AT_ONCE]
-        scores = part @ rests.T
-        hits = store.search(part, version=version, top_k=wanted)
-        for row, own in zip(hits, scores, strict=True):
-            others = [
-                (float(score), each)
-                for each, score in zip(row.ids, row.scores, strict=True)
-                if each not in held_out
-            ]
+        hits = store.search(part, version=version, top_k=most)
+        for row, own in zip(hits, part @ rests.T, strict=True):
+            scored = zip(row.ids, row.scores.tolist(), strict=True)
+            both = [(score, each) for each, score in scored if each not in held_out]
             best = np.argsort(-own, kind="stable")[:RECALL_AT]
-            both = [*others, *((float(own[n]), evidence.left_out[n]) for n in best)]
+            both += [(float(own[number]), evidence.left_out[number]) for number in best]
             both.sort(key=lambda pair: -pair[0])
-            found.append([each for _, each in both])
-    return found
+            rankings.append([each for _, each in both])
+    return rankings

@@ -44,7 +44,7 @@ def shared_embedder(
     """The one instance of this process for a name and device; the first asker's batch size holds.
 
     Raises:
-        ConchError: See `open_embedder`.
+        ConchError: The name means nothing that is here or can be reached.
     """
     key = (name, device, trust_remote_code)
     with _shared_lock:
@@ -288,7 +288,8 @@ def targets_with_fallback(
         current_embeddings: What the store's active version gives for them, `[N, D]`.
         helper: The teacher; None in baseline mode, in which it is never loaded.
         homeostatic: Gives targets `[n, D]` for rows `[n, D]`; a row that is not finite has none.
-        alignment: See `TeacherDistillationHelper.generate_distillation_targets`.
+        alignment: Teacher's space to that of the current vectors, from `fit_alignment` on more
+            texts than these; fitted to these where None.
 
     Raises:
         ConchError: Shapes do not fit; nothing else, since that is what the chain is for.

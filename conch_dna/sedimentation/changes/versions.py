@@ -109,7 +109,7 @@ class Versions:
         """Write a version whole; it is not active.
 
         Args:
-            name: See `next_name`.
+            name: One that `next_name` gave.
             adapter: What its queries go through, and its documents' raw vectors too unless there
                 is `embed`.
             origin: What it was made from; `documents` is ADAPTED or OF_TEACHER.
