@@ -8,6 +8,7 @@ returns a result of results.py.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +34,7 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 )
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.documents import DocumentId, read_documents
+from conch_dna.sedimentation.documents import read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
@@ -252,14 +253,12 @@ class AntigravityEngine:
             crowding = self._neighbourhoods.measure(queries, hits, version)
         results = []
         for query, row, (dispersion, collapsed) in zip(queries, hits, crowding, strict=True):
-            ids, scores, payloads = row.ids, row.scores.tolist(), row.payloads
-            if fused:
-                ids, scores, payloads = self._fusion.fused(query, row, top_k, where)
+            best = self._fusion.fused(query, row, top_k, where) if fused else row
             results.append(
                 InferenceResult(
-                    ids=ids[:top_k],
-                    scores=scores[:top_k],
-                    payloads=payloads[:top_k],
+                    ids=best.ids[:top_k],
+                    scores=best.scores[:top_k].tolist(),
+                    payloads=best.payloads[:top_k],
                     version=version,
                     dispersion=dispersion,
                     collapsed=collapsed,
@@ -309,12 +308,8 @@ class AntigravityEngine:
             ConchError: A setting is out of its range.
         """
         config = self.config.having(threshold=threshold, learning_rate=learning_rate, epochs=epochs)
-        return self._change(
-            "cycle",
-            lambda held_out: adapter_from_log(
-                self.store, self.versions, self.log, self.helper, config, without=held_out
-            ),
-        )
+        learn = partial(adapter_from_log, self.versions, self.log, self.helper, config)
+        return self._change("cycle", learn)
 
     def run_offline_distillation(
         self,
@@ -340,17 +335,10 @@ class AntigravityEngine:
         config = self.config.having(
             batch_size=batch_size, offline_learning_rate=learning_rate, offline_epochs=epochs
         )
-        helper = self.helper
-        return self._change(
-            "distillation",
-            lambda held_out: adapter_from_teacher(
-                self.store, helper, config, without=held_out, report=self.report
-            ),
-        )
+        learn = partial(adapter_from_teacher, self.store, self.helper, config, report=self.report)
+        return self._change("distillation", learn)
 
-    def _change(
-        self, kind: str, learn: Callable[[list[DocumentId]], LearnedAdapter]
-    ) -> ChangeResult:
+    def _change(self, kind: str, learn: Callable[..., LearnedAdapter]) -> ChangeResult:
         """Learn an adapter, build its version, let the gate decide, and activate or drop it."""
         documents, active = self.store.count(RAW), self.versions.active
         if not documents:
@@ -367,7 +355,7 @@ class AntigravityEngine:
         evidence = self._evidence()
         lap("queries")
         try:
-            learned = learn(evidence.left_out)
+            learned = learn(without=evidence.left_out)
         except NothingToLearn as reason:
             return ChangeResult(
                 **about, activated=False, version=active, candidate=None, reason=str(reason)

@@ -270,10 +270,8 @@ class WordFusion:
     k: int
     _words: tuple[int, BM25] | None = field(default=None, init=False)
 
-    def fused(
-        self, query: str, hits: Hits, top_k: int, where: Where | None = None
-    ) -> tuple[list[DocumentId], list[float], list[dict[str, Any]]]:
-        """Ids, scores and payloads of the best documents by both rankings.
+    def fused(self, query: str, hits: Hits, top_k: int, where: Where | None = None) -> Hits:
+        """The best documents by both rankings; scores are sums of reciprocal ranks, float64.
 
         Args:
             query: Its text.
@@ -291,6 +289,9 @@ class WordFusion:
         payloads.update(zip(page.ids, page.payloads, strict=True))
         conditions = wanted(where)
         by_words = [each for each in by_words if matches(payloads[each], conditions)]
-        ranked = rrf([hits.ids, by_words], k=self.k, top_k=top_k)
-        ids = [each for each, _ in ranked]
-        return ids, [score for _, score in ranked], [payloads[each] for each in ids]
+        scores = dict(rrf([hits.ids, by_words], k=self.k, top_k=top_k))
+        return Hits(
+            ids=list(scores),
+            scores=np.array(list(scores.values())),
+            payloads=[payloads[each] for each in scores],
+        )

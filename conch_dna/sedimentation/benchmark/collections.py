@@ -168,18 +168,22 @@ def _judged(
     judgements: Judgements, texts: Mapping[str, str], *, source: str
 ) -> tuple[dict[str, str], Judgements]:
     """The queries that have a relevant document, in the judgements' order, and their grades."""
-    names = [name for name, grades in judgements.items() if any(g > 0 for g in grades.values())]
-    if not names:
+    relevant = {
+        name: grades
+        for name, grades in judgements.items()
+        if any(grade > 0 for grade in grades.values())
+    }
+    if not relevant:
         raise ConchError(
             f"{source} names no query with a relevant document (a grade above 0): there are no "
             "judged queries, so nothing can be evaluated"
         )
-    if bare := [name for name in names if not texts.get(name, "").strip()]:
+    if bare := [name for name in relevant if not texts.get(name, "").strip()]:
         raise ConchError(
             f"{source} judges query {bare[0]!r}, which has no text among the queries ({len(bare)} "
-            f"of {len(names)}): give queries and judgements of the same names"
+            f"of {len(relevant)}): give queries and judgements of the same names"
         )
-    return {name: texts[name] for name in names}, {name: judgements[name] for name in names}
+    return {name: texts[name] for name in relevant}, relevant
 
 
 def _collection(

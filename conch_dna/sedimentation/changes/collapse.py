@@ -282,25 +282,23 @@ def noise_centres(
     Raises:
         ConchError: A member has no vector, or a document was in no neighbourhood.
     """
-    wanted = {document: number for number, document in enumerate(documents)}
-    dimension = len(next(iter(vectors.values()))) if vectors else 0
-    sums, events = np.zeros((len(wanted), dimension)), np.zeros(len(wanted))
+    places = {document: number for number, document in enumerate(documents)}
+    dimension = len(next(iter(vectors.values())))
+    sums, events = np.zeros((len(places), dimension)), np.zeros(len(places))
     for members in neighbourhoods:
-        rows = [wanted[each] for each in dict.fromkeys(members) if each in wanted]
+        rows = [places[each] for each in dict.fromkeys(members) if each in places]
         if not rows:
             continue
         if missing := [each for each in members if each not in vectors]:
             raise ConchError(f"there is no vector of {missing[0]!r}, which an event names")
         sums[rows] += np.mean([vectors[each] for each in members], axis=0, dtype=np.float64)
         events[rows] += 1
-    if lacking := [document for document, number in wanted.items() if not events[number]]:
+    if lacking := [document for document, number in places.items() if not events[number]]:
         raise ConchError(f"{lacking[0]!r} is in no logged neighbourhood, so it has no noise centre")
-    return sums / events[:, None] if len(wanted) else sums
+    return sums / events[:, None]
 
 
-def homeostatic_targets(
-    vectors: Any, centres: Any, *, push: float = 0.1
-) -> tuple[np.ndarray, np.ndarray]:
+def homeostatic_targets(vectors: Any, centres: Any, *, push: float = 0.1) -> np.ndarray:
     """`normalize(v + push · normalize(v − noise centre))`: away from the crowd (formulas.md 6).
 
     Args:
@@ -310,8 +308,8 @@ def homeostatic_targets(
         push: m, above 0.
 
     Returns:
-        Targets, unit float32 `[N, D]`, and the numbers of the rows that lie on their centre: these
-        have no direction to be pushed in and are as they were.
+        Unit float32 `[N, D]`; NaN where a row lies on its centre, which leaves no direction to push
+        it in.
 
     Raises:
         ConchError: Shapes differ, push is not above 0, or a value is not finite.
@@ -331,5 +329,6 @@ def homeostatic_targets(
     # Differences of float32 vectors have no digits below this.
     still = lengths[:, 0] < 1e-6
     lengths[still] = 1
-    away[still] = 0
-    return unit(rows + push * away / lengths), np.flatnonzero(still)
+    targets = unit(rows + push * away / lengths)
+    targets[still] = np.nan
+    return targets

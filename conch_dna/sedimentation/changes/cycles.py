@@ -8,6 +8,7 @@ what it asks for in `adapter_from_log`.
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,6 @@ def _teacher_origin(helper: TeacherDistillationHelper) -> dict[str, str]:
 
 
 def adapter_from_log(
-    store: VectorStore,
     versions: Versions,
     log: ChelationLog,
     helper: TeacherDistillationHelper | None,
@@ -193,7 +193,7 @@ def adapter_from_log(
         NothingToLearn: No document was logged so often since this version became active.
         ConchError: The active version's documents carry a teacher's vectors.
     """
-    active = versions.active
+    store, active = versions.store, versions.active
     if versions.origin(active)["documents"] == OF_TEACHER:
         raise ConchError(
             f"the documents of version {active} carry the teacher's vectors, which no cycle moves: "
@@ -211,19 +211,16 @@ def adapter_from_log(
     page = store.get(chosen, RAW)
     current = adapter.apply(page.vectors)
     teacher = None if config.training_mode == "baseline" else helper
-    centres = _noise_centres(store, log, adapter, page, active)
-
-    def pushed(rows: np.ndarray) -> np.ndarray:
-        targets, still = homeostatic_targets(rows, centres, push=config.homeostatic_push)
-        # Rows on their centre have no direction; the chain takes them on.
-        targets[still] = np.nan
-        return targets
-
+    push = partial(
+        homeostatic_targets,
+        centres=_noise_centres(store, log, adapter, page, active),
+        push=config.homeostatic_push,
+    )
     chain = targets_with_fallback(
         [embedded_text(payload) for payload in page.payloads],
         current,
         helper=teacher,
-        homeostatic=None if config.training_mode == "offline" else pushed,
+        homeostatic=None if config.training_mode == "offline" else push,
         alignment=_sample_alignment(store, adapter, teacher, held_out, config) if teacher else None,
     )
     weights = scheduled_weights(config)

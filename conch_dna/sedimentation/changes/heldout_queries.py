@@ -67,21 +67,18 @@ class Evidence:
         Raises:
             ConchError: No query has a text and a relevant document.
         """
-        names = [
-            name
+        relevant = {
+            name: judgements[name]
             for name in queries
             if any(grade > 0 for grade in judgements.get(name, {}).values())
-        ]
-        if not names:
+        }
+        if not relevant:
             raise ConchError(
                 f"none of {len(queries)} queries has a relevant document among the judgements: "
                 "give queries and judgements of the same names"
             )
-        return cls(
-            names=names,
-            texts=[queries[name] for name in names],
-            judgements={name: judgements[name] for name in names},
-        )
+        texts = [queries[name] for name in relevant]
+        return cls(names=list(relevant), texts=texts, judgements=relevant)
 
     @classmethod
     def of_corpus(cls, store: VectorStore, *, sample: int, seed: int) -> "Evidence":

@@ -39,7 +39,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_embedder(
-    name: str, *, device: str | None, batch_size: int, trust_remote_code: bool
+    name: str, *, device: str | None, trust_remote_code: bool, batch_size: int = 64
 ) -> Embedder:
     """The one instance of this process for a name and device; the first asker's batch size holds.
 
@@ -86,7 +86,6 @@ class TeacherDistillationHelper:
     Args:
         teacher_model_name: See `open_embedder`; or several of them.
         cache_dir: Where vectors are kept; not kept where None.
-        batch_size: Texts at once.
         weights: One above 0 for each of several teachers; cosines are then their weighted mean.
         device: cpu, cuda or mps; chosen where None.
         trust_remote_code: Let Python code that comes with a model run.
@@ -98,7 +97,6 @@ class TeacherDistillationHelper:
     teacher_model_name: str | Sequence[str]
     _: KW_ONLY
     cache_dir: Path | str | None = None
-    batch_size: int = 64
     weights: Sequence[float] | None = None
     device: str | None = None
     trust_remote_code: bool = False
@@ -136,12 +134,7 @@ class TeacherDistillationHelper:
         return self.teacher
 
     def _opened(self, name: str) -> Embedder:
-        return shared_embedder(
-            name,
-            device=self.device,
-            batch_size=self.batch_size,
-            trust_remote_code=self.trust_remote_code,
-        )
+        return shared_embedder(name, device=self.device, trust_remote_code=self.trust_remote_code)
 
     def embed(self, texts: Iterable[str], *, queries: bool = False) -> Embedded:
         """The teacher's vectors, from the cache where they lie there, and errors per text.
@@ -222,7 +215,6 @@ def create_distillation_helper(
     teacher_model_name: str | Sequence[str],
     *,
     cache_dir: Path | str | None = None,
-    batch_size: int = 64,
     weights: Sequence[float] | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -235,7 +227,6 @@ def create_distillation_helper(
     helper = TeacherDistillationHelper(
         teacher_model_name,
         cache_dir=cache_dir,
-        batch_size=batch_size,
         weights=weights,
         device=device,
         trust_remote_code=trust_remote_code,
