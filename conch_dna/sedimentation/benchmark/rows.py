@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -283,7 +283,7 @@ class Benchmark:
         seconds: Mapping[str, float],
     ) -> None:
         """A row of what an engine answers after a change, with what the change came to."""
-        more = change.to_json()
+        more = asdict(change)
         more |= {"gate": more.pop("figures"), "space": engine.config.space}
         more["teacher_weight"] = engine.config.teacher_weight
         self._answered(name, engine, {**seconds, **more.pop("seconds")}, more)
