@@ -1,4 +1,4 @@
-"""Measure what sedimentation gains on a collection with judgements, against control and ceiling.
+"""Measure what sedimentation gains on a collection, against control and ceiling.
 
 The command and its files; the stages are in stages.py, the rows in rows.py, tables and plot in
 report.py. To add an option: here, and a field of `ComparisonSettings` of the same name.

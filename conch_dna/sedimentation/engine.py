@@ -1,4 +1,4 @@
-"""AntigravityEngine: an embedding store that learns, and whose vectors change only for the better.
+"""AntigravityEngine: an embedding store that learns, and changes only for the better.
 
 Ties the parts of this wing together: store, student, teacher, log, versions and gate; knows no
 formula. What a cycle learns is in cycles.py. To give users another action: a method here that

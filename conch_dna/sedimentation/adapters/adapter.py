@@ -1,4 +1,4 @@
-"""Adapters: the map that raw student vectors go through, the same for documents and queries.
+"""Adapters: the map of raw student vectors, the same for documents and queries.
 
 Knows arrays and one folder format; nothing of models, stores or texts. Linear kinds are solved
 here in closed form from sums over pairs; the residual network is trained in residual.py. To add a

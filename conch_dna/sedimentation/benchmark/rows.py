@@ -1,4 +1,4 @@
-"""The rows of a benchmark: every mode on copies of one untouched store, beside control and ceiling.
+"""The rows of a benchmark: every mode on a copy of one store, beside control and ceiling.
 
 Knows a collection, engines and their stages; nothing of files of results or of the command line.
 To compare another mode: a method of `Benchmark` that calls `_add`, and its call in `run`.

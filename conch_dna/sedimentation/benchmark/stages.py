@@ -1,4 +1,4 @@
-"""The stages of a benchmark: which judged queries are asked, what an engine answers, one cycle.
+"""The stages of a benchmark: which queries are asked, what an engine answers, one cycle.
 
 Knows an engine, a collection's queries and judgements; nothing of rows, files or which modes are
 compared. To divide queries otherwise: another function that gives a `QuerySplit`. To measure

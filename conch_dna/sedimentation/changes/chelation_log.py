@@ -1,4 +1,4 @@
-"""The chelation log: which queries found a collapsed neighbourhood, in files that only grow.
+"""The chelation log: queries that found a collapsed neighbourhood, in files that only grow.
 
 Knows events and files; nothing of vectors, models or what is done about collapse. Each line holds
 its own digest and that of the line before, so damage is found. To record another fact: a field of

@@ -1,4 +1,4 @@
-"""Collapsed neighbourhoods: how closely the top hits of a query crowd, and against what it counts.
+"""Collapsed neighbourhoods: how closely the top hits of a query crowd, and when it counts.
 
 Knows vectors, a store and the log; nothing of embedders, adapters or gates. A collapsed
 neighbourhood is one whose documents the active vectors can hardly tell apart. To measure crowding

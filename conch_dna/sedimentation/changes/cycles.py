@@ -224,9 +224,9 @@ def adapter_from_log(
         alignment=_sample_alignment(store, adapter, teacher, held_out, config) if teacher else None,
     )
     weights = scheduled_weights(config)
-    moving = {*chosen, *held_out}
-    count = max(ANCHORS, ANCHORS_EACH * len(moving))
-    anchors = sampled(store, sample=count, seed=config.seed, without=moving).vectors
+    left_out = {*chosen, *held_out}
+    count = max(ANCHORS, ANCHORS_EACH * len(left_out))
+    anchors = sampled(store, sample=count, seed=config.seed, without=left_out).vectors
     rows = np.concatenate([page.vectors[chain.kept], anchors])
     stay = adapter.apply(anchors)
 

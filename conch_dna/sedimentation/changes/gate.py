@@ -1,4 +1,4 @@
-"""The gate: whether a change of the vectors may become active, on evidence of held-out queries.
+"""The gate: whether a change of the vectors may become active, by held-out queries.
 
 Knows figures of queries and one file, the history of its decisions; nothing of models, stores or
 rankings. To decide by another measure: its figures per query, before and after, as one more entry

@@ -1,4 +1,4 @@
-"""Targets from a teacher: its vectors, cached, what texts are to become, and what if it fails.
+"""Targets from a teacher: its cached vectors, what texts become by them, and if it fails.
 
 Knows embedders, their cache and the alignment; nothing of stores, gates or training.
 `targets_with_fallback` is the one place where a failure is gone on from, so each is logged with
@@ -308,6 +308,7 @@ def targets_with_fallback(
             if not sound.all():
                 leave("homeostatic", int((~sound).sum()), "not finite or zero")
             targets[places[sound]], steps[places[sound]] = rows[sound], "homeostatic"
+    # Current vectors are of unit length already, and are handed on to the bit.
     without_teacher = targets[places]
     if homeostatic is not None:
         without_teacher = unit(without_teacher, what="targets")

@@ -1,4 +1,4 @@
-"""Versions of a store's vectors: built whole from the raw ones, then made active or dropped.
+"""Versions of a store's vectors: built whole from the raw ones, then active or dropped.
 
 Knows a store, adapters and folders; nothing of training. A version is its vectors in the store and
 its adapter's folder, which is there before them and goes after them, so that a killed process
