@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import write_atomically, write_json
-from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
@@ -115,19 +115,7 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     "--teacher", multiple=True, required=True, help="The teacher; give it again for several."
 )
 @share_option
-@click.option(
-    "--cycles",
-    default=ComparisonSettings.cycles,
-    show_default=True,
-    help="Cycles of each training mode.",
-)
-@click.option(
-    "--queries-per-cycle",
-    default=ComparisonSettings.queries_per_cycle,
-    show_default=True,
-    help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
-    "in all.",
-)
+@options_of(ComparisonSettings)
 @setting_options(OPTIONS)
 @click.option(
     "--config",
@@ -176,9 +164,8 @@ def main(
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark.report import result_table
 
-    named = {
-        each.name: given[each.name] for each in fields(ComparisonSettings) if each.name in given
-    }
+    names = {each.name for each in fields(ComparisonSettings)}
+    named = {name: value for name, value in given.items() if name in names and value is not None}
     config = settings_of(config_file, given)
     settings = ComparisonSettings(**named, teacher_shares=teacher_shares or None, config=config)
     path = Path(output).expanduser()

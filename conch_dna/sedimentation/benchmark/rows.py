@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
+from conch_dna.option_fields import option, option_problem
 from conch_dna.progress import Report, silent
 from conch_dna.provenance import provenance
 from conch_dna.sedimentation.benchmark.collections import Collection
@@ -75,8 +76,13 @@ class ComparisonSettings:
     student: str
     teacher: Sequence[str]
     teacher_shares: Sequence[float] | None = None
-    cycles: int = 3
-    queries_per_cycle: int = 50
+    cycles: int = option(3, "Cycles of each training mode.", low=1)
+    queries_per_cycle: int = option(
+        50,
+        "Judged queries asked before each cycle, which are never evaluated: at most half of them "
+        "in all.",
+        low=1,
+    )
     sweep: bool = False
     config: ChelationConfig = field(default_factory=ChelationConfig)
     teacher_cache: str | None = None
@@ -84,11 +90,9 @@ class ComparisonSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}: it must be 1 or more"
-            for name in ("cycles", "queries_per_cycle")
-            if getattr(self, name) < 1
-        ]
+        limited = [each for each in fields(self) if "help" in each.metadata]
+        checked = [option_problem(each, getattr(self, each.name)) for each in limited]
+        problems = [problem for problem in checked if problem is not None]
         shares = self.teacher_shares
         if shares is not None and len(shares) != len(self.teacher):
             problems.append(f"{len(shares)} shares do not fit {len(self.teacher)} teachers")
