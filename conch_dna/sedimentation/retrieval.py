@@ -91,6 +91,15 @@ class Evaluation:
         }
 
 
+def with_relevant(judgements: Judgements) -> Judgements:
+    """The queries that have a relevant document, one whose grade is above 0."""
+    return {
+        query: grades
+        for query, grades in judgements.items()
+        if any(grade > 0 for grade in grades.values())
+    }
+
+
 def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
     """nDCG@10 and recall@100 of every judged query, by pytrec_eval.
 
@@ -114,11 +123,12 @@ def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
             f"{len(missing)} of {len(judgements)} judged queries have no ranking, such as "
             f"{missing[0]!r}: rank every judged query"
         )
-    grades = {
+    grades: Judgements = {
         query: {str(each): int(grade) for each, grade in row.items()}
         for query, row in judgements.items()
     }
-    if bare := [query for query, row in grades.items() if not any(g > 0 for g in row.values())]:
+    relevant = with_relevant(grades)
+    if bare := [query for query in grades if query not in relevant]:
         raise ConchError(
             f"query {bare[0]!r} has no relevant document, so it says nothing of a ranking: leave "
             f"such queries out ({len(bare)} of {len(grades)})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.retrieval import Judgements
+from conch_dna.sedimentation.retrieval import Judgements, with_relevant
 
 LAYOUT = "a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
 
@@ -168,11 +168,7 @@ def _judged(
     judgements: Judgements, texts: Mapping[str, str], *, source: str
 ) -> tuple[dict[str, str], Judgements]:
     """The queries that have a relevant document, in the judgements' order, and their grades."""
-    relevant = {
-        name: grades
-        for name, grades in judgements.items()
-        if any(grade > 0 for grade in grades.values())
-    }
+    relevant = with_relevant(judgements)
     if not relevant:
         raise ConchError(
             f"{source} names no query with a relevant document (a grade above 0): there are no "

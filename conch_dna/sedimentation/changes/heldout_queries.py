@@ -24,6 +24,7 @@ from conch_dna.sedimentation.retrieval import (
     Evaluation,
     Judgements,
     evaluate_rankings,
+    with_relevant,
 )
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 
@@ -67,11 +68,7 @@ class Evidence:
         Raises:
             ConchError: No query has a text and a relevant document.
         """
-        relevant = {
-            name: judgements[name]
-            for name in queries
-            if any(grade > 0 for grade in judgements.get(name, {}).values())
-        }
+        relevant = with_relevant({name: judgements.get(name, {}) for name in queries})
         if not relevant:
             raise ConchError(
                 f"none of {len(queries)} queries has a relevant document among the judgements: "
