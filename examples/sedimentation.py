@@ -82,7 +82,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         student, store = Path(folder) / "student", Path(folder) / "store"
         print(f"student: {write_student(student)} words in {DIMENSION} dimensions")
-        # Picked so that both verdicts are seen: a map free to fit nine texts, and one that is not.
+        # Picked so that both decisions are seen: a map free to fit nine texts, and one that is not.
         # The gate has three held-out queries here, so its figures say nothing about what works.
         for strength in (0.01, 30.0):
             config = ChelationConfig(teacher_weight=1.0, ridge_strength=strength)
@@ -93,8 +93,8 @@ def main() -> int:
                 print(f"ingest: {taken.added} added, {taken.unchanged} were there")
                 ask(engine)
                 result = engine.run_offline_distillation()
-                verdict = "activated" if result.activated else "refused"
-                print(f"distillation with ridge_strength {strength:g}: {verdict}")
+                decision = "activated" if result.activated else "refused"
+                print(f"distillation with ridge_strength {strength:g}: {decision}")
                 for reason in result.reason.split(" | "):
                     print(f"  {reason}")
                 if result.activated:

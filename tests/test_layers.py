@@ -52,7 +52,7 @@ HEAVY = {
     "uvicorn",
 }
 MAX_LINES = 500
-MAX_ENTRIES = 24
+MAX_ENTRIES = 22
 
 
 # The paths that the documents name; they stay when rooms move.

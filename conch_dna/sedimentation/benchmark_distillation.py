@@ -1,11 +1,11 @@
-"""Measure what sedimentation gains on a collection with judgements, against control and ceiling.
+"""Measure what sedimentation gains on a collection, against control and ceiling.
 
-The command and its files; the stages are in stages.py, the rows in rows.py,
-tables and plot in report.py. To add an option: here, and a field of
-`BenchmarkSettings` that takes it.
+The command and its files; the stages are in stages.py, the rows in rows.py, tables and plot in
+report.py. To add an option: here, and a field of `ComparisonSettings` of the same name.
 """
 
 import tempfile
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
-from conch_dna.sedimentation.benchmark.rows import Benchmark, BenchmarkSettings
+from conch_dna.sedimentation.benchmark.rows import Benchmark, ComparisonSettings
 from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import DEFAULT_STUDENT
@@ -41,7 +41,7 @@ PLOT, TABLE = ".png", ".md"
 
 def run_benchmark(
     task: str,
-    settings: BenchmarkSettings,
+    settings: ComparisonSettings,
     output: Path,
     *,
     split: str = "test",
@@ -53,11 +53,11 @@ def run_benchmark(
     The JSON is written after every row, so that what was measured outlives what comes.
 
     Args:
-        task: See `read_collection`.
-        settings: See `BenchmarkSettings`.
+        task: A folder in BEIR layout, or a task of mteb.
+        settings: What is compared.
         output: The JSON file; one that is there is replaced.
         split: Whose judgements.
-        cycle_split: See `read_collection`.
+        cycle_split: Another split of the folder, whose queries are asked in the cycles.
         report: Gets events, see `progress.Progress`.
 
     Returns:
@@ -71,11 +71,11 @@ def run_benchmark(
     collection = read_collection(task, split=split, cycle_split=cycle_split)
     with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
         benchmark = Benchmark(
-            collection,
-            settings,
+            collection=collection,
+            settings=settings,
             folder=Path(folder),
-            report=report,
             save=partial(write_json, output),
+            report=report,
         )
         document = benchmark.run()
     _write(output, document)
@@ -105,19 +105,12 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     help="A folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv), or the name of a "
     "retrieval task of mteb, such as SciFact.",
 )
-@click.option("--model", default=DEFAULT_STUDENT, show_default=True, help="The student.")
+@click.option("--model", "student", default=DEFAULT_STUDENT, show_default=True, help="The student.")
 @click.option(
     "--teacher", multiple=True, required=True, help="The teacher; give it again for several."
 )
 @share_option
-@click.option("--cycles", default=3, show_default=True, help="Cycles of each training mode.")
-@click.option(
-    "--queries-per-cycle",
-    default=50,
-    show_default=True,
-    help="Judged queries asked before each cycle, which are never evaluated: at most half of them "
-    "in all.",
-)
+@options_of(ComparisonSettings)
 @options_of(ChelationConfig, only=OPTIONS, names={"learning_rate": ("--lr",)})
 @click.option(
     "--config",
@@ -148,17 +141,9 @@ def _write(output: Path, document: dict[str, Any]) -> None:
 )
 def main(
     task: str,
-    model: str,
-    teacher: tuple[str, ...],
     teacher_shares: tuple[float, ...],
-    cycles: int,
-    queries_per_cycle: int,
-    sweep: bool,
     split: str,
     cycle_split: str | None,
-    teacher_cache: str | None,
-    device: str | None,
-    trust_remote_code: bool,
     output: str,
     **given: Any,
 ) -> None:
@@ -173,19 +158,10 @@ def main(
     from conch_dna.progress import Progress
     from conch_dna.sedimentation.benchmark.report import result_table
 
+    names = {each.name for each in fields(ComparisonSettings)}
+    named = {name: value for name, value in given.items() if name in names and value is not None}
     config = settings_of(given)
-    settings = BenchmarkSettings(
-        student=model,
-        teacher=teacher,
-        teacher_shares=teacher_shares or None,
-        cycles=cycles,
-        queries_per_cycle=queries_per_cycle,
-        sweep=sweep,
-        config=config,
-        teacher_cache=teacher_cache,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    settings = ComparisonSettings(**named, teacher_shares=teacher_shares or None, config=config)
     path = Path(output).expanduser()
     try:
         with Progress() as progress:

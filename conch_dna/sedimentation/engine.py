@@ -1,4 +1,4 @@
-"""AntigravityEngine: an embedding store that learns, and whose vectors change only for the better.
+"""AntigravityEngine: an embedding store that learns, and changes only for the better.
 
 Ties the parts of this wing together: store, student, teacher, log, versions and gate; knows no
 formula. What a cycle learns is in cycles.py. To give users another action: a method here that
@@ -6,24 +6,27 @@ returns a result of results.py.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
-from conch_dna.sedimentation.changes.cycles import NothingToLearn, cycle_adapter, distilled_adapter
-from conch_dna.sedimentation.changes.gate import judge_all
-from conch_dna.sedimentation.changes.gate_history import read_history, remember
+from conch_dna.sedimentation.changes.collapse import Neighbourhoods
+from conch_dna.sedimentation.changes.cycles import (
+    LearnedAdapter,
+    NothingToLearn,
+    adapter_from_log,
+    adapter_from_teacher,
+)
+from conch_dna.sedimentation.changes.gate import add_to_history, decide, read_history
 from conch_dna.sedimentation.changes.heldout_queries import Evidence, measures
-from conch_dna.sedimentation.changes.neighbourhoods import Neighbourhoods
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
@@ -31,15 +34,12 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 )
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.documents import (
-    embedded_text,
-    read_documents,
-)
+from conch_dna.sedimentation.documents import read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
-from conch_dna.sedimentation.retrieval import Judgements
-from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
+from conch_dna.sedimentation.retrieval import FUSED, Judgements, WordFusion
+from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import (
     LOG,
     TEACHER_VECTORS,
@@ -48,7 +48,6 @@ from conch_dna.sedimentation.stores.open_store import (
     open_store,
     state_of,
 )
-from conch_dna.sedimentation.word_fusion import FUSED, WordFusion
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
 HELD_OUT_SHARE = 0.25
@@ -65,7 +64,7 @@ class AntigravityEngine:
         teacher_model_name: One teacher or several; needed by the last two modes and by the
             asymmetric space.
         teacher_weight: None for the configuration's.
-        config: See `ChelationConfig`.
+        config: Everything that is not named here; its defaults where None.
         teacher_weights: Of several teachers.
         fusion: "none" or "rrf"; None for the configuration's.
         state_folder: Where adapters, logs and caches of a server's store lie; a folder's lie in it.
@@ -104,9 +103,7 @@ class AntigravityEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self.config = (config or ChelationConfig()).having(
-            training_mode=training_mode,
-            teacher_weight=teacher_weight,
-            fusion=fusion,
+            training_mode=training_mode, teacher_weight=teacher_weight, fusion=fusion
         )
         needs_teacher = self.config.training_mode != "baseline" or self.config.space != "symmetric"
         if needs_teacher and not teacher_model_name:
@@ -256,22 +253,20 @@ class AntigravityEngine:
         vectors = self.versions.adapter(version).apply(raw)
         fused = self.config.fusion == "rrf"
         wanted = max(top_k, self.config.top_k, FUSED if fused else 0)
-        found = self.store.search(vectors, version=version, top_k=wanted, where=where)
-        unknown: list[tuple[float | None, bool | None]] = [(None, None)] * len(found)
-        judged = unknown if where else self._neighbourhoods.judged(queries, found, version)
+        hits = self.store.search(vectors, version=version, top_k=wanted, where=where)
+        crowding: list[tuple[float | None, bool | None]] = [(None, None)] * len(hits)
+        if not where:
+            crowding = self._neighbourhoods.measure(queries, hits, version)
         results = []
-        for query, hits, (value, collapsed) in zip(queries, found, judged, strict=True):
-            ids, scores = hits.ids[:top_k], [float(score) for score in hits.scores[:top_k]]
-            payloads = hits.payloads[:top_k]
-            if fused:
-                ids, scores, payloads = self._fusion.fused(query, hits, top_k, where)
+        for query, row, (dispersion, collapsed) in zip(queries, hits, crowding, strict=True):
+            best = self._fusion.fused(query, row, top_k, where) if fused else row
             results.append(
                 InferenceResult(
-                    ids=ids,
-                    scores=scores,
-                    payloads=payloads,
+                    ids=best.ids[:top_k],
+                    scores=best.scores[:top_k].tolist(),
+                    payloads=best.payloads[:top_k],
                     version=version,
-                    dispersion=value,
+                    dispersion=dispersion,
                     collapsed=collapsed,
                 )
             )
@@ -298,8 +293,8 @@ class AntigravityEngine:
         if self._pseudo is None or self._pseudo[0] != count:
             # The documents that queries are taken from are not learned from.
             sample = min(self.config.gate_queries, max(1, int(HELD_OUT_SHARE * count)))
-            found = Evidence.of_corpus(self.store, sample=sample, seed=self.config.seed)
-            self._pseudo = count, found
+            evidence = Evidence.of_corpus(self.store, sample=sample, seed=self.config.seed)
+            self._pseudo = count, evidence
         return self._pseudo[1]
 
     def run_sedimentation_cycle(
@@ -313,18 +308,14 @@ class AntigravityEngine:
         Args:
             threshold: How often; None for the configuration's, as the others.
             learning_rate: Of the residual adapter.
-            epochs: Likewise.
+            epochs: Most passes over the pairs.
 
         Raises:
             ConchError: A setting is out of its range.
         """
         config = self.config.having(threshold=threshold, learning_rate=learning_rate, epochs=epochs)
-        return self._change(
-            "cycle",
-            lambda held: cycle_adapter(
-                self.store, self.versions, self.log, self.helper, config, without=held
-            ),
-        )
+        learn = partial(adapter_from_log, self.versions, self.log, self.helper, config)
+        return self._change("cycle", learn)
 
     def run_offline_distillation(
         self,
@@ -337,7 +328,7 @@ class AntigravityEngine:
         Args:
             batch_size: Pairs of a step; None for the configuration's, as the others.
             learning_rate: Of a residual adapter; linear ones are solved.
-            epochs: Likewise.
+            epochs: Most passes over the pairs of a residual adapter.
 
         Raises:
             ConchError: There is no teacher, or a setting is out of its range.
@@ -348,23 +339,17 @@ class AntigravityEngine:
                 "or hybrid and a teacher_model_name"
             )
         config = self.config.having(
-            batch_size=batch_size,
-            offline_learning_rate=learning_rate,
-            offline_epochs=epochs,
+            batch_size=batch_size, offline_learning_rate=learning_rate, offline_epochs=epochs
         )
-        helper = self.helper
-        return self._change(
-            "distillation",
-            lambda held: distilled_adapter(
-                self.store, helper, config, without=held, report=self.report
-            ),
-        )
+        learn = partial(adapter_from_teacher, self.store, self.helper, config, report=self.report)
+        return self._change("distillation", learn)
 
-    def _change(self, kind: str, learn: Any) -> ChangeResult:
-        """Learn an adapter, build its version, judge it, and activate or drop it."""
-        mode = self.config.training_mode
-        if not self.store.count(RAW):
+    def _change(self, kind: str, learn: Callable[..., LearnedAdapter]) -> ChangeResult:
+        """Learn an adapter, build its version, let the gate decide, and activate or drop it."""
+        documents, active = self.store.count(RAW), self.versions.active
+        if not documents:
             raise ConchError("the store is empty: ingest documents first")
+        about: dict[str, Any] = {"kind": kind, "mode": self.config.training_mode}
         seconds: dict[str, float] = {}
         began = time.perf_counter()
 
@@ -375,70 +360,46 @@ class AntigravityEngine:
 
         evidence = self._evidence()
         lap("queries")
-        active = self.versions.active
         try:
-            learned = learn(evidence.left_out)
+            learned = learn(without=evidence.left_out)
         except NothingToLearn as reason:
             return ChangeResult(
-                kind=kind,
-                mode=mode,
-                activated=False,
-                version=active,
-                candidate=None,
-                reason=str(reason),
+                **about, activated=False, version=active, candidate=None, reason=str(reason)
             )
         lap("fit")
         name = self.versions.next_name(entry["candidate"] for entry in self.gate_history())
         origin = {
             **learned.origin,
-            "kind": kind,
-            "mode": mode,
+            **about,
             "student": self.student.name,
             "student_digest": self.student.digest,
             "config": self.config.to_json(),
         }
-        self._phase("rewriting", self.store.count(RAW), "documents")
-        self.versions.build(
-            name,
-            learned.adapter,
-            origin,
-            self._vectors_of(learned.origin),
-            report=lambda count: self.report("advance", {"by": count}),
-        )
+        of_teacher = origin["documents"] == OF_TEACHER
+        embed = self._teacher().get_teacher_embeddings if of_teacher else None
+        self.report("phase", {"name": "rewriting", "total": documents, "unit": "documents"})
+        self.versions.build(name, learned.adapter, origin, embed=embed, report=self.report)
         lap("rewrite")
-        self._phase("asking held-out queries", 0, "")
-        found = measures(self.versions, evidence, self.student, (active, name), self.helper)
-        verdict = judge_all(
-            found,
-            margin=self.config.gate_margin,
-            confidence=self.config.gate_confidence,
-            seed=self.config.seed,
-        )
+        self.report("phase", {"name": "asking held-out queries", "total": 0, "unit": ""})
+        pair = measures(self.versions, evidence, self.student, (active, name), self.helper)
+        decision = decide(pair, self.config)
         lap("gate")
         # The history first: what is active without an entry would have no reason.
-        remember(
-            self.state,
-            verdict,
-            kind=kind,
-            mode=mode,
-            candidate=name,
-            against=active,
-            documents=self.store.count(RAW),
-        )
-        if verdict.passed:
+        about["candidate"] = name
+        entry = {**about, "against": active, "documents": documents, **decision.to_json()}
+        add_to_history(self.state, entry)
+        if decision.passed:
             self.versions.activate(name)
             self.store.index()
         else:
             self.versions.drop(name)
         lap("activation")
         return ChangeResult(
-            kind=kind,
-            mode=mode,
-            activated=verdict.passed,
+            **about,
+            activated=decision.passed,
             version=self.versions.active,
-            candidate=name,
-            reason=verdict.reason,
-            figures=verdict.figures,
+            reason=decision.reason,
+            figures=decision.figures,
             documents=learned.documents,
             fit=dict(learned.adapter.figures),
             steps=learned.steps,
@@ -446,21 +407,8 @@ class AntigravityEngine:
             seconds=seconds,
         )
 
-    def _phase(self, name: str, total: int, unit: str) -> None:
-        self.report("phase", {"name": name, "total": total, "unit": unit})
-
-    def _vectors_of(self, origin: Mapping[str, Any]) -> Any:
-        if origin["documents"] != OF_TEACHER:
-            return None
-        helper = self._teacher()
-
-        def vectors_of(page: Page) -> np.ndarray:
-            return helper.get_teacher_embeddings([embedded_text(each) for each in page.payloads])
-
-        return vectors_of
-
     def gate_history(self) -> list[dict[str, Any]]:
-        """Every judgement of the gate, oldest first."""
+        """Every decision of the gate, oldest first."""
         return read_history(self.state)
 
     def held_out_quality(self) -> dict[str, float]:
@@ -470,12 +418,11 @@ class AntigravityEngine:
             Means over the queries, by the measure's name; none where there are no queries.
 
         Raises:
-            ConchError: See `run_inference`.
+            ConchError: A query or the rest of its document cannot be embedded.
         """
-        active = self.versions.active
-        evidence = self._evidence()
-        found = measures(self.versions, evidence, self.student, (active, active), self.helper)
-        return {name: float(after.mean()) for name, (_, after) in found.items()}
+        names = (self.versions.active,)
+        quality = measures(self.versions, self._evidence(), self.student, names, self.helper)
+        return {name: float(figures.mean()) for name, (figures,) in quality.items()}
 
     def rollback(self) -> str:
         """Let the version before the active one answer again.

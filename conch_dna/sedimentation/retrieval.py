@@ -1,24 +1,28 @@
 """Rankings: their quality by judgements, the fusion of several, and one by words (BM25).
 
-Knows ids, grades and texts; nothing of vectors, stores or models. To add a measure: a field of
-`Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
+Knows ids, grades and the texts of a store; nothing of vectors, models or gates. To add a measure:
+a field of `Evaluation` and pytrec_eval's name for it in `evaluate_rankings`.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore
+from conch_dna.sedimentation.stores.filters import Where, conditions_of, matches
 
-Identifier = str | int
 # Query to ids, best first; query to id to grade.
-Rankings = Mapping[str, Sequence[Identifier]]
-Judgements = Mapping[str, Mapping[Identifier, int]]
+Rankings = Mapping[str, Sequence[DocumentId]]
+Judgements = Mapping[str, Mapping[DocumentId, int]]
 NDCG_AT = 10
 RECALL_AT = 100
+# Documents of each ranking that are fused.
+FUSED = 100
 
 
 def dcg_at_k(grades: Sequence[float], k: int = NDCG_AT) -> float:
@@ -40,7 +44,7 @@ def dcg_at_k(grades: Sequence[float], k: int = NDCG_AT) -> float:
 
 
 def ndcg_at_k(
-    ranking: Sequence[Identifier], judgements: Mapping[Identifier, float], k: int = NDCG_AT
+    ranking: Sequence[DocumentId], judgements: Mapping[DocumentId, float], k: int = NDCG_AT
 ) -> float:
     """DCG of a ranking over that of the best one of all judged documents, retrieved or not.
 
@@ -60,8 +64,8 @@ def ndcg_at_k(
     """
     _refuse_repeated(ranking, "the ranking")
     ideal = dcg_at_k(sorted(judgements.values(), reverse=True), k)
-    found = dcg_at_k([judgements.get(each, 0) for each in ranking], k)
-    return found / ideal if ideal else 0.0
+    gain = dcg_at_k([judgements.get(each, 0) for each in ranking], k)
+    return gain / ideal if ideal else 0.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,7 +75,7 @@ class Evaluation:
     Attributes:
         queries: Their ids `[Q]`, in the order of the judgements.
         ndcg: nDCG@10 `[Q]`, float64 between 0 and 1.
-        recall: Recall@100 `[Q]`, likewise.
+        recall: Recall@100 `[Q]`, float64 between 0 and 1.
     """
 
     queries: list[str]
@@ -85,6 +89,15 @@ class Evaluation:
             "recall_at_100": float(self.recall.mean()),
             "queries": len(self.queries),
         }
+
+
+def with_relevant(judgements: Judgements) -> Judgements:
+    """The queries that have a relevant document, one whose grade is above 0."""
+    return {
+        query: grades
+        for query, grades in judgements.items()
+        if any(grade > 0 for grade in grades.values())
+    }
 
 
 def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
@@ -110,43 +123,38 @@ def evaluate_rankings(rankings: Rankings, judgements: Judgements) -> Evaluation:
             f"{len(missing)} of {len(judgements)} judged queries have no ranking, such as "
             f"{missing[0]!r}: rank every judged query"
         )
-    grades = {
-        query: {str(each): int(grade) for each, grade in judged.items()}
-        for query, judged in judgements.items()
+    grades: Judgements = {
+        query: {str(each): int(grade) for each, grade in row.items()}
+        for query, row in judgements.items()
     }
-    if bare := [
-        query for query, judged in grades.items() if not any(g > 0 for g in judged.values())
-    ]:
+    relevant = with_relevant(grades)
+    if bare := [query for query in grades if query not in relevant]:
         raise ConchError(
             f"query {bare[0]!r} has no relevant document, so it says nothing of a ranking: leave "
             f"such queries out ({len(bare)} of {len(grades)})"
         )
     runs = {}
     for query in grades:
-        names = [str(each) for each in rankings[query]]
-        _refuse_repeated(names, f"the ranking of query {query!r}")
-        runs[query] = {each: float(len(names) - place) for place, each in enumerate(names)}
-    ndcg, recall = f"ndcg_cut_{NDCG_AT}", f"recall_{RECALL_AT}"
-    evaluator = pytrec_eval.RelevanceEvaluator(grades, {ndcg, recall})
-    found = evaluator.evaluate({query: run for query, run in runs.items() if run})
-    nothing = {ndcg: 0.0, recall: 0.0}
-    rows = [found.get(query, nothing) for query in grades]
-    return Evaluation(
-        queries=list(grades),
-        ndcg=np.array([row[ndcg] for row in rows]),
-        recall=np.array([row[recall] for row in rows]),
-    )
+        ids = [str(each) for each in rankings[query]]
+        _refuse_repeated(ids, f"the ranking of query {query!r}")
+        runs[query] = {each: float(len(ids) - place) for place, each in enumerate(ids)}
+    names = f"ndcg_cut_{NDCG_AT}", f"recall_{RECALL_AT}"
+    evaluator = pytrec_eval.RelevanceEvaluator(grades, set(names))
+    figures = evaluator.evaluate({query: run for query, run in runs.items() if run})
+    rows = [figures.get(query, dict.fromkeys(names, 0.0)) for query in grades]
+    ndcg, recall = (np.array([row[name] for row in rows]) for name in names)
+    return Evaluation(queries=list(grades), ndcg=ndcg, recall=recall)
 
 
-def _refuse_repeated(ranking: Sequence[Identifier], what: str) -> None:
+def _refuse_repeated(ranking: Sequence[DocumentId], what: str) -> None:
     if len(set(ranking)) != len(ranking):
         twice = next(each for each in ranking if list(ranking).count(each) > 1)
         raise ConchError(f"{twice!r} stands in {what} more than once")
 
 
 def rrf(
-    rankings: Sequence[Sequence[Identifier]], *, k: int = 60, top_k: int | None = None
-) -> list[tuple[Identifier, float]]:
+    rankings: Sequence[Sequence[DocumentId]], *, k: int = 60, top_k: int | None = None
+) -> list[tuple[DocumentId, float]]:
     """Reciprocal rank fusion: Σ 1 / (k + rank) over the rankings, ranks from 1 (Cormack 2009).
 
     Args:
@@ -165,7 +173,7 @@ def rrf(
     """
     if k <= 0:
         raise ConchError(f"the constant of reciprocal rank fusion is {k}: it must be above 0")
-    scores: dict[Identifier, float] = {}
+    scores: dict[DocumentId, float] = {}
     for ranking in rankings:
         _refuse_repeated(ranking, "a ranking")
         for rank, each in enumerate(ranking, start=1):
@@ -188,7 +196,7 @@ class BM25:
     """
 
     def __init__(
-        self, ids: Iterable[Identifier], texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75
+        self, ids: Iterable[DocumentId], texts: Iterable[str], *, k1: float = 1.5, b: float = 0.75
     ) -> None:
         import bm25s
 
@@ -204,7 +212,7 @@ class BM25:
 
     def search(
         self, queries: Sequence[str], *, top_k: int = 10
-    ) -> list[list[tuple[Identifier, float]]]:
+    ) -> list[list[tuple[DocumentId, float]]]:
         """The best documents of each query.
 
         Args:
@@ -221,21 +229,18 @@ class BM25:
         if top_k < 1:
             raise ConchError(f"top_k is {top_k}: it must be 1 or more")
         most = min(top_k, len(self.ids))
-        found: list[list[tuple[Identifier, float]]] = []
+        results: list[list[tuple[DocumentId, float]]] = []
         for words in self._words(list(queries)):
-            known = [word for word in words if word in self._index.vocab_dict]
-            if not known:
-                found.append([])
-                continue
-            places, scores = self._index.retrieve([known], k=most, show_progress=False)
-            found.append(
-                [
-                    (self.ids[place], float(score))
-                    for place, score in zip(places[0], scores[0], strict=True)
-                    if score > 0
-                ]
-            )
-        return found
+            results.append([])
+            if known := [word for word in words if word in self._index.vocab_dict]:
+                hits = self._index.retrieve([known], k=most, show_progress=False)
+                scored = zip(hits.documents[0], hits.scores[0], strict=True)
+                results[-1] += [(self.ids[at], float(score)) for at, score in scored if score > 0]
+        return results
+
+    def rankings(self, queries: Sequence[str], *, top_k: int = FUSED) -> list[list[DocumentId]]:
+        """`search` without the scores, as many documents as are fused."""
+        return [[each for each, _ in hits] for hits in self.search(queries, top_k=top_k)]
 
     @staticmethod
     def _words(texts: list[str]) -> list[list[str]]:
@@ -250,3 +255,53 @@ class BM25:
             show_progress=False,
         )
         return list(words)
+
+
+def word_index(store: VectorStore) -> BM25:
+    """BM25 over the documents of a store."""
+    ids: list[DocumentId] = []
+    texts: list[str] = []
+    for page in store.pages(RAW):
+        ids += page.ids
+        texts += [embedded_text(payload) for payload in page.payloads]
+    return BM25(ids, texts)
+
+
+@dataclass(eq=False)
+class WordFusion:
+    """Fuses the dense ranking of a query with BM25's, by reciprocal rank.
+
+    Attributes:
+        store: Its payloads hold the texts.
+        k: Constant of reciprocal rank fusion.
+    """
+
+    store: VectorStore
+    k: int
+    _words: tuple[int, BM25] | None = field(default=None, init=False)
+
+    def fused(self, query: str, hits: Hits, top_k: int, where: Where | None = None) -> Hits:
+        """The best documents by both rankings; scores are sums of reciprocal ranks, float64.
+
+        Args:
+            query: Its text.
+            hits: The dense ranking, FUSED long where there are as many.
+            top_k: How many to give.
+            where: The filter that the dense ranking had.
+        """
+        # Made anew at the first query after documents joined.
+        count = self.store.count(RAW)
+        if self._words is None or self._words[0] != count:
+            self._words = count, word_index(self.store)
+        (by_words,) = self._words[1].rankings([query])
+        payloads = dict(zip(hits.ids, hits.payloads, strict=True))
+        page = self.store.get([each for each in by_words if each not in payloads], RAW)
+        payloads.update(zip(page.ids, page.payloads, strict=True))
+        conditions = conditions_of(where)
+        by_words = [each for each in by_words if matches(payloads[each], conditions)]
+        scores = dict(rrf([hits.ids, by_words], k=self.k, top_k=top_k))
+        return Hits(
+            ids=list(scores),
+            scores=np.array(list(scores.values())),
+            payloads=[payloads[each] for each in scores],
+        )

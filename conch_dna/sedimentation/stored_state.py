@@ -15,7 +15,7 @@ from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files
-from conch_dna.sedimentation.changes.gate_history import read_history
+from conch_dna.sedimentation.changes.gate import read_history
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore

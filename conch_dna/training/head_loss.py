@@ -211,6 +211,7 @@ def chunked_loss(
     *,
     with_gold: bool = False,
     before: int = 0,
+    backward: bool = True,
 ) -> ChunkedLoss:
     """A loss over logits, summed over tokens, whose gradient flows to the hidden states only.
 
@@ -237,6 +238,8 @@ def chunked_loss(
         with_gold: Give the log-probability of each row's own token too.
         before: Rows before a chunk's own whose logits `loss_and_gradient` gets as well (fewer at
             the beginning); its gradient is by these too, its targets are those of its own.
+        backward: Whether a gradient will be asked for. Held-out evaluation asks for none, and
+            then no gradient goes through the head; the sums are the same to the bit.
     """
     size = chunk or hidden.shape[0]
 
@@ -255,20 +258,22 @@ def chunked_loss(
             own = {name: value[start : start + size] for name, value in targets.items()}
             if loss_and_gradient is not None:
                 chunk_sums, by_logits = loss_and_gradient(logits, own)
-                by_states = _pulled_back(head, part, by_logits.astype(logits.dtype))
-                if shared:
-                    last_rows = parts["gradient"][-1][-shared:] + by_states[:shared]
-                    parts["gradient"][-1] = mx.concatenate(
-                        [parts["gradient"][-1][:-shared], last_rows]
-                    )
-                parts["gradient"].append(by_states[shared:])
+                if backward:
+                    by_states = _pulled_back(head, part, by_logits.astype(logits.dtype))
+                    if shared:
+                        last_rows = parts["gradient"][-1][-shared:] + by_states[:shared]
+                        parts["gradient"][-1] = mx.concatenate(
+                            [parts["gradient"][-1][:-shared], last_rows]
+                        )
+                    parts["gradient"].append(by_states[shared:])
                 sums = {name: sums.get(name, 0.0) + value for name, value in chunk_sums.items()}
             if with_gold:
                 gold, by_logits = gold_and_gradient(logits[shared:], own)
                 parts["gold"].append(gold)
-                parts["gold_gradient"].append(
-                    _pulled_back(head, part[shared:], by_logits.astype(logits.dtype))
-                )
+                if backward:
+                    parts["gold_gradient"].append(
+                        _pulled_back(head, part[shared:], by_logits.astype(logits.dtype))
+                    )
         joined = {name: mx.concatenate(arrays) for name, arrays in parts.items() if arrays}
         return {"sums": sums, **joined}
 
@@ -281,9 +286,11 @@ def chunked_loss(
             gradient += by_gold[:, None] * outputs["gold_gradient"]
         return gradient
 
-    differentiable: Any = mx.custom_function(evaluate)
-    differentiable.vjp(pull_back)
-    outputs = differentiable(hidden)
+    compute: Any = evaluate
+    if backward:
+        compute = mx.custom_function(evaluate)
+        compute.vjp(pull_back)
+    outputs = compute(hidden)
     return ChunkedLoss(outputs["sums"], outputs.get("gold", mx.zeros(0)))
 
 
@@ -367,7 +374,9 @@ def make_logit_loss(
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
         hidden = at_positions(student.body(arrays["inputs"]), arrays)
         targets = {name: arrays[name] for name in names}
-        return chunked_loss(student.head, hidden, targets, rule, chunk).sums
+        return chunked_loss(
+            student.head, hidden, targets, rule, chunk, backward=model.training
+        ).sums
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
         logits = at_positions(student.logits(arrays["inputs"]), arrays)

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from _setting import print_setting, spread
 
-from conch_dna.sedimentation.adapters.adapter import Adapter
-from conch_dna.sedimentation.adapters.closed_forms import PairSums
+from conch_dna.sedimentation.adapters.adapter import PairSums, linear_adapter
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores.contract import RAW
@@ -80,7 +79,7 @@ def main() -> None:
         sums = PairSums(DIMENSION, DIMENSION)
         for page in store.pages(RAW):
             sums.add(page.vectors, page.vectors @ turn)
-        adapter = Adapter.from_matrix("ridge", sums.ridge(strength=0.01))
+        adapter = linear_adapter("ridge", sums)
         fitted = time.perf_counter()
         versions.build("v0001", adapter, {"documents": "adapted"})
         written = time.perf_counter()

@@ -257,6 +257,7 @@ def test_the_loss_and_its_gradient_are_the_formula(
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
         loss = make_two_teacher_loss(model, config)
+        student.model.train()
         grad = nn.value_and_grad(student.model, lambda m, f=loss: f(m, arrays)["loss"])
         value, gradient = grad(student.model)
         sums = loss(student.model, arrays)
@@ -350,6 +351,7 @@ def test_a_batch_in_which_everything_is_skipped_counts_nothing_and_moves_nothing
     loss = make_two_teacher_loss(student, EvolveConfig(), with_taboo=True)
     student.model.freeze()
     student.model.model.layers[0].unfreeze()
+    student.model.train()
     value, gradient = nn.value_and_grad(student.model, lambda m: loss(m, arrays)["loss"])(
         student.model
     )

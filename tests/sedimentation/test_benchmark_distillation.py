@@ -18,15 +18,19 @@ from click.testing import CliRunner, Result
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation import benchmark_distillation
 from conch_dna.sedimentation.benchmark.collections import Collection, read_beir, read_collection
-from conch_dna.sedimentation.benchmark.queries import split_queries
 from conch_dna.sedimentation.benchmark.report import markdown_table
-from conch_dna.sedimentation.benchmark.rows import CONTROL, SWEPT, TEACHER, WORDS, BenchmarkSettings
+from conch_dna.sedimentation.benchmark.rows import (
+    CONTROL,
+    SWEPT,
+    TEACHER,
+    WORDS,
+)
+from conch_dna.sedimentation.benchmark.stages import split_queries
 from conch_dna.sedimentation.benchmark_distillation import (
     dcg_at_k,
     evaluate_engine,
     main,
     ndcg_at_k,
-    run_benchmark,
     run_training_cycle,
 )
 from conch_dna.sedimentation.config import ChelationConfig
@@ -34,7 +38,9 @@ from conch_dna.sedimentation.engine import AntigravityEngine
 from topic_models import TOPICS, WORDS_EACH, documents, tables, write_static
 from topic_models import WORDS as VOCABULARY
 
-DOCUMENTS, QUERIES = 200, 60
+DOCUMENTS, QUERIES = 120, 60
+# Of the sweep in the run that most tests look at; a whole one has ten.
+WEIGHTS = (0.3, 1.0)
 FUSION = "fusion of the best student row and BM25"
 
 
@@ -96,7 +102,10 @@ def finished(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Resu
     config.write_text("gate-queries: 400\nthreshold: 7\n")
     settings = ["--cycles", "2", "--queries-per-cycle", "15", "--threshold", "1", "--sweep"]
     files = ["--config", str(config), "--output", str(output)]
-    return run(made, *settings, *files), output
+    cache = ["--teacher-cache", str(output.with_name("vectors"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conch_dna.sedimentation.benchmark.rows.SWEPT", WEIGHTS)
+        return run(made, *settings, *files, *cache), output
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +139,7 @@ def test_there_is_a_row_for_every_mode_and_cycle(document):
             for n in (1, 2)
         ),
         "asymmetric",
-        *(f"offline symmetric, teacher_weight {weight:g}" for weight in SWEPT),
+        *(f"offline symmetric, teacher_weight {weight:g}" for weight in WEIGHTS),
         FUSION,
     ]
     assert [row["name"] for row in document["rows"]] == names
@@ -198,8 +207,8 @@ def test_a_row_says_what_the_gate_said(document):
     assert rows["offline symmetric, cycle 1"]["kind"] == "distillation"
     assert rows["offline symmetric, cycle 2"]["kind"] == "cycle"
     assert rows["asymmetric"]["space"] == "asymmetric"
-    weights = [rows[f"offline symmetric, teacher_weight {w:g}"]["teacher_weight"] for w in SWEPT]
-    assert weights == list(SWEPT)
+    weights = [rows[f"offline symmetric, teacher_weight {w:g}"]["teacher_weight"] for w in WEIGHTS]
+    assert weights == list(WEIGHTS)
     assert rows["offline symmetric, cycle 1"]["activated"] is True
     assert rows["offline symmetric, cycle 1"]["against_control"]["ndcg_at_10"]["interval"][0] > 0
 
@@ -313,18 +322,12 @@ def test_measures_by_hand_are_importable_here():
     assert ndcg_at_k(["b", "a"], {"a": 1}) == pytest.approx(1 / math.log2(3))
 
 
-def test_teacher_vectors_are_kept_where_asked(made, tmp_path):
-    cache = tmp_path / "vectors"
-    settings = BenchmarkSettings(
-        student=made.student,
-        teacher=[made.teacher],
-        cycles=1,
-        queries_per_cycle=5,
-        teacher_cache=str(cache),
-    )
-    found = run_benchmark(str(made.task), settings, tmp_path / "results.json")
-    assert found["complete"] is True
-    assert any(cache.rglob("*.safetensors"))
+def test_teacher_vectors_are_kept_where_asked(finished):
+    assert any(finished[1].with_name("vectors").rglob("*.safetensors"))
+
+
+def test_a_sweep_has_ten_weights_up_to_one():
+    assert [round(10 * weight) for weight in SWEPT] == list(range(1, 11))
 
 
 # Queries
@@ -436,7 +439,7 @@ def test_a_missing_file_is_one_line(made, tmp_path, name):
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t0\n", "no judged queries|judged q"),
         ("qrels/test.tsv", "", "names no query with a relevant document"),
         ("qrels/test.tsv", "q1\td1\tgood\n", r"line 1 of .*test\.tsv is"),
-        ("qrels/test.tsv", "q1\tnowhere\t1\n", "judges none of the corpus's 200 documents"),
+        ("qrels/test.tsv", "q1\tnowhere\t1\n", "judges none of the corpus's 120 documents"),
         ("qrels/test.tsv", "q999\td1\t1\n", "judges query 'q999', which has no text"),
         ("queries.jsonl", "{\n", r"line 1 of .*queries\.jsonl is not JSON"),
         ("corpus.jsonl", '{"text": "a"}\n', r"line 1 of .*corpus\.jsonl has no _id"),

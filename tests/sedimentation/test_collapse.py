@@ -6,17 +6,28 @@ import pytest
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.collapse import (
     CollapseNull,
-    dispersion,
     dispersions,
     homeostatic_targets,
     noise_centres,
-    sampled_ids,
+    sampled,
 )
+from conch_dna.sedimentation.config import ChelationConfig
 
 
 def unit64(rows):
     rows = np.asarray(rows, np.float64)
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def dispersion(vectors):
+    return float(dispersions(np.asarray(vectors)[None])[0])
+
+
+def null_of(store, **given):
+    """The null of a store's raw vectors; settings by short names."""
+    names = {"k": "top_k", "percentile": "collapse_percentile", "sample": "collapse_sample"}
+    config = ChelationConfig(**{names.get(name, name): value for name, value in given.items()})
+    return CollapseNull.fit(store, config, version="raw")
 
 
 def random_unit(seed, *shape):
@@ -37,8 +48,7 @@ class ExactStore:
             yield SimpleNamespace(ids=self.ids[first : first + size])
 
     def get(self, ids, version="raw"):
-        # In its own order, as a real store may.
-        places = sorted(self.ids.index(each) for each in ids)
+        places = [self.ids.index(each) for each in ids]
         return SimpleNamespace(ids=[self.ids[p] for p in places], vectors=self.vectors[places])
 
     def search(self, queries, *, version, top_k, where=None, exact=None):
@@ -89,7 +99,7 @@ def test_lengths_and_rotations_do_not_matter():
 def test_null_is_a_percentile_of_neighbourhoods_without_their_own_document(percentile):
     vectors = corpus()
     store = ExactStore(range(len(vectors)), vectors)
-    null = CollapseNull.fit(store, version="raw", k=4, percentile=percentile, sample=200, seed=3)
+    null = null_of(store, k=4, percentile=percentile, sample=200, seed=3)
     values = null_oracle(vectors, range(len(vectors)), 4)
     assert null.threshold == pytest.approx(np.percentile(values, percentile), abs=1e-6)
     assert (null.k, null.sample, null.seed, null.version) == (4, len(vectors), 3, "raw")
@@ -108,32 +118,34 @@ def test_the_sample_is_decided_by_ids_and_seed_and_not_by_the_order_of_the_store
     mixed = ExactStore([names[number] for number in order], vectors[order])
 
     def null(store, seed):
-        return CollapseNull.fit(store, version="raw", k=4, percentile=30, sample=20, seed=seed)
+        return null_of(store, k=4, percentile=30, sample=20, seed=seed)
 
     assert null(straight, 0).threshold == pytest.approx(null(mixed, 0).threshold, abs=1e-9)
     assert null(straight, 0).values_digest != null(straight, 1).values_digest
-    chosen = [names.index(each) for each in sampled_ids(names, sample=20, seed=0)]
+    chosen = [names.index(each) for each in sampled(straight, sample=20, seed=0).ids]
     expected = np.percentile(null_oracle(vectors, chosen, 4), 30)
     assert null(straight, 0).threshold == pytest.approx(expected, abs=1e-6)
 
 
 def test_more_sampled_than_queries_at_once_gives_the_same(monkeypatch):
     store = ExactStore(range(120), corpus())
-    whole = CollapseNull.fit(store, version="raw", k=4, sample=120)
+    whole = null_of(store, k=4, sample=120)
     monkeypatch.setattr("conch_dna.sedimentation.changes.collapse.QUERIES_AT_ONCE", 7)
-    assert CollapseNull.fit(store, version="raw", k=4, sample=120).values_digest == (
-        whole.values_digest
-    )
+    assert null_of(store, k=4, sample=120).values_digest == (whole.values_digest)
 
 
-def test_sampled_ids_tells_a_number_from_its_text():
-    assert len(set(sampled_ids([1, "1", 2, "2"], sample=9, seed=0))) == 4
-    assert len(sampled_ids(range(100), sample=9, seed=0)) == 9
+def test_a_sample_tells_a_number_from_its_text_and_leaves_out_what_is_named():
+    store = ExactStore([1, "1", 2, "2"], random_unit(0, 4, 3))
+    found = sampled(store, sample=9, seed=0)
+    assert len(found.ids) == 4 and set(found.ids) == {1, "1", 2, "2"}
+    np.testing.assert_array_equal(found.vectors, store.get(found.ids).vectors)
+    assert set(sampled(store, sample=9, seed=0, without={1, "2"}).ids) == {"1", 2}
+    many = ExactStore(range(100), random_unit(0, 100, 3))
+    assert len(sampled(many, sample=9, seed=0).ids) == 9
 
 
 def test_null_survives_json():
-    null = CollapseNull.from_values([0.3, 0.1, 0.2], percentile=50, k=4, seed=1, version="v1")
-    assert null.threshold == pytest.approx(0.2)
+    null = null_of(ExactStore(range(120), corpus()), k=4, seed=1)
     assert CollapseNull.from_json(null.to_json(), source="null.json") == null
     document = {**null.to_json(), "extra": 1}
     del document["seed"]
@@ -153,12 +165,11 @@ def test_noise_centre_is_the_mean_over_events_of_the_mean_of_members():
 
 def test_homeostatic_target_is_the_formula_and_moves_away():
     rows, centres = random_unit(0, 8, 5), np.random.default_rng(1).normal(size=(8, 5)) * 0.3
-    targets, still = homeostatic_targets(rows, centres, push=0.1)
+    targets = homeostatic_targets(rows, centres, push=0.1)
     exact = rows.astype(np.float64)
     expected = unit64(exact + 0.1 * unit64(exact - centres))
     np.testing.assert_allclose(targets, expected, atol=1e-6)
     assert targets.dtype == np.float32
-    assert not len(still)
     assert (np.linalg.norm(targets - centres, axis=1) > np.linalg.norm(exact - centres, axis=1))[
         np.linalg.norm(centres, axis=1) < 0.9
     ].all()
@@ -167,17 +178,16 @@ def test_homeostatic_target_is_the_formula_and_moves_away():
 def test_pushing_a_crowd_apart_raises_its_dispersion():
     crowd = unit64(random_unit(0, 1, 16) + 0.05 * random_unit(1, 10, 16)).astype(np.float32)
     vectors = dict(enumerate(crowd))
-    targets, _ = homeostatic_targets(crowd, noise_centres([range(10)], range(10), vectors))
+    targets = homeostatic_targets(crowd, noise_centres([range(10)], range(10), vectors))
     assert dispersion(targets) > 2 * dispersion(crowd)
 
 
-def test_a_row_on_its_centre_is_left_and_named():
+def test_a_row_on_its_centre_has_no_target():
     rows = random_unit(0, 3, 5)
     centres = np.zeros((3, 5))
     centres[1] = rows[1]
-    targets, still = homeostatic_targets(rows, centres)
-    assert still.tolist() == [1]
-    np.testing.assert_allclose(targets[1], rows[1], atol=1e-7)
+    targets = homeostatic_targets(rows, centres)
+    assert np.isnan(targets).all(axis=1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -188,20 +198,8 @@ def test_a_row_on_its_centre_is_left_and_named():
         (lambda: dispersion([[0.0, 0.0]]), "neighbourhoods are all zero"),
         (lambda: dispersion([[np.nan, 0.0]]), "not finite"),
         (
-            lambda: CollapseNull.fit(ExactStore([1, 2, 3], random_unit(0, 3, 4)), version="raw"),
+            lambda: null_of(ExactStore([1, 2, 3], random_unit(0, 3, 4))),
             "on 3 documents: a neighbourhood of 10 needs at least 11",
-        ),
-        (
-            lambda: CollapseNull.fit(ExactStore([], random_unit(0, 0, 4)), version="raw", k=0),
-            "k is 0 and sample 500",
-        ),
-        (
-            lambda: CollapseNull.from_values([], percentile=5, k=1, seed=0, version="raw"),
-            "at least one dispersion",
-        ),
-        (
-            lambda: CollapseNull.from_values([0.1], percentile=100, k=1, seed=0, version="raw"),
-            "percentile 100 is not between",
         ),
         (lambda: noise_centres([["a", "b"]], ["a"], {"a": np.ones(2)}), "no vector of 'b'"),
         (lambda: noise_centres([["a"]], ["c"], {"a": np.ones(2)}), "'c' is in no logged"),
@@ -226,4 +224,4 @@ def test_a_store_that_finds_too_few_is_named():
             ]
 
     with pytest.raises(ConchError, match=r"fewer than 4 neighbours of .* among 120 documents"):
-        CollapseNull.fit(Short(range(120), corpus()), version="raw", k=4)
+        null_of(Short(range(120), corpus()), k=4)

@@ -4,11 +4,13 @@ What a map can learn is known there, so a good teacher must pass the gate and a 
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
+from conch_dna.sedimentation.results import ChangeResult
 from conch_dna.sedimentation.stores.contract import RAW
 from topic_models import (
     DIMENSION,
@@ -130,27 +133,49 @@ def test_a_query_of_white_space_is_refused(query: str, models: dict[str, str]) -
 # Learning from a teacher
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A store that has learned from a good teacher, for tests that copy it or only look."""
+
+    folder: Path
+    before: float
+    after: float
+    result: ChangeResult
+
+
+@pytest.fixture(scope="module")
+def learned(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Learned]:
+    stores = {}
+    fresh = documents(60, seed=5)
+    for space in ("symmetric", "asymmetric"):
+        folder = tmp_path_factory.mktemp("learned") / space
+        with opened(models, folder, space=space) as engine:
+            engine.ingest(documents(400))
+            before = _quality(engine, fresh)
+            result = engine.run_offline_distillation()
+            stores[space] = Learned(folder, before, _quality(engine, fresh), result)
+    return stores
+
+
 @pytest.mark.parametrize("space", ["symmetric", "asymmetric"])
 def test_a_good_teacher_passes_the_gate_and_helps(
-    space: str, models: dict[str, str], location: str
+    space: str, learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
 ) -> None:
     """Judged by queries of new documents' topics, which neither fit nor gate has seen."""
-    with opened(models, location, space=space) as engine:
-        engine.ingest(documents(400))
-        fresh = documents(60, seed=5)
-        before = _quality(engine, fresh)
-        result = engine.run_offline_distillation()
-        assert result.activated, result.reason
-        assert (result.version, engine.versions.active) == ("v0001", "v0001")
-        assert result.documents == 300 and result.steps["teacher"] == 300
-        assert set(result.seconds) == {"queries", "fit", "rewrite", "gate", "activation"}
-        assert result.figures["nDCG@10"]["interval"][0] >= -0.005
-        after = _quality(engine, fresh)
-        assert after > before + 0.05
-        width = engine.store.get(["d0"], "v0001").vectors.shape[1]
-        assert width == DIMENSION
+    made = learned[space]
+    result = made.result
+    assert result.activated, result.reason
+    assert result.version == "v0001"
+    assert result.documents == 300 and result.steps["teacher"] == 300
+    assert set(result.seconds) == {"queries", "fit", "rewrite", "gate", "activation"}
+    assert result.figures["nDCG@10"]["interval"][0] >= -0.005
+    assert made.after > made.before + 0.05
+    shutil.copytree(made.folder, tmp_path / "db")
+    with opened(models, tmp_path / "db", space=space) as engine:
+        assert engine.versions.active == "v0001"
+        assert engine.store.get(["d0"], "v0001").vectors.shape[1] == DIMENSION
         assert engine.rollback() == RAW
-        assert _quality(engine, fresh) == pytest.approx(before)
+        assert _quality(engine, documents(60, seed=5)) == pytest.approx(made.before)
 
 
 def _quality(engine: AntigravityEngine, queries: list[dict[str, str]]) -> float:
@@ -167,9 +192,9 @@ def _quality(engine: AntigravityEngine, queries: list[dict[str, str]]) -> float:
     return float(np.mean(shares))
 
 
-def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], location: str) -> None:
-    with opened(models, location, teacher="nothing", space="asymmetric") as engine:
-        engine.ingest(documents(400))
+def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    with opened(models, tmp_path / "db", teacher="nothing", space="asymmetric") as engine:
+        engine.ingest(documents(200))
         before = engine.run_inference(documents(1)[0]["title"])
         result = engine.run_offline_distillation()
         assert not result.activated and result.candidate == "v0001"
@@ -210,22 +235,18 @@ def test_a_residual_adapter_is_trained_on_top(models: dict[str, str]) -> None:
         assert result.fit["batch_size"] == 50 and result.fit["learning_rate"] == 0.002
 
 
+@pytest.mark.parametrize("space", ["symmetric", "asymmetric"])
 def test_new_documents_get_the_vectors_of_every_version(
-    models: dict[str, str], location: str
+    space: str, learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
 ) -> None:
-    for space in ("symmetric", "asymmetric"):
-        place = location if location == ":memory:" else f"{location}-{space}"
-        with opened(models, place, space=space) as engine:
-            engine.ingest(documents(300))
-            assert engine.run_offline_distillation().activated
-            whole = engine.store.get(["d1"], "v0001").vectors
-            engine.ingest(documents(310))
-            assert engine.store.count("v0001") == engine.store.count() == 310
-            twin = [{**documents(2)[1], "id": "twin"}]
-            engine.ingest(twin)
-            np.testing.assert_allclose(
-                engine.store.get(["twin"], "v0001").vectors, whole, atol=1e-6
-            )
+    shutil.copytree(learned[space].folder, tmp_path / "db")
+    with opened(models, tmp_path / "db", space=space) as engine:
+        whole = engine.store.get(["d1"], "v0001").vectors
+        engine.ingest(documents(410))
+        assert engine.store.count("v0001") == engine.store.count() == 410
+        twin = [{**documents(2)[1], "id": "twin"}]
+        engine.ingest(twin)
+        np.testing.assert_allclose(engine.store.get(["twin"], "v0001").vectors, whole, atol=1e-6)
 
 
 def test_judgements_take_the_place_of_pseudo_queries(models: dict[str, str]) -> None:
@@ -310,12 +331,15 @@ def test_a_second_cycle_stands_on_the_first(models: dict[str, str]) -> None:
             assert engine.gate_history()[-1]["against"] == "v0001"
 
 
-def test_no_cycle_moves_a_teachers_vectors(models: dict[str, str]) -> None:
-    with opened(models, space="asymmetric") as engine:
-        engine.ingest(documents(400))
-        assert engine.run_offline_distillation().activated
-        with pytest.raises(ConchError, match="carry the teacher's vectors, which no cycle moves"):
-            engine.run_sedimentation_cycle()
+def test_no_cycle_moves_a_teachers_vectors(
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["asymmetric"].folder, tmp_path / "db")
+    with (
+        opened(models, tmp_path / "db", space="asymmetric") as engine,
+        pytest.raises(ConchError, match="carry the teacher's vectors, which no cycle moves"),
+    ):
+        engine.run_sedimentation_cycle()
 
 
 def test_baseline_never_opens_the_teacher(models: dict[str, str]) -> None:
@@ -382,14 +406,10 @@ def test_an_empty_store_learns_nothing(models: dict[str, str]) -> None:
 
 
 def test_an_active_version_without_its_adapter_is_found_out(
-    models: dict[str, str], tmp_path: Path
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
 ) -> None:
-    import shutil
-
-    with opened(models, tmp_path / "db") as engine:
-        engine.ingest(documents(300))
-        assert engine.run_offline_distillation().activated
-        shutil.rmtree(engine.state / "versions" / "v0001")
+    shutil.copytree(learned["symmetric"].folder, tmp_path / "db")
+    shutil.rmtree(tmp_path / "db" / "versions" / "v0001")
     with pytest.raises(NotWholeError, match="the adapter of version v0001 is missing"):
         opened(models, tmp_path / "db")
 

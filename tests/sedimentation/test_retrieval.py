@@ -146,6 +146,7 @@ def test_bm25_gives_no_more_than_asked_for_and_nothing_that_shares_no_word():
     assert [each for each, _ in index.search(["unheard sail"])[0]] == ["c"]
 
 
+@pytest.mark.slow
 def test_bm25_ranks_a_real_collection_as_published(shared_data):
     """BM25 by bm25s has nDCG@10 .687 on SciFact's test queries."""
     folder = shared_data / "retrieval" / "scifact"

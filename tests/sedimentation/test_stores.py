@@ -17,11 +17,11 @@ from qdrant_client import QdrantClient
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.contract import unit
+from conch_dna.sedimentation.retrieval import WordFusion
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import conditions_of, matches
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
-from conch_dna.sedimentation.word_fusion import WordFusion
 from qdrant_over_http import QdrantOverHttp
 
 D = 8

@@ -17,19 +17,19 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.teacher_alignment import (
-    SCHEDULES,
-    blend,
     compute_alignment_metric,
     fit_alignment,
     generate_hybrid_targets,
-    scheduled_weight,
+    scheduled_weights,
 )
 from conch_dna.sedimentation.changes import teacher_distillation
-from conch_dna.sedimentation.changes.fallback_targets import STEPS, targets_with_fallback
 from conch_dna.sedimentation.changes.teacher_distillation import (
+    STEPS,
     TeacherDistillationHelper,
     create_distillation_helper,
+    targets_with_fallback,
 )
+from conch_dna.sedimentation.config import SCHEDULES, ChelationConfig
 from conch_dna.sedimentation.embedders import teachers as teacher_embedders
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.embedders.teachers import CachedEmbedder, VectorCache
@@ -186,14 +186,6 @@ def test_large_inputs_go_shard_by_shard(helper, monkeypatch):
     np.testing.assert_allclose(found.vectors, plain.vectors, atol=2e-6)
 
 
-def test_streaming_gives_parts_of_any_iterable(helper, monkeypatch):
-    monkeypatch.setattr(teacher_distillation, "SHARD_ROWS", 25)
-    parts = list(helper.stream_teacher_embeddings(text for text in TEXTS))
-    assert [len(part.kept) for part in parts] == [25, 25, 10]
-    whole = helper.get_teacher_embeddings(TEXTS)
-    np.testing.assert_array_equal(np.concatenate([part.vectors for part in parts]), whole)
-
-
 def _write_until_killed(folder: Path) -> None:
     cache = VectorCache(folder, "d" * 64)
     for number in range(100_000):
@@ -201,7 +193,9 @@ def _write_until_killed(folder: Path) -> None:
         cache.add(keys, np.full((64, 8), number, np.float32))
 
 
-@pytest.mark.parametrize("delay_s", [0.05, 0.11, 0.2])
+@pytest.mark.parametrize(
+    "delay_s", [0.05, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.11, 0.2))]
+)
 def test_a_kill_leaves_whole_shards_only(tmp_path, delay_s, caplog):
     process = multiprocessing.get_context("spawn").Process(
         target=_write_until_killed, args=(tmp_path,)
@@ -335,10 +329,12 @@ def test_a_teacher_that_knows_more_draws_the_students_cosines_towards_its_own():
     frame = np.linalg.qr(np.random.default_rng(7).standard_normal((12, 12)))[0]
     teacher = meaning @ frame
     student = normalized(meaning[:, :8] + 0.3 * unit_rows(400, 8, seed=6))
-    target = blend(student, fit_alignment(teacher, student).apply(teacher), 0.5).astype(float)
+    target = generate_hybrid_targets(
+        student, fit_alignment(teacher, student).apply(teacher), 0.5
+    ).astype(float)
     extended = np.c_[teacher, np.ones(400)]
     ridge = np.linalg.solve(extended.T @ extended + 0.01 * np.eye(13), extended.T @ student)
-    repeated = blend(student, normalized(extended @ ridge), 0.5).astype(float)
+    repeated = generate_hybrid_targets(student, normalized(extended @ ridge), 0.5).astype(float)
     upper = np.triu_indices(400, 1)
     agreement = [
         np.corrcoef((rows @ rows.T)[upper], (teacher @ teacher.T)[upper])[0, 1]
@@ -420,7 +416,7 @@ def test_hybrid_targets_follow_the_formula():
     with pytest.raises(ConchError, match=r"shapes \[5, 6\] and \[5, 4\] cannot be mixed"):
         generate_hybrid_targets(homeostatic, teacher[:, :4], 0.5)
     with pytest.raises(ConchError, match="mixed targets are all zero"):
-        blend([[1.0, 0.0]], [[-1.0, 0.0]], 0.5)
+        generate_hybrid_targets([[1.0, 0.0]], [[-1.0, 0.0]], 0.5)
 
 
 def test_the_metric_is_the_mean_cosine(helper):
@@ -436,40 +432,37 @@ def test_the_metric_is_the_mean_cosine(helper):
 # The schedule
 
 
+def weights_of(schedule: str, start: float, end: float, epochs: int) -> list[float]:
+    return scheduled_weights(
+        ChelationConfig(
+            teacher_weight_schedule=schedule,
+            teacher_weight=start,
+            teacher_weight_end=end,
+            epochs=epochs,
+        )
+    )
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.9, 0.2)])
 def test_schedules_go_from_start_to_end_without_turning_back(schedule, start, end):
-    found = [scheduled_weight(schedule, start, end, step, 11) for step in range(11)]
-    assert found[0] == start
+    found = weights_of(schedule, start, end, 11)
+    assert len(found) == 11 and found[0] == start
     assert found[-1] == pytest.approx(start if schedule == "constant" else end)
     steps = np.diff(found) * np.sign(end - start)
     assert (steps >= 0).all()
-    assert scheduled_weight(schedule, start, end, 0, 1) == start
+    assert weights_of(schedule, start, end, 1) == [start]
 
 
 def test_the_middles_of_the_schedules():
-    middle = {name: scheduled_weight(name, 0.0, 1.0, 1, 5) for name in SCHEDULES}
-    assert middle == {
+    weights = {name: weights_of(name, 0.0, 1.0, 5) for name in SCHEDULES}
+    assert {name: found[1] for name, found in weights.items()} == {
         "constant": 0.0,
         "linear": 0.25,
         "cosine": pytest.approx((1 - np.cos(np.pi / 4)) / 2),
         "step": 0.0,
     }
-    assert scheduled_weight("step", 0.0, 1.0, 2, 5) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("sine", 0.0, 1.0, 0, 5), "'sine' is none of constant, linear, cosine, step"),
-        (("linear", 0.0, 1.0, 5, 5), "step 5 is not between 0 and 4"),
-        (("linear", 0.0, 1.0, -1, 5), "step -1 is not between"),
-        (("linear", 0.0, 1.5, 0, 5), "teacher_weight 1.5 is not between"),
-    ],
-)
-def test_schedules_refuse_what_they_do_not_know(arguments, message):
-    with pytest.raises(ConchError, match=message):
-        scheduled_weight(*arguments)
+    assert weights["step"][2] == 1.0
 
 
 # The chain
@@ -479,36 +472,35 @@ def pushed(rows: np.ndarray) -> np.ndarray:
     return normalized(rows + 0.1)
 
 
-def test_where_everything_works_the_teacher_is_mixed_with_the_homeostatic(helper):
+def test_where_everything_works_the_targets_are_the_teachers(helper):
     current = unit_rows(60, 32).astype(np.float32)
-    made = targets_with_fallback(
-        TEXTS, current, helper=helper, homeostatic=pushed, teacher_weight=0.4
-    )
+    chain = targets_with_fallback(TEXTS, current, helper=helper, homeostatic=pushed)
     teacher = helper.get_teacher_embeddings(TEXTS)
     turned = fit_alignment(teacher, current).apply(teacher)
-    np.testing.assert_allclose(
-        made.targets, generate_hybrid_targets(pushed(current), turned, 0.4), atol=1e-6
-    )
-    assert made.kept == list(range(60)) and made.reasons == []
-    assert made.counts == {"teacher": 60, "homeostatic": 0, "unchanged": 0, "skipped": 0}
+    np.testing.assert_allclose(chain.targets, turned, atol=1e-6)
+    np.testing.assert_allclose(chain.without_teacher, pushed(current), atol=1e-6)
+    assert chain.kept == list(range(60)) and chain.reasons == []
+    assert chain.counts == {"teacher": 60, "homeostatic": 0, "unchanged": 0, "skipped": 0}
+    alone = targets_with_fallback(TEXTS, current, helper=helper)
+    np.testing.assert_array_equal(alone.without_teacher, current)
 
 
 def test_without_a_teacher_the_homeostatic_targets_are_no_failure(caplog):
     current = unit_rows(4, 8).astype(np.float32)
-    made = targets_with_fallback(TEXTS[:4], current, homeostatic=pushed)
-    np.testing.assert_allclose(made.targets, pushed(current), atol=1e-6)
-    assert made.counts["homeostatic"] == 4
-    assert made.reasons == [] and caplog.records == []
+    chain = targets_with_fallback(TEXTS[:4], current, homeostatic=pushed)
+    np.testing.assert_allclose(chain.targets, pushed(current), atol=1e-6)
+    assert chain.counts["homeostatic"] == 4
+    assert chain.reasons == [] and caplog.records == []
 
 
 def test_a_teacher_that_is_missing_leaves_the_homeostatic_and_says_why(caplog):
     current = unit_rows(4, 8).astype(np.float32)
-    made = targets_with_fallback(
+    chain = targets_with_fallback(
         TEXTS[:4], current, helper=TeacherDistillationHelper("/nowhere"), homeostatic=pushed
     )
-    np.testing.assert_allclose(made.targets, pushed(current), atol=1e-6)
-    assert made.counts == {"teacher": 0, "homeostatic": 4, "unchanged": 0, "skipped": 0}
-    assert "teacher gave no target for 4 of 4 texts: " in made.reasons[0]
+    np.testing.assert_allclose(chain.targets, pushed(current), atol=1e-6)
+    assert chain.counts == {"teacher": 0, "homeostatic": 4, "unchanged": 0, "skipped": 0}
+    assert "teacher gave no target for 4 of 4 texts: " in chain.reasons[0]
     assert "'/nowhere' does not exist" in caplog.text
 
 
@@ -517,12 +509,12 @@ def test_without_a_homeostatic_target_the_vector_stays_as_it_is(caplog):
         raise ConchError("no noise centre")
 
     current = unit_rows(4, 8).astype(np.float32)
-    made = targets_with_fallback(
+    chain = targets_with_fallback(
         TEXTS[:4], current, helper=TeacherDistillationHelper("/nowhere"), homeostatic=failing
     )
-    np.testing.assert_allclose(made.targets, current, atol=1e-6)
-    assert made.steps == ["unchanged"] * 4
-    assert len(made.reasons) == 2 and "no noise centre" in caplog.text
+    np.testing.assert_allclose(chain.targets, current, atol=1e-6)
+    assert chain.steps == ["unchanged"] * 4
+    assert len(chain.reasons) == 2 and "no noise centre" in caplog.text
 
 
 def test_each_text_takes_the_best_step_it_can(helper, caplog):
@@ -539,10 +531,8 @@ def test_each_text_takes_the_best_step_it_can(helper, caplog):
         return found
 
     with caplog.at_level(logging.WARNING):
-        made = targets_with_fallback(
-            texts, current, helper=helper, homeostatic=broken_for_2, teacher_weight=0.5
-        )
-    assert made.steps[:6] == [
+        chain = targets_with_fallback(texts, current, helper=helper, homeostatic=broken_for_2)
+    assert chain.steps[:6] == [
         "teacher",
         "homeostatic",
         "unchanged",
@@ -550,42 +540,21 @@ def test_each_text_takes_the_best_step_it_can(helper, caplog):
         "skipped",
         "teacher",
     ]
-    assert made.counts == {"teacher": 56, "homeostatic": 1, "unchanged": 1, "skipped": 2}
-    assert made.kept == [0, 1, 2, *range(5, 60)]
-    assert tuple(made.counts) == STEPS
-    np.testing.assert_allclose(made.targets[1], pushed(current[1:2])[0], atol=1e-6)
-    np.testing.assert_allclose(made.targets[2], current[2], atol=1e-6)
+    assert chain.counts == {"teacher": 56, "homeostatic": 1, "unchanged": 1, "skipped": 2}
+    assert chain.kept == [0, 1, 2, *range(5, 60)]
+    assert tuple(chain.counts) == STEPS
+    np.testing.assert_allclose(chain.targets[1], pushed(current[1:2])[0], atol=1e-6)
+    np.testing.assert_allclose(chain.targets[2], current[2], atol=1e-6)
     critical = [record for record in caplog.records if record.levelno == logging.CRITICAL]
     assert [record.getMessage() for record in critical] == [
         "2 of 60 texts have no usable vector at all: they are skipped"
     ]
-    assert len(made.reasons) == 3
-
-
-def test_a_target_that_cancels_out_falls_back_as_well(helper, caplog):
-    teacher = helper.get_teacher_embeddings(TEXTS)
-    alignment = fit_alignment(teacher, teacher)
-    exact = alignment.apply(teacher)
-    current = -exact
-    made = targets_with_fallback(
-        TEXTS, current, helper=helper, teacher_weight=0.5, alignment=alignment
-    )
-    assert made.counts["unchanged"] > 0
-    assert made.counts["unchanged"] + made.counts["teacher"] == 60
-    assert "it cancels out" in caplog.text
-
-
-def test_at_weight_0_the_chain_asks_no_teacher(caplog):
-    current = unit_rows(2, 8).astype(np.float32)
-    made = targets_with_fallback(
-        TEXTS[:2], current, helper=TeacherDistillationHelper("/nowhere"), teacher_weight=0
-    )
-    assert made.steps == ["unchanged", "unchanged"] and caplog.records == []
+    assert len(chain.reasons) == 3
 
 
 def test_where_no_vector_is_usable_the_result_is_empty():
-    made = targets_with_fallback(TEXTS[:2], np.zeros((2, 8)), homeostatic=pushed)
-    assert made.targets.shape == (0, 8) and made.kept == []
+    chain = targets_with_fallback(TEXTS[:2], np.zeros((2, 8)), homeostatic=pushed)
+    assert chain.targets.shape == (0, 8) and chain.kept == []
 
 
 def test_a_fault_of_the_program_is_no_reason_to_fall_back(helper):

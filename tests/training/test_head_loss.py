@@ -19,6 +19,7 @@ from mlx_lm.models import llama
 import oracle
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.losses import LOSSES
+from conch_dna.training import head_loss
 from conch_dna.training.adapters import adapter_tensors, attach_lora
 from conch_dna.training.batches import collate
 from conch_dna.training.head_loss import (
@@ -228,6 +229,8 @@ def dense_loss(student: LanguageModel, **options: Any) -> Callable[[nn.Module, A
 def value_and_gradients(
     student: LanguageModel, loss: Callable[[nn.Module, Arrays], Arrays], arrays: Arrays
 ) -> tuple[Arrays, Arrays]:
+    # As in a step of the trainer: evaluation asks for no gradient, and none is prepared for it.
+    student.model.train()
     sums = loss(student.model, arrays)
     _, gradients = nn.value_and_grad(student.model, lambda: loss(student.model, arrays)["loss"])()
     return sums, named_arrays(gradients)
@@ -467,3 +470,23 @@ def test_peak_memory_is_one_chunk(divergence: str) -> None:
     print(f"\n{divergence}: {dense / 2**20:.0f} MiB at once, {chunked / 2**20:.0f} MiB in chunks")
     assert chunked < dense / 5
     assert oracle.error_of_gradient(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_evaluation_goes_forward_only(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, divergence: str
+) -> None:
+    """The held-out sums are those of a training step to the bit, and no gradient is computed."""
+    student = load(folders["tied"])
+    arrays = batch_arrays(student)
+    loss = make_distillation_loss(
+        student, temperature=2, alpha=0.7, divergence=divergence, chunk=16
+    )
+    student.model.train()
+    trained = loss(student.model, arrays)
+    student.model.eval()
+    monkeypatch.setattr(head_loss, "_pulled_back", lambda *arguments: pytest.fail("a gradient"))
+    evaluated = loss(student.model, arrays)
+    assert {name: value.item() for name, value in evaluated.items()} == {
+        name: value.item() for name, value in trained.items()
+    }

@@ -245,6 +245,7 @@ def head_gradient(
 ) -> np.ndarray:
     """Gradient of the loss by a head that is trained itself, rows by hidden size."""
     given = {name: mx.array(value) for name, value in arrays.items()}
+    student.model.train()
     gradients = nn.value_and_grad(student.model, lambda model: loss(model, given)["loss"])(
         student.model
     )[1]

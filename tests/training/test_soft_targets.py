@@ -540,6 +540,7 @@ def test_where_everything_is_kept_the_loss_is_the_dense_one(
     loss = make_distillation_loss(
         student, temperature=2.0, alpha=1.0, divergence=divergence, chunk=50
     )
+    student.model.train()
     step = nn.value_and_grad(student.model, lambda: loss(student.model, arrays)["loss"])
     value, gradients = step()
     dense = [

@@ -1,8 +1,9 @@
-"""Adapters: the map that raw student vectors go through, the same for documents and queries.
+"""Adapters: the map of raw student vectors, the same for documents and queries.
 
-Knows arrays and one folder format; nothing of models, stores or texts. The closed forms are in
-closed_forms.py, the training of the residual network in residual.py. To add a kind: a name
-in choices.KINDS, its arrays in `_expected_shapes`, a branch in `Adapter.apply`, and what fits it.
+Knows arrays and one folder format; nothing of models, stores or texts. Linear kinds are solved
+here in closed form from sums over pairs; the residual network is trained in residual.py. To add a
+kind: a name in choices.KINDS, its arrays in `_expected_shapes`, a branch in `apply`, and one in
+`linear_adapter` or a module that fits it.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ import numpy as np
 from conch_dna.checkpoints import read_folder, write_folder
 from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.sedimentation.adapters.closed_forms import sums_of
 from conch_dna.sedimentation.config import KINDS
 from conch_dna.sedimentation.embedders.contract import unit
 
@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class EmbeddingAdapter:
     """A map between spaces of unit vectors.
 
     The linear kinds give `normalize(x W + b)`. The residual kind gives, for u = normalize(x W + b)
@@ -48,7 +48,7 @@ class Adapter:
     Raises:
         ConchError: The kind is unknown, or the arrays are not those of the kind and dimensions.
 
-    >>> Adapter.identity(2).apply([[3.0, 4.0]]).round(1).tolist()
+    >>> EmbeddingAdapter.identity(2).apply([[3.0, 4.0]]).round(1).tolist()
     [[0.6000000238418579, 0.800000011920929]]
     """
 
@@ -62,11 +62,11 @@ class Adapter:
         if self.kind not in KINDS:
             raise ConchError(f"adapter kind {self.kind!r} is none of {', '.join(KINDS)}")
         expected = self._expected_shapes()
-        found = {name: array.shape for name, array in self.arrays.items()}
-        if found != expected:
+        shapes = {name: array.shape for name, array in self.arrays.items()}
+        if shapes != expected:
             raise ConchError(
                 f"a {self.kind} adapter from {self.in_dimension} to {self.out_dimension} "
-                f"dimensions needs arrays {expected}, not {found}"
+                f"dimensions needs arrays {expected}, not {shapes}"
             )
         broken = [name for name, array in self.arrays.items() if not np.isfinite(array).all()]
         if broken:
@@ -94,20 +94,20 @@ class Adapter:
         return network if stands_on_identity else {**linear, **network}
 
     @classmethod
-    def identity(cls, dimension: int) -> "Adapter":
+    def identity(cls, dimension: int) -> "EmbeddingAdapter":
         """The adapter that changes nothing."""
         return cls("identity", {}, dimension, dimension)
 
     @classmethod
     def from_matrix(
         cls, kind: str, matrix: np.ndarray, figures: Mapping[str, Any] | None = None
-    ) -> "Adapter":
+    ) -> "EmbeddingAdapter":
         """A linear adapter from what `PairSums` solves.
 
         Args:
             kind: A linear one of KINDS.
             matrix: `[D + 1, E]`, its last row is the bias.
-            figures: See the class.
+            figures: How it was fitted, for a reader.
         """
         arrays = {
             "weight": np.ascontiguousarray(matrix[:-1], np.float32),
@@ -145,22 +145,23 @@ class Adapter:
         rows = self.linear_part(vectors)
         if self.kind == "residual" and len(rows):
             parts = [
-                np.array(residual_rows(self._network, mx.array(rows[at : at + ROWS_AT_ONCE])))
+                np.array(residual_rows(self.network, mx.array(rows[at : at + ROWS_AT_ONCE])))
                 for at in range(0, len(rows), ROWS_AT_ONCE)
             ]
             rows = unit(np.concatenate(parts), what="adapted vectors")
         return rows
 
     @cached_property
-    def _network(self) -> dict[str, mx.array]:
-        """Kept, or every query would copy it."""
-        return {n: mx.array(a) for n, a in self.arrays.items() if n.startswith(("inner", "outer"))}
+    def network(self) -> dict[str, mx.array]:
+        """The residual network's arrays; kept, or every query would copy them."""
+        names = ("inner_weight", "inner_bias", "outer_weight", "outer_bias")
+        return {name: mx.array(self.arrays[name]) for name in names}
 
     def linear_part(self, vectors: Any) -> np.ndarray:
         """What the residual network is given: the vectors after the linear part, unit `[N, E]`.
 
         Raises:
-            ConchError: See `apply`.
+            ConchError: The dimension is another, or a row comes out zero or not finite.
         """
         rows = np.asarray(vectors, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.in_dimension:
@@ -195,7 +196,7 @@ class Adapter:
         write_folder(folder, arrays={ARRAYS_FILE: arrays}, documents={ADAPTER_FILE: document})
 
     @classmethod
-    def load(cls, folder: Path) -> "Adapter":
+    def load(cls, folder: Path) -> "EmbeddingAdapter":
         """Read back what `save` wrote, verifying every file and the digest.
 
         Raises:
@@ -226,69 +227,170 @@ def residual_rows(network: Mapping[str, mx.array], rows: mx.array) -> mx.array:
     return rows + hidden @ network["outer_weight"] + network["outer_bias"]
 
 
-def fit_ridge(student: Any, teacher: Any, *, strength: float = 0.01) -> Adapter:
-    """Least squares with a bias column: W = argmin ‖XW − Y‖² + strength ‖W‖² (formulas.md 6).
+class PairSums:
+    """XᵀX and XᵀY over batches of pairs: all that the closed forms need of any number of them.
 
-    Solved in float64. For more pairs than fit into memory add batches to a `PairSums` and give
-    what its `ridge` solves to `Adapter.from_matrix`.
-
-    Args:
-        student: X, raw student vectors, unit `[N, D]`.
-        teacher: Y, unit `[N, E]`; any E.
-        strength: Above 0; XᵀX of unit vectors has about N / D on its diagonal.
-
-    Raises:
-        ConchError: No pairs, shapes that do not fit, or a strength of 0 or less.
-    """
-    sums = sums_of(student, teacher)
-    figures = {"pairs": sums.pairs, "strength": strength}
-    return Adapter.from_matrix("ridge", sums.ridge(strength=strength), figures)
-
-
-def fit_procrustes(student: Any, teacher: Any) -> Adapter:
-    """The rotation (or reflection) R = argmin ‖XR − Y‖² with RᵀR = 1 (Schönemann 1966).
+    X has a last column of ones, for the bias. Holds (D + 1)(D + 1 + E) numbers of float64.
 
     Args:
-        student: X, raw student vectors, unit `[N, D]`.
-        teacher: Y, unit `[N, D]`.
+        in_dimension: D.
+        out_dimension: E.
 
-    Raises:
-        ConchError: The dimensions differ, no pairs, or shapes that do not fit.
+    >>> sums = PairSums(1, 1)
+    >>> sums.add([[0.0], [1.0], [2.0]], [[1.0], [3.0], [5.0]])
+    >>> sums.ridge(strength=1e-9).round(3).tolist()  # y = 2 x + 1
+    [[2.0], [1.0]]
     """
-    sums = sums_of(student, teacher)
-    return Adapter.from_matrix("procrustes", sums.rotation(), {"pairs": sums.pairs})
+
+    def __init__(self, in_dimension: int, out_dimension: int) -> None:
+        self.in_dimension = in_dimension
+        self.out_dimension = out_dimension
+        self.pairs = 0
+        self.own = np.zeros((in_dimension + 1, in_dimension + 1))
+        self.cross = np.zeros((in_dimension + 1, out_dimension))
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any) -> "PairSums":
+        """The sums of pairs that fit into memory, `[N, D]` and `[N, E]`.
+
+        Raises:
+            ConchError: Shapes do not fit, or a value is not finite.
+        """
+        sums = cls(np.shape(student)[-1], np.shape(teacher)[-1])
+        sums.add(student, teacher)
+        return sums
+
+    def add(self, student: Any, teacher: Any) -> None:
+        """Count a batch.
+
+        Args:
+            student: Raw student vectors `[N, D]`.
+            teacher: Targets of the same texts `[N, E]`.
+
+        Raises:
+            ConchError: Shapes do not fit, or a value is not finite.
+        """
+        rows, targets = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
+        shapes = (len(rows), self.in_dimension), (len(rows), self.out_dimension)
+        if (rows.shape, targets.shape) != shapes:
+            raise ConchError(
+                f"pairs have shapes {list(rows.shape)} and {list(targets.shape)}: student and "
+                f"target of the same texts are needed, [N, {self.in_dimension}] and "
+                f"[N, {self.out_dimension}]"
+            )
+        if not (np.isfinite(rows).all() and np.isfinite(targets).all()):
+            raise ConchError("pairs hold values that are not finite: look at what embedded them")
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+        self.own += rows.T @ rows
+        self.cross += rows.T @ targets
+        self.pairs += len(rows)
+
+    def ridge(self, *, strength: float) -> np.ndarray:
+        """W = argmin ‖XW − Y‖² + strength ‖W‖²; the bias is a row of W, held back like the others.
+
+        Returns:
+            float64 `[D + 1, E]`.
+
+        Raises:
+            ConchError: No pairs, or a strength of 0 or less.
+        """
+        from scipy.linalg import solve
+
+        return np.asarray(solve(self._regularised(strength), self.cross, assume_a="pos"))
+
+    def rotation(self) -> np.ndarray:
+        """R = argmin ‖XR − Y‖² with RᵀR = 1: U Vᵀ of the SVD of XᵀY; a bias of 0.
+
+        Returns:
+            float64 `[D + 1, D]`.
+
+        Raises:
+            ConchError: The dimensions differ, or there are no pairs.
+        """
+        self._need_pairs()
+        if self.in_dimension != self.out_dimension:
+            raise ConchError(
+                f"a rotation needs equal dimensions, not {self.in_dimension} and "
+                f"{self.out_dimension}: fit a ridge"
+            )
+        left, _, right = np.linalg.svd(self.cross[:-1])
+        return np.vstack([left @ right, np.zeros(self.out_dimension)])
+
+    def low_rank(self, rank: int, *, start: np.ndarray, strength: float) -> np.ndarray:
+        """The start B plus C = argmin ‖X(B + C) − Y‖² + strength ‖C‖² of at most this rank.
+
+        Reduced-rank ridge in closed form (Mukherjee & Zhu 2011): the full correction C, projected
+        on the `rank` leading eigenvectors of Cᵀ (XᵀX + strength) C. At the full rank on a start of
+        zero it is the ridge.
+
+        Args:
+            rank: Between 1 and min(D + 1, E).
+            start: B, `[D + 1, E]`.
+            strength: Above 0.
+
+        Returns:
+            float64 `[D + 1, E]`.
+
+        Raises:
+            ConchError: Rank or strength is out of its range, the start has another shape, or there
+                are no pairs.
+        """
+        from scipy.linalg import eigh, solve
+
+        regularised = self._regularised(strength)
+        if start.shape != self.cross.shape:
+            raise ConchError(
+                f"the start maps {len(start) - 1} to {start.shape[1]} dimensions, the pairs "
+                f"{self.in_dimension} to {self.out_dimension}"
+            )
+        most = min(self.cross.shape)
+        if not 1 <= rank <= most:
+            raise ConchError(f"rank {rank} is out of its range: choose between 1 and {most}")
+        correction = solve(regularised, self.cross - self.own @ start, assume_a="pos")
+        explained = correction.T @ regularised @ correction
+        last = len(explained) - 1
+        _, leading = eigh(explained, subset_by_index=(last - rank + 1, last))
+        return np.asarray(start + correction @ leading @ leading.T)
+
+    def _need_pairs(self) -> None:
+        if not self.pairs:
+            raise ConchError("there are no pairs of student and target to fit an adapter to")
+
+    def _regularised(self, strength: float) -> np.ndarray:
+        self._need_pairs()
+        if not strength > 0:
+            raise ConchError(f"ridge strength {strength:g} must be above 0, such as 0.01")
+        return self.own + strength * np.eye(self.in_dimension + 1)
 
 
-def fit_low_rank(
-    student: Any,
-    teacher: Any,
-    *,
-    rank: int,
-    strength: float = 0.01,
-    start: Adapter | None = None,
-) -> Adapter:
-    """The start plus the best correction of a rank: argmin ‖X(B + C) − Y‖² + strength ‖C‖².
+def linear_adapter(
+    kind: str, sums: PairSums, *, strength: float = 0.01, rank: int = 32
+) -> EmbeddingAdapter:
+    """The linear adapter that is best for the pairs that were summed.
 
     Args:
-        student: X, raw student vectors, unit `[N, D]`.
-        teacher: Y, unit `[N, E]`.
-        rank: Of C, between 1 and min(D + 1, E).
-        strength: Above 0.
-        start: B, a linear adapter; the identity where there is none.
+        kind: "procrustes" is the rotation or reflection R = argmin ‖XR − Y‖² (Schönemann 1966);
+            "low_rank" the identity plus the best correction of a rank; every other kind a ridge,
+            W = argmin ‖XW − Y‖² + strength ‖W‖² (formulas.md 6).
+        sums: Of raw student vectors X and targets Y.
+        strength: Of ridge and low-rank correction, above 0; XᵀX of unit vectors has about N / D
+            on its diagonal.
+        rank: Of the low-rank correction, between 1 and min(D + 1, E).
 
     Raises:
-        ConchError: The rank is out of its range, there is no identity between the dimensions, or
-            the start is not linear or of other dimensions.
+        ConchError: No pairs, a setting out of its range, or dimensions that the kind cannot join.
     """
-    sums = sums_of(student, teacher)
-    if start is None and sums.in_dimension != sums.out_dimension:
+    figures: dict[str, Any] = {"pairs": sums.pairs}
+    if kind == "procrustes":
+        return EmbeddingAdapter.from_matrix(kind, sums.rotation(), figures)
+    figures["strength"] = strength
+    if kind != "low_rank":
+        return EmbeddingAdapter.from_matrix("ridge", sums.ridge(strength=strength), figures)
+    if sums.in_dimension != sums.out_dimension:
         raise ConchError(
-            f"there is no identity from {sums.in_dimension} to {sums.out_dimension} dimensions: "
-            "give a ridge as the start of the low-rank adapter"
+            f"a low-rank adapter from {sums.in_dimension} to {sums.out_dimension} dimensions has "
+            "no identity to stand on: use a ridge"
         )
-    start = start or Adapter.identity(sums.in_dimension)
-    if start.kind == "residual":
-        raise ConchError("a low-rank correction stands on a linear adapter, not on a residual one")
-    matrix = sums.low_rank(rank, start=start.matrix, strength=strength)
-    figures = {"pairs": sums.pairs, "strength": strength, "rank": rank, "start": start.digest}
-    return Adapter.from_matrix("low_rank", matrix, figures)
+    start = EmbeddingAdapter.identity(sums.in_dimension).matrix
+    matrix = sums.low_rank(rank, start=start, strength=strength)
+    return EmbeddingAdapter.from_matrix(kind, matrix, {**figures, "rank": rank})

@@ -1,7 +1,7 @@
 """A student and its adapter as one sentence-transformers model.
 
 Knows the library's modules; nothing of stores or training. To export another kind: the modules
-that give exactly what `Adapter.apply` gives, in `_adapter_modules`.
+that give exactly what `EmbeddingAdapter.apply` gives, in `_adapter_modules`.
 """
 
 import os
@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.adapters.adapter import Adapter
-from conch_dna.sedimentation.embedders.local import open_local
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 
 
-def export_sentence_transformer(student: Any, adapter: Adapter, folder: Path) -> None:
+def export_sentence_transformer(student: Any, adapter: EmbeddingAdapter, folder: Path) -> None:
     """Write a model whose `encode` gives the adapted vectors of texts.
 
     Linear kinds become the student's modules, Normalize, one Dense with the identity as its
@@ -29,24 +28,19 @@ def export_sentence_transformer(student: Any, adapter: Adapter, folder: Path) ->
     takes the number of tokens out. Texts are neither padded nor cut, as by `StaticEmbedder`.
 
     Args:
-        student: A `SentenceTransformer` or a model2vec `StaticModel`, such as an embedder's
-            `model`, or the folder or hub id of either.
+        student: A `SentenceTransformer` or a model2vec `StaticModel`: the `model` of an embedder.
         adapter: Fitted to this student's vectors.
         folder: Where; it must not exist.
 
     Raises:
-        ConchError: The folder exists or cannot be written, the student cannot be opened, or its
-            dimension is not the adapter's.
+        ConchError: The folder exists or cannot be written, or the student's dimension is not the
+            adapter's.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
 
     if folder.exists():
         raise ConchError(f"{folder} exists: choose another folder for the exported model")
-    if isinstance(student, str | Path):
-        student = open_local(
-            str(student), device="cpu", batch_size=1, trust_remote_code=False
-        ).model
     if isinstance(student, SentenceTransformer):
         modules = list(student)
         dimension = student.get_embedding_dimension()
@@ -98,7 +92,7 @@ def _static_embedding(student: Any) -> Any:
     return StaticEmbedding(tokenizer, embedding_weights=table)
 
 
-def _adapter_modules(adapter: Adapter) -> list[Any]:
+def _adapter_modules(adapter: EmbeddingAdapter) -> list[Any]:
     """The modules after the student's last Normalize; none for the identity."""
     from sentence_transformers.sentence_transformer.modules import Normalize
     from torch import nn, tensor

@@ -1,7 +1,7 @@
-"""Brings a teacher's vectors into the student's space, and mixes targets there.
+"""Brings a teacher's vectors into the space of a store's own, and mixes targets there.
 
 Knows arrays and adapters; nothing of texts, models or files. Every function is pure.
-To add a schedule: a branch in `scheduled_weight` and its name in choices.SCHEDULES.
+To add a schedule: a case in `scheduled_weights` and its name in choices.SCHEDULES.
 """
 
 import logging
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.adapters.adapter import Adapter, fit_procrustes
-from conch_dna.sedimentation.config import SCHEDULES
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter, PairSums, linear_adapter
+from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.embedders.contract import unit
 
 logger = logging.getLogger(__name__)
@@ -32,39 +32,31 @@ def check_weight(teacher_weight: float) -> None:
         )
 
 
-def scheduled_weight(schedule: str, start: float, end: float, step: int, total: int) -> float:
-    """The teacher's weight at one step of a cycle, from `start` at the first to `end` at the last.
+def scheduled_weights(config: ChelationConfig) -> list[float]:
+    """The teacher's weight at each epoch of a cycle, from the config's weight to its weight_end.
 
-    With f = step / (total − 1): linear start + f (end − start); cosine start + (end − start)
-    (1 − cos πf) / 2; step `start` for f < ½ and `end` from then on; constant `start` throughout.
+    With f from 0 at the first epoch to 1 at the last: linear start + f (end − start); cosine
+    start + (end − start) (1 − cos πf) / 2; step `start` for f < ½ and `end` from then on; constant
+    `start` throughout. Where there is one epoch alone its weight is `start`.
 
-    Args:
-        schedule: One of SCHEDULES.
-        start: Weight of the first step, between 0 and 1.
-        end: Weight of the last one, between 0 and 1.
-        step: Counted from 0.
-        total: Number of steps; of one step alone the weight is `start`.
-
-    Raises:
-        ConchError: The schedule is unknown, or a number out of its range.
-
-    >>> [scheduled_weight("linear", 0.0, 1.0, step, 5) for step in range(5)]
+    >>> scheduled_weights(
+    ...     ChelationConfig(epochs=5, teacher_weight=0.0, teacher_weight_schedule="linear")
+    ... )
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    if schedule not in SCHEDULES:
-        raise ConchError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
-    check_weight(start)
-    check_weight(end)
-    if not 0 <= step < total:
-        raise ConchError(f"step {step} is not between 0 and {total - 1}, the last of {total}")
-    share = step / (total - 1) if total > 1 else 0.0
-    if schedule == "linear":
-        return start + share * (end - start)
-    if schedule == "cosine":
-        return start + (end - start) * (1 - math.cos(math.pi * share)) / 2
-    if schedule == "step":
-        return start if share < 0.5 else end
-    return start
+    start, end = config.teacher_weight, config.teacher_weight_end
+
+    def weight(share: float) -> float:
+        match config.teacher_weight_schedule:
+            case "linear":
+                return start + share * (end - start)
+            case "cosine":
+                return start + (end - start) * (1 - math.cos(math.pi * share)) / 2
+            case "step" if share >= 0.5:
+                return end
+        return start
+
+    return [weight(epoch / max(1, config.epochs - 1)) for epoch in range(config.epochs)]
 
 
 def compute_alignment_metric(first: Any, second: Any) -> float:
@@ -91,8 +83,8 @@ def compute_alignment_metric(first: Any, second: Any) -> float:
     return float(np.einsum("nd,nd->n", unit(rows), unit(others), dtype=np.float64).mean())
 
 
-def fit_alignment(teacher: Any, student: Any) -> Adapter:
-    """The map that brings the teacher's vectors into the student's space.
+def fit_alignment(teacher: Any, student: Any) -> EmbeddingAdapter:
+    """The map that brings the teacher's vectors into the space of the student's.
 
     Orthogonal Procrustes for any two dimensions: P = U Vᵀ of the thin SVD of TᵀS has orthonormal
     columns or rows and maximises the sum of the products of t P and s. Its transpose is the
@@ -109,7 +101,7 @@ def fit_alignment(teacher: Any, student: Any) -> Adapter:
 
     Args:
         teacher: `[N, E]`, unit.
-        student: Raw vectors of the same texts `[N, D]`, unit.
+        student: The student's vectors of the same texts, raw or through an adapter, `[N, D]`, unit.
 
     Returns:
         A linear adapter from E to D dimensions.
@@ -130,13 +122,13 @@ def fit_alignment(teacher: Any, student: Any) -> Adapter:
             max(targets.shape[1], rows.shape[1]),
         )
     if targets.shape[1] == rows.shape[1]:
-        return fit_procrustes(targets, rows)
+        return linear_adapter("procrustes", PairSums.of(targets, rows))
     if not len(rows):
         raise ConchError("there are no texts to align the teacher on: give some")
     cross = targets.T.astype(np.float64) @ rows.astype(np.float64)
     left, _, right = np.linalg.svd(cross, full_matrices=False)
     matrix = np.vstack([left @ right, np.zeros((1, rows.shape[1]))])
-    return Adapter.from_matrix("procrustes", matrix, {"pairs": len(rows)})
+    return EmbeddingAdapter.from_matrix("procrustes", matrix, {"pairs": len(rows)})
 
 
 def rows_of(texts: Sequence[str], current: Any) -> np.ndarray:
@@ -154,17 +146,25 @@ def rows_of(texts: Sequence[str], current: Any) -> np.ndarray:
     return rows
 
 
-def aligned(vectors: np.ndarray, current: np.ndarray, alignment: Adapter | None) -> np.ndarray:
-    """The teacher's vectors in the student's space, by the alignment or by one fitted to them."""
+def aligned(
+    vectors: np.ndarray, current: np.ndarray, alignment: EmbeddingAdapter | None
+) -> np.ndarray:
+    """The teacher's vectors in the space of the current ones.
+
+    Args:
+        vectors: Of the teacher, `[N, E]`.
+        current: Of the same texts, `[N, D]`.
+        alignment: Between the spaces; fitted to these vectors where None.
+    """
     return (alignment or fit_alignment(vectors, current)).apply(vectors)
 
 
-def blend(own: Any, teacher: Any, teacher_weight: float) -> np.ndarray:
-    """normalize((1 − a) own + a teacher), both in the same space.
+def generate_hybrid_targets(own: Any, teacher: Any, teacher_weight: float) -> np.ndarray:
+    """normalize((1 − a) own + a teacher) (formulas.md 6), both in the same space.
 
     Args:
-        own: `[N, D]`.
-        teacher: `[N, D]`.
+        own: The homeostatic targets, or the vectors as they are, `[N, D]`.
+        teacher: The teacher's, `[N, D]`.
         teacher_weight: a, between 0 and 1.
 
     Returns:
@@ -172,6 +172,9 @@ def blend(own: Any, teacher: Any, teacher_weight: float) -> np.ndarray:
 
     Raises:
         ConchError: The weight is out of its range, the shapes differ, or a pair cancels out.
+
+    >>> generate_hybrid_targets([[1.0, 0.0]], [[0.0, 1.0]], 0.5).round(3).tolist()
+    [[0.7070000171661377, 0.7070000171661377]]
     """
     check_weight(teacher_weight)
     first, second = np.asarray(own, np.float64), np.asarray(teacher, np.float64)
@@ -181,15 +184,3 @@ def blend(own: Any, teacher: Any, teacher_weight: float) -> np.ndarray:
             "one side into the other's space first"
         )
     return unit((1 - teacher_weight) * first + teacher_weight * second, what="mixed targets")
-
-
-def generate_hybrid_targets(homeostatic: Any, teacher: Any, teacher_weight: float) -> np.ndarray:
-    """normalize((1 − a) homeostatic + a teacher) (formulas.md 6), both in the student's space.
-
-    Raises:
-        ConchError: See `blend`.
-
-    >>> generate_hybrid_targets([[1.0, 0.0]], [[0.0, 1.0]], 0.5).round(3).tolist()
-    [[0.7070000171661377, 0.7070000171661377]]
-    """
-    return blend(homeostatic, teacher, teacher_weight)

@@ -7,12 +7,12 @@ layout: a function that gives a `Collection`, and its branch in `read_collection
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.retrieval import Judgements
+from conch_dna.sedimentation.retrieval import Judgements, with_relevant
 
 LAYOUT = "a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
 
@@ -75,33 +75,26 @@ def read_beir(folder: Path, *, split: str = "test", cycle_split: str | None = No
         folder: With corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`) and
             qrels/<split>.tsv (query, document, grade; a header line).
         split: Whose judgements.
-        cycle_split: See `read_collection`.
+        cycle_split: Another split, whose queries are `others`.
 
     Raises:
-        ConchError: See `read_collection`.
+        ConchError: A file is not as it should be, or no query has a relevant document.
     """
-    corpus = {
-        name: {"id": name, "title": str(row.get("title") or ""), "text": str(row.get("text") or "")}
-        for name, row in _rows(folder / "corpus.jsonl")
-    }
-    texts = {name: str(row.get("text") or "") for name, row in _rows(folder / "queries.jsonl")}
-    found = _collection(
-        folder.resolve().name,
-        corpus,
-        texts,
-        _judgements(folder / "qrels" / f"{split}.tsv"),
-        source=str(folder / "qrels" / f"{split}.tsv"),
-    )
+    corpus = {name: _document(name, row) for name, row in _rows(folder / "corpus.jsonl")}
+    queries, judgements = read_judgements(folder, split=split)
+    source = str(folder / "qrels" / f"{split}.tsv")
+    name = folder.resolve().name
+    collection = _collection(name, corpus, queries, judgements, source=source)
     if cycle_split is None:
-        return found
-    path = folder / "qrels" / f"{cycle_split}.tsv"
-    names = _judged(_judgements(path), texts, source=str(path))
-    others = {name: texts[name] for name in names if name not in found.queries}
+        return collection
+    queries, _ = read_judgements(folder, split=cycle_split)
+    others = {name: text for name, text in queries.items() if name not in collection.queries}
     if not others:
         raise ConchError(
-            f"{path} judges no query that {split}.tsv does not: give --cycle-split another split"
+            f"{folder / 'qrels' / cycle_split}.tsv judges no query that {split}.tsv does not: give "
+            "--cycle-split another split"
         )
-    return Collection(**{**vars(found), "others": others})
+    return replace(collection, others=others)
 
 
 def read_judgements(folder: Path, *, split: str = "test") -> tuple[dict[str, str], Judgements]:
@@ -115,13 +108,15 @@ def read_judgements(folder: Path, *, split: str = "test") -> tuple[dict[str, str
         Names and texts of the queries that have a relevant document, and their grades.
 
     Raises:
-        ConchError: See `read_collection`.
+        ConchError: A file is not as it should be, or no query has a relevant document.
     """
     texts = {name: str(row.get("text") or "") for name, row in _rows(folder / "queries.jsonl")}
     path = folder / "qrels" / f"{split}.tsv"
-    judgements = _judgements(path)
-    names = _judged(judgements, texts, source=str(path))
-    return {name: texts[name] for name in names}, {name: judgements[name] for name in names}
+    return _judged(_judgements(path), texts, source=str(path))
+
+
+def _document(name: str, row: Mapping[str, Any]) -> dict[str, str]:
+    return {"id": name, **{part: str(row.get(part) or "") for part in ("title", "text")}}
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -153,52 +148,52 @@ def _lines(path: Path) -> list[str]:
 
 
 def _judgements(path: Path) -> Judgements:
-    found: dict[str, dict[str | int, int]] = {}
+    judgements: dict[str, dict[str | int, int]] = {}
     for number, line in enumerate(_lines(path), 1):
         cells = line.rstrip("\r").split("\t")
         if not line.strip() or (number == 1 and cells[0] in ("query-id", "query_id", "qid")):
             continue
         try:
             query, document, grade = cells
-            found.setdefault(query, {})[document] = int(grade)
+            judgements.setdefault(query, {})[document] = int(grade)
         except ValueError as error:
             raise ConchError(
                 f"line {number} of {path} is {line!r}: it must be query, document and a whole "
                 "number as grade, with tabs between"
             ) from error
-    return found
+    return judgements
 
 
-def _judged(judgements: Judgements, texts: Mapping[str, str], *, source: str) -> list[str]:
-    """Names of queries with a relevant document, in the order of the judgements."""
-    names = [name for name, grades in judgements.items() if any(g > 0 for g in grades.values())]
-    if not names:
+def _judged(
+    judgements: Judgements, texts: Mapping[str, str], *, source: str
+) -> tuple[dict[str, str], Judgements]:
+    """The queries that have a relevant document, in the judgements' order, and their grades."""
+    relevant = with_relevant(judgements)
+    if not relevant:
         raise ConchError(
             f"{source} names no query with a relevant document (a grade above 0): there are no "
             "judged queries, so nothing can be evaluated"
         )
-    if bare := [name for name in names if not texts.get(name, "").strip()]:
+    if bare := [name for name in relevant if not texts.get(name, "").strip()]:
         raise ConchError(
             f"{source} judges query {bare[0]!r}, which has no text among the queries ({len(bare)} "
-            f"of {len(names)}): give queries and judgements of the same names"
+            f"of {len(relevant)}): give queries and judgements of the same names"
         )
-    return names
+    return {name: texts[name] for name in relevant}, relevant
 
 
 def _collection(
     name: str,
     corpus: Mapping[str, dict[str, str]],
-    texts: Mapping[str, str],
+    queries: dict[str, str],
     judgements: Judgements,
     *,
     source: str,
 ) -> Collection:
-    names = _judged(judgements, texts, source=source)
     documents = [each for each in corpus.values() if (each["title"] + each["text"]).strip()]
     known = {each["id"] for each in documents}
-    judged: Judgements = {query: dict(judgements[query]) for query in names}
-    outside = sum(each not in known for grades in judged.values() for each in grades)
-    if outside == sum(map(len, judged.values())):
+    outside = sum(each not in known for grades in judgements.values() for each in grades)
+    if outside == sum(map(len, judgements.values())):
         raise ConchError(
             f"{source} judges none of the corpus's {len(documents)} documents with a text: give "
             "corpus and judgements of the same collection"
@@ -206,8 +201,8 @@ def _collection(
     return Collection(
         name=name,
         documents=documents,
-        queries={query: texts[query] for query in names},
-        judgements=judged,
+        queries=queries,
+        judgements=judgements,
         empty=len(corpus) - len(documents),
         outside=outside,
     )
@@ -242,17 +237,11 @@ def _from_mteb(name: str, *, split: str) -> Collection:
             f"give {LAYOUT}"
         )
     (data,) = (parts[split] for parts in subsets.values())
-    corpus = {
-        str(row["id"]): {
-            "id": str(row["id"]),
-            "title": str(row.get("title") or ""),
-            "text": str(row.get("text") or ""),
-        }
-        for row in data["corpus"]
-    }
-    judgements: Judgements = {
-        str(query): {str(each): int(grade) for each, grade in grades.items()}
-        for query, grades in data["relevant_docs"].items()
+    corpus = {str(row["id"]): _document(str(row["id"]), row) for row in data["corpus"]}
+    grades: Judgements = {
+        str(query): {str(each): int(grade) for each, grade in row.items()}
+        for query, row in data["relevant_docs"].items()
     }
     texts = {str(row["id"]): str(row["text"]) for row in data["queries"]}
-    return _collection(name, corpus, texts, judgements, source=f"the split {split} of {name}")
+    source = f"the split {split} of {name}"
+    return _collection(name, corpus, *_judged(grades, texts, source=source), source=source)

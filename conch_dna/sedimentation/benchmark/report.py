@@ -1,6 +1,6 @@
 """A benchmark's rows for people: a table on screen, one in Markdown, a plot.
 
-Knows the JSON that `benchmark_rows.Benchmark.document` gives; computes nothing of it anew. To show
+Knows the JSON that `rows.Benchmark.document` gives; computes nothing of it anew. To show
 another figure: a column in COLUMNS.
 """
 
@@ -21,9 +21,9 @@ PARTS = ("embedding", "queries", "fit", "rewrite", "gate", "activation")
 def _against(row: Document, figure: str) -> str:
     if row["name"] == CONTROL:
         return ""
-    found = row["against_control"][figure]
-    low, high = found["interval"]
-    return f"{found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    gain = row["against_control"][figure]
+    low, high = gain["interval"]
+    return f"{gain['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _gap(row: Document) -> str:
@@ -39,8 +39,8 @@ def _gate(row: Document) -> str:
 
 
 def _query_cost(row: Document) -> str:
-    found = row.get("milliseconds_per_query")
-    return "" if found is None else f"{found:.3g}"
+    cost = row.get("milliseconds_per_query")
+    return "" if cost is None else f"{cost:.3g}"
 
 
 def _whole_seconds(row: Document) -> float:
@@ -113,7 +113,7 @@ def draw_rows(path: Path, *, document: Document) -> None:
 
     Args:
         path: The file to write.
-        document: See `Benchmark.document`.
+        document: What `Benchmark.document` gave.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

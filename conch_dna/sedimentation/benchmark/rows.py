@@ -1,4 +1,4 @@
-"""The rows of a benchmark: every mode on copies of one untouched store, beside control and ceiling.
+"""The rows of a benchmark: every mode on a copy of one store, beside control and ceiling.
 
 Knows a collection, engines and their stages; nothing of files of results or of the command line.
 To compare another mode: a method of `Benchmark` that calls `_add`, and its call in `run`.
@@ -9,8 +9,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,18 +22,17 @@ import numpy as np
 from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
+from conch_dna.option_fields import option, option_problem
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import Collection
-from conch_dna.sedimentation.benchmark.queries import split_queries
 from conch_dna.sedimentation.benchmark.stages import (
     QUERY_EMBEDDING,
     answers,
     fused_rankings,
     run_training_cycle,
-    word_rankings,
-    words_of,
+    split_queries,
 )
-from conch_dna.sedimentation.changes.heldout_queries import Evidence, evaluated, teacher_rankings
+from conch_dna.sedimentation.changes.heldout_queries import Evidence, teacher_rankings
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
@@ -41,22 +41,24 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
-from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation
+from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, word_index
 
 CONTROL, TEACHER, WORDS = "student untouched (control)", "teacher (ceiling)", "BM25"
 MODES = {"baseline": "baseline", "hybrid": "hybrid", "offline": "offline symmetric"}
+# Folder of the store that the others are copies of.
+UNTOUCHED = "untouched"
 SWEPT = tuple(tenth / 10 for tenth in range(1, 11))
 CONFIDENCE = 0.95
 FIGURES = {"ndcg_at_10": "ndcg", "recall_at_100": "recall"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
+class ComparisonSettings:
     """What is compared.
 
     Attributes:
-        student: See `open_embedder`.
-        teacher: One or several.
+        student: A name as `open_embedder` takes it.
+        teacher: One or several such names.
         teacher_shares: Weights of several, in their order; the same for all where None.
         cycles: Of each mode, 1 or more.
         queries_per_cycle: Asked before each, 1 or more.
@@ -73,8 +75,13 @@ class BenchmarkSettings:
     student: str
     teacher: Sequence[str]
     teacher_shares: Sequence[float] | None = None
-    cycles: int = 3
-    queries_per_cycle: int = 50
+    cycles: int = option(3, "Cycles of each training mode.", low=1)
+    queries_per_cycle: int = option(
+        50,
+        "Judged queries asked before each cycle, which are never evaluated: at most half of them "
+        "in all.",
+        low=1,
+    )
     sweep: bool = False
     config: ChelationConfig = field(default_factory=ChelationConfig)
     teacher_cache: str | None = None
@@ -82,14 +89,9 @@ class BenchmarkSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {value}: it must be 1 or more"
-            for name, value in (
-                ("cycles", self.cycles),
-                ("queries_per_cycle", self.queries_per_cycle),
-            )
-            if value < 1
-        ]
+        limited = [each for each in fields(self) if "help" in each.metadata]
+        checked = [option_problem(each, getattr(self, each.name)) for each in limited]
+        problems = [problem for problem in checked if problem is not None]
         shares = self.teacher_shares
         if shares is not None and len(shares) != len(self.teacher):
             problems.append(f"{len(shares)} shares do not fit {len(self.teacher)} teachers")
@@ -109,52 +111,42 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass(eq=False, kw_only=True)
 class Benchmark:
     """One run over one collection; `run` measures, `document` holds what was measured so far.
 
-    Args:
-        collection: See `read_collection`.
-        settings: See `BenchmarkSettings`.
+    Attributes:
+        collection: Its corpus is ingested whole, its judged queries are divided.
+        settings: What is compared.
         folder: An empty one for the stores.
-        report: Gets events, see `progress.Progress`.
         save: Gets `document` after every row, so that what was measured outlives what comes.
+        report: Gets events, see `progress.Progress`.
+        rows: What was measured so far.
 
     Raises:
         ConchError: The queries cannot be divided as asked; see `split_queries`.
     """
 
-    def __init__(
-        self,
-        collection: Collection,
-        settings: BenchmarkSettings,
-        *,
-        folder: Path,
-        report: Report = silent,
-        save: Callable[[dict[str, Any]], None] = lambda document: None,
-    ) -> None:
-        self.collection = collection
-        self.settings = settings
-        self.folder = folder
-        self.report = report
-        self.save = save
-        self.split = split_queries(
-            collection,
-            cycles=settings.cycles,
-            queries_per_cycle=settings.queries_per_cycle,
-            seed=settings.config.seed,
-        )
-        self.evidence = Evidence.judged(self.split.evaluated, collection.judgements)
-        self.rows: list[dict[str, Any]] = []
-        self._control: Evaluation | None = None
-        self._words: list[list[DocumentId]] = []
-        # Rankings of the student's rows, of which the best is fused.
-        self._dense: dict[str, list[list[DocumentId]]] = {}
-        self._models: dict[str, Any] = {}
+    collection: Collection
+    settings: ComparisonSettings
+    folder: Path
+    save: Callable[[dict[str, Any]], None]
+    report: Report = silent
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _control: Evaluation | None = field(default=None, init=False)
+    _words: list[list[DocumentId]] = field(default_factory=list, init=False)
+    # Rankings of the student's rows, of which the best is fused.
+    _dense: dict[str, list[list[DocumentId]]] = field(default_factory=dict, init=False)
+    _models: dict[str, Any] = field(default_factory=dict, init=False)
 
-    @property
-    def _cache(self) -> Path:
-        given = self.settings.teacher_cache
-        return Path(given).expanduser() if given else self.folder / "teacher_vectors"
+    def __post_init__(self) -> None:
+        settings, seed = self.settings, self.settings.config.seed
+        each, cache = settings.queries_per_cycle, settings.teacher_cache
+        self.split = split_queries(
+            self.collection, cycles=settings.cycles, queries_per_cycle=each, seed=seed
+        )
+        self.evidence = Evidence.judged(self.split.evaluated, self.collection.judgements)
+        self._cache = Path(cache).expanduser() if cache else self.folder / "teacher_vectors"
 
     def run(self) -> dict[str, Any]:
         """Measure every row.
@@ -168,7 +160,8 @@ class Benchmark:
         self._distilled("asymmetric", space="asymmetric")
         if self.settings.sweep:
             for weight in SWEPT:
-                self._distilled(f"offline symmetric, teacher_weight {weight:g}", weight=weight)
+                name = f"offline symmetric, teacher_weight {weight:g}"
+                self._distilled(name, teacher_weight=weight)
         self._fusion()
         return self.document(complete=True)
 
@@ -183,7 +176,7 @@ class Benchmark:
             "task": collection.name,
             "complete": complete,
             "config": {
-                **{n: v for n, v in vars(self.settings).items() if n != "config"},
+                **{name: value for name, value in vars(self.settings).items() if name != "config"},
                 "teacher": list(self.settings.teacher),
                 "engine": self.settings.config.to_json(),
                 "confidence": CONFIDENCE,
@@ -214,7 +207,7 @@ class Benchmark:
         """The store that all modes begin with: control, teacher and words."""
         seconds: dict[str, float] = {"ingest": 0.0, "embedding": 0.0}
         errors: dict[DocumentId, str] = {}
-        with self._engine("untouched") as engine:
+        with self._engine(UNTOUCHED) as engine:
             # What an earlier run left must not pass for this one's.
             self.save(self.document())
             total = len(self.collection.documents)
@@ -226,26 +219,19 @@ class Benchmark:
                 seconds["embedding"] += result.embedding_seconds
                 errors |= result.errors
                 self.report("advance", {"by": len(part)})
-            student = engine.student
-            self._models["student"] = {
-                "name": student.name,
-                "digest": student.digest,
-                "dimension": student.dimension,
-            }
-            found, taken = answers(engine, self.evidence.texts)
-            self._dense[CONTROL] = found
+            identity = dict(engine.store.identity)
+            self._models["student"] = {"name": identity.pop("student"), **identity}
             failed = {"not_embedded": {str(each): why for each, why in errors.items()}}
-            self._add(CONTROL, found, {**seconds, **taken}, failed)
+            self._answered(CONTROL, engine, seconds, failed)
             self._ceiling(engine)
             self._bm25(engine)
 
     def _ceiling(self, engine: AntigravityEngine) -> None:
         self.report("phase", {"name": TEACHER})
-        settings = self.settings
         helper = self._helper(self._cache)
         teacher = helper.teacher
         began = time.perf_counter()
-        found = teacher_rankings(engine.store, helper, self.evidence.texts, top_k=RECALL_AT)
+        rankings = teacher_rankings(engine.store, helper, self.evidence.texts, top_k=RECALL_AT)
         seconds = {"documents_and_search": time.perf_counter() - began}
         # Without the cache, and with the model in memory: what a query really costs.
         plain = self._helper(None)
@@ -255,11 +241,11 @@ class Benchmark:
         plain.embed(self.evidence.texts, queries=True)
         seconds[QUERY_EMBEDDING] = time.perf_counter() - began
         self._models["teacher"] = {
-            "names": list(settings.teacher),
+            "names": list(self.settings.teacher),
             "digest": teacher.digest,
             "dimension": teacher.dimension,
         }
-        self._add(TEACHER, found, seconds)
+        self._add(TEACHER, rankings, seconds)
 
     def _helper(self, cache: Path | None) -> TeacherDistillationHelper:
         return create_distillation_helper(
@@ -272,38 +258,25 @@ class Benchmark:
 
     def _bm25(self, engine: AntigravityEngine) -> None:
         began = time.perf_counter()
-        words = words_of(engine)
+        words = word_index(engine.store)
         indexed = time.perf_counter()
-        self._words = word_rankings(words, self.evidence.texts)
+        self._words = words.rankings(self.evidence.texts)
         seconds = {"index": indexed - began, "search": time.perf_counter() - indexed}
         self._add(WORDS, self._words, seconds)
 
     def _cycles(self, mode: str) -> None:
-        config, asked = self.settings.config, self.split
         with self._engine(mode, training_mode=mode) as engine:
-            for number, names in enumerate(asked.cycles, 1):
+            for number, names in enumerate(self.split.cycles, 1):
                 name = f"{MODES[mode]}, cycle {number}"
                 self.report("phase", {"name": name})
                 began = time.perf_counter()
-                change = run_training_cycle(
-                    engine,
-                    [asked.texts[each] for each in names],
-                    threshold=config.threshold,
-                    learning_rate=config.learning_rate,
-                    epochs=config.epochs,
-                )
+                change = run_training_cycle(engine, [self.split.texts[each] for each in names])
                 self._changed(name, engine, change, {"cycle": time.perf_counter() - began})
-        shutil.rmtree(self.folder / mode)
 
-    def _distilled(
-        self, name: str, *, space: str = "symmetric", weight: float | None = None
-    ) -> None:
+    def _distilled(self, name: str, **changes: Any) -> None:
         self.report("phase", {"name": name})
-        with self._engine(
-            "distilled", training_mode="offline", space=space, weight=weight
-        ) as engine:
+        with self._engine("distilled", training_mode="offline", **changes) as engine:
             self._changed(name, engine, engine.run_offline_distillation(), {})
-        shutil.rmtree(self.folder / "distilled")
 
     def _changed(
         self,
@@ -312,61 +285,54 @@ class Benchmark:
         change: ChangeResult,
         seconds: Mapping[str, float],
     ) -> None:
-        found, taken = answers(engine, self.evidence.texts)
-        self._dense[name] = found
-        more = {
-            "kind": change.kind,
-            "mode": change.mode,
-            "space": engine.config.space,
-            "teacher_weight": engine.config.teacher_weight,
-            "activated": change.activated,
-            "version": change.version,
-            "candidate": change.candidate,
-            "reason": change.reason,
-            "gate": change.figures,
-            "documents": change.documents,
-            "fit": change.fit,
-            "steps": change.steps,
-            "reasons": change.reasons,
-        }
-        self._add(name, found, {**seconds, **change.seconds, **taken}, more)
+        """A row of what an engine answers after a change, with what the change came to."""
+        more = asdict(change)
+        more |= {"gate": more.pop("figures"), "space": engine.config.space}
+        more["teacher_weight"] = engine.config.teacher_weight
+        self._answered(name, engine, {**seconds, **more.pop("seconds")}, more)
+
+    def _answered(
+        self,
+        name: str,
+        engine: AntigravityEngine,
+        seconds: Mapping[str, float],
+        more: Mapping[str, Any],
+    ) -> None:
+        """A row of what an engine's active version answers to the evaluated queries."""
+        self._dense[name], taken = answers(engine, self.evidence.texts)
+        self._add(name, self._dense[name], {**seconds, **taken}, more)
 
     def _fusion(self) -> None:
         figures = {row["name"]: row["ndcg_at_10"] for row in self.rows}
         best = max(self._dense, key=lambda name: figures[name])
         began = time.perf_counter()
         k = self.settings.config.rrf_k
-        found = fused_rankings(self._dense[best], self._words, k=k)
+        rankings = fused_rankings(self._dense[best], self._words, k=k)
         seconds = {"fusion": time.perf_counter() - began}
         # The choice saw the queries that it is judged by; whoever reads the figure must know.
         more = {"fused": [best, WORDS], "chosen_on_evaluated_queries": True}
-        self._add("fusion of the best student row and BM25", found, seconds, more)
+        self._add("fusion of the best student row and BM25", rankings, seconds, more)
 
-    def _engine(
-        self,
-        name: str,
-        *,
-        training_mode: str = "baseline",
-        space: str = "symmetric",
-        weight: float | None = None,
-    ) -> AntigravityEngine:
-        settings = self.settings
-        place = self.folder / name
-        if name != "untouched":
-            shutil.copytree(self.folder / "untouched", place)
-        values = {**asdict(settings.config), "space": space, "fusion": "none"}
-        return AntigravityEngine(
+    @contextmanager
+    def _engine(self, name: str, **changes: Any) -> Iterator[AntigravityEngine]:
+        """An engine whose settings are changed, on a copy of the untouched store, gone after it."""
+        settings, place = self.settings, self.folder / name
+        if name != UNTOUCHED:
+            shutil.copytree(self.folder / UNTOUCHED, place)
+        modes = {"training_mode": "baseline", "space": "symmetric", "fusion": "none"}
+        with AntigravityEngine(
             place,
             settings.student,
-            training_mode,
-            settings.teacher if training_mode != "baseline" else None,
-            weight,
-            config=ChelationConfig(**values),
-            teacher_weights=settings.teacher_shares if training_mode != "baseline" else None,
+            teacher_model_name=settings.teacher,
+            config=replace(settings.config, **{**modes, **changes}),
+            teacher_weights=settings.teacher_shares,
             teacher_cache=self._cache,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
-        )
+        ) as engine:
+            yield engine
+        if name != UNTOUCHED:
+            shutil.rmtree(place)
 
     def _add(
         self,
@@ -376,28 +342,25 @@ class Benchmark:
         more: Mapping[str, Any] | None = None,
     ) -> None:
         """A row: figures of rankings, and intervals of the difference to the control."""
-        found = evaluated(self.evidence, rankings)
-        self._control = control = self._control or found
-        row: dict[str, Any] = {"name": name, **found.to_json()}
+        own = self.evidence.evaluate(rankings)
+        self._control = control = self._control or own
+        row: dict[str, Any] = {"name": name, **own.to_json()}
+        seed = self.settings.config.seed
         row["against_control"] = {
-            figure: _difference(getattr(found, part), getattr(control, part), self._seed)
+            figure: _difference(getattr(own, part), getattr(control, part), seed)
             for figure, part in FIGURES.items()
         }
-        row["gap_closed"] = None
+        lowest = float(control.ndcg.mean())
         ceiling = next((each["ndcg_at_10"] for each in self.rows if each["name"] == TEACHER), None)
-        gap = None if ceiling is None else ceiling - float(control.ndcg.mean())
-        if gap is not None and gap > 0:
-            row["gap_closed"] = (row["ndcg_at_10"] - float(control.ndcg.mean())) / gap
+        row["gap_closed"] = None
+        if ceiling is not None and ceiling > lowest:
+            row["gap_closed"] = (row["ndcg_at_10"] - lowest) / (ceiling - lowest)
         if QUERY_EMBEDDING in seconds:
-            row["milliseconds_per_query"] = 1000 * seconds[QUERY_EMBEDDING] / len(found.queries)
+            row["milliseconds_per_query"] = 1000 * seconds[QUERY_EMBEDDING] / len(own.queries)
         row |= {**(more or {}), "seconds": dict(seconds), "peak_memory_bytes": peak_memory_bytes()}
         self.rows.append(row)
         self.report("message", {"message": f"{name}: nDCG@10 {row['ndcg_at_10']:.4f}"})
         self.save(self.document())
-
-    @property
-    def _seed(self) -> int:
-        return self.settings.config.seed
 
 
 def _difference(own: np.ndarray, control: np.ndarray, seed: int) -> dict[str, Any]:

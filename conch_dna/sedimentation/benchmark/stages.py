@@ -1,35 +1,99 @@
-"""What a benchmark does with an engine: evaluate it, and let it run one cycle.
+"""The stages of a benchmark: which queries are asked, what an engine answers, one cycle.
 
-Knows an engine and judgements; nothing of rows, files or which modes are compared. To measure
+Knows an engine, a collection's queries and judgements; nothing of rows, files or which modes are
+compared. To divide queries otherwise: another function that gives a `QuerySplit`. To measure
 another stage: a function here that gives its result and its seconds.
 """
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from conch_dna.sedimentation.changes.heldout_queries import Evidence, evaluated, rankings_of
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
-from conch_dna.sedimentation.engine import FUSED, AntigravityEngine
+import numpy as np
+
+from conch_dna.errors import ConchError
+from conch_dna.sedimentation.benchmark.collections import Collection
+from conch_dna.sedimentation.changes.heldout_queries import Evidence, rankings_of
+from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
-from conch_dna.sedimentation.retrieval import BM25, RECALL_AT, Evaluation, Judgements, rrf
-from conch_dna.sedimentation.stores.contract import RAW
+from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, Judgements, rrf, word_index
 
 QUERY_EMBEDDING = "query_embedding"
 
 
-def words_of(engine: AntigravityEngine) -> BM25:
-    """BM25 over the documents of an engine's store."""
-    ids: list[DocumentId] = []
-    texts: list[str] = []
-    for page in engine.store.pages(RAW):
-        ids += page.ids
-        texts += [embedded_text(payload) for payload in page.payloads]
-    return BM25(ids, texts)
+@dataclass(frozen=True, kw_only=True)
+class QuerySplit:
+    """Which queries are asked in cycles, and which are evaluated; no text is in both.
+
+    Attributes:
+        cycles: Names of each cycle's queries.
+        texts: Name to text of these.
+        evaluated: Name to text.
+        repeated: Queries left out because one on the other side has the same text.
+    """
+
+    cycles: list[list[str]]
+    texts: dict[str, str]
+    evaluated: dict[str, str]
+    repeated: int
 
 
-def word_rankings(words: BM25, queries: Sequence[str]) -> list[list[DocumentId]]:
-    """The 100 best documents of each query by words, ids only."""
-    return [[each for each, _ in found] for found in words.search(queries, top_k=FUSED)]
+def split_queries(
+    collection: Collection, *, cycles: int, queries_per_cycle: int, seed: int
+) -> QuerySplit:
+    """Divide judged queries; where the collection has `others`, all cycle queries are of those.
+
+    Args:
+        collection: Its queries, and others.
+        cycles: How many parts.
+        queries_per_cycle: Of each part.
+        seed: Of the choice.
+
+    Raises:
+        ConchError: More than half of the judged queries would be asked, or there are not so many
+            others, or fewer than 2 are left to evaluate.
+    """
+    count = cycles * queries_per_cycle
+    source = collection.others or collection.queries
+    names = list(source)
+    most, what = len(names) // 2, f"half of the {len(names)} judged ones"
+    if collection.others:
+        texts = {_plain(text) for text in collection.queries.values()}
+        names = [name for name in names if _plain(source[name]) not in texts]
+        most, what = len(names), "those of the other split"
+    if count > most:
+        each = most // cycles
+        remedy = f"give --queries-per-cycle {each} or less" if each else f"give --cycles {most}"
+        raise ConchError(
+            f"{cycles} cycles of {queries_per_cycle} queries ask {count}, but at most {most} may "
+            f"be asked, {what}: {remedy}"
+        )
+    order = np.random.default_rng(seed).permutation(len(names))
+    cycle_names = [names[number] for number in order[:count]]
+    texts = {_plain(source[name]) for name in cycle_names}
+    evaluated = {
+        name: text for name, text in collection.queries.items() if _plain(text) not in texts
+    }
+    if len(evaluated) < 2:
+        raise ConchError(
+            f"{len(evaluated)} of {len(collection.queries)} judged queries are left to evaluate, "
+            "and an interval needs 2: ask fewer queries in cycles"
+        )
+    left = len(names) if collection.others else count + len(evaluated)
+    return QuerySplit(
+        cycles=[
+            cycle_names[start : start + queries_per_cycle]
+            for start in range(0, count, queries_per_cycle)
+        ],
+        texts={name: source[name] for name in cycle_names},
+        evaluated=evaluated,
+        repeated=len(source) - left,
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def fused_rankings(
@@ -58,11 +122,11 @@ def answers(
     raw = engine.student.queries(queries).all_vectors(what="queries")
     vectors = engine.versions.adapter(version).apply(raw)
     embedded = time.perf_counter()
-    found = rankings_of(engine.store, vectors, version=version)
+    rankings = rankings_of(engine.store, vectors, version=version)
     if engine.config.fusion == "rrf":
-        by_words = word_rankings(words_of(engine), queries)
-        found = fused_rankings(found, by_words, k=engine.config.rrf_k)
-    return found, {
+        by_words = word_index(engine.store).rankings(queries)
+        rankings = fused_rankings(rankings, by_words, k=engine.config.rrf_k)
+    return rankings, {
         QUERY_EMBEDDING: embedded - began,
         "evaluation_search": time.perf_counter() - embedded,
     }
@@ -84,8 +148,8 @@ def evaluate_engine(
         ConchError: No query has a relevant document, or the student cannot embed one.
     """
     evidence = Evidence.judged(queries, judgements)
-    found, _ = answers(engine, evidence.texts)
-    return evaluated(evidence, found)
+    rankings, _ = answers(engine, evidence.texts)
+    return evidence.evaluate(rankings)
 
 
 def run_training_cycle(
@@ -105,9 +169,10 @@ def run_training_cycle(
     Args:
         engine: With its documents.
         queries: Texts, none of which may be evaluated afterwards.
-        threshold: See `AntigravityEngine.run_sedimentation_cycle`; None for the configuration's.
-        learning_rate: Likewise.
-        epochs: Likewise.
+        threshold: Collapsed neighbourhoods a document must be in; None for the configuration's,
+            as the others.
+        learning_rate: Of the residual adapter.
+        epochs: Most passes over the pairs.
 
     Raises:
         ConchError: A query has no text, the store is empty, or a setting is out of its range.

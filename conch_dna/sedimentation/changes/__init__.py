@@ -1,1 +1,1 @@
-"""How a store changes: what it learns from, the gate it must pass, the versions it makes."""
+"""How a store changes: what it learns from, its gate, and the versions it makes."""

@@ -1,4 +1,4 @@
-"""The chelation log: which queries found a collapsed neighbourhood, in files that only grow.
+"""The chelation log: queries that found a collapsed neighbourhood, in files that only grow.
 
 Knows events and files; nothing of vectors, models or what is done about collapse. Each line holds
 its own digest and that of the line before, so damage is found. To record another fact: a field of
@@ -18,10 +18,10 @@ from pathlib import Path
 from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.sedimentation.documents import DocumentId
 
 EVENTS_FILE = "chelation_events.jsonl"
 _ROTATED = re.compile(r"chelation_events\.(\d{6})\.jsonl")
-Identifier = str | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Event:
         query: The text, or None where the log was not asked to keep texts.
         version: Which version of the vectors answered.
         student_digest: Content address of the student that embedded the query.
-        dispersion: Of the neighbourhood, see `collapse.dispersion`.
+        dispersion: Of the neighbourhood, see `collapse.dispersions`.
         threshold: What it lay below.
         neighbourhood: Ids of the documents found, best first.
         previous: Digest of the event before, empty for the first.
@@ -49,7 +49,7 @@ class Event:
     student_digest: str
     dispersion: float
     threshold: float
-    neighbourhood: list[Identifier]
+    neighbourhood: list[DocumentId]
     previous: str
 
     @property
@@ -97,20 +97,15 @@ def read_events(folder: Path) -> Iterator[Event]:
 
 
 def _parsed(line: bytes, where: str) -> Event:
+    remedy = "restore the file, or move all of the log's files away to begin a new one"
     try:
         document = json.loads(line)
         written = document.pop("digest")
         event = Event(**document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWholeError(
-            f"{where} is no event of the log: restore the file, or move all of the log's files "
-            "away to begin a new one"
-        ) from error
+        raise NotWholeError(f"{where} is no event of the log: {remedy}") from error
     if event.digest != written:
-        raise NotWholeError(
-            f"{where} was altered, its digest is another: restore the file, or move all of the "
-            "log's files away to begin a new one"
-        )
+        raise NotWholeError(f"{where} was altered, its digest is another: {remedy}")
     return event
 
 
@@ -118,7 +113,7 @@ class ChelationLog:
     """Appends events and reads them back; the caller holds the folder's lock.
 
     A last line that a killed process left half-written is moved to `chelation_events.half-<number>`
-    and told in `recovered`: its event was never acknowledged.
+    and named in `recovered`: its event was never acknowledged.
 
     Args:
         folder: Where the files are; made when missing.
@@ -130,7 +125,7 @@ class ChelationLog:
         recovered: A line for each thing that opening the log put right.
 
     Raises:
-        NotWholeError: See `read_events`.
+        NotWholeError: A line was altered, or lines or a file are missing.
         ConchError: The folder cannot be written to, or rotate_bytes is below 1.
     """
 
@@ -168,7 +163,7 @@ class ChelationLog:
         student_digest: str,
         dispersion: float,
         threshold: float,
-        neighbourhood: Sequence[Identifier],
+        neighbourhood: Sequence[DocumentId],
     ) -> Event:
         """Log one collapsed neighbourhood; durable when it returns. See `Event`.
 
@@ -202,20 +197,13 @@ class ChelationLog:
         self._last = event
         return event
 
-    def events(self, *, version: str | None = None, after: int = 0) -> Iterator[Event]:
-        """Events, oldest first.
-
-        Args:
-            version: Only those that this version answered.
-            after: Only those with a higher number, such as the last that a cycle has seen.
-        """
-        for event in read_events(self.folder):
-            if event.number > after and version in (None, event.version):
-                yield event
+    def events(self, *, version: str | None = None) -> Iterator[Event]:
+        """Events, oldest first; only those that this version answered where one is named."""
+        return (each for each in read_events(self.folder) if version in (None, each.version))
 
     def documents_logged(
-        self, *, at_least: int, version: str | None = None, after: int = 0
-    ) -> dict[Identifier, int]:
+        self, *, at_least: int, version: str | None = None
+    ) -> dict[DocumentId, int]:
         """Documents that lay in collapsed neighbourhoods often enough, with how often.
 
         One event counts once for each of its documents; the same query asked again is another
@@ -223,8 +211,7 @@ class ChelationLog:
 
         Args:
             at_least: Events a document must be in.
-            version: See `events`.
-            after: See `events`.
+            version: Whose events count; of all versions where None.
 
         Returns:
             Most often first, those alike in the order they were first logged.
@@ -234,8 +221,8 @@ class ChelationLog:
         """
         if at_least < 1:
             raise ConchError(f"threshold {at_least} must be 1 event or more")
-        counts: Counter[Identifier] = Counter()
-        for event in self.events(version=version, after=after):
+        counts: Counter[DocumentId] = Counter()
+        for event in self.events(version=version):
             counts.update(list(dict.fromkeys(event.neighbourhood)))
         return {each: count for each, count in counts.most_common() if count >= at_least}
 
@@ -272,8 +259,7 @@ class ChelationLog:
         try:
             with open(self.path, "ab") as file:
                 file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(self.path)
         except OSError:
             self._cut(size)
             raise
@@ -281,9 +267,8 @@ class ChelationLog:
             sync(self.folder)
 
     def _cut(self, size: int) -> None:
-        with open(self.path, "r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
+        os.truncate(self.path, size)
+        sync(self.path)
 
 
 def _unwritable(path: Path, error: OSError) -> ConchError:

@@ -1,27 +1,32 @@
-"""Collapsed neighbourhoods: how closely the top hits of a query crowd, and against what it counts.
+"""Collapsed neighbourhoods: how closely the top hits of a query crowd, and when it counts.
 
-Knows vectors and ids; nothing of logs, models or training. A collapsed neighbourhood is one whose
-documents the student can hardly tell apart. To measure crowding otherwise: `dispersions`; the null
-is calibrated with it, so the threshold follows.
+Knows vectors, a store and the log; nothing of embedders, adapters or gates. A collapsed
+neighbourhood is one whose documents the active vectors can hardly tell apart. To measure crowding
+otherwise: `dispersions`; the null is calibrated with it, so the threshold follows.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from conch_dna.checkpoints import write_json
 from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog
+from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.embedders.contract import unit
+from conch_dna.sedimentation.stores.contract import RAW, Hits, Page, VectorStore
 
-if TYPE_CHECKING:
-    from conch_dna.sedimentation.stores.contract import VectorStore
-
-Identifier = str | int
 # Sampled documents whose neighbourhoods are searched and fetched at once.
 QUERIES_AT_ONCE = 64
+# The null is calibrated anew when the store has grown or shrunk by this share.
+STALE_SHARE = 0.2
 
 
 def dispersions(neighbourhoods: Any) -> np.ndarray:
@@ -36,6 +41,9 @@ def dispersions(neighbourhoods: Any) -> np.ndarray:
 
     Raises:
         ConchError: The shape is another, or a row is zero or not finite.
+
+    >>> dispersions([[[1.0, 0.0], [0.0, 1.0]]]).round(6).tolist()
+    [0.5]
     """
     table = np.asarray(neighbourhoods, np.float64)
     if table.ndim != 3 or not table.shape[1]:
@@ -47,15 +55,6 @@ def dispersions(neighbourhoods: Any) -> np.ndarray:
     unit(table.reshape(-1, table.shape[2]), what="vectors of the neighbourhoods")
     rows = table / np.linalg.norm(table, axis=2, keepdims=True)
     return np.asarray(1 - (rows.mean(axis=1) ** 2).sum(axis=1))
-
-
-def dispersion(vectors: Any) -> float:
-    """`dispersions` of one neighbourhood `[k, D]`.
-
-    >>> round(dispersion([[1.0, 0.0], [0.0, 1.0]]), 6)
-    0.5
-    """
-    return float(dispersions(np.asarray(vectors)[None])[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +71,9 @@ class CollapseNull:
         sample: How many neighbourhoods the values are of.
         seed: Of the sample.
         version: Which vectors they are of.
-        lowest: Of the values.
-        median: Likewise.
-        highest: Likewise.
+        lowest: The least value.
+        median: The value in the middle.
+        highest: The greatest value.
         values_digest: Content address of the sorted float64 values.
     """
 
@@ -90,87 +89,55 @@ class CollapseNull:
     values_digest: str
 
     @classmethod
-    def from_values(
-        cls, values: Any, *, percentile: float, k: int, seed: int, version: str
-    ) -> "CollapseNull":
-        """The null of given dispersions `[S]`.
-
-        Raises:
-            ConchError: There are none, one is not finite, or the percentile is out of its range.
-        """
-        ordered = np.sort(np.asarray(values, np.float64))
-        if not ordered.size or not np.isfinite(ordered).all():
-            raise ConchError("the collapse null needs at least one dispersion, and finite ones")
-        if not 0 < percentile < 100:
-            raise ConchError(f"collapse percentile {percentile:g} is not between 0 and 100")
-        return cls(
-            percentile=float(percentile),
-            threshold=float(np.percentile(ordered, percentile)),
-            k=k,
-            sample=len(ordered),
-            seed=seed,
-            version=version,
-            lowest=float(ordered[0]),
-            median=float(np.median(ordered)),
-            highest=float(ordered[-1]),
-            values_digest=content_digest(ordered),
-        )
-
-    @classmethod
-    def fit(
-        cls,
-        store: "VectorStore",
-        *,
-        version: str,
-        k: int = 10,
-        percentile: float = 5.0,
-        sample: int = 500,
-        seed: int = 0,
-    ) -> "CollapseNull":
+    def fit(cls, store: VectorStore, config: ChelationConfig, *, version: str) -> "CollapseNull":
         """Calibrate on documents of the corpus as queries, each left out of its own neighbourhood.
 
         The sample is decided by ids and seed alone, so every kind of store takes the same one.
 
         Args:
             store: Where the vectors are.
-            version: Which of them.
-            k: Documents in a neighbourhood.
-            percentile: See the class.
-            sample: Most documents to take as queries.
-            seed: Of the sample.
+            config: Its `top_k` (size of a neighbourhood), `collapse_percentile`,
+                `collapse_sample` (most documents to take as queries) and `seed`.
+            version: Which of the store's vectors.
 
         Raises:
-            ConchError: There are fewer than k + 1 documents, or a setting is out of its range.
+            ConchError: There are fewer than k + 1 documents.
         """
-        if k < 1 or sample < 1:
-            raise ConchError(f"k is {k} and sample {sample}: both must be 1 or more")
-        count = store.count(version)
+        k, count = config.top_k, store.count(version)
         if count < k + 1:
             raise ConchError(
                 f"collapse cannot be calibrated on {count} documents: a neighbourhood of {k} needs "
                 f"at least {k + 1}; ingest more, or choose a smaller top_k"
             )
-        ids, vectors = _sampled(store, version, sample, seed)
+        page = sampled(store, sample=config.collapse_sample, seed=config.seed, version=version)
         values: list[float] = []
-        for first in range(0, len(ids), QUERIES_AT_ONCE):
-            own = ids[first : first + QUERIES_AT_ONCE]
-            queries = vectors[first : first + QUERIES_AT_ONCE]
-            found = store.search(queries, version=version, top_k=k + 1)
+        for first in range(0, len(page.ids), QUERIES_AT_ONCE):
+            part = slice(first, first + QUERIES_AT_ONCE)
+            ids = page.ids[part]
+            hits = store.search(page.vectors[part], version=version, top_k=k + 1)
             near = [
-                [each for each in hits.ids if each != document][:k]
-                for document, hits in zip(own, found, strict=True)
+                [each for each in row.ids if each != document][:k]
+                for document, row in zip(ids, hits, strict=True)
             ]
-            if short := [document for document, row in zip(own, near, strict=True) if len(row) < k]:
+            if short := [each for each, row in zip(ids, near, strict=True) if len(row) < k]:
                 raise ConchError(
                     f"the store found fewer than {k} neighbours of {short[0]!r} among {count} "
                     "documents: look at its index"
                 )
-            wanted = list(dict.fromkeys(each for row in near for each in row))
-            page = store.get(wanted, version)
-            place = {each: number for number, each in enumerate(page.ids)}
-            rows = page.vectors[np.array([[place[each] for each in row] for row in near])]
-            values += dispersions(rows).tolist()
-        return cls.from_values(values, percentile=percentile, k=k, seed=seed, version=version)
+            values += dispersions(_vectors_of(store, near, version)).tolist()
+        ordered = np.sort(values)
+        return cls(
+            percentile=float(config.collapse_percentile),
+            threshold=float(np.percentile(ordered, config.collapse_percentile)),
+            k=k,
+            sample=len(ordered),
+            seed=config.seed,
+            version=version,
+            lowest=float(ordered[0]),
+            median=float(np.median(ordered)),
+            highest=float(ordered[-1]),
+            values_digest=content_digest(ordered),
+        )
 
     def is_collapsed(self, value: float) -> bool:
         """Whether a dispersion lies below the threshold."""
@@ -196,36 +163,106 @@ class CollapseNull:
         return cls(**document)
 
 
-def sampled_ids(ids: Iterable[Identifier], *, sample: int, seed: int) -> list[Identifier]:
-    """At most `sample` of the ids, decided by each id and the seed, in whatever order they come.
+def _vectors_of(
+    store: VectorStore, neighbourhoods: Sequence[Sequence[DocumentId]], version: str
+) -> np.ndarray:
+    """The vectors of neighbourhoods of one size, `[Q, k, D]`."""
+    vectors = store.get([each for ids in neighbourhoods for each in ids], version).vectors
+    return vectors.reshape(len(neighbourhoods), -1, vectors.shape[1])
+
+
+@dataclass(eq=False)
+class Neighbourhoods:
+    """Measures neighbourhoods and logs those that have collapsed.
+
+    Attributes:
+        store: Where the vectors are.
+        log: Of collapsed ones.
+        config: Size, percentile, sample and seed.
+        folder: For `null-<version>.json`.
+        student_digest: For the events.
+    """
+
+    store: VectorStore
+    log: ChelationLog
+    config: ChelationConfig
+    folder: Path
+    student_digest: str
+    _null: CollapseNull | None = field(default=None, init=False)
+    _null_count: int = field(default=0, init=False)
+
+    def measure(
+        self, queries: Sequence[str], hits: Sequence[Hits], version: str
+    ) -> list[tuple[float | None, bool | None]]:
+        """Dispersion of each query's neighbourhood, and whether it has collapsed; logs those.
+
+        Both are None where there are too few documents to have a neighbourhood.
+        """
+        null = self._calibrated(version)
+        if null is None:
+            return [(None, None)] * len(queries)
+        near = [row.ids[: self.config.top_k] for row in hits]
+        values = dispersions(_vectors_of(self.store, near, version)).tolist()
+        for query, ids, value in zip(queries, near, values, strict=True):
+            if null.is_collapsed(value):
+                self.log.append(
+                    query=query,
+                    version=version,
+                    student_digest=self.student_digest,
+                    dispersion=value,
+                    threshold=null.threshold,
+                    neighbourhood=ids,
+                )
+        return [(value, null.is_collapsed(value)) for value in values]
+
+    def _calibrated(self, version: str) -> CollapseNull | None:
+        """The null of a version, made when it is first needed and kept in the folder."""
+        config, count = self.config, self.store.count(RAW)
+        if count < config.top_k + 1:
+            return None
+        path = self.folder / f"null-{version}.json"
+        if self._null is None or self._null.version != version:
+            self._null, self._null_count = None, 0
+            if path.is_file():
+                document = json.loads(path.read_text(encoding="utf-8"))
+                self._null = CollapseNull.from_json(document["null"], source=str(path))
+                self._null_count = document["documents"]
+        null, settings = self._null, (config.top_k, config.collapse_percentile, config.seed)
+        fresh = null is not None and (null.k, null.percentile, null.seed) == settings
+        if not fresh or abs(count - self._null_count) > STALE_SHARE * self._null_count:
+            self._null = null = CollapseNull.fit(self.store, config, version=version)
+            self._null_count = count
+            write_json(path, {"null": null.to_json(), "documents": count})
+        return null
+
+
+def sampled(
+    store: VectorStore,
+    *,
+    sample: int,
+    seed: int,
+    version: str = RAW,
+    without: Collection[DocumentId] = (),
+) -> Page:
+    """At most `sample` documents, decided by each id and the seed, whatever the store's order.
 
     Returns:
         In the order of the digests that decide; all of them where there are not more.
     """
-    return heapq.nsmallest(sample, ids, key=lambda each: sample_rank(each, seed=seed))
+    ids = (each for page in store.pages(version) for each in page.ids if each not in without)
+    ranked = heapq.nsmallest(sample, ids, key=lambda each: sample_rank(each, seed=seed))
+    return store.get(ranked, version)
 
 
-def sample_rank(identifier: Identifier, *, seed: int) -> str:
+def sample_rank(identifier: DocumentId, *, seed: int) -> str:
     """What decides whether a document is sampled: those with the lowest are."""
     return content_digest(str(seed), repr(identifier))
 
 
-def _sampled(
-    store: "VectorStore", version: str, sample: int, seed: int
-) -> tuple[list[Identifier], np.ndarray]:
-    """Sampled ids and their vectors `[S, D]`, in one pass over the pages."""
-    ids = sampled_ids(
-        (each for page in store.pages(version) for each in page.ids), sample=sample, seed=seed
-    )
-    page = store.get(ids, version)
-    place = {each: number for number, each in enumerate(page.ids)}
-    return ids, page.vectors[[place[each] for each in ids]]
-
-
 def noise_centres(
-    neighbourhoods: Iterable[Sequence[Identifier]],
-    documents: Sequence[Identifier],
-    vectors: Mapping[Identifier, np.ndarray],
+    neighbourhoods: Iterable[Sequence[DocumentId]],
+    documents: Sequence[DocumentId],
+    vectors: Mapping[DocumentId, np.ndarray],
 ) -> np.ndarray:
     """Where each document's crowd lies: its mean noise centre.
 
@@ -236,7 +273,8 @@ def noise_centres(
     Args:
         neighbourhoods: Members of each logged event, see `ChelationLog.events`.
         documents: Those to find the centres of.
-        vectors: Raw unit vectors `[D]` of all members; raw, since adaptation starts from raw.
+        vectors: Unit vectors `[D]` of all members, of the version in which they crowded: raw ones
+            through its adapter.
 
     Returns:
         float64 `[len(documents), D]`, not of unit length.
@@ -244,35 +282,34 @@ def noise_centres(
     Raises:
         ConchError: A member has no vector, or a document was in no neighbourhood.
     """
-    wanted = {document: number for number, document in enumerate(documents)}
-    dimension = len(next(iter(vectors.values()))) if vectors else 0
-    sums, events = np.zeros((len(wanted), dimension)), np.zeros(len(wanted))
+    places = {document: number for number, document in enumerate(documents)}
+    dimension = len(next(iter(vectors.values())))
+    sums, events = np.zeros((len(places), dimension)), np.zeros(len(places))
     for members in neighbourhoods:
-        rows = [wanted[each] for each in dict.fromkeys(members) if each in wanted]
+        rows = [places[each] for each in dict.fromkeys(members) if each in places]
         if not rows:
             continue
         if missing := [each for each in members if each not in vectors]:
             raise ConchError(f"there is no vector of {missing[0]!r}, which an event names")
         sums[rows] += np.mean([vectors[each] for each in members], axis=0, dtype=np.float64)
         events[rows] += 1
-    if lacking := [document for document, number in wanted.items() if not events[number]]:
+    if lacking := [document for document, number in places.items() if not events[number]]:
         raise ConchError(f"{lacking[0]!r} is in no logged neighbourhood, so it has no noise centre")
-    return sums / events[:, None] if len(wanted) else sums
+    return sums / events[:, None]
 
 
-def homeostatic_targets(
-    vectors: Any, centres: Any, *, push: float = 0.1
-) -> tuple[np.ndarray, np.ndarray]:
+def homeostatic_targets(vectors: Any, centres: Any, *, push: float = 0.1) -> np.ndarray:
     """`normalize(v + push · normalize(v − noise centre))`: away from the crowd (formulas.md 6).
 
     Args:
-        vectors: v, raw unit vectors `[N, D]`.
-        centres: Mean noise centre of each, `[N, D]`.
+        vectors: v, unit vectors of the active version `[N, D]`; what is then trained maps raw
+            vectors to the targets, so adaptation still starts from raw.
+        centres: Mean noise centre of each in the same space, `[N, D]`.
         push: m, above 0.
 
     Returns:
-        Targets, unit float32 `[N, D]`, and the numbers of the rows that lie on their centre: these
-        have no direction to be pushed in and are as they were.
+        Unit float32 `[N, D]`; NaN where a row lies on its centre, which leaves no direction to push
+        it in.
 
     Raises:
         ConchError: Shapes differ, push is not above 0, or a value is not finite.
@@ -292,5 +329,6 @@ def homeostatic_targets(
     # Differences of float32 vectors have no digits below this.
     still = lengths[:, 0] < 1e-6
     lengths[still] = 1
-    away[still] = 0
-    return unit(rows + push * away / lengths), np.flatnonzero(still)
+    targets = unit(rows + push * away / lengths)
+    targets[still] = np.nan
+    return targets

@@ -1,35 +1,45 @@
-"""What a cycle or a distillation teaches an adapter, by the training mode.
+"""What a cycle or a distillation fits an adapter to, by the training mode.
 
 Knows a store, its log, its versions and a teacher's helper; decides nothing about what becomes
-active. To add a mode: a branch in `cycle_adapter`, and its name in `config.TRAINING_MODES`.
+active. Linear adapters are solved from sums, so that memory does not grow with the store; a
+residual one is trained on pairs in memory. To add a mode: its name in `config.TRAINING_MODES`, and
+what it asks for in `adapter_from_log`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.progress import Report, silent
-from conch_dna.sedimentation.adapters.adapter import Adapter
-from conch_dna.sedimentation.adapters.closed_forms import sums_of
-from conch_dna.sedimentation.adapters.fitting import fit_to_teacher, scheduled_weights
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter, PairSums, linear_adapter
 from conch_dna.sedimentation.adapters.residual import fit_residual
-from conch_dna.sedimentation.adapters.teacher_alignment import blend, fit_alignment
+from conch_dna.sedimentation.adapters.teacher_alignment import (
+    fit_alignment,
+    generate_hybrid_targets,
+    scheduled_weights,
+)
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
-from conch_dna.sedimentation.changes.collapse import homeostatic_targets, noise_centres, sampled_ids
-from conch_dna.sedimentation.changes.fallback_targets import STEPS, targets_with_fallback
-from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.collapse import homeostatic_targets, noise_centres, sampled
+from conch_dna.sedimentation.changes.teacher_distillation import (
+    TeacherDistillationHelper,
+    targets_with_fallback,
+)
 from conch_dna.sedimentation.changes.versions import ADAPTED, OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
-from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.embedders.contract import Embedded
+from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
 
+# Pairs on which a distillation brings the two spaces together before they are mixed.
+ALIGNED_PAIRS = 20_000
+# Documents on which a cycle does, for each dimension.
+ALIGNED_EACH = 2
 # Documents that are to stay where they are, for each that is to move, and at least so many.
 ANCHORS_EACH, ANCHORS = 4, 200
-# Documents that the teacher's space is brought into the version's by, for each dimension.
-ALIGNED_EACH = 2
 # Of the linear correction's ridge.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -50,54 +60,125 @@ class LearnedAdapter:
         reasons: Why steps of that chain were left.
     """
 
-    adapter: Adapter
+    adapter: EmbeddingAdapter
     origin: dict[str, Any]
     documents: int
     steps: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
 
-def distilled_adapter(
+def adapter_from_teacher(
     store: VectorStore,
     helper: TeacherDistillationHelper,
     config: ChelationConfig,
     *,
-    without: Sequence[DocumentId],
+    without: Collection[DocumentId],
     report: Report = silent,
 ) -> LearnedAdapter:
-    """From a teacher's vectors of all documents but those held out; see `fit_to_teacher`."""
-    adapter, taught = fit_to_teacher(
-        store,
-        helper,
-        config,
-        without=without,
-        learning_rate=config.offline_learning_rate,
-        epochs=config.offline_epochs,
-        batch_size=config.batch_size,
-        report=report,
-    )
-    teacher = helper.teacher
+    """From the raw vectors to the teacher's targets of all documents but those held out.
+
+    At `teacher_weight` 1, and in the asymmetric space, the targets are the teacher's vectors in
+    its own space. Between 0 and 1 they are normalize((1 − a) student + a teacher), the teacher
+    brought into the student's space first.
+
+    Args:
+        store: Its payloads hold the texts.
+        helper: The teacher.
+        config: Kind of adapter, weight, and the settings of an offline training.
+        without: Documents that are held out.
+        report: Gets the phase, and ("advance", …) for each page; see `progress.Progress`.
+
+    Raises:
+        ConchError: No document had a target, the weight is 0, or the teacher cannot be used.
+    """
+    weight = 1.0 if config.space == "asymmetric" else config.teacher_weight
+    if weight == 0:
+        raise ConchError(
+            "teacher_weight is 0: the teacher would teach nothing; give a weight up to 1"
+        )
+    held_out = set(without)
+    alignment = None if weight == 1 else _first_pairs_alignment(store, helper, held_out)
+    report("phase", {"name": "learning", "total": store.count(RAW), "unit": "documents"})
+    sums: PairSums | None = None
+    skipped, reasons = 0, []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    for rows, embedded in _teacher_pairs(store, helper, held_out, report):
+        if embedded.errors:
+            skipped += len(embedded.errors)
+            reasons.append(next(iter(embedded.errors.values())))
+        if not embedded.kept:
+            continue
+        targets = embedded.vectors
+        if alignment is not None:
+            targets = generate_hybrid_targets(rows, alignment.apply(targets), weight)
+        sums = sums or PairSums(rows.shape[1], targets.shape[1])
+        sums.add(rows, targets)
+        if config.adapter == "residual":
+            pairs.append((rows, targets))
+    if sums is None:
+        raise ConchError(
+            f"the teacher could embed none of {store.count(RAW)} documents"
+            + (f": {reasons[0]}" if reasons else "; ingest some first")
+        )
+    adapter = linear_adapter(config.adapter, sums, strength=config.ridge_strength, rank=config.rank)
+    if pairs:
+        rate, epochs = config.offline_learning_rate, config.offline_epochs
+        offline = replace(config, learning_rate=rate, epochs=epochs)
+        raw, targets = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        adapter = fit_residual(adapter, raw, targets, offline)
     return LearnedAdapter(
         adapter=adapter,
         origin={
             "documents": OF_TEACHER if config.space == "asymmetric" else ADAPTED,
-            "teacher": teacher.name,
-            "teacher_digest": teacher.digest,
+            **_teacher_origin(helper),
         },
-        documents=taught.documents,
-        steps=taught.steps,
-        reasons=taught.reasons,
+        documents=sums.pairs,
+        steps={"teacher": sums.pairs, "skipped": skipped},
+        reasons=reasons,
     )
 
 
-def cycle_adapter(
+def _teacher_pairs(
     store: VectorStore,
+    helper: TeacherDistillationHelper,
+    held_out: Collection[DocumentId],
+    report: Report = silent,
+) -> Iterator[tuple[np.ndarray, Embedded]]:
+    """Raw vectors `[n, D]` and what the teacher made of the same documents, a page at a time."""
+    for page in store.pages(RAW):
+        rows = [number for number, each in enumerate(page.ids) if each not in held_out]
+        embedded = helper.embed([embedded_text(page.payloads[number]) for number in rows])
+        report("advance", {"by": len(page.ids)})
+        yield page.vectors[[rows[number] for number in embedded.kept]], embedded
+
+
+def _first_pairs_alignment(
+    store: VectorStore, helper: TeacherDistillationHelper, held_out: Collection[DocumentId]
+) -> EmbeddingAdapter:
+    """Teacher's space to student's, from the first pairs of the store."""
+    raw: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
+    for rows, embedded in _teacher_pairs(store, helper, held_out):
+        raw.append(rows)
+        vectors.append(embedded.vectors)
+        if sum(map(len, raw)) >= ALIGNED_PAIRS:
+            break
+    if not any(map(len, raw)):
+        raise ConchError("the teacher could embed none of the documents: ingest some first")
+    return fit_alignment(np.concatenate(vectors), np.concatenate(raw))
+
+
+def _teacher_origin(helper: TeacherDistillationHelper) -> dict[str, str]:
+    return {"teacher": helper.teacher.name, "teacher_digest": helper.teacher.digest}
+
+
+def adapter_from_log(
     versions: Versions,
     log: ChelationLog,
     helper: TeacherDistillationHelper | None,
     config: ChelationConfig,
     *,
-    without: Sequence[DocumentId],
+    without: Collection[DocumentId],
 ) -> LearnedAdapter:
     """From the documents that were logged in collapsed neighbourhoods often enough.
 
@@ -105,14 +186,14 @@ def cycle_adapter(
     move them and to leave a sample of the others, so that the same map still serves every document
     and the queries; of both is kept what lowers the loss of held-out pairs. In baseline mode
     a document is pushed away from its noise centre; in offline mode it goes to the teacher's
-    vector; in hybrid mode to the blend of both, by the schedule of the teacher's weight. All of it
-    happens in the space of the active version, from raw vectors.
+    vector; in hybrid mode to the mean of both, by the schedule of the teacher's weight. Targets
+    lie in the space of the active version; the adapter maps raw vectors to them.
 
     Raises:
         NothingToLearn: No document was logged so often since this version became active.
         ConchError: The active version's documents carry a teacher's vectors.
     """
-    active = versions.active
+    store, active = versions.store, versions.active
     if versions.origin(active)["documents"] == OF_TEACHER:
         raise ConchError(
             f"the documents of version {active} carry the teacher's vectors, which no cycle moves: "
@@ -127,84 +208,62 @@ def cycle_adapter(
             f"{active}: {len(log)} events are in the log; ask more queries, or lower the threshold"
         )
     adapter = versions.adapter(active)
-    moved, texts, raw, centres = _logged(store, log, adapter, chosen, active)
-    own = adapter.apply(raw)
-    steps = dict.fromkeys(STEPS, 0)
-    reasons: list[str] = []
-    weights = scheduled_weights(config, config.epochs)
-    modes = {"baseline": (True, False), "offline": (False, True), "hybrid": (True, True)}
-    pushes, asks = modes[config.training_mode]
-
-    def pushed(rows: np.ndarray) -> np.ndarray:
-        found, still = homeostatic_targets(rows, centres, push=config.homeostatic_push)
-        # Rows on their centre have no direction; the chain takes them on.
-        found[still] = np.nan
-        return found
-
-    alignment = _alignment(store, adapter, helper, held_out, config) if asks and helper else None
-
-    def made(helper: TeacherDistillationHelper | None, push: bool) -> Any:
-        return targets_with_fallback(
-            texts,
-            own,
-            helper=helper,
-            homeostatic=pushed if push else None,
-            alignment=alignment,
-        )
-
-    first = made(helper if asks else None, pushes)
-    steps.update(first.counts)
-    reasons += first.reasons
-    without_teacher = made(None, pushes).targets if asks and pushes else first.targets
-    anchors = _anchors(store, {*moved, *held_out}, config)
-    rows = np.concatenate([raw[first.kept], anchors])
+    page = store.get(chosen, RAW)
+    current = adapter.apply(page.vectors)
+    teacher = None if config.training_mode == "baseline" else helper
+    push = partial(
+        homeostatic_targets,
+        centres=_noise_centres(store, log, adapter, page, active),
+        push=config.homeostatic_push,
+    )
+    chain = targets_with_fallback(
+        [embedded_text(payload) for payload in page.payloads],
+        current,
+        helper=teacher,
+        homeostatic=None if config.training_mode == "offline" else push,
+        alignment=_sample_alignment(store, adapter, teacher, held_out, config) if teacher else None,
+    )
+    weights = scheduled_weights(config)
+    left_out = {*chosen, *held_out}
+    count = max(ANCHORS, ANCHORS_EACH * len(left_out))
+    anchors = sampled(store, sample=count, seed=config.seed, without=left_out).vectors
+    rows = np.concatenate([page.vectors[chain.kept], anchors])
     stay = adapter.apply(anchors)
 
     def targets_of(epoch: int) -> np.ndarray:
-        targets = first.targets
-        if asks and pushes:
-            targets = blend(without_teacher, first.targets, weights[epoch])
-        elif asks:
-            targets = blend(own[first.kept], first.targets, weights[epoch])
+        targets = chain.targets
+        if teacher is not None:
+            targets = generate_hybrid_targets(chain.without_teacher, targets, weights[epoch])
         return np.concatenate([targets, stay])
 
     start = corrected(adapter, rows, targets_of(config.epochs - 1), config)
-    grown = fit_residual(
-        start,
-        rows,
-        targets_of,
-        hidden=config.hidden,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        batch_size=config.batch_size,
-        held_out=config.held_out,
-        patience=config.patience,
-        seed=config.seed,
-    )
-    if not grown.figures["best_epoch"]:
+    learned = fit_residual(start, rows, targets_of, config)
+    if not learned.figures["best_epoch"]:
         # The network added nothing: what stands without it is faster, and can be exported.
-        grown = start
-    if grown is adapter:
+        learned = start
+    if learned is adapter:
         raise NothingToLearn(
             f"training on {len(chosen)} documents did not lower the loss of held-out pairs: ask "
             "more queries first, or change the learning rate, the epochs or the teacher's weight"
         )
-    origin: dict[str, Any] = {
-        "documents": ADAPTED,
-        "on": active,
-        "threshold": config.threshold,
-        "events": len(log),
-    }
-    if asks and helper is not None:
-        origin |= {"teacher": helper.teacher.name, "teacher_digest": helper.teacher.digest}
     return LearnedAdapter(
-        adapter=grown, origin=origin, documents=len(moved), steps=steps, reasons=reasons
+        adapter=learned,
+        origin={
+            "documents": ADAPTED,
+            "on": active,
+            "threshold": config.threshold,
+            "events": len(log),
+            **(_teacher_origin(teacher) if teacher else {}),
+        },
+        documents=len(chosen),
+        steps=chain.counts,
+        reasons=chain.reasons,
     )
 
 
 def corrected(
-    adapter: Adapter, rows: np.ndarray, targets: np.ndarray, config: ChelationConfig
-) -> Adapter:
+    adapter: EmbeddingAdapter, rows: np.ndarray, targets: np.ndarray, config: ChelationConfig
+) -> EmbeddingAdapter:
     """The adapter with the best linear correction, or itself where none is better.
 
     The correction is a ridge on top of it, with the one of STRENGTHS that has the lowest loss,
@@ -220,78 +279,59 @@ def corrected(
     if adapter.kind == "residual" or not 0 < held_out < len(rows):
         return adapter
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    judged, taught = order[:held_out], order[held_out:]
+    judging, training = order[:held_out], order[held_out:]
 
-    def loss(candidate: Adapter) -> float:
-        return float(1 - (candidate.apply(rows[judged]) * targets[judged]).sum(axis=1).mean())
+    def loss(candidate: EmbeddingAdapter) -> float:
+        return float(1 - (candidate.apply(rows[judging]) * targets[judging]).sum(axis=1).mean())
 
-    def fitted(places: np.ndarray, strength: float) -> Adapter:
-        sums = sums_of(rows[places], targets[places])
+    def fitted(places: np.ndarray, strength: float) -> EmbeddingAdapter:
+        sums = PairSums.of(rows[places], targets[places])
         rank = min(sums.in_dimension + 1, sums.out_dimension)
         matrix = sums.low_rank(rank, start=adapter.matrix, strength=strength)
         figures = {"pairs": len(places), "strength": strength}
-        return Adapter.from_matrix("ridge", matrix, figures)
+        return EmbeddingAdapter.from_matrix("ridge", matrix, figures)
 
-    losses = {strength: loss(fitted(taught, strength)) for strength in STRENGTHS}
+    losses = {strength: loss(fitted(training, strength)) for strength in STRENGTHS}
     best = min(losses, key=lambda strength: losses[strength])
     before = loss(adapter)
     if losses[best] >= before:
         return adapter
-    found = fitted(order, best)
-    figures = {**found.figures, "loss_before": before, "loss_after": losses[best]}
-    return replace(found, figures=figures)
+    ridge = fitted(order, best)
+    figures = {**ridge.figures, "loss_before": before, "loss_after": losses[best]}
+    return replace(ridge, figures=figures)
 
 
-def _logged(
-    store: VectorStore,
-    log: ChelationLog,
-    adapter: Adapter,
-    chosen: Sequence[DocumentId],
-    version: str,
-) -> tuple[list[DocumentId], list[str], np.ndarray, np.ndarray]:
-    """Ids, texts, raw vectors and noise centres (in the version's space) of logged documents."""
-    page = store.get(list(chosen), RAW)
-    neighbourhoods = [event.neighbourhood for event in log.events(version=version)]
-    wanted = set(page.ids)
-    neighbourhoods = [members for members in neighbourhoods if wanted & set(members)]
-    members = list(dict.fromkeys(each for ids in neighbourhoods for each in ids))
-    crowd = store.get(members, RAW)
+def _noise_centres(
+    store: VectorStore, log: ChelationLog, adapter: EmbeddingAdapter, page: Page, version: str
+) -> np.ndarray:
+    """Of logged documents, in the space of the version whose events they are of."""
+    chosen = set(page.ids)
+    events = [event.neighbourhood for event in log.events(version=version)]
+    events = [members for members in events if chosen & set(members)]
+    crowd = store.get(list(dict.fromkeys(each for members in events for each in members)), RAW)
     vectors = dict(zip(crowd.ids, adapter.apply(crowd.vectors), strict=True))
-    centres = noise_centres(neighbourhoods, page.ids, vectors)
-    texts = [embedded_text(payload) for payload in page.payloads]
-    return page.ids, texts, page.vectors, centres
+    return noise_centres(events, page.ids, vectors)
 
 
-def _alignment(
+def _sample_alignment(
     store: VectorStore,
-    adapter: Adapter,
+    adapter: EmbeddingAdapter,
     helper: TeacherDistillationHelper,
-    held_out: set[DocumentId],
+    held_out: Collection[DocumentId],
     config: ChelationConfig,
-) -> Adapter | None:
+) -> EmbeddingAdapter | None:
     """The teacher's space to the version's, by a sample of the corpus.
 
     The logged documents alone are few, and all of one crowd. None where the teacher cannot be
     asked, which the fallback chain will say.
     """
-    others = (each for page in store.pages(RAW) for each in page.ids if each not in held_out)
     try:
         wider = max(helper.teacher.dimension, adapter.out_dimension)
-        ids = sampled_ids(others, sample=ALIGNED_EACH * wider, seed=config.seed)
-        page = store.get(ids, RAW)
-        found = helper.embed([embedded_text(payload) for payload in page.payloads])
+        count = ALIGNED_EACH * wider
+        page = sampled(store, sample=count, seed=config.seed, without=held_out)
+        embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
     except ConchError:
         return None
-    if not found.kept:
+    if not embedded.kept:
         return None
-    return fit_alignment(found.vectors, adapter.apply(page.vectors[found.kept]))
-
-
-def _anchors(store: VectorStore, moved: set[DocumentId], config: ChelationConfig) -> np.ndarray:
-    """Raw vectors of a sample of the documents that are to stay, `[n, D]`."""
-    others = (each for page in store.pages(RAW) for each in page.ids if each not in moved)
-    count = max(ANCHORS, ANCHORS_EACH * len(moved))
-    ids = sampled_ids(others, sample=count, seed=config.seed)
-    if not ids:
-        return np.zeros((0, int(store.identity["dimension"])), np.float32)
-    return store.get(ids, RAW).vectors
+    return fit_alignment(embedded.vectors, adapter.apply(page.vectors[embedded.kept]))

@@ -1,34 +1,37 @@
-"""Held-out queries of a store, and what two versions of its vectors make of them.
+"""Held-out queries of a store, and what versions of its vectors make of them.
 
-Knows a store, embedders and the gate's measures; decides nothing. To judge by another measure: an
-entry of what `measures` gives.
+Knows a store, embedders and rankings; decides nothing. To judge by another measure: an entry of
+what `measures` gives.
 """
 
+import heapq
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.changes.gate import pseudo_queries, teacher_agreement
-from conch_dna.sedimentation.changes.versions import OF_TEACHER
+from conch_dna.sedimentation.changes.collapse import sample_rank
+from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, DocumentId, embedded_text
+from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.retrieval import (
     NDCG_AT,
     RECALL_AT,
     Evaluation,
     Judgements,
     evaluate_rankings,
+    with_relevant,
 )
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 
-if TYPE_CHECKING:
-    from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
-    from conch_dna.sedimentation.changes.versions import Versions
-    from conch_dna.sedimentation.embedders.contract import Embedder
-
 QUERIES_AT_ONCE = 256
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# Less than this names no document; less than this of a text is not worth finding.
+FEWEST_WORDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,64 +68,80 @@ class Evidence:
         Raises:
             ConchError: No query has a text and a relevant document.
         """
-        names = [
-            name
-            for name in queries
-            if any(grade > 0 for grade in judgements.get(name, {}).values())
-        ]
-        if not names:
+        relevant = with_relevant({name: judgements.get(name, {}) for name in queries})
+        if not relevant:
             raise ConchError(
                 f"none of {len(queries)} queries has a relevant document among the judgements: "
                 "give queries and judgements of the same names"
             )
-        return cls(
-            names=names,
-            texts=[queries[name] for name in names],
-            judgements={name: judgements[name] for name in names},
-        )
+        texts = [queries[name] for name in relevant]
+        return cls(names=list(relevant), texts=texts, judgements=relevant)
 
     @classmethod
     def of_corpus(cls, store: VectorStore, *, sample: int, seed: int) -> "Evidence":
-        """Pseudo-queries of a store's own documents; see `gate.pseudo_queries`."""
-        documents = (
-            (each, str(payload.get(TITLE, "")), str(payload.get(TEXT, "")))
+        """Pseudo-queries of a store's own documents: known items, to be found by their titles.
+
+        Where there is no title of three words, the first sentence is the query. What they are
+        worth: a document that holds its query's words is found by any vectors that keep words, and
+        a student's raw ones would look perfect. So its `rests`, the text without the title or
+        sentence, is what stands for it while the gate looks, before and after alike, and must have
+        three words too. Beside the figure goes `teacher_agreement`, which leaves the query's own
+        document out.
+
+        Args:
+            store: Its payloads hold titles and texts; one pass over them.
+            sample: Most queries to make. Which is decided by ids and seed, not by the order.
+            seed: Of the sample.
+        """
+        suitable = (
+            (sample_rank(identifier, seed=seed), identifier, *parts)
             for page in store.pages(RAW)
-            for each, payload in zip(page.ids, page.payloads, strict=True)
+            for identifier, payload in zip(page.ids, page.payloads, strict=True)
+            if (parts := _query_and_rest(payload)) is not None
         )
-        made = pseudo_queries(documents, sample=sample, seed=seed)
-        names = [str(number) for number in range(len(made.queries))]
+        chosen = heapq.nsmallest(sample, suitable, key=lambda each: each[0])
+        names = [str(number) for number in range(len(chosen))]
+        left_out = [identifier for _, identifier, _, _ in chosen]
         return cls(
             names=names,
-            texts=made.queries,
-            judgements=made.judgements,
-            left_out=made.documents,
-            rests=made.rests,
+            texts=[query for _, _, query, _ in chosen],
+            judgements={name: {each: 1} for name, each in zip(names, left_out, strict=True)},
+            left_out=left_out,
+            rests=[rest for _, _, _, rest in chosen],
         )
+
+    def evaluate(self, rankings: Sequence[Sequence[DocumentId]]) -> Evaluation:
+        """The quality of rankings, one of each query in their order."""
+        named = dict(zip(self.names, rankings, strict=True))
+        return evaluate_rankings(named, self.judgements)
+
+
+def _query_and_rest(payload: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A document's query and its text without it; None where there are not words enough."""
+
+    def enough(part: str) -> bool:
+        return len(part.split()) >= FEWEST_WORDS
+
+    title, text = (str(payload.get(name, "")).strip() for name in (TITLE, TEXT))
+    if enough(title) and enough(text):
+        return title, text
+    first, *rest = _SENTENCE_END.split(text, maxsplit=1)
+    return (first, rest[0]) if rest and enough(first) and enough(rest[0]) else None
 
 
 def rankings_of(
     store: VectorStore, vectors: np.ndarray, *, version: str, top_k: int = RECALL_AT
 ) -> list[list[DocumentId]]:
     """The best documents of each query `[Q, D]`, ids only, a part of the queries at a time."""
-    found: list[list[DocumentId]] = []
+    rankings: list[list[DocumentId]] = []
     for start in range(0, len(vectors), QUERIES_AT_ONCE):
         part = vectors[start : start + QUERIES_AT_ONCE]
-        found += [hits.ids for hits in store.search(part, version=version, top_k=top_k)]
-    return found
-
-
-def evaluated(evidence: Evidence, rankings: Sequence[Sequence[DocumentId]]) -> Evaluation:
-    """The quality of rankings, query by query."""
-    named = dict(zip(evidence.names, rankings, strict=True))
-    return evaluate_rankings(named, evidence.judgements)
+        rankings += [hits.ids for hits in store.search(part, version=version, top_k=top_k)]
+    return rankings
 
 
 def teacher_rankings(
-    store: VectorStore,
-    helper: "TeacherDistillationHelper",
-    queries: Sequence[str],
-    *,
-    top_k: int,
+    store: VectorStore, helper: TeacherDistillationHelper, queries: Sequence[str], *, top_k: int
 ) -> list[list[DocumentId]]:
     """What the teacher itself finds, a page of documents at a time; its vectors are cached.
 
@@ -133,12 +152,12 @@ def teacher_rankings(
     scores = np.full((len(own), 0), -np.inf, np.float32)
     ids: np.ndarray = np.empty((len(own), 0), object)
     for page in store.pages(RAW):
-        found = helper.embed([embedded_text(payload) for payload in page.payloads])
-        if not found.kept:
+        embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
+        if not embedded.kept:
             continue
-        names = np.empty(len(found.kept), object)
-        names[:] = [page.ids[number] for number in found.kept]
-        scores = np.concatenate([scores, own @ found.vectors.T], axis=1)
+        names = np.empty(len(embedded.kept), object)
+        names[:] = [page.ids[number] for number in embedded.kept]
+        scores = np.concatenate([scores, own @ embedded.vectors.T], axis=1)
         ids = np.concatenate([ids, np.broadcast_to(names, (len(own), len(names)))], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(scores, best, axis=1)
@@ -148,83 +167,108 @@ def teacher_rankings(
     return [list(row) for row in ids]
 
 
-def measures(
-    versions: "Versions",
-    evidence: Evidence,
-    student: "Embedder",
-    names: tuple[str, str],
-    helper: "TeacherDistillationHelper | None" = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The gate's figures of two versions, query by query.
+def teacher_agreement(
+    rankings: Sequence[Sequence[DocumentId]],
+    teacher: Sequence[Sequence[DocumentId]],
+    left_out: Sequence[DocumentId],
+    *,
+    k: int = NDCG_AT,
+) -> np.ndarray:
+    """Which share of the teacher's own top k a ranking has in its top k, query by query.
 
     Args:
-        versions: Of the store where both are.
+        rankings: Of the vectors to judge, `[Q]` lists, best first; at least k + 1 long where the
+            corpus has as many.
+        teacher: Of the teacher's vectors of the same documents and queries.
+        left_out: One document of each query that does not count: the one that a pseudo-query was
+            taken from.
+        k: How many documents count; fewer where the teacher's ranking is shorter.
+
+    Returns:
+        float64 `[Q]` between 0 and 1.
+
+    Raises:
+        ConchError: There are not as many of each, k is below 1, or a teacher's ranking is empty.
+    """
+    lengths = [len(rankings), len(teacher), len(left_out)]
+    if len(set(lengths)) > 1 or k < 1:
+        raise ConchError(
+            f"agreement at {k} of {' and '.join(map(str, lengths))} rankings: k must be 1 or "
+            "more, and every query needs one of each"
+        )
+    shares = np.zeros(len(rankings))
+    for number, (ranking, best, own) in enumerate(zip(rankings, teacher, left_out, strict=True)):
+        wanted = [each for each in best if each != own][:k]
+        if not wanted:
+            raise ConchError(f"the teacher's ranking of query {number + 1} names no document")
+        top = [each for each in ranking if each != own][: len(wanted)]
+        shares[number] = len(set(wanted) & set(top)) / len(wanted)
+    return shares
+
+
+def measures(
+    versions: Versions,
+    evidence: Evidence,
+    student: Embedder,
+    names: Sequence[str],
+    helper: TeacherDistillationHelper | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """The gate's figures of versions, query by query.
+
+    Args:
+        versions: Of the store where they are.
         evidence: The queries; none of them give no measure.
         student: Embeds them.
-        names: The active version and the candidate.
+        names: The versions, such as the active one and a candidate.
         helper: The teacher: without judgements its agreement counts too.
 
     Returns:
-        Name of the measure to figures before and after.
+        Name of the measure to the figures `[Q]` of each version.
     """
     if not evidence.names:
         return {}
     store = versions.store
     raw = student.queries(evidence.texts).all_vectors(what="held-out queries")
-    queries = [versions.adapter(name).apply(raw) for name in names]
-    rankings = [
-        rankings_of(store, vectors, version=name)
-        for vectors, name in zip(queries, names, strict=True)
-    ]
-    shown = rankings
+    queries = {name: versions.adapter(name).apply(raw) for name in names}
+    rankings = [rankings_of(store, queries[name], version=name) for name in names]
+    with_rests = rankings
     if evidence.pseudo:
         rests = student.documents(evidence.rests).all_vectors(what="held-out documents")
-        shown = []
-        for vectors, name in zip(queries, names, strict=True):
+        with_rests = []
+        for name in names:
             if versions.origin(name)["documents"] == OF_TEACHER:
                 assert helper is not None
                 own = helper.get_teacher_embeddings(evidence.rests)
             else:
                 own = versions.adapter(name).apply(rests)
-            shown.append(_with_rests(store, evidence, vectors, own, version=name))
-    before, after = (evaluated(evidence, found).ndcg for found in shown)
-    found = {f"nDCG@{NDCG_AT}": (before, after)}
+            with_rests.append(_with_rests(store, evidence, queries[name], own, version=name))
+    figures = {f"nDCG@{NDCG_AT}": [evidence.evaluate(each).ndcg for each in with_rests]}
     if evidence.pseudo and helper is not None:
-        own_rankings = teacher_rankings(store, helper, evidence.texts, top_k=NDCG_AT + 1)
-        shares = [
-            teacher_agreement(each, own_rankings, left_out=evidence.left_out) for each in rankings
+        best = teacher_rankings(store, helper, evidence.texts, top_k=NDCG_AT + 1)
+        figures["teacher agreement"] = [
+            teacher_agreement(each, best, evidence.left_out) for each in rankings
         ]
-        found["teacher agreement"] = (shares[0], shares[1])
-    return found
+    return figures
 
 
 def _with_rests(
-    store: VectorStore,
-    evidence: Evidence,
-    queries: np.ndarray,
-    rests: np.ndarray,
-    *,
-    version: str,
+    store: VectorStore, evidence: Evidence, queries: np.ndarray, rests: np.ndarray, *, version: str
 ) -> list[list[DocumentId]]:
     """Rankings in which the held-out documents stand with their rests' vectors `[Q, E]`.
 
     Asks for enough documents that 10 others are among them, whatever the held-out ones do.
     """
-    held_out = {each: number for number, each in enumerate(evidence.left_out)}
-    wanted = NDCG_AT + min(len(held_out), RECALL_AT)
-    found: list[list[DocumentId]] = []
+    held_out = set(evidence.left_out)
+    most = NDCG_AT + min(len(held_out), RECALL_AT)
+    rankings: list[list[DocumentId]] = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         part = queries[start : start + QUERIES_AT_ONCE]
-        scores = part @ rests.T
-        hits = store.search(part, version=version, top_k=wanted)
-        for row, own in zip(hits, scores, strict=True):
-            others = [
-                (float(score), each)
-                for each, score in zip(row.ids, row.scores, strict=True)
-                if each not in held_out
-            ]
+        hits = store.search(part, version=version, top_k=most)
+        for row, own in zip(hits, part @ rests.T, strict=True):
+            scored = zip(row.ids, row.scores.tolist(), strict=True)
+            both = [(score, each) for each, score in scored if each not in held_out]
             best = np.argsort(-own, kind="stable")[:RECALL_AT]
-            both = [*others, *((float(own[n]), evidence.left_out[n]) for n in best)]
+            both += [(float(own[number]), evidence.left_out[number]) for number in best]
             both.sort(key=lambda pair: -pair[0])
-            found.append([each for _, each in both])
-    return found
+            rankings.append([each for _, each in both])
+    return rankings

@@ -1,4 +1,4 @@
-"""Versions of a store's vectors: built whole from the raw ones, then made active or dropped.
+"""Versions of a store's vectors: built whole from the raw ones, then active or dropped.
 
 Knows a store, adapters and folders; nothing of training. A version is its vectors in the store and
 its adapter's folder, which is there before them and goes after them, so that a killed process
@@ -15,16 +15,16 @@ import numpy as np
 
 from conch_dna.checkpoints import remove_unfinished
 from conch_dna.errors import NotWholeError
-from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, Adapter
-from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
+from conch_dna.progress import Report, silent
+from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
+from conch_dna.sedimentation.documents import embedded_text
+from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
 
 PREFIX = "v"
 PAGE = 1000
 # What a version's documents carry: their raw vectors through its adapter, or the teacher's.
 ADAPTED, OF_TEACHER = "adapted", "teacher"
-# A page of raw vectors in, the vectors of its documents out.
-VectorsOf = Callable[[Page], np.ndarray]
 
 
 class Versions:
@@ -40,47 +40,47 @@ class Versions:
         self.store = store
         self.folder = folder
         self.dimension = dimension
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, EmbeddingAdapter] = {}
         self._sums: dict[str, ContentSum] = {}
         self.recovered = self._recover()
 
     def _recover(self) -> list[str]:
         """Remove what a killed process left; a line for each."""
-        done = []
+        removed = []
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
-        wanted = {self.store.active, self.store.previous} - {RAW, None}
-        for name in sorted(wanted & {*self.store.versions(), *wanted}, key=str):
+        finished = {self.store.active, self.store.previous} - {RAW, None}
+        for name in sorted(finished, key=str):
             if not (self.folder / str(name)).is_dir():
                 raise NotWholeError(
                     f"the adapter of version {name} is missing from {self.folder}: put the folder "
                     "back, or make the store anew from its documents"
                 )
         for name in self.store.versions():
-            if name not in wanted:
+            if name not in finished:
                 self.store.drop_version(name)
-                done.append(f"version {name} was not finished: its vectors are removed")
+                removed.append(f"version {name} was not finished: its vectors are removed")
         for path in sorted(self.folder.iterdir()):
-            if path.is_dir() and path.name not in wanted:
+            if path.is_dir() and path.name not in finished:
                 shutil.rmtree(path)
-                done.append(f"version {path.name} was not finished: its adapter is removed")
-        return done
+                removed.append(f"version {path.name} was not finished: its adapter is removed")
+        return removed
 
     @property
     def active(self) -> str:
         """The version that answers."""
         return self.store.active
 
-    def adapter(self, name: str) -> Adapter:
+    def adapter(self, name: str) -> EmbeddingAdapter:
         """What queries of a version go through; read once.
 
         Raises:
             NotWholeError: Its folder is damaged.
         """
         if name == RAW:
-            return Adapter.identity(self.dimension)
+            return EmbeddingAdapter.identity(self.dimension)
         if name not in self._adapters:
-            self._adapters[name] = Adapter.load(self.folder / name)
+            self._adapters[name] = EmbeddingAdapter.load(self.folder / name)
         return self._adapters[name]
 
     def origin(self, name: str) -> dict[str, Any]:
@@ -100,31 +100,33 @@ class Versions:
     def build(
         self,
         name: str,
-        adapter: Adapter,
+        adapter: EmbeddingAdapter,
         origin: dict[str, Any],
-        vectors_of: VectorsOf | None = None,
         *,
-        report: Callable[[int], None] = lambda count: None,
+        embed: Callable[[list[str]], np.ndarray] | None = None,
+        report: Report = silent,
     ) -> None:
         """Write a version whole; it is not active.
 
         Args:
-            name: See `next_name`.
-            adapter: What its queries go through, and its documents unless `vectors_of` says
-                otherwise.
+            name: One that `next_name` gave.
+            adapter: What its queries go through, and its documents' raw vectors too unless there
+                is `embed`.
             origin: What it was made from; `documents` is ADAPTED or OF_TEACHER.
-            vectors_of: Gives the documents' vectors.
-            report: Gets the number of documents of each page that was written.
+            embed: Gives the vectors that documents carry from their texts: the teacher.
+            report: Gets ("advance", …) for each page that was written; see `progress.Progress`.
         """
-        made = vectors_of or (lambda page: adapter.apply(page.vectors))
         self._sums[name] = total = ContentSum()
         adapter.save(self.folder / name, origin)
         self.store.add_version(name, adapter.out_dimension)
         for page in self.store.pages(RAW, size=PAGE):
-            vectors = made(page)
+            if embed is None:
+                vectors = adapter.apply(page.vectors)
+            else:
+                vectors = embed([embedded_text(payload) for payload in page.payloads])
             total.add(page.ids, vectors)
             self.store.put_version(name, page.ids, vectors)
-            report(len(page.ids))
+            report("advance", {"by": len(page.ids)})
         self._adapters[name] = adapter
 
     def activate(self, name: str) -> None:

@@ -251,6 +251,7 @@ def make_aligned_loss(
             config.head_chunk,
             with_gold=True,
             before=before,
+            backward=model.training,
         )
         return combine(sums.get("loss", mx.array(0.0)), gold, arrays, config)
 

@@ -145,6 +145,7 @@ def test_in_chunks_it_is_the_same_loss_and_gradient(
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
         loss = targets.loss(model, config)
+        student.model.train()
         grad = nn.value_and_grad(student.model, lambda m, f=loss: f(m, arrays)["loss"])
         value, gradient = grad(student.model)
         results.append((value.item(), dict(tree_flatten(gradient))))
