@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from conch_dna.digests import file_digest
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
 
 DIGESTS = "digests.json"
+# Of what this program writes, nothing is nested so deeply or counts so far.
+MOST_LEVELS, MOST_BITS = 64, 64
 _TEMPORARY = ".writing-"
 
 
@@ -91,7 +94,58 @@ def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path, *, needs: Mapping[str, type]) -> dict[str, Any]:
+def require_plain(value: Any) -> None:
+    """Refuse what JSON or YAML may hold and nothing here can be meant to.
+
+    Python cannot write an integer of thousands of digits, nor what is nested thousands deep, so
+    that even a message about it would fail.
+
+    Raises:
+        ValueError: It is nested deeper than MOST_LEVELS, or an integer has more than MOST_BITS.
+    """
+    parts, levels = [value], 0
+    while parts:
+        if any(isinstance(part, int) and part.bit_length() > MOST_BITS for part in parts):
+            raise ValueError(f"an integer has more than {MOST_BITS} bits")
+        if levels == MOST_LEVELS and any(isinstance(part, dict | list) for part in parts):
+            raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+        mappings = [part.values() for part in parts if isinstance(part, dict)]
+        lists = [part for part in parts if isinstance(part, list)]
+        parts = list(chain.from_iterable([*mappings, *lists]))
+        levels += 1
+
+
+def parse_json(text: str | bytes, source: object) -> Any:
+    """What a JSON text holds that another process may have cut off or altered.
+
+    Args:
+        text: As it was read.
+        source: Where it comes from, for the message.
+
+    Raises:
+        NotWholeError: It is not JSON, or `require_plain` refuses it.
+    """
+    try:
+        value = json.loads(text)
+        require_plain(value)
+    except (ValueError, RecursionError) as error:
+        raise NotWholeError(f"{source} cannot be read: {one_line(error)}") from error
+    return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that was written as UTF-8.
+
+    Raises:
+        NotWholeError: It cannot be read, or is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise NotWholeError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def read_json(path: Path, *, needs: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object from a file that another process may have cut off or altered.
 
     Args:
@@ -102,15 +156,26 @@ def read_json(path: Path, *, needs: Mapping[str, type]) -> dict[str, Any]:
         NotWholeError: It cannot be read, is not JSON or nested too deeply, is no object, or
             lacks a key or has another type there.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NotWholeError(f"{path} cannot be read: {one_line(error)}") from error
+    value = parse_json(read_text(path), path)
+    require_keys(value, path, needs=needs)
+    return dict(value)
+
+
+def require_keys(value: Any, source: object, *, needs: Mapping[str, Any]) -> None:
+    """Refuse what is no JSON object with these keys and types.
+
+    Args:
+        value: As `parse_json` gives it.
+        source: Where it comes from, for the message.
+        needs: Keys that must be there, and the types of their values.
+
+    Raises:
+        NotWholeError: It is no object, or lacks a key or has another type there.
+    """
     if not isinstance(value, dict):
-        raise NotWholeError(f"{path} is no JSON object")
+        raise NotWholeError(f"{source} is no JSON object")
     if wrong := [name for name, kind in needs.items() if not isinstance(value.get(name), kind)]:
-        raise NotWholeError(f"{path} has no {', '.join(wrong)} as it should")
-    return value
+        raise NotWholeError(f"{source} has no {', '.join(wrong)} as it should")
 
 
 def save_arrays(
@@ -178,20 +243,36 @@ def verify_folder(path: Path) -> None:
     Raises:
         NotWholeError: A file is missing, added, truncated or altered; the message names it.
     """
+    digests = folder_digests(path)
     try:
-        digests = dict(json.loads((path / DIGESTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        for name, digest in digests.items():
+            file = path / name
+            if not file.is_file():
+                raise NotWholeError(f"{path} is not whole: {name} is missing")
+            if file_digest(file) != digest:
+                raise NotWholeError(f"{path} is not whole: {name} was truncated or altered")
+        for file in sorted(path.iterdir()):
+            # Hidden files, such as the Finder's .DS_Store, are not read and do no harm.
+            if file.name not in digests and file.name != DIGESTS and not file.name.startswith("."):
+                raise NotWholeError(f"{path} is not whole: {file.name} was added")
+    except OSError as error:
+        raise NotWholeError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def folder_digests(path: Path) -> dict[str, str]:
+    """The digests stored in a folder, by file name; the files themselves are not looked at.
+
+    Raises:
+        NotWholeError: They are missing, or no digests of files in it.
+    """
+    try:
+        digests = read_json(path / DIGESTS, needs={})
+        plain = all(Path(name).name == name and isinstance(d, str) for name, d in digests.items())
+        if not plain:
+            raise NotWholeError(f"{path / DIGESTS} holds other things than digests of files")
+    except NotWholeError as error:
         raise NotWholeError(f"{path} has no readable {DIGESTS}: it is not whole") from error
-    for name, digest in digests.items():
-        file = path / name
-        if not file.is_file():
-            raise NotWholeError(f"{path} is not whole: {name} is missing")
-        if file_digest(file) != digest:
-            raise NotWholeError(f"{path} is not whole: {name} was truncated or altered")
-    for file in sorted(path.iterdir()):
-        # Hidden files, such as the Finder's .DS_Store, are not read and do no harm.
-        if file.name not in digests and file.name != DIGESTS and not file.name.startswith("."):
-            raise NotWholeError(f"{path} is not whole: {file.name} was added")
+    return digests
 
 
 def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:
@@ -206,14 +287,18 @@ def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, A
     verify_folder(path)
     arrays: dict[str, dict[str, mx.array]] = {}
     documents: dict[str, Any] = {}
-    for file in sorted(path.iterdir()):
+    for name in sorted(folder_digests(path)):
+        file = path / name
         if file.suffix == ".safetensors":
-            loaded = mx.load(str(file))
-            assert isinstance(loaded, dict)
-            mx.eval(loaded)
-            arrays[file.name] = loaded
-        elif file.suffix == ".json" and file.name != DIGESTS:
-            documents[file.name] = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                loaded = mx.load(str(file))
+                assert isinstance(loaded, dict)
+                mx.eval(loaded)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise NotWholeError(f"{file} cannot be read: {one_line(error)}") from error
+            arrays[name] = loaded
+        elif file.suffix == ".json":
+            documents[name] = parse_json(read_text(file), file)
     return arrays, documents
 
 
@@ -300,11 +385,19 @@ class FolderLock:
 
     def _holder(self) -> str:
         try:
-            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            owner = read_json(self._owner, needs={"pid": int, "host": str, "since": str})
             return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (OSError, ValueError, KeyError):
+        except NotWholeError:
             return "another process"
 
-    def __exit__(self, *error: object) -> None:
-        self._owner.unlink(missing_ok=True)
-        self._lock.release()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # A folder that was deleted meanwhile has no lock any more.
+        with suppress(OSError):
+            self._owner.unlink()
+        with suppress(OSError):
+            self._lock.release()
+        if isinstance(error, OSError | RuntimeError) and not self.folder.is_dir():
+            raise ConchError(
+                f"{self.folder} was deleted or moved while it was in use: leave it where it is, "
+                "and run the same command again"
+            ) from error

@@ -4,6 +4,7 @@ Knows click and the fields of settings; no command. To turn another kind of fiel
 its type in `field_option`.
 """
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ from typing import Any, TypeVar
 
 import click
 
-from conch_dna.errors import ConchError, Interrupted
+from conch_dna.errors import ConchError, Interrupted, one_line
 from conch_dna.option_fields import is_limited, kind_of, range_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED_EXIT = 130
+# Bytes of a YAML file; the parser takes about a second for so much.
+MOST_YAML = 2**20
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -33,6 +36,12 @@ class OneLineErrors(click.Command):
             sys.exit(INTERRUPTED_EXIT)
         except ConchError as error:
             click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            # A pipe that nobody reads any more is click's to answer.
+            if error.errno == errno.EPIPE:
+                raise
+            click.echo(f"error: {one_line(error)}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             resumes = any(option.name == "resume" for option in ctx.command.params)
@@ -136,19 +145,55 @@ def read_yaml(path: Path, *, option: str = "--config") -> dict[str, Any]:
     Raises:
         ConchError: It cannot be read, or is no mapping.
     """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_YAML + 1)
+    except (OSError, ValueError) as error:
+        raise ConchError(f"cannot read {option} {path}: {error}") from error
+    values = parse_yaml(content, str(path), option=option)
+    if not isinstance(values, dict):
+        raise ConchError(f"{path} is not a mapping of option names to values")
+    return {str(name): value for name, value in values.items()}
+
+
+def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
+    """What a YAML file holds; aliases, by which a short file becomes a huge value, are refused.
+
+    Args:
+        content: Of the file, or the first MOST_YAML bytes of it and more.
+        source: Where it comes from, for the message.
+        option: By which it was given, for the message.
+
+    Raises:
+        ConchError: It is no YAML, too long, nested too deeply, or has aliases.
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    from conch_dna.checkpoints import MOST_LEVELS, require_plain
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         """Reads 1e-4, which YAML 1.1 takes for text, as the number it is in YAML 1.2."""
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    if len(content) > MOST_YAML:
+        raise ConchError(f"{source} has more than {MOST_YAML:,} bytes: settings are shorter")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConchError(f"cannot read {option} {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConchError(f"{path} is not a mapping of option names to values")
-    return {str(name): value for name, value in values.items()}
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConchError(f"cannot read {option} {source}: {error}") from error
+    try:
+        level = 0
+        for event in yaml.parse(text, Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias (*): write the value out")
+            level += isinstance(event, yaml.CollectionStartEvent)
+            level -= isinstance(event, yaml.CollectionEndEvent)
+            if level > MOST_LEVELS:
+                raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+        values = yaml.load(text, Loader)
+        require_plain(values)
+    except Exception as error:
+        # What dates and numbers are made of raises all kinds.
+        raise ConchError(f"{source} is not YAML: {one_line(error)}") from error
+    return values

@@ -6,7 +6,6 @@ tell another error of the hub apart: an `except` in `hub_errors`, before the mor
 """
 
 import gc
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from conch_dna.checkpoints import read_json
 from conch_dna.digests import content_digest, file_digest
-from conch_dna.errors import ConchError, one_line
+from conch_dna.errors import ConchError, NotWholeError, one_line
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
@@ -35,6 +35,25 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+# Larger than of any model there is. mlx_lm would work for minutes on the modules of more.
+_MOST = {
+    "num_hidden_layers": 1_000,
+    "num_layers": 1_000,
+    "n_layers": 1_000,
+    "n_layer": 1_000,
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "n_routed_experts": 2**14,
+    "max_position_embeddings": 2**32,
+}
 
 
 def resolve_model(model_id: str, *, weights: bool = True) -> Path:
@@ -246,7 +265,8 @@ class ModelSource:
     @cached_property
     def context_length(self) -> int | None:
         """Most positions the model was made for; None when its config does not say."""
-        value = self.config.get("text_config", self.config).get("max_position_embeddings")
+        text = self.config.get("text_config")
+        value = (text if isinstance(text, dict) else self.config).get("max_position_embeddings")
         return int(value) if value else None
 
     @cached_property
@@ -304,7 +324,8 @@ class ModelSource:
                 model.update(share.model.parameters())
             if adapter := adapter_path or self.adapter:
                 model = load_adapters(model, str(adapter))
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:
+            # A broken configuration makes the model's own code raise all kinds.
             reason = one_line(error, trust_option=TRUST_OPTION)
             raise ConchError(f"cannot load {self.model_id}: {reason}") from error
         model.eval()
@@ -421,12 +442,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model's config.json.
 
     Raises:
-        ConchError: It is missing or not JSON.
+        ConchError: It is missing or not JSON, or a size in it is none or above that of any model.
     """
+    path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConchError(f"cannot read {folder / 'config.json'}: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ConchError(f"cannot read {folder / 'config.json'}: it is not a JSON object")
+        config = read_json(path, needs={})
+    except NotWholeError as error:
+        raise ConchError(f"cannot read a model's configuration: {error}") from error
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name, most in _MOST.items():
+            if (value := part.get(name)) is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            numbers = all(isinstance(v, int | float) and 0 <= v <= most for v in values)
+            if not numbers or any(isinstance(v, bool) for v in values):
+                shown = one_line(repr(value))
+                raise ConchError(f"{path}: {name} is {shown}, not between 0 and {most:,}")
     return config

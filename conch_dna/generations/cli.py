@@ -193,6 +193,7 @@ def validate(line: "Line", generation: str | None, manifest_file: str | None) ->
 
     Exit code 1 says that a gate fails.
     """
+    from conch_dna.checkpoints import read_json, require_keys
     from conch_dna.generations.manifest import METRICS_FILE
     from conch_dna.generations.promotion import gate_verdicts
 
@@ -202,8 +203,9 @@ def validate(line: "Line", generation: str | None, manifest_file: str | None) ->
         raise ConchError(f"{name} is the first generation: it was not judged")
     request = _manifest(manifest_file) or manifest
     gates = EvolveConfig.from_manifest(request, source=manifest_file or name).gates
-    metrics = json.loads((line.path(name) / METRICS_FILE).read_text(encoding="utf-8"))
-    scores = metrics["scores"]
+    metrics_path = line.path(name) / METRICS_FILE
+    scores = read_json(metrics_path, needs={"scores": dict})["scores"]
+    require_keys(scores, metrics_path, needs={"child": dict, "parent": dict})
     verdicts = gate_verdicts(scores["child"], scores["parent"], gates)
     _print_verdicts(name, verdicts)
     if not all(verdict.passed for verdict in verdicts):

@@ -7,7 +7,9 @@ behind. How a child learns is in train_child.py, how it is judged in promotion.p
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,9 @@ import mlx.core as mx
 from conch_dna.checkpoints import (
     differences,
     numbered_folders,
+    read_json,
     remove_unfinished,
+    require_keys,
     write_folder,
     write_json,
 )
@@ -30,7 +34,7 @@ from conch_dna.generations.data import (
     record_files,
 )
 from conch_dna.generations.laws import violations
-from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
+from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest, read_manifest
 from conch_dna.generations.manifest import (
     METRICS_FILE,
     Outcome,
@@ -61,6 +65,7 @@ from conch_dna.training.adapters import (
     save_adapter,
 )
 from conch_dna.training.answers import openings
+from conch_dna.training.chats.templates import dated
 from conch_dna.training.examples import Examples
 from conch_dna.training.records import Record
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
@@ -127,7 +132,9 @@ class Evolution:
                 self._source(self.parent), self.base, config.training, report=self.report
             )
             foreign = {each.role: each.examples for each in self.teachers if each.foreign}
-            data = gather(line, self.chain, own, self.records, config, foreign=foreign)
+            # What templates write must be the same in a resumed run.
+            with dated(self._begun):
+                data = gather(line, self.chain, own, self.records, config, foreign=foreign)
             targets, parent = self._ask_teachers(data)
             child = train_child(
                 self.base,
@@ -237,8 +244,9 @@ class Evolution:
         candidate = self.line.candidate
         if not candidate.is_dir():
             return None
-        manifest = json.loads((candidate / MANIFEST_FILE).read_text(encoding="utf-8"))
-        same = manifest["digests"]["request"] == content_digest(json.dumps(self._identity))
+        manifest = read_manifest(candidate)
+        require_keys(manifest, candidate / MANIFEST_FILE, needs={"decision": str})
+        same = manifest["digests"].get("request") == content_digest(json.dumps(self._identity))
         outcome = self._decide(manifest)
         self._message(f"finished what was judged before: {outcome.name}")
         if same:
@@ -254,10 +262,10 @@ class Evolution:
         remove_unfinished(self.work)
         path = self.work / RUN_FILE
         identity = self._identity
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = None
+        before: dict[str, Any] = {}
+        with suppress(NotWholeError):
+            before = read_json(path, needs={})
+        begun = before.pop("begun", None)
         checkpoints = numbered_folders(self.work, CHECKPOINT_PREFIX)
         if before and resume and (changed := differences(before, identity)):
             raise ConchError(
@@ -272,7 +280,11 @@ class Evolution:
         if not (resume and before):
             for _, folder in checkpoints:
                 shutil.rmtree(folder)
-        write_json(path, identity)
+            begun = None
+        self._begun = date.today().isoformat()
+        with suppress(TypeError, ValueError):
+            self._begun = date.fromisoformat(begun or self._begun).isoformat()
+        write_json(path, {**identity, "begun": self._begun})
 
     # Teaching and judging.
 

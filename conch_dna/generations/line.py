@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from typing import Any
 from conch_dna.checkpoints import (
     DIGESTS,
     FolderLock,
+    parse_json,
+    read_json,
+    read_text,
     remove_unfinished,
+    require_keys,
     sync,
     verify_folder,
     write_atomically,
@@ -33,6 +37,7 @@ MANIFEST_FILE = "manifest.json"
 CANDIDATE = "CANDIDATE-"
 GENERATION = re.compile(r"G(\d{3,})")
 FAILED = re.compile(r"FAILED-(G\d{3,})-\S+")
+BASE_KEYS = ("model", "weights", "tokenizer")
 EVENTS = ("init", "promoted", "failed", "rollback")
 
 
@@ -115,7 +120,7 @@ class Line:
         """
         try:
             name = (self.folder / HEAD_FILE).read_text(encoding="utf-8").strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConchError(
                 f"there is no line {self.name!r} in {self.folder.parent}: make one with "
                 "'conch-dna generations init'"
@@ -162,8 +167,7 @@ class Line:
         """
         path = self.path(name)
         verify_folder(path)
-        document: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return document
+        return read_manifest(path)
 
     def ancestors(self, name: str) -> list[str]:
         """Parent, grandparent and so on, up to the first generation."""
@@ -176,8 +180,11 @@ class Line:
 
     def base(self, name: str) -> dict[str, str]:
         """The model that a generation's line began with: its name, and its content addresses."""
-        base: dict[str, str] = self.manifest([name, *self.ancestors(name)][-1])["base"]
-        return base
+        first = [name, *self.ancestors(name)][-1]
+        source = self.path(first) / MANIFEST_FILE
+        base = self.manifest(first).get("base")
+        require_keys(base, f"the base in {source}", needs=dict.fromkeys(BASE_KEYS, str))
+        return dict(base or {})
 
     def adapter(self, name: str) -> Path | None:
         """The folder of a generation as an adapter; None for a first one that is the base alone."""
@@ -329,10 +336,13 @@ class Line:
         if not path.is_file():
             return []
         entries = []
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        names = [each.name for each in fields(Entry)]
+        for number, text in enumerate(read_text(path).splitlines(), 1):
             try:
-                entries.append(Entry(**json.loads(text)))
-            except (ValueError, TypeError) as error:
+                values = parse_json(text, path)
+                require_keys(values, path, needs=dict.fromkeys(names, str))
+                entries.append(Entry(**values))
+            except (NotWholeError, TypeError) as error:
                 raise NotWholeError(f"{path} is not whole: line {number} is no entry") from error
         return entries
 
@@ -365,20 +375,32 @@ class Line:
         path = self.folder / name
         try:
             verify_folder(path)
-            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        except (NotWholeError, OSError, ValueError) as error:
+            manifest = read_manifest(path)
+        except NotWholeError as error:
             return [str(error)]
         problems = []
         if name not in recorded:
             problems.append(f"{name} is not in the log")
         elif folder_digest(path) != recorded[name]:
             problems.append(f"{name} is another than when it entered the log")
-        for ancestor, digest in manifest.get("digests", {}).get("parents", {}).items():
+        for ancestor, digest in manifest["digests"]["parents"].items():
             if ancestor not in self.generations():
                 problems.append(f"{name} grew from {ancestor}, which is gone")
             elif folder_digest(self.folder / ancestor) != digest:
                 problems.append(f"{name} grew from another {ancestor} than the one that is there")
         return problems
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a generation's folder says of it.
+
+    Raises:
+        NotWholeError: It says nothing, or something of another form.
+    """
+    file = path / MANIFEST_FILE
+    manifest = read_json(file, needs={"digests": dict, "parent": str | None})
+    require_keys(manifest["digests"], f"digests in {file}", needs={"parents": dict})
+    return manifest
 
 
 def folder_digest(path: Path) -> str:

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from conch_dna.checkpoints import read_json
 from conch_dna.digests import content_digest
+from conch_dna.errors import NotWholeError
 from conch_dna.generations.data import GenerationData
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
 from conch_dna.generations.promotion import GateVerdict
@@ -38,16 +40,21 @@ class Outcome:
 
 
 def outcome_of(path: Path) -> Outcome:
-    """What a judged generation came to, from its folder."""
-    manifest, metrics = (
-        json.loads((path / name).read_text(encoding="utf-8"))
-        for name in (MANIFEST_FILE, METRICS_FILE)
-    )
+    """What a judged generation came to, from its folder.
+
+    Raises:
+        NotWholeError: Its manifest or metrics have another form.
+    """
+    manifest = read_json(path / MANIFEST_FILE, needs={"decision": str, "verdicts": list})
+    try:
+        verdicts = [GateVerdict(**verdict) for verdict in manifest["verdicts"]]
+    except TypeError as error:
+        raise NotWholeError(f"{path / MANIFEST_FILE} has other verdicts than gates give") from error
     return Outcome(
         name=path.name,
         promoted=manifest["decision"] == "promoted",
-        verdicts=[GateVerdict(**verdict) for verdict in manifest["verdicts"]],
-        metrics=metrics,
+        verdicts=verdicts,
+        metrics=read_json(path / METRICS_FILE, needs={}),
     )
 
 

@@ -5,14 +5,21 @@ training and the archive are the line's. Another part of a settings file needs n
 read as `EvolveConfig.from_manifest` reads it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import DIGESTS, FolderLock, numbered_folders, verify_folder, write_json
+from conch_dna.checkpoints import (
+    FolderLock,
+    folder_digests,
+    numbered_folders,
+    read_json,
+    require_keys,
+    verify_folder,
+    write_json,
+)
 from conch_dna.digests import file_digest
 from conch_dna.ego.settings import is_endpoint
 from conch_dna.errors import ConchError
@@ -71,7 +78,9 @@ def distillation_settings(adapters_dir: Path, domain: str) -> KDConfig:
     """
     folder = distillation_folder(adapters_dir, domain)
     document = adapter_config(folder) if folder.is_dir() else {}
-    recorded = document.get("conch_dna", {}).get("config", {})
+    recorded = _written_down(document).get("config") or {}
+    if not isinstance(recorded, dict):
+        raise ConchError(f"{folder / ADAPTER_CONFIG} has no mapping as its config")
     return KDConfig.from_json(recorded, source=str(folder / ADAPTER_CONFIG))
 
 
@@ -214,12 +223,8 @@ class Retraining:
 
     def _left_out(self) -> dict[str, str]:
         """For the id of each experience that no version could learn, why."""
-        try:
-            text = (self._folder / LEFT_OUT_FILE).read_text(encoding="utf-8")
-        except OSError:
-            return {}
-        reasons: dict[str, str] = json.loads(text)
-        return reasons
+        path = self._folder / LEFT_OUT_FILE
+        return read_json(path, needs={}) if path.is_file() else {}
 
     # How it is trained.
 
@@ -242,7 +247,10 @@ class Retraining:
     def _recorded_batch(self) -> dict[str, Any] | None:
         if not self._batch_path.is_file():
             return None
-        batch: dict[str, Any] = json.loads(self._batch_path.read_text(encoding="utf-8"))
+        needs = {"began": str, "records": list, "left_out": dict}
+        batch = read_json(self._batch_path, needs=needs)
+        for record in batch["records"]:
+            require_keys(record, f"a record in {self._batch_path}", needs={EXPERIENCE: list})
         return batch
 
     @property
@@ -355,8 +363,8 @@ class Retraining:
                 f"{self.base.model_id}: give that student, or another folder of adapters"
             )
         file = self.distilled / ADAPTER_FILE
-        digests = json.loads((self.line.path(first) / DIGESTS).read_text(encoding="utf-8"))
-        if file.is_file() and file_digest(file) != digests[ADAPTER_FILE]:
+        digests = folder_digests(self.line.path(first))
+        if file.is_file() and file_digest(file) != digests.get(ADAPTER_FILE):
             raise ConchError(
                 f"{self.domain} was distilled anew since its line began: {self.distilled} is "
                 f"another adapter than {self.line.path(first)}. Move {self.line.folder} away to "
@@ -365,7 +373,7 @@ class Retraining:
 
     def _require_own_student(self) -> None:
         document = adapter_config(self.distilled)
-        recorded = document.get("conch_dna", {}).get("student_digest")
+        recorded = _written_down(document).get("student_digest")
         if recorded and recorded != self.base.weights_digest:
             raise ConchError(
                 f"{self.distilled} was made for {document.get('model')}, not for "
@@ -409,12 +417,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConchError: It cannot be read.
     """
-    path = folder / ADAPTER_CONFIG
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConchError(f"cannot read {path}: {error}") from error
-    return document
+    return read_json(folder / ADAPTER_CONFIG, needs={})
+
+
+def _written_down(document: dict[str, Any]) -> dict[str, Any]:
+    """What a distillation wrote into an adapter's configuration; nothing where mlx_lm made it."""
+    recorded = document.get("conch_dna")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _shape_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -422,14 +431,17 @@ def _shape_of(document: dict[str, Any]) -> dict[str, Any]:
     kind = document.get("fine_tune_type", "lora")
     if kind == "full":
         return {"full": True, "dora": False}
+    require_keys(document, ADAPTER_CONFIG, needs={"lora_parameters": dict, "num_layers": int})
     parameters = document["lora_parameters"]
+    numbers = {"rank": int, "scale": int | float, "keys": list | None}
+    require_keys(parameters, f"lora_parameters in {ADAPTER_CONFIG}", needs=numbers)
     return {
         "full": False,
         "dora": kind == "dora",
         "lora_rank": parameters["rank"],
         "lora_scale": parameters["scale"],
         # mlx_lm itself takes every linear layer where none is named.
-        "lora_keys": ",".join(parameters.get("keys") or ["all"]),
+        "lora_keys": ",".join(map(str, parameters.get("keys") or ["all"])),
         "lora_layers": document["num_layers"],
     }
 

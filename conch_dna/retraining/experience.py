@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from conch_dna.checkpoints import parse_json, require_plain
 from conch_dna.digests import content_digest
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.option_fields import refuse_unknown
 from conch_dna.training.records import read_lines
 from conch_dna.training.settings import validate_domain
@@ -121,10 +122,10 @@ class Experience:
             ConchError: It is not whole, or was altered.
         """
         try:
-            document = json.loads(line)
+            document = parse_json(line, "the line")
             written = document.pop("id")
             messages = tuple(document.pop("messages"))
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (NotWholeError, AttributeError, KeyError, TypeError) as error:
             raise ConchError(f"no whole record ({len(line)} bytes)") from error
         try:
             experience = cls(messages=messages, **document)
@@ -192,7 +193,8 @@ def experience_of(line: str, domain: str) -> Experience:
     """
     try:
         values: Any = json.loads(line)
-    except ValueError as error:
+        require_plain(values)
+    except (ValueError, RecursionError) as error:
         raise ConchError(f"not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConchError("not a JSON object with prompt and answer")

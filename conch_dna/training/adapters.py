@@ -4,7 +4,6 @@ Knows modules and their names; nothing of data, losses or teachers.
 To name another set of layers: an entry in `_chosen_keys`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from conch_dna.checkpoints import differences, write_folder
+from conch_dna.checkpoints import differences, read_json, write_folder
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
 from conch_dna.training.settings import KDConfig
@@ -92,7 +91,7 @@ def require_goes_on(config: KDConfig, start: Path | None) -> None:
     """
     if start is None or config.full:
         return
-    recorded = json.loads((start / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    recorded = read_json(start / ADAPTER_CONFIG, needs={})
     if recorded.get("fine_tune_type") == "full":
         raise ConchError(
             f"{start} holds every weight, and LoRA layers on top of them would not fit into one "

@@ -27,6 +27,7 @@ from conch_dna.checkpoints import (
     numbered_folders,
     read_folder,
     remove_unfinished,
+    require_keys,
     write_folder,
 )
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
@@ -139,6 +140,19 @@ def learning_rate_schedule(settings: TrainerSettings) -> Callable[[mx.array], mx
     start = settings.learning_rate / (settings.warmup_iters + 1)
     warmup = optim.linear_schedule(start, settings.learning_rate, settings.warmup_iters)
     return optim.join_schedules([warmup, cosine], [settings.warmup_iters])
+
+
+def _state_of(documents: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the loop.
+
+    Raises:
+        NotWholeError: It says nothing, or something of another form.
+    """
+    kinds: dict[str, Any] = dict.fromkeys(("step", "best_step", "skipped_steps"), int)
+    kinds |= {"best_loss": int | float, "history": list, "unreported": dict, "identity": dict}
+    state: dict[str, Any] = documents.get(STATE_FILE, {})
+    require_keys(state, path / STATE_FILE, needs=kinds)
+    return state
 
 
 class Trainer:
@@ -420,10 +434,10 @@ class Trainer:
         for step, path in reversed(numbered_folders(self.folder, CHECKPOINT_PREFIX)):
             try:
                 arrays, documents = read_folder(path)
+                state = _state_of(documents, path)
             except NotWholeError as error:
                 self.report("warning", {"message": f"{error}; trying an older checkpoint"})
                 continue
-            state: dict[str, Any] = documents[STATE_FILE]
             changed = differences(state["identity"], self._identity())
             if changed:
                 raise ConchError(
