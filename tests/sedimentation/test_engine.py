@@ -120,6 +120,36 @@ def test_a_text_that_cannot_be_embedded_is_an_error_of_its_own(models: dict[str,
         assert engine.store.count() == 1
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"id": "bad", "text": f"{WORDS[1]} \ud800"}, "lone surrogate"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": np.float32(1)}}, "of type float32"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": nested(64)}}, "more than 64 levels"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": nested(5000)}}, "more than 64 levels"),
+    ],
+)
+def test_what_a_store_could_not_give_back_is_an_error_of_its_own(
+    wrong: dict[str, Any], reason: str, models: dict[str, str], location: str
+) -> None:
+    """Payloads of 123 levels were acknowledged, and no document could be read any more."""
+    deep = {"id": "deep", "text": WORDS[2], "payload": {"n": nested(63)}}
+    with opened(models, location, "baseline") as engine:
+        result = engine.ingest([{"id": "a", "text": WORDS[0]}, wrong, deep])
+        assert (result.added, list(result.errors)) == (2, ["bad"])
+        assert reason in result.errors["bad"]
+        assert engine.store.get(["deep"]).payloads[0]["n"] == nested(63)
+        unnamed = engine.ingest(["half \ud800", WORDS[3]])
+        assert (unnamed.added, list(unnamed.errors)) == (1, ["document 1"])
+
+
 @pytest.mark.parametrize("query", ["", "  \n"])
 def test_a_query_of_white_space_is_refused(query: str, models: dict[str, str]) -> None:
     with opened(models, mode="baseline") as engine:
