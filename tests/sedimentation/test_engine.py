@@ -444,6 +444,37 @@ def test_an_active_version_without_its_adapter_is_found_out(
         opened(models, tmp_path / "db")
 
 
+@pytest.mark.parametrize("content", ["[" * 200_000, "[1]", "{}", '{"a":' * 900])
+@pytest.mark.parametrize(
+    "name",
+    ["gate_history.jsonl", "null-v0001.json", "vectors/manifest.json", "chelation/a", "adapter"],
+)
+def test_a_damaged_file_is_told_in_one_line(
+    name: str, content: str, learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["symmetric"].folder, tmp_path / "db")
+    places = {"chelation/a": "chelation/chelation_events.jsonl"}
+    path = (
+        tmp_path / "db" / places.get(name, name.replace("adapter", "versions/v0001/adapter.json"))
+    )
+    path.write_text(f"{content}\n")
+    with pytest.raises(ConchError) as caught, opened(models, tmp_path / "db") as engine:
+        engine.run_inference(documents(1)[0]["title"])
+        engine.gate_history()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teachers_version_is_judged_with_its_teacher_only(
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["asymmetric"].folder, tmp_path / "db")
+    with (
+        opened(models, tmp_path / "db", "baseline") as engine,
+        pytest.raises(ConchError, match="carry a teacher's vectors: open the store with its"),
+    ):
+        engine.held_out_quality()
+
+
 # Killed at any moment
 
 # Before each step the worker waits to be told to go on, so that a kill can be aimed at it.
