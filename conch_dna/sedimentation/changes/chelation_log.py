@@ -102,7 +102,7 @@ def _parsed(line: bytes, where: str) -> Event:
         document = json.loads(line)
         written = document.pop("digest")
         event = Event(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotWholeError(f"{where} is no event of the log: {remedy}") from error
     if event.digest != written:
         raise NotWholeError(f"{where} was altered, its digest is another: {remedy}")

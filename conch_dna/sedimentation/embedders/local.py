@@ -288,6 +288,6 @@ def _model_type(path: Path) -> str | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConchError(f"{path} is no JSON: the model is not whole") from error
     return config.get("model_type") if isinstance(config, dict) else None

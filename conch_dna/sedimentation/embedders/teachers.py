@@ -10,6 +10,7 @@ teachers otherwise: another subclass of `Embedder`.
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -55,8 +56,10 @@ class VectorCache:
         """Where each key's vector lies; the shards are verified the first time."""
         places: dict[bytes, tuple[Path, int]] = {}
         for path in self.folder.glob(".writing-*"):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink(missing_ok=True)
+            # Another process may give it its name at this moment.
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
         for path in sorted(self.folder.glob("vectors-*.safetensors")):
             self._read_shard(path, places)
         return places
