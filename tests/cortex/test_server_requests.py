@@ -187,7 +187,8 @@ def test_what_is_wrong_with_a_large_body_is_told_in_no_time_and_few_words(body, 
     began = time.process_time()
     with pytest.raises(ApiError, match=message) as refused:
         parse_chat(body.encode())
-    assert time.process_time() - began < 1
+    # Far above what it takes, and far below a search that grows with the square.
+    assert time.process_time() - began < 8
     assert len(str(refused.value)) < 2000
 
 

@@ -458,9 +458,14 @@ def test_a_damaged_file_is_told_in_one_line(
         tmp_path / "db" / places.get(name, name.replace("adapter", "versions/v0001/adapter.json"))
     )
     path.write_text(f"{content}\n")
-    with pytest.raises(ConchError) as caught, opened(models, tmp_path / "db") as engine:
-        engine.run_inference(documents(1)[0]["title"])
-        engine.gate_history()
+
+    def use() -> None:
+        with opened(models, tmp_path / "db") as engine:
+            engine.run_inference(documents(1)[0]["title"])
+            engine.gate_history()
+
+    with pytest.raises(ConchError) as caught:
+        use()
     assert "\n" not in str(caught.value)
 
 
