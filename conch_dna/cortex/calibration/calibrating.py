@@ -326,12 +326,15 @@ def calibrate_domain(
     confidences, shares = agreement.held_out(calibration)
     curves = agreement.curves(calibration)
     bins = bins_for(len(shares))
-    draw_risk_coverage(
-        picture,
-        curves,
-        {name: reliability(values, shares, bins=bins) for name, values in confidences.items()},
+    draw = partial(
+        draw_risk_coverage,
+        curves=curves,
+        reliabilities={
+            name: reliability(values, shares, bins=bins) for name, values in confidences.items()
+        },
         title=f"{domain}: {len(shares)} held-out answers, EGO is {calibration.ego}",
     )
+    write_atomically(picture, draw)
     suite.take_calibration(domain)
     details = {
         "domain": domain,
