@@ -40,10 +40,10 @@ def text_table(
     table = Table(title=Text(title), show_header=show_header)
     for name in columns:
         if name in numbers:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(Text(name), justify="right", no_wrap=True)
         else:
             # Folded, since a folder or digest that ends in an ellipsis is of no use.
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     return table

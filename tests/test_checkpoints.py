@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 
 from conch_dna.checkpoints import (
     FolderLock,
+    content_digest,
     differences,
+    file_digest,
     numbered_folders,
     read_folder,
     remove_unfinished,
@@ -32,7 +34,6 @@ from conch_dna.checkpoints import (
     write_folder,
     write_json,
 )
-from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 
 

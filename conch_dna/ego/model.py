@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import mlx.core as mx
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.ego.endpoint import Endpoint
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError

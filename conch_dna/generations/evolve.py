@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from conch_dna.checkpoints import (
+    content_digest,
     differences,
     numbered_folders,
     remove_unfinished,
     write_folder,
     write_json,
 )
-from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.data import (
     GenerationData,

@@ -17,12 +17,14 @@ from typing import Any
 from conch_dna.checkpoints import (
     DIGESTS,
     FolderLock,
+    content_digest,
+    file_digest,
+    provenance,
     remove_unfinished,
     sync,
     verify_folder,
     write_atomically,
 )
-from conch_dna.digests import content_digest, file_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import ADAPTER_FILES
 

@@ -12,8 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import DIGESTS, FolderLock, numbered_folders, verify_folder, write_json
-from conch_dna.digests import file_digest
+from conch_dna.checkpoints import (
+    DIGESTS,
+    FolderLock,
+    file_digest,
+    numbered_folders,
+    verify_folder,
+    write_json,
+)
 from conch_dna.ego.settings import is_endpoint
 from conch_dna.errors import ConchError
 from conch_dna.generations.data import (

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import refuse_unknown
 from conch_dna.training.records import read_lines

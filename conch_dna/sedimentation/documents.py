@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 
 FIELDS = ("id", "_id", "title", "text", "payload")

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from conch_dna.checkpoints import provenance
 from conch_dna.command_parts import options_of
 from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
 from conch_dna.cortex.benchmark.rows import DomainBenchmark
@@ -24,7 +25,6 @@ from conch_dna.cortex.commands.shared_options import (
     settings_of,
 )
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.digests import provenance
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.presentation import print_tables, report_path, write_report
 from conch_dna.progress import Progress, Report, silent

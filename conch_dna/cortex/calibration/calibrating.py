@@ -7,10 +7,12 @@ in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from conch_dna.checkpoints import write_atomically
 from conch_dna.cortex.calibration.confidence import (
     Calibration,
     answer_confidence,

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from conch_dna.checkpoints import sync, write_atomically
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, sync, write_atomically
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.documents import DocumentId
 

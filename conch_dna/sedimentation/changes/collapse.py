@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import read_json, write_json
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.config import ChelationConfig

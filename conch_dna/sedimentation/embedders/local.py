@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, verify_folder
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder

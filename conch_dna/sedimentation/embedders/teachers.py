@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, write_atomically
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of, unit
 
