@@ -1,29 +1,57 @@
-"""Files that are either whole or absent: atomic writes, digests, one writer per folder.
+"""Files that are either whole or absent, what addresses them, and what versions made them.
 
 Knows nothing of models or training; it moves named arrays and JSON documents to disk and back.
-To store something new: give `write_folder` one more document or group of arrays.
+To store something new: give `write_folder` one more document or group of arrays. To record another
+package: its name in PACKAGES.
 """
 
+import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from conch_dna.digests import file_digest
+from conch_dna import __version__
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
 
 DIGESTS = "digests.json"
 # Of what this program writes, nothing is nested so deeply or counts so far.
 MOST_LEVELS, MOST_BITS = 64, 64
 _TEMPORARY = ".writing-"
+PACKAGES = ("mlx", "mlx-lm", "numpy")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(*parts: bytes | str | np.ndarray) -> str:
+    """SHA-256 over parts, each preceded by its length so that no two lists collide."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else bytes(part)
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of this package and of those that decide its numbers, and the platform."""
+    versions = {"conch_dna": __version__, **{name: version(name) for name in PACKAGES}}
+    return {"versions": versions, "platform": platform.platform()}
 
 
 def sync(path: Path) -> None:
@@ -267,7 +295,9 @@ def folder_digests(path: Path) -> dict[str, str]:
     """
     try:
         digests = read_json(path / DIGESTS, needs={})
-        plain = all(Path(name).name == name and isinstance(d, str) for name, d in digests.items())
+        plain = all(
+            name and Path(name).name == name and isinstance(d, str) for name, d in digests.items()
+        )
         if not plain:
             raise NotWholeError(f"{path / DIGESTS} holds other things than digests of files")
     except NotWholeError as error:

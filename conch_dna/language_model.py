@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from conch_dna.checkpoints import read_json
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.checkpoints import content_digest, file_digest, read_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
 
 ASSETS = Path(__file__).parent / "assets"

@@ -6,6 +6,7 @@ Knows nothing of models. Disk-full is real: the kernel's limit on file sizes, in
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conch_dna.checkpoints import (
+    DIGESTS,
     FolderLock,
+    content_digest,
     differences,
+    file_digest,
     numbered_folders,
     read_folder,
+    read_json,
     remove_unfinished,
     save_arrays,
     verify_folder,
@@ -32,7 +37,6 @@ from conch_dna.checkpoints import (
     write_folder,
     write_json,
 )
-from conch_dna.digests import content_digest, file_digest
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 
 
@@ -434,3 +438,68 @@ def test_a_folder_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConchError, match="--output-dir"), FolderLock(tmp_path / "file" / "run"):
         pass
+
+
+# Of another form than was written
+
+
+FOREIGN = ["", "null", "7", "[]", '[["a", "b"]]', '{"state.json": 7}', "[" * 200_000, "\ud7ff"]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+@pytest.mark.parametrize("read", [verify_folder, read_folder])
+def test_digests_of_another_form_are_no_whole_folder(tmp_path, content, read):
+    folder = make_folder(tmp_path / "folder")
+    (folder / DIGESTS).write_text(content)
+    with pytest.raises(NotWholeError, match="is not whole"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/b", ""])
+def test_digests_of_files_elsewhere_are_refused(tmp_path, name):
+    folder = make_folder(tmp_path / "folder")
+    (folder / DIGESTS).write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(NotWholeError, match=f"no readable {DIGESTS}"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 200_000, "recursion|depth"),
+        ("[" * 65 + "]" * 65, "nested deeper than 64 levels"),
+        ('{"step": 99999999999999999999999999}', "more than 64 bits"),
+        ('{"step": ' + "9" * 9000 + "}", "integer string conversion"),
+        ("{", "Expecting property name"),
+    ],
+    ids=["deep", "levels", "large", "huge", "cut"],
+)
+def test_json_that_python_cannot_work_with_is_not_whole(tmp_path, text, reason):
+    path = tmp_path / "state.json"
+    path.write_text(text)
+    with pytest.raises(NotWholeError, match=reason):
+        read_json(path, needs={})
+
+
+def test_sixty_four_levels_and_bits_are_read(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text('{"a": ' + "[" * 63 + str(2**64 - 1) + "]" * 63 + "}")
+    assert "a" in read_json(path, needs={"a": list})
+
+
+def test_a_lock_of_another_form_still_names_the_folder(tmp_path):
+    with FolderLock(tmp_path / "run"):
+        (tmp_path / "run" / "run.lock.json").write_text("[1]")
+        with pytest.raises(FolderInUseError, match="in use by another process"):
+            FolderLock(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("error", [OSError("No such file"), RuntimeError("[load] failed")])
+def test_a_folder_that_was_deleted_in_use_is_named(tmp_path, error):
+    def use() -> None:
+        with FolderLock(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            raise error
+
+    with pytest.raises(ConchError, match="was deleted or moved while it was in use"):
+        use()

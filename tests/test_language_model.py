@@ -364,3 +364,51 @@ def test_a_model_that_changes_its_logits_has_no_plain_head(tiny_teacher):
         language_model = LanguageModel(source, model)
         assert not language_model.has_plain_head
         assert language_model.logits(mx.array([[1, 2]])).shape == (1, 2, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000, not between 0 and 16,777,216"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000, not between 0 and 1,000"),
+        ({"hidden_size": -1}, "hidden_size is -1, not between 0 and 1,048,576"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', not between"),
+        ({"text_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers is 10000000"),
+        ({"max_position_embeddings": [[]]}, "max_position_embeddings is"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(tmp_path, change, reason):
+    folder = make_model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    source = ModelSource(str(folder))
+    for use in (source.load, lambda: source.tokenizer, lambda: source.context_length):
+        with pytest.raises(ConchError, match=reason):
+            use()
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 200_000, "[]", "{", '{"a": ' + "[" * 900 + "]" * 900 + "}"]
+)
+def test_a_configuration_of_another_form_is_refused(tmp_path, content):
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConchError, match="cannot read a model's configuration"):
+        ModelSource(str(folder)).load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 0}, {"rope_scaling": 7}, {"model_type": []}, {"quantization": 1}],
+)
+def test_a_configuration_that_breaks_the_model_code_ends_in_one_line(tmp_path, change):
+    folder = make_model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConchError, match="cannot load"):
+        ModelSource(str(folder)).load()
+
+
+def test_a_text_configuration_that_is_none_is_no_mapping(tmp_path):
+    folder = make_model_folder(tmp_path / "model", text_config=None)
+    assert ModelSource(str(folder)).context_length == 256

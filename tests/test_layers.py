@@ -52,7 +52,7 @@ HEAVY = {
     "uvicorn",
 }
 MAX_LINES = 500
-MAX_ENTRIES = 22
+MAX_ENTRIES = 20
 
 
 # The paths that the documents name; they stay when rooms move.
@@ -148,7 +148,9 @@ def test_header_and_length(module):
     "folder", sorted({path.parent for path in MODULES.values()}), ids=lambda path: path.name
 )
 def test_folders_can_be_taken_in_at_a_glance(folder):
-    inside = entries(folder)
+    # Doorways hold one line each and are looked at by nobody.
+    doorways = {MODULES[name] for name in DOORWAYS}
+    inside = [path for path in entries(folder) if path not in doorways]
     assert len(inside) <= MAX_ENTRIES, f"{folder.relative_to(ROOT)} has {len(inside)} entries"
 
 

@@ -25,7 +25,6 @@ from conch_dna.cortex.commands.shared_options import (
     model_options,
     opened_suite,
     pipeline_of,
-    print_tables,
     redact_option,
     remember_option,
     settings_of,
@@ -34,6 +33,7 @@ from conch_dna.cortex.commands.shared_options import (
 )
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.presentation import print_tables
 
 
 @click.group(

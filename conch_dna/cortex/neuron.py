@@ -158,7 +158,7 @@ class CortexSuite:
         prompt = DOMAIN_PROMPTS.get(name)
         return Domain(
             name=name,
-            tokenizer=self.source.tokenizer,
+            source=self.source,
             system=prompt["system"] if prompt else "",
             schema=DOMAIN_SCHEMAS.get(name),
             calibration=load_calibration(

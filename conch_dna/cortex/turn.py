@@ -16,6 +16,7 @@ from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.language_model import ModelSource
 from conch_dna.training.answers import TextStream, continuation_text
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.structured_answers import parse_answer, repair_messages
@@ -77,17 +78,22 @@ class Domain:
 
     Attributes:
         name: Its adapter's in the bank.
-        tokenizer: Of the student, as mlx_lm wraps it.
+        source: Of the student.
         system: Its system prompt; may be empty.
         schema: Of its answers; None where it has none.
         calibration: Of its confidence; None where there is none.
     """
 
     name: str
-    tokenizer: Any
+    source: ModelSource
     system: str
     schema: Mapping[str, Any] | None
     calibration: Calibration | None
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the student, as mlx_lm wraps it."""
+        return self.source.tokenizer
 
     @cached_property
     def prefix(self) -> tuple[int, ...]:
@@ -174,8 +180,8 @@ class Turn:
         return self.schema is None and stands
 
     def _ask(self, turns: Sequence[dict[str, str]]) -> None:
-        tokenizer = self.domain.tokenizer
-        ids = prompt_ids(tokenizer, list(turns), "")
+        ids = prompt_ids(self.domain.tokenizer, list(turns), "")
+        self.domain.source.require_rows(ids, "the prompt")
         if not ids:
             raise ConchError("the prompt is empty: there is nothing to answer")
         options = self.options
@@ -190,7 +196,7 @@ class Turn:
         )
         self._ids: list[int] = []
         self._log_probs: list[float] = []
-        self._text = TextStream(tokenizer, ids)
+        self._text = TextStream(self.domain.tokenizer, ids)
         self._prompt_tokens += len(ids)
 
     def add(self, piece: Piece) -> str:
@@ -237,7 +243,11 @@ class Turn:
                 self._end(why, hand_over=True)
             else:
                 self._draft = replace(draft, repaired=True)
-                self._ask(repair_messages(self.turns, raw, draft.problems, self.schema))
+                repair = repair_messages(self.turns, raw, draft.problems, self.schema)
+                try:
+                    self._ask(repair)
+                except ConchError as error:
+                    self._without_repair(error)
         elif calibration is None:
             self._end("the neuron's confidence is not calibrated, so its answer stands")
         elif calibration.should_fallback(confidence):
@@ -272,6 +282,9 @@ class Turn:
         assert self.request is not None
         self._prompt_tokens -= len(self.request.tokens)
         self.request = None
+        self._without_repair(error)
+
+    def _without_repair(self, error: ConchError) -> None:
         why = f"the neuron's answer is not valid, and its repair cannot be asked for: {error}"
         self._end(why, hand_over=True)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import mlx.core as mx
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.ego.endpoint import Endpoint
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -335,7 +335,9 @@ class EgoModel:
         record: Record = {"text": text} if isinstance(text, str) else text
         if not record.get("text", "-"):
             raise ConchError(f"text {number} is empty: there is nothing to score")
-        return tokenize_record(record, self.source.tokenizer, name=f"text {number}")
+        example = tokenize_record(record, self.source.tokenizer, name=f"text {number}")
+        self.source.require_rows(example.ids.tolist(), f"text {number}")
+        return example
 
     def _drawn(
         self, max_tokens: int | None, temperature: float | None, seed: int | None
@@ -364,8 +366,9 @@ class EgoModel:
         return self._endpoint
 
     def _encoded(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
-        tokenizer = self.source.tokenizer
-        encoded = [prompt_ids(tokenizer, turns, "") for turns in conversations]
+        encoded = [prompt_ids(self.source.tokenizer, turns, "") for turns in conversations]
+        for number, ids in enumerate(encoded, 1):
+            self.source.require_rows(ids, f"prompt {number}")
         self._require_room(encoded, "prompt", answer=1)
         return encoded
 

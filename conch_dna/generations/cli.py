@@ -4,7 +4,6 @@ Parses, calls, prints; decides nothing. To add a command: a function here under 
 help, an example, and a line in README.md.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import click
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
+from conch_dna.presentation import print_tables
 from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
@@ -75,17 +75,10 @@ def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]],
     return decorate
 
 
-def _print(*tables: Any) -> None:
-    from rich.console import Console
-
-    for table in tables:
-        Console(highlight=False).print(table)
-
-
 def _print_verdicts(name: str, verdicts: Sequence[Any]) -> None:
     from conch_dna.generations.tables import verdict_table
 
-    _print(verdict_table(name, [asdict(verdict) for verdict in verdicts]))
+    print_tables(verdict_table(name, [asdict(verdict) for verdict in verdicts]))
 
 
 @_command("conch-dna generations init tales --model embedded:student --data stories.jsonl")
@@ -225,9 +218,9 @@ def show(line: "Line", generation: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json_text(manifest), nl=False)
         return
-    _print(manifest_table(name, manifest))
+    print_tables(manifest_table(name, manifest))
     if "verdicts" in manifest:
-        _print(verdict_table(name, manifest["verdicts"]))
+        print_tables(verdict_table(name, manifest["verdicts"]))
 
 
 @_command("conch-dna generations log tales --picture tales.png")
@@ -239,7 +232,7 @@ def log(line: "Line", picture: str | None) -> None:
 
     head = line.head
     nodes = nodes_of(line)
-    _print(line_tree(line.name, nodes, head))
+    print_tables(line_tree(line.name, nodes, head))
     if picture:
         path = Path(picture)
         write_atomically(path, partial(draw_line, title=line.name, nodes=nodes, head=head))

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import remove_unfinished, write_folder
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, remove_unfinished, write_folder
 from conch_dna.errors import ConchError
 from conch_dna.generations.line import MANIFEST_FILE, Line
 from conch_dna.generations.replay import ReplayBatches, create_replay_buffer

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from conch_dna.checkpoints import (
+    content_digest,
     differences,
     numbered_folders,
     read_json,
@@ -24,7 +25,6 @@ from conch_dna.checkpoints import (
     write_folder,
     write_json,
 )
-from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.generations.data import (
     GenerationData,

@@ -1,15 +1,18 @@
 """Laws: what every answer of a model line must keep to, as a user writes it in a YAML file.
 
-Knows texts only. To add a kind of law: a function in KINDS and its line in the guide.
+Knows texts only. Patterns are RE2's, whose time grows with the text, never with its square or
+worse. To add a kind of law: a function in KINDS and its line in the guide.
 """
 
 import json
-import re
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from conch_dna.command_parts import parse_yaml
 from conch_dna.errors import ConchError
 
 Check = Callable[[str, Any], bool]
@@ -19,14 +22,52 @@ EXAMPLE = "write for example '- {name: short, max_words: 80}'"
 def _is_json(text: str, wanted: Any) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
+@lru_cache(maxsize=256)
+def _pattern(pattern: str) -> Any:
+    """A pattern as RE2 compiles it.
+
+    Raises:
+        ValueError: It is none; in words for the user.
+    """
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        compiled = re2.compile(pattern, options)
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    except re2.error as error:
+        why = error.args[0].decode() if error.args else "it is not whole"
+        raise ValueError(
+            f"{why}; patterns are RE2's, without look-around and back-references"
+        ) from None
+    if not pattern.isascii() and any(mark in pattern for mark in _ASCII_MARKS):
+        raise ValueError(
+            f"{', '.join(_ASCII_MARKS)} know the letters of ASCII alone: write (^|\\PL) and "
+            "($|\\PL) for the edges of a word, and \\pL for a letter"
+        )
+    return compiled
+
+
+def _matches(text: str, pattern: str) -> bool:
+    compiled = _pattern(pattern)
+    # As Python has it, $ also stands before a line's end that ends the text; RE2 knows bytes only.
+    texts = {text, text.removesuffix("\n")}
+    return any(compiled.search(each.encode("utf-8", "replace").decode()) for each in texts)
+
+
+# What RE2 takes for ASCII alone: in other languages' patterns it would be silently wrong.
+_ASCII_MARKS = (r"\b", r"\B", r"\w", r"\W")
+
 KINDS: dict[str, tuple[type, Check, str]] = {
-    "forbid": (str, lambda text, pattern: not re.search(pattern, text), "a regular expression"),
-    "require": (str, lambda text, pattern: bool(re.search(pattern, text)), "a regular expression"),
+    "forbid": (str, lambda text, pattern: not _matches(text, pattern), "a regular expression"),
+    "require": (str, _matches, "a regular expression"),
     "max_words": (int, lambda text, most: len(text.split()) <= most, "a whole number"),
     "max_characters": (int, lambda text, most: len(text) <= most, "a whole number"),
     "valid_json": (bool, _is_json, "true"),
@@ -71,14 +112,11 @@ def read_laws(path: Path) -> list[Law]:
     Raises:
         ConchError: The file cannot be read, or something in it is no law; all of it at once.
     """
-    import yaml
-
     try:
-        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise ConchError(f"laws {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConchError(f"laws {path} are not YAML: {' '.join(str(error).split())}") from error
+    listed = parse_yaml(content, str(path), option="laws")
     if not listed:
         raise ConchError(f"laws {path} hold no list; {EXAMPLE}")
     return laws_of(listed, f"laws {path}")
@@ -125,11 +163,11 @@ def _law(entry: Any) -> Law | str:
     kind, value = kinds[0], entry[kinds[0]]
     type_, _, words = KINDS[kind]
     if type(value) is not type_ or value is False or (isinstance(value, int) and value < 0):
-        return f"({entry['name']}): {kind} is {value!r}, not {words}"
+        return f"({entry['name']}): {kind} is {reprlib.repr(value)}, not {words}"
     if type_ is str:
         try:
-            re.compile(str(value))
-        except re.error as error:
+            _pattern(value)
+        except ValueError as error:
             return f"({entry['name']}): {kind} {value!r} is no regular expression: {error}"
     return Law(name=entry["name"], kind=kind, value=value)
 

@@ -17,7 +17,10 @@ from typing import Any
 from conch_dna.checkpoints import (
     DIGESTS,
     FolderLock,
+    content_digest,
+    file_digest,
     parse_json,
+    provenance,
     read_json,
     read_text,
     remove_unfinished,
@@ -26,7 +29,6 @@ from conch_dna.checkpoints import (
     verify_folder,
     write_atomically,
 )
-from conch_dna.digests import content_digest, file_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import ADAPTER_FILES
 

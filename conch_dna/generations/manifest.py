@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import read_json
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, read_json
 from conch_dna.errors import NotWholeError
 from conch_dna.generations.data import GenerationData
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example, ExampleBatches, bucketed_batches
 from conch_dna.training.records import Record

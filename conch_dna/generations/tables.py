@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.generations.line import FAILED, Line
+from conch_dna.presentation import drawing, pairs_table, text_table
 from conch_dna.training.report import draw_losses
 
 if TYPE_CHECKING:
@@ -24,26 +25,21 @@ def verdict_table(name: str, verdicts: Sequence[dict[str, Any]]) -> "Table":
         name: Of the child.
         verdicts: As a manifest holds them.
     """
-    from rich.table import Table
-
     passed = all(verdict["passed"] for verdict in verdicts)
-    table = Table(title=f"{name}: {'every gate passed' if passed else 'refused'}")
-    table.add_column("gate", no_wrap=True)
-    table.add_column("")
-    table.add_column("why")
-    for verdict in sorted(verdicts, key=lambda each: bool(each["passed"])):
-        reason = str(verdict["reason"]).removeprefix(f"{verdict['gate']}: ")
-        table.add_row(verdict["gate"], "passed" if verdict["passed"] else "FAILED", reason)
-    return table
+    rows = [
+        (
+            verdict["gate"],
+            "passed" if verdict["passed"] else "FAILED",
+            str(verdict["reason"]).removeprefix(f"{verdict['gate']}: "),
+        )
+        for verdict in sorted(verdicts, key=lambda each: bool(each["passed"]))
+    ]
+    title = f"{name}: {'every gate passed' if passed else 'refused'}"
+    return text_table(title, ("gate", "", "why"), rows)
 
 
 def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
     """What a generation grew from and how it was taught."""
-    from rich.table import Table
-
-    table = Table(title=name, show_header=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("")
     rows: dict[str, Any] = {"created": manifest["created"]}
     if "base" in manifest:
         rows["base"] = manifest["base"]["model"]
@@ -65,9 +61,7 @@ def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
         }
     versions = manifest["versions"]
     rows["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
-    for label, value in rows.items():
-        table.add_row(label, str(value))
-    return table
+    return pairs_table(name, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,34 +118,28 @@ def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> No
         nodes: Parents before their children, as `nodes_of` gives them.
         head: The current generation.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     depth: dict[str | None, int] = {None: -1}
     for node in nodes:
         depth[node.name] = depth[node.parent] + 1
     places = {node.name: (depth[node.name], -row) for row, node in enumerate(nodes)}
     height = max(2.0, 0.6 * len(nodes) + 1)
-    figure, axes = plt.subplots(figsize=(2.5 + 2 * max(depth.values()), height))
-    for node in nodes:
-        x, y = places[node.name]
-        if node.parent is not None:
-            axes.plot(*zip(places[node.parent], (x, y), strict=True), color="0.7", zorder=1)
-        marker, color = ("x", "tab:red") if node.failed else ("o", "tab:blue")
-        size = 140 if node.name == head else 60
-        axes.scatter([x], [y], marker=marker, color=color, s=size, zorder=2)
-        label = f"{node.name.rsplit('-', 1)[0] if node.failed else node.name}  {node.note}"
-        bold = "bold" if node.name == head else "normal"
-        axes.annotate(
-            label.rstrip(), (x, y), xytext=(9, -3), textcoords="offset points", weight=bold
-        )
-    axes.set_title(f"{title} (HEAD is {head})")
-    axes.margins(x=0.25, y=0.15)
-    axes.axis("off")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    with drawing(path, (2.5 + 2 * max(depth.values()), height), dpi=150, form=None) as figure:
+        axes = figure.subplots()
+        for node in nodes:
+            x, y = places[node.name]
+            if node.parent is not None:
+                axes.plot(*zip(places[node.parent], (x, y), strict=True), color="0.7", zorder=1)
+            marker, color = ("x", "tab:red") if node.failed else ("o", "tab:blue")
+            size = 140 if node.name == head else 60
+            axes.scatter([x], [y], marker=marker, color=color, s=size, zorder=2)
+            label = f"{node.name.rsplit('-', 1)[0] if node.failed else node.name}  {node.note}"
+            bold = "bold" if node.name == head else "normal"
+            axes.annotate(
+                label.rstrip(), (x, y), xytext=(9, -3), textcoords="offset points", weight=bold
+            )
+        axes.set_title(f"{title} (HEAD is {head})")
+        axes.margins(x=0.25, y=0.15)
+        axes.axis("off")
 
 
 def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, best: int) -> None:
@@ -163,15 +151,6 @@ def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, 
         title: Above the picture.
         best: The step that is kept; marked.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, strategies, teachers = figure.subplots(3, sharex=True)
-    draw_losses(
-        losses, history, {"loss": "combined", "kd": "KD (t² KL)", "hard": "the text's part"}
-    )
     rows = [row for row in history if row["split"] == "train"]
     steps = [row["step"] for row in rows]
     shares = {
@@ -183,13 +162,20 @@ def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, 
             ("skipped", "skipped"),
         )
     }
-    strategies.stackplot(steps, list(shares.values()), labels=list(shares), alpha=0.8)
-    strategies.set(ylabel="share of tokens", ylim=(0, 1))
-    for name, label in (("js", "disagreement (JS)"), ("first_weight", "first teacher's weight")):
-        teachers.plot(steps, [row[name] / row["tokens"] for row in rows], label=label)
-    teachers.set(ylabel="mean over tokens", ylim=(0, 1.02), xlabel="optimiser step")
-    for axes in (losses, strategies, teachers):
-        axes.axvline(best, color="grey", linewidth=0.8)
-        axes.legend(fontsize="small")
-    figure.suptitle(f"{title} (kept: step {best})")
-    figure.savefig(path, format="png")
+    with drawing(path, (8, 8)) as figure:
+        losses, strategies, teachers = figure.subplots(3, sharex=True)
+        draw_losses(
+            losses, history, {"loss": "combined", "kd": "KD (t² KL)", "hard": "the text's part"}
+        )
+        strategies.stackplot(steps, list(shares.values()), labels=list(shares), alpha=0.8)
+        strategies.set(ylabel="share of tokens", ylim=(0, 1))
+        for name, label in (
+            ("js", "disagreement (JS)"),
+            ("first_weight", "first teacher's weight"),
+        ):
+            teachers.plot(steps, [row[name] / row["tokens"] for row in rows], label=label)
+        teachers.set(ylabel="mean over tokens", ylim=(0, 1.02), xlabel="optimiser step")
+        for axes in (losses, strategies, teachers):
+            axes.axvline(best, color="grey", linewidth=0.8)
+            axes.legend(fontsize="small")
+        figure.suptitle(f"{title} (kept: step {best})")

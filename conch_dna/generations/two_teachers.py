@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.generations.blending import (
     Outcomes,
     Strategy,

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from conch_dna.checkpoints import sync, write_atomically
@@ -24,13 +25,16 @@ LOCK_TIMEOUT_S = 30.0
 KEPT_SHARE = 0.9
 _TAIL_BYTES = 256
 
-# Every pattern is linear in the text's length.
+# Every pattern is linear in the text's length: none may scan to the end of a run from many of the
+# run's places. What the group `before` holds is no part of the secret.
 REDACTIONS: dict[str, re.Pattern[str]] = {
     "private_key": re.compile(
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
     ),
     "token": re.compile(
-        r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?i:\bbearer)\s+[\w.~+/-]{16,}=*",
+        # Of a run, its first "eyJ" decides: where too little follows it, less follows the others.
+        r"(?<![\w-])(?P<before>(?>[\w-]*?\b(?=eyJ)))eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]*+"
+        r"|(?i:\bbearer)\s++[\w.~+/-]{16,}+=*+",
     ),
     "api_key": re.compile(
         r"\b(?:sk|pk|rk)[-_][\w-]{16,}|\bgh[opsru]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
@@ -72,12 +76,31 @@ def redacted(text: str, names: Sequence[str]) -> str:
     for name in names:
         mark = f"[redacted:{name}]"
         if name == "card":
-            numbers = {match[0] for match in REDACTIONS[name].finditer(text) if _luhn(match[0])}
-            for number in sorted(numbers, key=len, reverse=True):
-                text = text.replace(number, mark)
+            text = _without_cards(text, mark)
         else:
-            text = REDACTIONS[name].sub(mark, text)
+            text = REDACTIONS[name].sub(partial(_mark, mark), text)
     return text
+
+
+def _mark(mark: str, match: re.Match[str]) -> str:
+    return (match.groupdict().get("before") or "") + mark
+
+
+def _without_cards(text: str, mark: str) -> str:
+    """A text without its card numbers, wherever they stand, also within longer numbers."""
+    numbers = {match[0] for match in REDACTIONS["card"].finditer(text) if _luhn(match[0])}
+    lengths = sorted({len(number) for number in numbers}, reverse=True)
+
+    def cleaned(run: re.Match[str]) -> str:
+        digits, start, parts = run[0], 0, []
+        while start < len(digits):
+            ends = (start + length for length in lengths)
+            end = next((end for end in ends if digits[start:end] in numbers), None)
+            parts.append(digits[start] if end is None else mark)
+            start = end or start + 1
+        return "".join(parts)
+
+    return re.sub(r"\d(?:[ -]?\d)+", cleaned, text) if numbers else text
 
 
 def _luhn(number: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from conch_dna.checkpoints import (
     FolderLock,
+    file_digest,
     folder_digests,
     numbered_folders,
     read_json,
@@ -20,7 +21,6 @@ from conch_dna.checkpoints import (
     verify_folder,
     write_json,
 )
-from conch_dna.digests import file_digest
 from conch_dna.ego.settings import is_endpoint
 from conch_dna.errors import ConchError
 from conch_dna.generations.data import (

@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import parse_json, require_plain
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, parse_json, require_plain
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.option_fields import refuse_unknown
 from conch_dna.training.records import read_lines

@@ -12,11 +12,13 @@ from typing import Any
 
 import click
 
-from conch_dna.checkpoints import write_atomically, write_json
+from conch_dna.checkpoints import write_json
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
-from conch_dna.errors import ConchError, Interrupted
-from conch_dna.progress import Report, silent
+from conch_dna.errors import Interrupted
+from conch_dna.presentation import print_tables, report_path, write_report
+from conch_dna.progress import Progress, Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
+from conch_dna.sedimentation.benchmark.report import draw_rows, markdown_table, result_table
 from conch_dna.sedimentation.benchmark.rows import Benchmark, ComparisonSettings
 from conch_dna.sedimentation.benchmark.stages import evaluate_engine, run_training_cycle
 from conch_dna.sedimentation.config import ChelationConfig
@@ -66,8 +68,7 @@ def run_benchmark(
     Raises:
         ConchError: The collection, a setting, a model or a file cannot be used.
     """
-    if output.suffix != ".json":
-        raise ConchError(f"--output {output} must end in .json: plot and table go beside it")
+    output = report_path(output)
     collection = read_collection(task, split=split, cycle_split=cycle_split)
     with tempfile.TemporaryDirectory(prefix="conch-benchmark-") as folder:
         benchmark = Benchmark(
@@ -78,16 +79,9 @@ def run_benchmark(
             report=report,
         )
         document = benchmark.run()
-    _write(output, document)
+    plot = partial(draw_rows, document=document)
+    write_report(output, document, {TABLE: markdown_table(document), PLOT: plot})
     return document
-
-
-def _write(output: Path, document: dict[str, Any]) -> None:
-    from conch_dna.sedimentation.benchmark.report import draw_rows, markdown_table
-
-    write_json(output, document)
-    write_atomically(output.with_suffix(TABLE), markdown_table(document))
-    write_atomically(output.with_suffix(PLOT), partial(draw_rows, document=document))
 
 
 @click.command(
@@ -153,16 +147,11 @@ def main(
     asymmetric, the teacher (ceiling), BM25, and the best row fused with BM25; nDCG@10 and
     recall@100 on the whole corpus, with intervals against the control.
     """
-    from rich.console import Console
-
-    from conch_dna.progress import Progress
-    from conch_dna.sedimentation.benchmark.report import result_table
-
     names = {each.name for each in fields(ComparisonSettings)}
     named = {name: value for name, value in given.items() if name in names and value is not None}
     config = settings_of(given)
     settings = ComparisonSettings(**named, teacher_shares=teacher_shares or None, config=config)
-    path = Path(output).expanduser()
+    path = report_path(output)
     try:
         with Progress() as progress:
             document = run_benchmark(
@@ -172,7 +161,7 @@ def main(
         raise Interrupted(
             f"stopped; {path} holds the rows measured so far; the same command begins anew"
         ) from error
-    Console(highlight=False).print(result_table(document))
+    print_tables(result_table(document))
     click.echo(f"written: {path}, {path.with_suffix(TABLE)}, {path.with_suffix(PLOT)}")
 
 

@@ -16,6 +16,7 @@ import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, passed_on
 from conch_dna.errors import ConchError
+from conch_dna.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import (
     FORMATS,
@@ -61,14 +62,6 @@ def sediment() -> None:
 def _command(*lines: str, name: str | None = None) -> Callable[[Callable[..., None]], Any]:
     """Make a function a command of the group, whose help ends with an example."""
     return sediment.command(name, cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
-
-
-def _print(*tables: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in tables:
-        console.print(table)
 
 
 def _write_json(json_file: str | None, document: Any) -> None:
@@ -141,7 +134,7 @@ def ingest(
     with opened_engine(config, options, new=True) as engine, Progress() as progress:
         progress("phase", {"name": "documents", "total": total, "unit": "documents"})
         result = engine.ingest(_counted(documents, progress), replace_changed=replace)
-    _print(ingest_table(result))
+    print_tables(ingest_table(result))
     _write_json(json_file, asdict(result))
     for name, reason in list(result.errors.items())[:ERRORS_SHOWN]:
         click.echo(f"not embedded: {name}: {reason}", err=True)
@@ -196,7 +189,7 @@ def query(
     with opened_engine(config, options) as engine:
         results = engine.run_inferences(list(queries), top_k, where=where)
     answers = list(zip(queries, results, strict=True))
-    _print(*(hits_table(text, hits) for text, hits in answers))
+    print_tables(*(hits_table(text, hits) for text, hits in answers))
     _write_json(json_file, [{"query": text, **asdict(hits)} for text, hits in answers])
 
 
@@ -278,7 +271,7 @@ def _show_change(result: ChangeResult) -> None:
     if result.candidate is None:
         click.echo(f"nothing was built: {result.reason}")
     else:
-        _print(change_table(result))
+        print_tables(change_table(result))
         click.echo(result.reason)
         stages = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
         click.echo(f"learned from {result.documents:,} documents; seconds: {stages}")
@@ -294,9 +287,9 @@ def status(json_file: str | None, **options: Any) -> None:
     """Show a store's documents, versions, log and gate history; loads no model."""
     with opened_without_models(options) as opened:
         document = opened.to_json()
-    _print(status_table(document))
+    print_tables(status_table(document))
     if document["gate_history"]:
-        _print(history_table(document["gate_history"]))
+        print_tables(history_table(document["gate_history"]))
     else:
         click.echo("the gate has judged nothing yet")
     _write_json(json_file, document)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 
 FIELDS = ("id", "_id", "title", "text", "payload")
@@ -104,7 +104,11 @@ def _document(row: Any, number: int) -> Document:
         )
     name = row.get("id", row.get("_id"))
     if name is None:
-        name = content_digest(title, text)[:32]
+        try:
+            name = content_digest(title, text)[:32]
+        except UnicodeEncodeError:
+            # Half a character has no digest; the text will be an error under this name.
+            name = f"document {number}"
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise ConchError(f"document {number} has the id {name!r}: use a text or a whole number")
     return Document(name, text, title, dict(payload))
@@ -188,7 +192,7 @@ def _unreadable(path: str, error: OSError) -> ConchError:
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConchError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ConchError(f"{where} is no JSON object: give one with text, and id, title, payload")

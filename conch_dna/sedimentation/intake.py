@@ -13,8 +13,9 @@ from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document, DocumentId
-from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.contract import Embedder, problems_of
 from conch_dna.sedimentation.stores.contract import RAW
+from conch_dna.sedimentation.stores.stored_documents import check_payload, key_of
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Intake:
             ConchError: A known id comes with another text, and it is not to be replaced.
         """
         store, counts, errors = self.versions.store, self.counts, self.errors
+        part = [document for document in part if self._storable(document)]
         digests = store.digests([document.id for document in part])
         fresh: dict[DocumentId, Document] = {}
         for document in part:
@@ -93,6 +95,19 @@ class Intake:
         )
         for document in documents:
             counts["updated" if document.id in digests else "added"] += 1
+
+    def _storable(self, document: Document) -> bool:
+        """Whether a store could give it back; if not, the reason is among the errors."""
+        try:
+            key_of(document.id)
+            check_payload(document.id, document.payload)
+        except ConchError as error:
+            self.errors[document.id] = str(error)
+            return False
+        if problems := problems_of([document.embedded]):
+            self.errors[document.id] = problems[0]
+            return False
+        return True
 
     def _allow(self, document: Document, earlier: Document | None, before: str | None) -> None:
         """Refuse a known id with another text; another payload alone is taken."""

@@ -4,10 +4,11 @@ Knows plain values; nothing of how they came about, and decides nothing. To repo
 a field here, and a row of its table.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.presentation import pairs_table, text_table
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 
 if TYPE_CHECKING:
@@ -96,47 +97,11 @@ class ChangeResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def _table(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    numbers: Sequence[str] = (),
-    show_header: bool = True,
-) -> "Table":
-    """A table whose cells are shown as they are, without rich's markup.
-
-    Args:
-        title: Stands above it.
-        columns: Their names.
-        rows: A cell for each column.
-        numbers: Columns that are set to the right and never broken.
-        show_header: Whether the columns' names are shown.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), show_header=show_header)
-    for name in columns:
-        if name in numbers:
-            table.add_column(name, justify="right", no_wrap=True)
-        else:
-            # Folded, since a folder or digest that ends in an ellipsis is of no use.
-            table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
-
-
-def _pairs(title: str, figures: Mapping[str, str]) -> "Table":
-    return _table(title, ("figure", "value"), figures.items(), show_header=False)
-
-
 def ingest_table(result: IngestResult) -> "Table":
     """What became of given documents, and how fast."""
     taken = result.added + result.updated
     rate = f", {taken / result.seconds:,.0f} documents a second" if taken else ""
-    return _pairs(
+    return pairs_table(
         "ingest",
         {
             "added": f"{result.added:,}",
@@ -159,7 +124,7 @@ def hits_table(query: str, result: InferenceResult) -> "Table":
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
         rows.append((rank, f"{score:.4f}", name, shown))
     neighbourhood = ", neighbourhood collapsed" if result.collapsed else ""
-    return _table(
+    return text_table(
         f"{query} ({result.version}{neighbourhood})",
         ("", "score", "id", "document"),
         rows,
@@ -180,7 +145,7 @@ def change_table(result: ChangeResult) -> "Table":
         rows.append((name, *levels, *changes, f"{each['queries']:,}"))
     decision = "activated" if result.activated else "refused"
     numbers = ("before", "after", "difference", "low", "high", "queries")
-    return _table(
+    return text_table(
         f"{result.kind} ({result.mode}): {result.candidate} {decision}",
         ("measure", *numbers),
         rows,
@@ -191,7 +156,7 @@ def change_table(result: ChangeResult) -> "Table":
 def status_table(status: Mapping[str, Any]) -> "Table":
     """Whose a store is, what it holds and which version answers."""
     log = status["log"]
-    return _pairs(
+    return pairs_table(
         status["location"],
         {
             "student": f"{status['student']}, {status['dimension']} dimensions",
@@ -237,4 +202,4 @@ def history_table(history: list[dict[str, Any]]) -> "Table":
                 ", ".join(gains) or each["reason"],
             )
         )
-    return _table("gate history", ("time", "change", "candidate", "", "why"), rows)
+    return text_table("gate history", ("time", "change", "candidate", "", "why"), rows)

@@ -4,14 +4,13 @@ Knows where a store's parts lie; loads no student and no teacher. To tell more: 
 `StoredState.to_json`, and a row of `status_table`.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import FolderLock
+from conch_dna.checkpoints import FolderLock, read_json
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files
@@ -67,8 +66,8 @@ class StoredState:
         }
 
     def _version(self, name: str) -> dict[str, Any]:
-        text = (self.versions.folder / name / ADAPTER_FILE).read_text(encoding="utf-8")
-        document = json.loads(text)
+        needs = {"kind": str, "in_dimension": int, "out_dimension": int, "origin": dict}
+        document = read_json(self.versions.folder / name / ADAPTER_FILE, needs=needs)
         about = {each: document[each] for each in ("in_dimension", "out_dimension", "origin")}
         return {"adapter": document["kind"], **about}
 

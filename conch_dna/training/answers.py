@@ -13,8 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import read_json, write_json
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent

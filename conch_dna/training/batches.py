@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 
 LENGTH_MULTIPLE = 32

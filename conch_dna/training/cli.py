@@ -13,6 +13,7 @@ import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
+from conch_dna.presentation import pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
@@ -168,8 +169,6 @@ def vocab(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from conch_dna.language_model import open_tokenizer
     from conch_dna.training.cross_tokenizer.records import text_coverage
     from conch_dna.training.cross_tokenizer.vocabulary import DIFFERENT, compare_tokenizers
@@ -193,7 +192,7 @@ def vocab(
         rows["student's tokens"] = ", ".join(
             f"{covered[name]:.1%} {name.replace('_', ' ')}" for name in covered
         )
-    Console(highlight=False).print(comparison_table(teacher, student, comparison, rows))
+    print_tables(comparison_table(teacher, student, comparison, rows))
     if json_file:
         from conch_dna.checkpoints import write_json
 
@@ -219,9 +218,6 @@ def _size(count: int | None) -> str:
 def _print_plan(
     models: tuple[str, str], config: KDConfig, domain: str | None, source: dict[str, Any]
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from conch_dna.language_model import ModelSource
     from conch_dna.training.true_kd import plan_domain
 
@@ -238,10 +234,6 @@ def _print_plan(
         if "coverage" in plan:
             covered = 1 - plan["coverage"]["uncovered"]
             aligned += f"; {covered:.1%} of the student's tokens are covered"
-        table = Table(title=f"{name}: dry run, nothing was done", show_header=False)
-        table.add_column()
-        # Folded, since a folder that ends in an ellipsis is of no use.
-        table.add_column(overflow="fold")
         rows = {
             "teacher": f"{plan['teacher']} ({_size(plan['teacher_bytes'])})",
             "student": f"{plan['student']} ({_size(plan['student_bytes'])})",
@@ -255,9 +247,7 @@ def _print_plan(
             "logits of a chunk in memory": _size(plan["logits_bytes"]),
             "output folder": str(Path(config.output_dir) / name),
         }
-        for label, text in rows.items():
-            table.add_row(label, text)
-        Console(highlight=False).print(table)
+        print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
 
 
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:

@@ -17,15 +17,16 @@ import mlx.core as mx
 
 from conch_dna.checkpoints import (
     FolderLock,
+    content_digest,
     differences,
     numbered_folders,
+    provenance,
     read_json,
     remove_unfinished,
     verify_folder,
     write_atomically,
     write_json,
 )
-from conch_dna.digests import content_digest, provenance
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import TokenMetrics, closed_gap

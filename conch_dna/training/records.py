@@ -51,7 +51,8 @@ def read_lines(path: Path, option: str) -> list[str]:
     """
     lines = [line.rstrip("\r") for _, line in _lines(path, option)]
     if not lines:
-        raise ConchError(f"{path} is empty: give one text a line")
+        kind = "prompt" if option == "--prompts" else "text"
+        raise ConchError(f"{path} is empty: give one {kind} a line")
     return lines
 
 

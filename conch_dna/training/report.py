@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.presentation import add_figures, drawing, text_table
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.cross_tokenizer.token_bytes import KINDS
 
@@ -39,8 +40,6 @@ def evaluation_table(
             f"teacher too, chunk KL on {before['chunks']:,} chunks; the teacher's cross-entropy "
             "is of its own tokens"
         )
-    table = Table(title=f"{domain}: {share}", caption=caption)
-    table.add_column("", no_wrap=True)
     figures = {
         "KL to teacher (nats)": ("kl_nats", ".4f"),
         "chunk KL (nats)": ("chunk_kl_nats", ".4f"),
@@ -55,25 +54,13 @@ def evaluation_table(
     else:
         # The perplexities of two tokenizers cannot be compared.
         del figures["perplexity"]
-    rows = {
-        "student before": evaluation["before"],
-        "student after": evaluation["after"],
-        "teacher": evaluation["teacher"],
+    rows = [evaluation[name] for name in ("before", "after", "teacher")]
+    columns = {
+        heading: (form, [row.get(name) for row in rows])
+        for heading, (name, form) in figures.items()
     }
-    columns = {}
-    for heading, (name, form) in figures.items():
-        values = [row.get(name) for row in rows.values()]
-        columns[heading] = ["–" if value is None else f"{value:{form}}" for value in values]
-    lengths = [max(map(len, (heading, *column))) for heading, column in columns.items()]
-    whole = 1 + sum(length + 3 for length in (max(map(len, rows)), *lengths))
-    for heading, column in columns.items():
-        # Rich itself would shrink the widest columns, whatever words stand in them, and cut off
-        # what then still does not fit.
-        narrow = max(map(len, (*heading.split(), *column)))
-        fits = width is None or whole <= width
-        table.add_column(heading, justify="right", width=None if fits else narrow)
-    for label, cells in zip(rows, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(label, *cells)
+    table = Table(title=f"{domain}: {share}", caption=caption)
+    add_figures(table, ("student before", "student after", "teacher"), columns, width=width)
     return table
 
 
@@ -88,16 +75,10 @@ def comparison_table(
         comparison: What `vocabulary.compare_tokenizers` found.
         rows: Further lines over both columns.
     """
-    from rich.markup import escape
-    from rich.table import Table
 
     def number(count: int | None) -> str:
         return "unknown" if count is None else f"{count:,}"
 
-    table = Table(title=f"the tokenizers are {comparison.verdict}")
-    table.add_column("")
-    table.add_column(escape(teacher), overflow="fold")
-    table.add_column(escape(student), overflow="fold")
     c = comparison
     shared = c.shared_tokens
     lines = {
@@ -114,9 +95,11 @@ def comparison_table(
         **{f"id {index}": (first, second) for index, first, second in c.id_examples},
         **{name: (text, "") for name, text in rows.items()},
     }
-    for name, (first, second) in lines.items():
-        table.add_row(name, escape(first), escape(second))
-    return table
+    return text_table(
+        f"the tokenizers are {c.verdict}",
+        ("", teacher, student),
+        [(name, *cells) for name, cells in lines.items()],
+    )
 
 
 def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, best: int) -> None:
@@ -128,17 +111,12 @@ def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, bes
         title: Above the picture.
         best: The step whose adapter is kept; marked.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    draw_losses(axes, history, {"loss": "combined", "kd": "KD (t² KL)", "ce": "cross-entropy"})
-    axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
-    axes.set(xlabel="optimiser step", title=title)
-    axes.legend(fontsize="small")
-    figure.savefig(path, format="png")
+    with drawing(path, (8, 4.5)) as figure:
+        axes = figure.subplots()
+        draw_losses(axes, history, {"loss": "combined", "kd": "KD (t² KL)", "ce": "cross-entropy"})
+        axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
+        axes.set(xlabel="optimiser step", title=title)
+        axes.legend(fontsize="small")
 
 
 def draw_losses(axes: Any, history: Sequence[dict[str, Any]], names: Mapping[str, str]) -> None:

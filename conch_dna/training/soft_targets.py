@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import remove_unfinished, save_arrays
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, remove_unfinished, save_arrays
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import log_softmax, log_sum_exp

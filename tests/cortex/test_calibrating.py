@@ -331,7 +331,7 @@ class TestHeldOut:
         assert found == [tales(20)[index] for index in expected]
         # Recorded once more, one of them was learned by the next version after all.
         documents = {
-            MANIFEST_FILE: {"parent": "G000"},
+            MANIFEST_FILE: {"parent": "G000", "digests": {"parents": {}}},
             DATA_FILE: json_lines([{**found[0], "completion": " No."}]),
             HELDOUT_FILE: json_lines(tales(22)[21:]),
         }

@@ -332,7 +332,7 @@ class TestDrawing:
         curves = {"raw": risk_coverage(raw, agreement), "isotonic": risk_coverage(found, agreement)}
         sizes = []
         for bins in (None, {"raw": reliability(raw, agreement)}):
-            path = tmp_path / "new" / f"{bool(bins)}.png"
+            path = tmp_path / f"{bool(bins)}.png"
             draw_risk_coverage(path, curves, bins, title="thinking")
             data = path.read_bytes()
             assert data.startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ import pytest
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.openai_api import ApiError, Shapes, parse_chat
 from conch_dna.cortex.turn import Answer
+from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError
 
 ASKED = {"model": "owls", "messages": [{"role": "user", "content": "hello"}]}
@@ -63,6 +64,28 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"top_logprobs": 0},
+        {"safety_identifier": "s"},
+        {"prompt_cache_key": "k", "prompt_cache_retention": "24h"},
+        {"prediction": {"type": "content", "content": "a"}},
+        {"verbosity": "medium", "service_tier": "flex", "function_call": "none"},
+        {"messages": [{"role": "user", "content": "hello", "name": "Ann"}]},
+    ],
+)
+def test_what_the_api_takes_and_changes_nothing_here_is_taken(more):
+    assert (parsed(**more).turns, parsed(**more).options) == (parsed().turns, parsed().options)
+
+
+@pytest.mark.parametrize("seed", [0, 10**9, 10**9 + 1, -1, 2**40, 2**63 - 1, -(2**63)])
+def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
+    options = parsed(seed=seed).options
+    assert options.seed == parsed(seed=seed).options.seed == seed % (10**9 + 1)
+    assert EgoConfig(seed=options.seed)
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"n": 2}, "n is not supported by this server"),
@@ -100,8 +123,11 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
         ({"temperature": True}, "temperature is True"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**40}, "seed is 1099511627776"),
+        ({"seed": 2**63}, "seed is 9223372036854775808: give a whole number of 64 bits"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"top_logprobs": 2}, "top_logprobs is not supported"),
+        ({"verbosity": "low"}, "verbosity is not supported"),
+        ({"messages": [{"role": "user", "content": "a", "name": 1}]}, r"messages\[0\].name is 1"),
         ({"stream": "yes"}, "stream is 'yes'"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not supported"),
@@ -139,11 +165,40 @@ def test_all_that_is_wrong_is_told_at_once_and_values_are_cut():
     assert refused.value.param == "messages[0].role"
 
 
-def test_a_body_with_many_keys_is_read_in_no_time():
+def many(piece, count=2**20):
+    """A body of about a megabyte, of many pieces."""
+    return json.dumps(ASKED)[:-1] + ', "x": [' + ",".join([piece] * (count // len(piece))) + "]}"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{" + ",".join(f'"k{n}": 1, "k{n}": 2' for n in range(16_000)) + "}", "more than once"),
+        (many("[]"), "more than 50,000 values"),
+        (many('"m"').replace('"messages"', '"m"').replace('"x"', '"messages"'), "50,000 values"),
+        (many("{}").replace('"messages"', '"m"').replace('"x"', '"messages"'), "50,000 values"),
+        (many("0", 45_000), "x is not supported"),
+        (many("0", 45_000).replace('"messages"', '"m"').replace('"x"', '"messages"'), "is 0"),
+        (json.dumps(ASKED | {str(n): 1 for n in range(80_000)}), "more than 50,000 values"),
+        (json.dumps(ASKED | {str(n): 1 for n in range(40_000)}), "39992 more"),
+    ],
+)
+def test_what_is_wrong_with_a_large_body_is_told_in_no_time_and_few_words(body, message):
     began = time.process_time()
-    with pytest.raises(ApiError, match="more than once"):
-        parse_chat(json.dumps({str(n): 0 for n in range(50_000)}).encode()[:-1] + b', "7": 1}')
-    assert time.process_time() - began < 2
+    with pytest.raises(ApiError, match=message) as refused:
+        parse_chat(body.encode())
+    # Far above what it takes, and far below a search that grows with the square.
+    assert time.process_time() - began < 8
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_body_may_be_64_deep_and_no_deeper():
+    def nested(depth):
+        return json.dumps(ASKED | {"metadata": json.loads("[" * depth + "]" * depth)}).encode()
+
+    assert parse_chat(nested(63)).model == "owls"
+    with pytest.raises(ApiError, match="nested more than 64 deep"):
+        parse_chat(nested(64))
 
 
 @pytest.mark.parametrize(

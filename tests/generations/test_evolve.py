@@ -18,6 +18,7 @@ from conch_dna.generations.line import Line, folder_digest
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors
+from conch_dna.training.chats import templates
 from conch_dna.training.records import json_lines
 from lines import config_of, copied, garbage, quick_config, stories, sums
 from models import make_model_folder
@@ -334,3 +335,46 @@ def test_what_is_finished_is_not_done_again_when_resumed(tiny_line: Line, tmp_pa
 def test_settings_out_of_range_are_named_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConchError, match=message):
         EvolveConfig(**settings)
+
+
+def test_a_resumed_generation_keeps_the_day_on_which_it_began(
+    tiny_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates of some models write the day into the text that is learned."""
+    line = copied(tiny_line, tmp_path / "line")
+    days: list[str] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        days.append(str(templates._DATE.get()))
+        raise ConchError("stopped")
+
+    monkeypatch.setattr("conch_dna.generations.evolve.gather", stop)
+    with pytest.raises(ConchError, match="stopped"):
+        evolve(line, sums(6, 16), quick_config())
+    path = line.folder / f"{WORK}{line.next_name}" / "run.json"
+    assert json.loads(path.read_text())["begun"] == days[0]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "begun": "2026-01-31"}))
+    with pytest.raises(ConchError, match="stopped"):
+        evolve(line, sums(6, 16), quick_config(), resume=True)
+    assert days[1] == "2026-01-31"
+    with pytest.raises(ConchError, match="stopped"):
+        evolve(line, sums(6, 16), quick_config(), overwrite=True)
+    assert days[2] == days[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '{"begun": 7}', "[" * 200_000])
+def test_a_run_file_of_another_form_begins_a_run_anew(
+    tiny_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    line = copied(tiny_line, tmp_path / "line")
+    path = line.folder / f"{WORK}{line.next_name}" / "run.json"
+    path.parent.mkdir()
+    path.write_text(content)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise ConchError("stopped")
+
+    monkeypatch.setattr("conch_dna.generations.evolve.gather", stop)
+    with pytest.raises(ConchError, match="stopped"):
+        evolve(line, sums(6, 16), quick_config(), resume=True)
+    assert json.loads(path.read_text())["begun"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from conch_dna.checkpoints import write_folder
+from conch_dna.checkpoints import DIGESTS, file_digest, write_folder
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 from conch_dna.generations.line import MANIFEST_FILE, Line, folder_digest
+from conch_dna.generations.manifest import METRICS_FILE, outcome_of
 
 
 def candidate(line: Line, parent: str | None, note: str = "") -> Path:
@@ -231,3 +232,72 @@ def test_two_processes_do_not_change_a_line_at_once(tmp_path: Path) -> None:
     line = line_of(tmp_path)
     with line.lock(), pytest.raises(FolderInUseError, match="in use by process"), line.lock():
         pass
+
+
+def rewrite(folder: Path, name: str, content: str) -> None:
+    """Alter a file of a whole folder, and its digest with it."""
+    (folder / name).write_text(content)
+    digests = json.loads((folder / DIGESTS).read_text())
+    (folder / DIGESTS).write_text(json.dumps({**digests, name: file_digest(folder / name)}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "[]",
+        "{}",
+        "[" * 200_000,
+        '{"digests": [], "parent": 1}',
+        '{"digests": {"parents": 1}}',
+    ],
+)
+def test_a_manifest_of_another_form_is_no_whole_one(tmp_path: Path, content: str) -> None:
+    line = line_of(tmp_path)
+    rewrite(line.path("G001"), MANIFEST_FILE, content)
+    with pytest.raises(NotWholeError):
+        line.ancestors("G002")
+    assert line.problems()
+
+
+def test_a_first_generation_without_a_base_is_no_whole_one(tmp_path: Path) -> None:
+    with pytest.raises(NotWholeError, match=r"the base in .* is no JSON object"):
+        line_of(tmp_path).base("G002")
+
+
+@pytest.mark.parametrize("row", ["null", "[]", "7", "[" * 200_000, '{"event": 1}'])
+def test_a_log_of_another_form_is_no_whole_one(tmp_path: Path, row: str) -> None:
+    line = line_of(tmp_path)
+    with open(line.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(row + "\n")
+    with pytest.raises(NotWholeError, match="line 4 is no entry"):
+        line.log()
+    assert line.problems()
+
+
+def test_head_and_log_that_are_no_text_are_named(tmp_path: Path) -> None:
+    line = line_of(tmp_path)
+    (line.folder / "log.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(NotWholeError, match="cannot be read"):
+        line.log()
+    (line.folder / "HEAD").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConchError, match="there is no line"):
+        _ = line.head
+
+
+@pytest.mark.parametrize(
+    ("manifest", "metrics"),
+    [
+        ({"decision": "promoted"}, {}),
+        ({"decision": "promoted", "verdicts": [7]}, {}),
+        ({"decision": "promoted", "verdicts": [{"no": 1}]}, {}),
+        ({"decision": "promoted", "verdicts": []}, []),
+    ],
+)
+def test_an_outcome_of_another_form_is_no_whole_one(
+    tmp_path: Path, manifest: dict[str, Any], metrics: Any
+) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    (tmp_path / METRICS_FILE).write_text(json.dumps(metrics))
+    with pytest.raises(NotWholeError):
+        outcome_of(tmp_path)

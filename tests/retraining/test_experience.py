@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conch_dna.errors import ConchError
-from conch_dna.retraining.buffer import REDACTIONS, ExperienceBuffer, redacted
-from conch_dna.retraining.experience import Experience, read_experiences
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.retraining.buffer import REDACTIONS, ExperienceBuffer, _luhn, redacted
+from conch_dna.retraining.domain import _shape_of, adapter_config
+from conch_dna.retraining.experience import Experience, experience_of, read_experiences
 
 WRITER = """
 import sys
@@ -232,6 +234,10 @@ def test_a_secret_is_replaced_and_what_is_around_it_stays(name: str) -> None:
         ("AKIAIOSFODNN7EXAMPLE", "[redacted:api_key]"),
         ("ghp_0123456789abcdefghij0123", "[redacted:api_key]"),
         ("Authorization: Bearer abcdefghijklmnop1234", "Authorization: [redacted:token]"),
+        ("a-eyJ0-eyJhbGciOi.eyJzdWIiOi.x", "a-[redacted:token]"),
+        ("eyJ.eyJhbGciOiJ.eyJzdWIiOi.x_y-z.", "eyJ.[redacted:token]."),
+        ("beyJhbGciOiJ.eyJzdWIiOi.x", None),
+        ("4111111111111111, then 94111111111111111-7", "[redacted:card], then 9[redacted:card]-7"),
         ("https://ann:pass@host/x", "https://[redacted:password]@host/x"),
         ("The number 4111 1111 1111 1112 is no card.", None),
         ("An order 123456789012 of 20 pens @ 3 each", None),
@@ -241,6 +247,29 @@ def test_a_secret_is_replaced_and_what_is_around_it_stays(name: str) -> None:
 )
 def test_what_is_a_secret_and_what_only_looks_like_one(text: str, left: str | None) -> None:
     assert redacted(text, list(REDACTIONS)) == (text if left is None else left)
+
+
+@pytest.mark.parametrize("name", REDACTIONS)
+def test_redaction_takes_time_in_proportion_to_the_text(name: str) -> None:
+    def seconds(piece: str, length: int) -> float:
+        text = (piece * (length // len(piece) + 1))[:length]
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            redacted(text, [name])
+            times.append(time.process_time() - began)
+        return min(times)
+
+    for piece in ("-eyJ", "eyJaaaaaaaa.", "-sk-", "password ", "://a:", "a@a.", "1-", "AB12", "_-"):
+        # Eight times the text; quadratic time would be 64 times as much.
+        assert seconds(piece, 2**18) < 24 * max(seconds(piece, 2**15), 1e-3), piece
+
+
+def test_many_card_numbers_are_found_in_no_time() -> None:
+    cards = [f"{4 * 10**15 + n:016d}" for n in range(150_000) if _luhn(f"{4 * 10**15 + n:016d}")]
+    began = time.process_time()
+    assert redacted(" ; ".join(cards), ["card"]).count("[redacted:card]") == len(cards) == 15_000
+    assert time.process_time() - began < 2
 
 
 def test_redaction_happens_before_anything_is_written_or_compared(tmp_path: Path) -> None:
@@ -256,3 +285,28 @@ def test_redaction_happens_before_anything_is_written_or_compared(tmp_path: Path
     only = ExperienceBuffer(tmp_path / "other", redact=["card"])
     only.add(each)
     assert secret.encode() in only.path("task").read_bytes()
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"a": ' + "[" * 90 + "]" * 90 + "}", "9" * 9000])
+def test_a_line_that_python_cannot_work_with_is_refused(line):
+    with pytest.raises(ConchError, match="not JSON"):
+        experience_of(line, "thinking")
+    with pytest.raises(ConchError, match="no whole record"):
+        Experience.from_line(line.encode())
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "[]",
+        "[" * 200_000,
+        '{"num_layers": 2}',
+        '{"num_layers": 2, "lora_parameters": []}',
+        '{"num_layers": 2, "lora_parameters": {"rank": "8", "scale": 1}}',
+        '{"num_layers": null, "lora_parameters": {"rank": 8, "scale": 1}}',
+    ],
+)
+def test_an_adapter_configuration_of_another_form_is_refused(tmp_path, document):
+    (tmp_path / "adapter_config.json").write_text(document)
+    with pytest.raises(NotWholeError):
+        _shape_of(adapter_config(tmp_path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.changes.chelation_log import (
     EVENTS_FILE,

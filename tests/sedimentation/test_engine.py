@@ -120,6 +120,36 @@ def test_a_text_that_cannot_be_embedded_is_an_error_of_its_own(models: dict[str,
         assert engine.store.count() == 1
 
 
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"id": "bad", "text": f"{WORDS[1]} \ud800"}, "lone surrogate"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": np.float32(1)}}, "of type float32"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": nested(64)}}, "more than 64 levels"),
+        ({"id": "bad", "text": WORDS[1], "payload": {"n": nested(5000)}}, "more than 64 levels"),
+    ],
+)
+def test_what_a_store_could_not_give_back_is_an_error_of_its_own(
+    wrong: dict[str, Any], reason: str, models: dict[str, str], location: str
+) -> None:
+    """Payloads of 123 levels were acknowledged, and no document could be read any more."""
+    deep = {"id": "deep", "text": WORDS[2], "payload": {"n": nested(63)}}
+    with opened(models, location, "baseline") as engine:
+        result = engine.ingest([{"id": "a", "text": WORDS[0]}, wrong, deep])
+        assert (result.added, list(result.errors)) == (2, ["bad"])
+        assert reason in result.errors["bad"]
+        assert engine.store.get(["deep"]).payloads[0]["n"] == nested(63)
+        unnamed = engine.ingest(["half \ud800", WORDS[3]])
+        assert (unnamed.added, list(unnamed.errors)) == (1, ["document 1"])
+
+
 @pytest.mark.parametrize("query", ["", "  \n"])
 def test_a_query_of_white_space_is_refused(query: str, models: dict[str, str]) -> None:
     with opened(models, mode="baseline") as engine:
@@ -412,6 +442,42 @@ def test_an_active_version_without_its_adapter_is_found_out(
     shutil.rmtree(tmp_path / "db" / "versions" / "v0001")
     with pytest.raises(NotWholeError, match="the adapter of version v0001 is missing"):
         opened(models, tmp_path / "db")
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "[1]", "{}", '{"a":' * 900])
+@pytest.mark.parametrize(
+    "name",
+    ["gate_history.jsonl", "null-v0001.json", "vectors/manifest.json", "chelation/a", "adapter"],
+)
+def test_a_damaged_file_is_told_in_one_line(
+    name: str, content: str, learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["symmetric"].folder, tmp_path / "db")
+    places = {"chelation/a": "chelation/chelation_events.jsonl"}
+    path = (
+        tmp_path / "db" / places.get(name, name.replace("adapter", "versions/v0001/adapter.json"))
+    )
+    path.write_text(f"{content}\n")
+
+    def use() -> None:
+        with opened(models, tmp_path / "db") as engine:
+            engine.run_inference(documents(1)[0]["title"])
+            engine.gate_history()
+
+    with pytest.raises(ConchError) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teachers_version_is_judged_with_its_teacher_only(
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["asymmetric"].folder, tmp_path / "db")
+    with (
+        opened(models, tmp_path / "db", "baseline") as engine,
+        pytest.raises(ConchError, match="carry a teacher's vectors: open the store with its"),
+    ):
+        engine.held_out_quality()
 
 
 # Killed at any moment

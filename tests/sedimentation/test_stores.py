@@ -268,7 +268,7 @@ def test_word_fusion_filters_as_the_store_does() -> None:
         fusion = WordFusion(store, 60)
         for where, expected in FILTERS:
             (hits,) = store.search(rows_of(1, seed=5), version=RAW, top_k=10, where=where)
-            assert set(fusion.fused("owl", hits, 10, where)[0]) == expected, where
+            assert set(fusion.fused("owl", hits, 10, where).ids) == expected, where
 
 
 @pytest.mark.parametrize(

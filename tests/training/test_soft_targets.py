@@ -19,7 +19,7 @@ import pytest
 from mlx.utils import tree_map
 
 import oracle
-from conch_dna.digests import file_digest
+from conch_dna.checkpoints import file_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.losses import LOSSES, compute_kd_loss

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from conch_dna.checkpoints import DIGESTS, file_digest
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError
 from conch_dna.language_model import named_arrays
 from conch_dna.training.batches import Batch, Example, ExampleBatches, collate
@@ -727,3 +728,26 @@ def test_the_whole_model_is_evaluated_without_dropout(uninterrupted):
         dict(tree_flatten(model.trainable_parameters())).keys()
         == named_arrays(trainer.model.trainable_parameters()).keys()
     )
+
+
+@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"step": "two"}', "[" * 200_000])
+def test_a_checkpoint_whose_state_has_another_form_is_passed_over(tmp_path, state):
+    messages: list[str] = []
+
+    def report(event: str, row: dict[str, Any]) -> None:
+        messages.extend([row["message"]] if event == "warning" else [])
+
+    def trainer() -> Trainer:
+        settings = settings_of(num_iters=4, steps_per_save=2)
+        batches = Pulls(pull(1, 2))
+        heldout = [pull(1, 2)]
+        return Trainer(Point(), distance_sums, batches, heldout, settings, tmp_path, report=report)
+
+    trainer().run()
+    folder = tmp_path / "checkpoint_4"
+    (folder / "state.json").write_text(state)
+    digests = json.loads((folder / DIGESTS).read_text())
+    digests["state.json"] = file_digest(folder / "state.json")
+    (folder / DIGESTS).write_text(json.dumps(digests))
+    assert trainer().run(resume=True).steps_run == 2
+    assert len(messages) == 1 and "trying an older checkpoint" in messages[0]

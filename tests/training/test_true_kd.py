@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from conch_dna.digests import file_digest
+from conch_dna.checkpoints import file_digest
 from conch_dna.errors import ConchError, NonFiniteLossError
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.losses import LOSSES

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from conch_dna.checkpoints import write_atomically, write_json
+from conch_dna.checkpoints import provenance
 from conch_dna.command_parts import options_of
 from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
 from conch_dna.cortex.benchmark.rows import DomainBenchmark
@@ -22,12 +22,11 @@ from conch_dna.cortex.commands.shared_options import (
     command,
     model_options,
     opened_suite,
-    print_tables,
     settings_of,
 )
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.digests import provenance
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.presentation import print_tables, report_path, write_report
 from conch_dna.progress import Progress, Report, silent
 from conch_dna.training.records import Record, read_records
 from conch_dna.training.settings import DEFAULT_TEACHER
@@ -112,9 +111,8 @@ def run_benchmark(
 
 
 def _write(output: Path, document: dict[str, Any]) -> None:
-    write_json(output, document)
-    if document["domains"]:
-        write_atomically(output.with_suffix(".png"), partial(draw_benchmark, document=document))
+    plot = {".png": partial(draw_benchmark, document=document)} if document["domains"] else {}
+    write_report(output, document, plot)
 
 
 @command(
@@ -150,9 +148,7 @@ def main(
         raise ConchError("give either --domain NAME or --all")
     if data_file and all_domains:
         raise ConchError("--data goes with one --domain, not with --all")
-    path = Path(output).expanduser()
-    if path.suffix != ".json":
-        raise ConchError(f"--output {output} must end in .json: the plot goes beside it")
+    path = report_path(output)
     settings = settings_of(AdapterBenchmarkSettings, values)
     data = read_records(Path(data_file)) if data_file else None
     with opened_suite(values, domains=[domain] if domain else None) as suite:

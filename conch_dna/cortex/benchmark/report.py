@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conch_dna.cortex.benchmark.rows import ADAPTER, ROWS, STUDENT
 from conch_dna.cortex.calibration.risk_coverage import RiskCoverage, draw_curves
+from conch_dna.presentation import add_figures, drawing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,55 +76,41 @@ def domain_table(name: str, document: Mapping[str, Any]) -> "Table":
     closed = "" if gap is None else f", {gap:.0%} of the KL to EGO taken away"
     title = f"{name}: {document['prompts']} held-out prompts{closed}"
     table = Table(title=title, box=box.SIMPLE)
-    table.add_column("", no_wrap=True)
     figures = [each for each in FIGURES if any(each.of(rows[row]) is not None for row in ROWS)]
     if figures[0].heading == "KL nats":
         figures = [each for each in figures if each.heading != "chunk KL"]
-    cells = [
-        ["–" if (value := each.of(rows[row])) is None else f"{value:{each.form}}" for row in ROWS]
-        for each in figures
-    ]
-    for each, column in zip(figures, cells, strict=True):
-        # No word of a heading and no number is broken, however narrow the console.
-        longest = max(map(len, (*each.heading.split(), *column)))
-        table.add_column(each.heading, justify="right", min_width=longest)
-    for row, *values in zip(ROWS, *cells, strict=True):
-        table.add_row(row, *values)
+    columns = {each.heading: (each.form, [each.of(rows[row]) for row in ROWS]) for each in figures}
+    add_figures(table, ROWS, columns)
     return table
 
 
-def draw_benchmark(path: Path, *, document: Mapping[str, Any]) -> None:
+def draw_benchmark(path: Path, document: Mapping[str, Any]) -> None:
     """Draw bars of the figures, and each domain's risk-coverage curves, into a PNG.
 
     Args:
         path: The file to write.
         document: What `run_benchmark` gives, with at least one domain.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows_of = {name: figures["rows"] for name, figures in document["domains"].items()}
     panels = [each for each in FIGURES if each.title and _values(rows_of, each)]
     curves = {name: lines for name, rows in rows_of.items() if (lines := _curves(rows))}
     count = len(panels) + len(curves)
     columns = min(3, count)
     height = -(-count // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    places = list(figure.subplots(height, columns, squeeze=False).ravel())
-    for each in panels:
-        _draw_bars(places.pop(0), rows_of, each)
-    for name, lines in curves.items():
-        axes = places.pop(0)
-        draw_curves(axes, lines)
-        axes.set_title(f"{name}: risk over coverage", fontsize="medium")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    for axes in places:
-        axes.axis("off")
-    student, ego = (document[name].rstrip("/").rsplit("/", 1)[-1] for name in ("student", "ego"))
-    figure.suptitle(f"{student} and its adapters beside EGO, {ego}")
-    figure.savefig(path, format="png")
+    with drawing(path, (5 * columns, 3.6 * height), dpi=110) as figure:
+        places = list(figure.subplots(height, columns, squeeze=False).ravel())
+        for each in panels:
+            _draw_bars(places.pop(0), rows_of, each)
+        for name, lines in curves.items():
+            axes = places.pop(0)
+            draw_curves(axes, lines)
+            axes.set_title(f"{name}: risk over coverage", fontsize="medium")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        for axes in places:
+            axes.axis("off")
+        student, ego = (document[key].rstrip("/").rsplit("/", 1)[-1] for key in ("student", "ego"))
+        figure.suptitle(f"{student} and its adapters beside EGO, {ego}")
 
 
 def _values(rows_of: Mapping[str, Rows], figure: Figure) -> list[float]:

@@ -7,10 +7,12 @@ in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from conch_dna.checkpoints import write_atomically
 from conch_dna.cortex.calibration.confidence import (
     Calibration,
     answer_confidence,
@@ -326,12 +328,15 @@ def calibrate_domain(
     confidences, shares = agreement.held_out(calibration)
     curves = agreement.curves(calibration)
     bins = bins_for(len(shares))
-    draw_risk_coverage(
-        picture,
-        curves,
-        {name: reliability(values, shares, bins=bins) for name, values in confidences.items()},
+    draw = partial(
+        draw_risk_coverage,
+        curves=curves,
+        reliabilities={
+            name: reliability(values, shares, bins=bins) for name, values in confidences.items()
+        },
         title=f"{domain}: {len(shares)} held-out answers, EGO is {calibration.ego}",
     )
+    write_atomically(picture, draw)
     suite.take_calibration(domain)
     details = {
         "domain": domain,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically
 from conch_dna.errors import ConchError
 from conch_dna.metrics import Reliability
+from conch_dna.presentation import drawing
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -83,28 +83,23 @@ def draw_risk_coverage(
             without them there is one picture.
         title: Above both.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = 2 if reliabilities else 1
-    figure = Figure(figsize=(5.5 * panels, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, *more = figure.subplots(1, panels, squeeze=False)[0]
-    draw_curves(left, curves)
-    for axes in more:
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-        for name, bins in (reliabilities or {}).items():
-            # A bin of one answer must not look like one of fifty.
-            sizes = [50 * count / max(bins.count) for count in bins.count]
-            axes.scatter(bins.confidence, bins.outcome, s=sizes, alpha=0.7, label=name)
-        axes.set(xlabel="confidence", ylabel="agreement with EGO", xlim=(0, 1), ylim=(0, 1))
-        axes.set_aspect("equal")
-    for axes in (left, *more):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    with drawing(path, (5.5 * panels, 4.5)) as figure:
+        left, *more = figure.subplots(1, panels, squeeze=False)[0]
+        draw_curves(left, curves)
+        for axes in more:
+            axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
+            for name, bins in (reliabilities or {}).items():
+                # A bin of one answer must not look like one of fifty.
+                sizes = [50 * count / max(bins.count) for count in bins.count]
+                axes.scatter(bins.confidence, bins.outcome, s=sizes, alpha=0.7, label=name)
+            axes.set(xlabel="confidence", ylabel="agreement with EGO", xlim=(0, 1), ylim=(0, 1))
+            axes.set_aspect("equal")
+        for axes in (left, *more):
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize="small")
+        figure.suptitle(title, fontsize="medium")
 
 
 def draw_curves(axes: Any, curves: Mapping[str, RiskCoverage]) -> None:

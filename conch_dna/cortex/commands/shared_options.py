@@ -62,15 +62,6 @@ remember_option = click.option(
 )
 
 
-def print_tables(*tables: Any) -> None:
-    """Show tables on standard output."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for table in tables:
-        console.print(table)
-
-
 def write_figures(json_file: str | None, document: Any) -> None:
     """Write what `--json` asks for, if it was given."""
     if json_file:

@@ -12,6 +12,7 @@ from conch_dna.cortex.calibration.confidence import Calibration, load_calibratio
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
+from conch_dna.presentation import text_table
 from conch_dna.retraining.domain import active_adapter, known_domains
 from conch_dna.retraining.pipeline import RetrainAdvice, TrainingPipeline
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
@@ -113,24 +114,23 @@ def calibration_table(calibrations: dict[str, Calibration]) -> "Table":
     Args:
         calibrations: Of each domain.
     """
-    from rich.table import Table
-
     headings = ("neuron", "method", "fitted", "held out", "ECE before", "ECE after")
     figures = ("answers itself from", "coverage", "risk")
-    table = Table(*headings, *figures, title="calibration on held-out answers")
-    for domain, each in calibrations.items():
-        table.add_row(
+    rows = [
+        (
             domain,
             each.method,
-            str(each.n_fit),
-            str(each.n_held),
+            each.n_fit,
+            each.n_held,
             f"{each.ece_before:.3f}",
             f"{each.ece_after:.3f}",
             "never" if each.threshold is None else f"{each.threshold:.3f}",
             f"{each.coverage:.0%}",
             "-" if each.risk is None else f"{each.risk:.3f}",
         )
-    return table
+        for domain, each in calibrations.items()
+    ]
+    return text_table("calibration on held-out answers", (*headings, *figures), rows)
 
 
 def who_answered(answer: Answer) -> str:

@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, verify_folder
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors

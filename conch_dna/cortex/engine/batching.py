@@ -16,11 +16,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from conch_dna.checkpoints import content_digest
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
 from conch_dna.cortex.options import MAX_BATCH, DrawOptions
-from conch_dna.digests import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.answers import make_sampler
 

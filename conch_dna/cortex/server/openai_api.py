@@ -28,17 +28,30 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from conch_dna.cortex.options import AskOptions, HandOver
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
-from conch_dna.training.structured_answers import JsonError, read_json
+from conch_dna.training.structured_answers import MAX_DEPTH, JsonError, read_json
 
-LAST_SEED = 10**9
+# A seed is any number of 64 bits; as many different draws there are.
+FIRST_SEED, LAST_SEED = -(2**63), 2**63 - 1
+SEEDS = 10**9 + 1
+# Most values of a body: each may be a problem of its own, and each problem takes its time.
+MAX_VALUES = 50_000
 # So many problems of a request are told; of more their number.
 MAX_PROBLEMS = 8
+_LONGEST_REASON = 300
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
 
 _LIMIT = "a whole number from 1 to 2,147,483,647"
-# They are for the provider's own records.
-_IGNORED = {"user", "metadata", "store"}
+# They are for the provider's own records and caches.
+_IGNORED = {
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+}
 # Parameters of the API that change nothing at these values, and are refused at all others.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -46,14 +59,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logprobs": (False,),
+    "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
+    "function_call": ("none",),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
+    "service_tier": ("auto", "default", "flex", "priority"),
+    "verbosity": ("medium",),
 }
 # Of an answer, what stands elsewhere in the reply.
 _ELSEWHERE = ("domain", "text", "finish_reason", "prompt_tokens", "completion_tokens")
@@ -123,6 +139,8 @@ class _Message(_Strict):
         description="system, developer, user or assistant"
     )
     content: list[_Part] = Field(description="a text, or a list of text parts")
+    # Tells speakers of one role apart for the provider; no template has a place for it.
+    name: str | None = Field(default=None, description="a text")
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +187,10 @@ class ChatRequest(_Strict):
         default=AskOptions.top_p, gt=0, le=1, description="a number above 0, up to 1"
     )
     seed: int | None = Field(
-        default=None, ge=0, le=LAST_SEED, description=f"a whole number from 0 to {LAST_SEED:,}"
+        default=None,
+        ge=FIRST_SEED,
+        le=LAST_SEED,
+        description="a whole number of 64 bits, from -2^63 to 2^63 - 1",
     )
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description=_LIMIT)
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description=_LIMIT)
@@ -215,12 +236,12 @@ class ChatRequest(_Strict):
         """How it is to be answered; who draws without a seed gets another answer each time."""
         seed = self.seed
         if seed is None:
-            seed = secrets.randbelow(LAST_SEED + 1) if self.temperature else AskOptions.seed
+            seed = secrets.randbelow(SEEDS) if self.temperature else AskOptions.seed
         return AskOptions(
             max_tokens=self.max_tokens or self.max_completion_tokens or AskOptions.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            seed=seed,
+            seed=seed % SEEDS,
             **self.conch.model_dump(exclude_none=True),
         )
 
@@ -243,9 +264,12 @@ def parse_chat(body: bytes) -> ChatRequest:
         fields = read_json(body.decode(json.detect_encoding(body)))
     except (JsonError, UnicodeDecodeError, RecursionError) as error:
         why = str(error) if isinstance(error, JsonError) else type(error).__name__
+        if len(why) > _LONGEST_REASON:
+            why = f"{why[: _LONGEST_REASON // 2]} … {why[-_LONGEST_REASON // 2 :]}"
         raise ApiError(400, f"the body is no JSON ({why}): send one JSON object") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is no JSON object: send one, with model and messages")
+    _require_bounds(fields)
     try:
         return ChatRequest.model_validate(
             {name: value for name, value in fields.items() if _matters(name, value)}
@@ -256,6 +280,26 @@ def parse_chat(body: bytes) -> ChatRequest:
     if len(problems) > MAX_PROBLEMS:
         messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
     raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
+
+
+def _require_bounds(fields: dict[str, Any]) -> None:
+    """Refuse a body that is nested too deep or has too many values."""
+    level: list[Any] = [fields]
+    depth, values = 0, 1
+    while True:
+        parts = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [value for part in parts for value in part]
+        values += len(level)
+        depth += 1
+        level = [value for value in level if isinstance(value, dict | list)]
+        if values > MAX_VALUES:
+            raise ApiError(
+                400, f"the body has more than {MAX_VALUES:,} values: shorten the conversation"
+            )
+        if not level:
+            return
+        if depth == MAX_DEPTH:
+            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep: make it flatter")
 
 
 def _matters(name: str, value: Any) -> bool:

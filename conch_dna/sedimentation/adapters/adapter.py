@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.checkpoints import read_folder, write_folder
-from conch_dna.digests import content_digest, provenance
+from conch_dna.checkpoints import content_digest, provenance, read_folder, write_folder
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.config import KINDS
 from conch_dna.sedimentation.embedders.contract import unit

@@ -127,7 +127,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConchError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(row, dict) or row.get("_id") in (None, ""):
             raise ConchError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.presentation import drawing, text_table
 from conch_dna.sedimentation.benchmark.rows import CONTROL, TEACHER
 
 if TYPE_CHECKING:
@@ -64,15 +65,8 @@ ON_SCREEN = ("row", "nDCG@10", "against the control", "gap closed", "gate")
 
 def result_table(document: Document) -> "Table":
     """The rows for a rich console, in the columns that a narrow one can show."""
-    from rich.table import Table
-
-    table = Table(title=_title(document))
-    for column in ON_SCREEN:
-        whole = column == "nDCG@10" or column == "against the control"
-        table.add_column(column, no_wrap=whole)
-    for row in document["rows"]:
-        table.add_row(*(COLUMNS[column](row) for column in ON_SCREEN))
-    return table
+    rows = [[COLUMNS[column](row) for column in ON_SCREEN] for row in document["rows"]]
+    return text_table(_title(document), ON_SCREEN, rows, numbers=ON_SCREEN[1:3])
 
 
 def markdown_table(document: Document) -> str:
@@ -108,42 +102,38 @@ def _title(document: Document) -> str:
     return f"{document['task']}: {student} taught by {' and '.join(teachers)}"
 
 
-def draw_rows(path: Path, *, document: Document) -> None:
+def draw_rows(path: Path, document: Document) -> None:
     """Draw how every row's nDCG@10 differs from the control's, with intervals, into a PNG.
 
     Args:
         path: The file to write.
         document: What `Benchmark.document` gave.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = document["rows"]
     swept = [row for row in rows if "teacher_weight " in row["name"]]
     others = [row for row in rows if row not in swept]
     height = 1.5 + 0.35 * len(others)
-    figure = Figure(figsize=(8, height + 3 * bool(swept)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     heights = [height, 3] if swept else [height]
-    axes, *more = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    places = list(range(len(others), 0, -1))
-    axes.errorbar(_gains(others), places, xerr=_bars(others), fmt="o", capsize=3)
-    for row, gain, place in zip(others, _gains(others), places, strict=True):
-        if not row.get("activated", True):
-            axes.plot([gain], [place], "x", color="tab:red", markersize=10)
-        if row["name"] == TEACHER:
-            axes.axvline(gain, color="tab:green", linewidth=0.8, linestyle="--")
-    axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_yticks(places, [f"{row['name']}  {row['ndcg_at_10']:.4f}" for row in others])
-    axes.set(xlabel="nDCG@10 less the control's, with its interval; ×: not activated")
-    if swept:
-        below = more[0]
-        weights = [row["teacher_weight"] for row in swept]
-        below.errorbar(weights, _gains(swept), yerr=_bars(swept), fmt="o-", capsize=3)
-        below.axhline(0, color="grey", linewidth=0.8, linestyle="--")
-        below.set(xlabel="teacher_weight, offline symmetric", ylabel="nDCG@10 less the control's")
-    figure.suptitle(_title(document), fontsize="medium")
-    figure.savefig(path, format="png")
+    with drawing(path, (8, sum(heights))) as figure:
+        axes, *more = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        places = list(range(len(others), 0, -1))
+        axes.errorbar(_gains(others), places, xerr=_bars(others), fmt="o", capsize=3)
+        for row, gain, place in zip(others, _gains(others), places, strict=True):
+            if not row.get("activated", True):
+                axes.plot([gain], [place], "x", color="tab:red", markersize=10)
+            if row["name"] == TEACHER:
+                axes.axvline(gain, color="tab:green", linewidth=0.8, linestyle="--")
+        axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
+        axes.set_yticks(places, [f"{row['name']}  {row['ndcg_at_10']:.4f}" for row in others])
+        axes.set(xlabel="nDCG@10 less the control's, with its interval; ×: not activated")
+        for below in more:
+            weights = [row["teacher_weight"] for row in swept]
+            below.errorbar(weights, _gains(swept), yerr=_bars(swept), fmt="o-", capsize=3)
+            below.axhline(0, color="grey", linewidth=0.8, linestyle="--")
+            below.set(
+                xlabel="teacher_weight, offline symmetric", ylabel="nDCG@10 less the control's"
+            )
+        figure.suptitle(_title(document), fontsize="medium")
 
 
 def _gains(rows: list[Document]) -> list[float]:

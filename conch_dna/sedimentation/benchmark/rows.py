@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.digests import content_digest, provenance
+from conch_dna.checkpoints import content_digest, provenance
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
 from conch_dna.option_fields import option, option_problem

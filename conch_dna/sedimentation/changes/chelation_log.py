@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from conch_dna.checkpoints import sync, write_atomically
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, sync, write_atomically
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.documents import DocumentId
 
@@ -102,7 +101,7 @@ def _parsed(line: bytes, where: str) -> Event:
         document = json.loads(line)
         written = document.pop("digest")
         event = Event(**document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotWholeError(f"{where} is no event of the log: {remedy}") from error
     if event.digest != written:
         raise NotWholeError(f"{where} was altered, its digest is another: {remedy}")

@@ -6,7 +6,6 @@ otherwise: `dispersions`; the null is calibrated with it, so the threshold follo
 """
 
 import heapq
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_json
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.config import ChelationConfig
@@ -224,7 +222,7 @@ class Neighbourhoods:
         if self._null is None or self._null.version != version:
             self._null, self._null_count = None, 0
             if path.is_file():
-                document = json.loads(path.read_text(encoding="utf-8"))
+                document = read_json(path, needs={"null": dict, "documents": int})
                 self._null = CollapseNull.from_json(document["null"], source=str(path))
                 self._null_count = document["documents"]
         null, settings = self._null, (config.top_k, config.collapse_percentile, config.seed)

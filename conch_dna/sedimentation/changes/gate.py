@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import write_atomically
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.metrics import RESAMPLES, paired_interval
 from conch_dna.sedimentation.config import ChelationConfig
 
@@ -116,11 +116,24 @@ def _decide_by(measure: str, before: Any, after: Any, config: ChelationConfig) -
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Every decision that is remembered in a folder, oldest first."""
+    """Every decision that is remembered in a folder, oldest first.
+
+    Raises:
+        NotWholeError: The file is not as it was written.
+    """
     path = folder / GATE_HISTORY
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(each, dict) and "candidate" in each for each in entries):
+            raise ValueError("a line is no decision")
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotWholeError(
+            f"{path} cannot be read: {one_line(error)}. Restore it, or move it away to begin a new "
+            "history"
+        ) from error
+    return entries
 
 
 def add_to_history(folder: Path, entry: Mapping[str, Any]) -> None:

@@ -237,7 +237,11 @@ def measures(
         with_rests = []
         for name in names:
             if versions.origin(name)["documents"] == OF_TEACHER:
-                assert helper is not None
+                if helper is None:
+                    raise ConchError(
+                        f"the documents of version {name} carry a teacher's vectors: open the "
+                        "store with its teacher to judge it"
+                    )
                 own = helper.get_teacher_embeddings(evidence.rests)
             else:
                 own = versions.adapter(name).apply(rests)

@@ -5,7 +5,6 @@ its adapter's folder, which is there before them and goes after them, so that a 
 leaves at most one of the two too many; `recover` removes it.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import remove_unfinished
+from conch_dna.checkpoints import read_json, remove_unfinished
 from conch_dna.errors import NotWholeError
 from conch_dna.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
@@ -87,8 +86,8 @@ class Versions:
         """What a version was made from; of the raw vectors nothing but that."""
         if name == RAW:
             return {"documents": ADAPTED}
-        text = (self.folder / name / ADAPTER_FILE).read_text(encoding="utf-8")
-        origin: dict[str, Any] = json.loads(text)["origin"]
+        document = read_json(self.folder / name / ADAPTER_FILE, needs={"origin": dict})
+        origin: dict[str, Any] = document["origin"]
         return origin
 
     def next_name(self, known: Iterable[str] = ()) -> str:

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, verify_folder
-from conch_dna.digests import content_digest, file_digest
+from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
@@ -288,6 +287,6 @@ def _model_type(path: Path) -> str | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConchError(f"{path} is no JSON: the model is not whole") from error
     return config.get("model_type") if isinstance(config, dict) else None

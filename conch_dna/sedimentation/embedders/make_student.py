@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_folder
-from conch_dna.digests import provenance
+from conch_dna.checkpoints import provenance, write_folder
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.local import (
     STUDENT_FILE,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
 

@@ -10,14 +10,14 @@ teachers otherwise: another subclass of `Embedder`.
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest, write_atomically
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of, unit
 
@@ -55,8 +55,10 @@ class VectorCache:
         """Where each key's vector lies; the shards are verified the first time."""
         places: dict[bytes, tuple[Path, int]] = {}
         for path in self.folder.glob(".writing-*"):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink(missing_ok=True)
+            # Another process may give it its name at this moment.
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
         for path in sorted(self.folder.glob("vectors-*.safetensors")):
             self._read_shard(path, places)
         return places

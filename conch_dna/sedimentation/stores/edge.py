@@ -341,7 +341,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
                 "store with the version of conch_dna that made it"
             )
         return dict(manifest["identity"]), VersionState(**manifest["versions"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotWholeError(
             f"{path} cannot be read as a manifest: restore it, or make the store anew from its "
             "documents"

@@ -21,6 +21,9 @@ DIGEST = f"{PREFIX}digest"
 NAMESPACE = uuid.UUID("7f1d3c52-6a0b-5a43-9c58-0d1f0c0a6e11")
 # How far the length of a unit vector in float32 may be from 1.
 LENGTH_TOLERANCE = 1e-3
+# Lists and objects within each other. Qdrant Edge acknowledges more than 128 and cannot read its
+# shard any more.
+MOST_LEVELS = 64
 
 
 class Record(NamedTuple):
@@ -68,7 +71,18 @@ def to_stored(identifier: DocumentId, payload: Mapping[str, Any], digest: str) -
     """A payload with the reserved fields.
 
     Raises:
-        ConchError: A field has the reserved prefix, or a value would not come back as given.
+        ConchError: See `check_payload`.
+    """
+    check_payload(identifier, payload)
+    return {**payload, ID: id_text(identifier), DIGEST: digest, **boolean_fields(payload)}
+
+
+def check_payload(identifier: DocumentId, payload: Mapping[str, Any]) -> None:
+    """Refuse a payload that a store could not give back.
+
+    Raises:
+        ConchError: A field has the reserved prefix, a value would not come back as given, or it
+            is nested deeper than MOST_LEVELS.
     """
     for field in payload:
         if isinstance(field, str) and field.startswith(PREFIX):
@@ -79,9 +93,9 @@ def to_stored(identifier: DocumentId, payload: Mapping[str, Any], digest: str) -
     if (wrong := _not_plain(payload)) is not None:
         raise ConchError(
             f"document {identifier!r}: payload holds {wrong}, which would not come back as "
-            "given: use texts, finite numbers of at most 64 bits, booleans, None, lists and dicts"
+            "given: use texts, finite numbers of at most 64 bits, booleans, None, lists and dicts "
+            f"of at most {MOST_LEVELS} levels"
         )
-    return {**payload, ID: id_text(identifier), DIGEST: digest, **boolean_fields(payload)}
 
 
 def stored_id(stored: Mapping[str, Any]) -> DocumentId:
@@ -99,8 +113,13 @@ def as_given(records: Iterable[Record]) -> tuple[list[DocumentId], list[dict[str
     return ids, payloads
 
 
-def _not_plain(value: Any) -> str | None:
-    """The first thing within a value that JSON of 64 bits would change; None if there is none."""
+def _not_plain(value: Any, levels: int = MOST_LEVELS) -> str | None:
+    """The first thing within a value that a store would change or choke on; None if there is none.
+
+    Args:
+        value: Any.
+        levels: How many lists and objects may lie within each other.
+    """
     if value is None or isinstance(value, bool):
         return None
     if type(value) is str:
@@ -109,6 +128,8 @@ def _not_plain(value: Any) -> str | None:
         return None if -LARGEST <= value < LARGEST else f"the integer {value}"
     if type(value) is float:
         return None if math.isfinite(value) else f"the number {value}"
+    if not levels and isinstance(value, (list, Mapping)):
+        return f"more than {MOST_LEVELS} levels of lists and objects"
     inside: Iterable[Any]
     if type(value) is list:
         inside = value
@@ -119,7 +140,7 @@ def _not_plain(value: Any) -> str | None:
         inside = value.values()
     else:
         return f"{value!r} of type {type(value).__name__}"
-    return next((wrong for v in inside if (wrong := _not_plain(v)) is not None), None)
+    return next((wrong for v in inside if (wrong := _not_plain(v, levels - 1)) is not None), None)
 
 
 def checked_rows(vectors: Any, *, count: int | None, dimension: int, what: str) -> np.ndarray:

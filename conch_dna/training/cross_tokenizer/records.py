@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.batches import Example

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from conch_dna.digests import content_digest
+from conch_dna.checkpoints import content_digest
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Batch, Example, collate, round_up
 from conch_dna.training.cross_tokenizer.alignments import SHARED_TOKENS

@@ -1,0 +1,151 @@
+"""What people look at: tables for a terminal, plots as PNG, a report's files.
+
+Knows figures and texts, rich and matplotlib; nothing of what the figures mean. To show another
+kind of table: a function here that gives rich's.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conch_dna.checkpoints import write_atomically, write_json
+from conch_dna.errors import ConchError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+
+def text_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: Sequence[str] = (),
+    show_header: bool = True,
+) -> "Table":
+    """A table whose cells are shown as they are, without rich's markup.
+
+    Args:
+        title: Stands above it.
+        columns: Their names.
+        rows: A cell for each column.
+        numbers: Columns that are set to the right and never broken.
+        show_header: Whether the columns' names are shown.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=show_header)
+    for name in columns:
+        if name in numbers:
+            table.add_column(Text(name), justify="right", no_wrap=True)
+        else:
+            # Folded, since a folder or digest that ends in an ellipsis is of no use.
+            table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def pairs_table(title: str, figures: Mapping[str, object]) -> "Table":
+    """A table of names and their values, one a line, without headings."""
+    return text_table(title, ("figure", "value"), figures.items(), show_header=False)
+
+
+def add_figures(
+    table: "Table",
+    labels: Sequence[str],
+    columns: Mapping[str, tuple[str, Sequence[float | None]]],
+    *,
+    width: int | None = None,
+) -> None:
+    """Fill a table with numbers, under headings that break between words where it is narrow.
+
+    Args:
+        table: An empty one.
+        labels: Of its rows.
+        columns: By heading the format of the numbers, and one for each row; None is shown as –.
+        width: Of the console, in letters: where headings in one line do not fit, each word gets
+            its own.
+    """
+    cells = {
+        heading: ["–" if value is None else f"{value:{form}}" for value in values]
+        for heading, (form, values) in columns.items()
+    }
+    lengths = [max(map(len, (heading, *column))) for heading, column in cells.items()]
+    whole = 1 + sum(length + 3 for length in (max(map(len, labels)), *lengths))
+    fits = width is None or whole <= width
+    table.add_column("", no_wrap=True)
+    for heading, column in cells.items():
+        # Rich itself would shrink the widest columns, whatever words stand in them, and cut off
+        # what then still does not fit.
+        longest = max(map(len, (*heading.split(), *column)))
+        table.add_column(
+            heading, justify="right", min_width=longest, width=None if fits else longest
+        )
+    for row in zip(labels, *cells.values(), strict=True):
+        table.add_row(*row)
+
+
+def print_tables(*tables: Any) -> None:
+    """Show tables on standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+@contextmanager
+def drawing(
+    path: Path, size: tuple[float, float], *, dpi: int = 120, form: str | None = "png"
+) -> Iterator["Figure"]:
+    """A new figure, written to a file at the end.
+
+    It needs no screen, and nothing of it stays in matplotlib's list of open figures.
+
+    Args:
+        path: The file to write.
+        size: Width and height in inches.
+        dpi: Dots per inch.
+        form: Of the file; where None, the path's ending decides.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    figure.savefig(path, format=form)
+
+
+def report_path(output: str | Path) -> Path:
+    """Where a report's JSON goes; its plot and table have the same name but for the ending.
+
+    Args:
+        output: What `--output` was given.
+
+    Raises:
+        ConchError: It does not end in .json.
+    """
+    path = Path(output).expanduser()
+    if path.suffix != ".json":
+        raise ConchError(f"--output {output} must end in .json: plot and table go beside it")
+    return path
+
+
+def write_report(
+    path: Path, document: Any, beside: Mapping[str, str | Callable[[Path], None]]
+) -> None:
+    """Write a report's JSON, and what shows it beside it, each file whole or not at all.
+
+    Args:
+        path: Of the JSON; see `report_path`.
+        document: What the JSON holds.
+        beside: By ending, such as .md, a text or a function that writes the file it is given.
+    """
+    write_json(path, document)
+    for suffix, content in beside.items():
+        write_atomically(path.with_suffix(suffix), content)

@@ -1,0 +1,52 @@
+"""YAML of users: what cannot be settings ends in one line, and soon.
+
+Runs no command; what commands make of their settings is in test_cli.py.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from conch_dna.command_parts import MOST_YAML, read_yaml
+from conch_dna.errors import ConchError
+
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [*{before}, *{before}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: " + "[" * 5_000, "nested deeper than 64 levels"),
+        ("a: " + "[" * 100_000, "nested deeper than 64 levels"),
+        ("".join(f"{' ' * level}a:\n" for level in range(400)), "nested deeper than 64 levels"),
+        (LAUGHS, r"alias \(\*\)"),
+        ("a: &a [*a]", r"alias \(\*\)"),
+        ("a: 2026-99-99", "month must be in 1..12"),
+        ("a: !!timestamp x", "is not YAML"),
+        ("a: !!int ''", "is not YAML"),
+        ("a: !!bool perhaps", "is not YAML"),
+        ("a: 0x" + "f" * 20_000, "more than 64 bits"),
+        ("a: " + "9" * 9_000, "is not YAML"),
+        ("a: !!python/object:os.system x", "is not YAML"),
+        ("a: " + "x" * MOST_YAML, "more than 1,048,576 bytes"),
+        ("a: \x00", "is not YAML"),
+    ],
+)
+def test_yaml_that_cannot_be_settings_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(ConchError, match=reason) as error:
+        read_yaml(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert time.process_time() - began < 2
+
+
+def test_settings_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rate: 1e-4\nlist: [1, {a: b}]\nname: größe\n", encoding="utf-8")
+    assert read_yaml(path) == {"rate": 1e-4, "list": [1, {"a": "b"}], "name": "größe"}
