@@ -110,20 +110,12 @@ def test_what_is_nested_without_end_is_told_in_one_line(tmp_path: Path) -> None:
         read_laws(written(tmp_path, "[" * 5000))
     assert "\n" not in str(refused.value)
     aliases = ["- &a0 [x, x]", *(f"- &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 25))]
-    with pytest.raises(ConchError, match=r"law 26 \(a\): forbid is \[\[") as refused:
+    with pytest.raises(ConchError, match=r"it has an alias \(\*\)") as refused:
         read_laws(written(tmp_path, "\n".join([*aliases, "- {name: a, forbid: *a24}"])))
-    assert len(str(refused.value)) < 10_000
+    assert len(str(refused.value)) < 1_000
     assert not Law(name="json", kind="valid_json", value=True).keeps("[" * 100_000)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConchError, match="cannot be read: No such file"):
         read_laws(tmp_path / "none.yaml")
-
-
-def test_aliases_by_which_a_short_file_becomes_a_huge_value_are_refused(tmp_path):
-    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40)]
-    path = tmp_path / "laws.yaml"
-    path.write_text("\n".join(["l0: &l0 [a]", *levels]))
-    with pytest.raises(ConchError, match=r"has an alias \(\*\): write the value out"):
-        read_laws(path)
