@@ -132,7 +132,7 @@ def report_path(output: str | Path) -> Path:
     """
     path = Path(output).expanduser()
     if path.suffix != ".json":
-        raise ConchError(f"--output {output} must end in .json: plot and table go beside it")
+        raise ConchError(f"--output {output} must end in .json: what shows it goes beside it")
     return path
 
 
