@@ -48,6 +48,26 @@ def write_tokenizer(
     return folder
 
 
+def tokenizer_with_marker(source: Path, folder: Path, marker: str) -> Path:
+    """A tokenizer with one special token more than another has, as fine-tuners add them.
+
+    Args:
+        source: Folder of the other.
+        folder: Where to.
+        marker: The new token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    count = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    whole["added_tokens"].append(
+        {**whole["added_tokens"][0], "id": count, "content": marker, "special": True}
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
+
+
 def character_tokenizer(
     folder: Path, *, byte_fallback: bool = True, chat_template: str | None = None
 ) -> Path:

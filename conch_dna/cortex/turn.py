@@ -14,6 +14,7 @@ from typing import Any, Literal
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.options import AskOptions, DrawOptions
+from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
@@ -180,8 +181,7 @@ class Turn:
         return self.schema is None and stands
 
     def _ask(self, turns: Sequence[dict[str, str]]) -> None:
-        ids = prompt_ids(self.domain.tokenizer, list(turns), "")
-        self.domain.source.require_rows(ids, "the prompt")
+        ids = checked_prompt(self.domain.source, turns, "the prompt")
         if not ids:
             raise ConchError("the prompt is empty: there is nothing to answer")
         options = self.options

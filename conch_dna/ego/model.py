@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from conch_dna.checkpoints import content_digest
 from conch_dna.ego.endpoint import Endpoint
+from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import LanguageModel, ModelSource
@@ -26,7 +27,7 @@ from conch_dna.training.answers import (
     make_sampler,
 )
 from conch_dna.training.batches import Example
-from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.chats.conversations import Prompt, prompt_turns
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import token_scores
@@ -366,9 +367,10 @@ class EgoModel:
         return self._endpoint
 
     def _encoded(self, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
-        encoded = [prompt_ids(self.source.tokenizer, turns, "") for turns in conversations]
-        for number, ids in enumerate(encoded, 1):
-            self.source.require_rows(ids, f"prompt {number}")
+        encoded = [
+            checked_prompt(self.source, turns, f"prompt {number}")
+            for number, turns in enumerate(conversations, 1)
+        ]
         self._require_room(encoded, "prompt", answer=1)
         return encoded
 

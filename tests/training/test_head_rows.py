@@ -4,7 +4,6 @@ A marker was added to the tokenizer and the embedding not resized: mlx would rea
 lies behind the last row. gemma-3-1b is such a model.
 """
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from conch_dna.training.examples import Examples
 from conch_dna.training.soft_targets import compress
 from conch_dna.training.true_kd import KDConfig, TrueKnowledgeDistiller, plan_domain
 from models import make_model_folder
+from tokenizers_made import tokenizer_with_marker
 
 TOKENS, MARKER = 1536, "<marker>"
 DATA = [{"prompt": f"There was a {n}", "completion": f" and {n} red balls."} for n in range(12)]
@@ -36,13 +36,7 @@ SETTINGS = {
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded tokenizer with one token more, number 1536."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    for path in (ASSETS / "student").glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    whole = json.loads((folder / "tokenizer.json").read_text())
-    marker = {**whole["added_tokens"][0], "id": TOKENS, "content": MARKER, "special": True}
-    whole["added_tokens"].append(marker)
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
-    return folder
+    return tokenizer_with_marker(ASSETS / "student", folder, MARKER)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+"""A prompt's token ids, judged before a model sees them: its size, and the head's rows.
+
+Knows tokenizers and what a model's folder tells; runs no model. Another thing that a prompt must
+keep to before it is computed: a line in `checked_prompt`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from conch_dna.errors import ConchError
+from conch_dna.language_model import ModelSource
+from conch_dna.training.chats.conversations import prompt_ids, prompt_messages
+from conch_dna.training.chats.templates import render
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+
+# Bytes that UTF-8 has.
+_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
+# Canonical composition makes three bytes of at most twelve.
+_COMPOSED = 4
+# A pattern that matches nothing but spaces.
+_SPACES = re.compile(r"(?:\\[Az]|[ +*|{}0-9,^$])*")
+
+
+def checked_prompt(source: ModelSource, turns: Sequence[dict[str, str]], name: str) -> list[int]:
+    """Token ids of a conversation that a model continues with its answer.
+
+    A text that cannot fit into the context is not tokenised, which may take a second.
+
+    Args:
+        source: The model's.
+        turns: As `prompt_turns` gives them.
+        name: What messages call the prompt.
+
+    Raises:
+        ConchError: It has more bytes than the context's tokens could stand for, or a token for
+            which the model has no row.
+    """
+    context, longest = source.context_length, longest_token(source.tokenizer)
+    if context is not None and longest is not None:
+        most = context * longest
+        size = _size(turn["content"] for turn in turns)
+        if size > most and source.tokenizer.has_chat_template:
+            # Templates may leave parts out.
+            messages = prompt_messages(source.tokenizer, turns, "")
+            size = _size([render(source.tokenizer, messages, generation_prompt=True)])
+        if size > most:
+            raise ConchError(
+                f"{name} has {size:,} bytes without its spaces, and the context of "
+                f"{source.model_id} ends at {context} tokens, each of at most {longest} bytes: "
+                "shorten it"
+            )
+    ids = prompt_ids(source.tokenizer, turns, "")
+    source.require_rows(ids, name)
+    return ids
+
+
+@lru_cache(maxsize=4)
+def longest_token(tokenizer: Any) -> int | None:
+    """Most bytes of a text, spaces left out, that one token can stand for.
+
+    None where that is not known: where an unknown word of any length is one token, or the
+    tokenizer may drop parts of the text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    table = token_bytes(tokenizer)
+    pieces = set(table.pieces)
+    takes_all_bytes = table.kind == "byte-level" or getattr(backend.model, "byte_fallback", False)
+    if not takes_all_bytes or any(bytes([value]) not in pieces for value in _BYTES):
+        return None
+    if backend.pre_tokenizer and b'"Removed"' in backend.pre_tokenizer.__getstate__():
+        return None
+    state = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else {}
+    steps = state.get("normalizers", [state] if state else [])
+    if not all(_keeps_all(step) for step in steps):
+        return None
+    composed = any(step["type"] == "NFC" for step in steps)
+    return max(map(len, pieces)) * (_COMPOSED if composed else 1)
+
+
+def _keeps_all(step: dict[str, Any]) -> bool:
+    """Whether a normaliser shortens a text by its spaces alone, or by composing characters."""
+    if step["type"] == "Replace":
+        pattern = step["pattern"].get("Regex", step["pattern"].get("String"))
+        return _SPACES.fullmatch(pattern) is not None
+    return step["type"] in ("Prepend", "ByteLevel", "NFC")
+
+
+def _size(texts: Iterable[str]) -> int:
+    """Bytes of texts without their spaces, of which a tokenizer may drop any number."""
+    return sum(len("".join(text.split()).encode()) for text in texts)
