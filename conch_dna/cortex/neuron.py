@@ -16,7 +16,7 @@ from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
-from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import active_adapter, adapter_config, known_domains
 from conch_dna.retraining.pipeline import TrainingPipeline
@@ -26,6 +26,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 EGO = "ego"
+MOST_NOTES = 100
 
 # Time of change and size of a file; None where there is none.
 Stamp = tuple[int, int] | None
@@ -73,11 +74,12 @@ class CortexSuite:
     Attributes:
         bank: The adapters in memory.
         engine: What answers.
-        notes: What is to be known of the neurons, such as a calibration of another adapter.
+        notes: What is to be known of the neurons, such as a calibration of another adapter; each
+            once, MOST_NOTES at most.
 
     Raises:
-        ConchError: There is no adapter, one belongs to another student, or a model cannot be
-            loaded.
+        ConchError: There is no adapter, one belongs to another student or has EGO's name, or a
+            model cannot be loaded.
     """
 
     def __init__(
@@ -121,10 +123,17 @@ class CortexSuite:
             The domains whose adapter is another now.
 
         Raises:
-            ConchError: One is not whole, or belongs to another student; the others are taken in.
+            ConchError: One is not whole, belongs to another student or has EGO's name; the others
+                are taken in.
         """
         changed, problems = [], []
         for name, mark in self.marks().items():
+            if name == EGO and self.ego is not None:
+                problems.append(
+                    f"a domain is called {EGO!r}, as the big teacher is: rename its folder in "
+                    f"{self.adapters_dir}"
+                )
+                continue
             taken = self._taken.get(name)
             if taken is None or taken[:2] != mark[:2]:
                 try:
@@ -162,7 +171,7 @@ class CortexSuite:
             system=prompt["system"] if prompt else "",
             schema=DOMAIN_SCHEMAS.get(name),
             calibration=load_calibration(
-                self.adapters_dir, name, self.bank.digest_of(name), report=self.notes.append
+                self.adapters_dir, name, self.bank.digest_of(name), report=self._note
             ),
         )
 
@@ -319,10 +328,12 @@ class CortexSuite:
             )
         except EgoUnavailableError as error:
             return [error] * len(turns)
-        except ConchError as error:
-            # EGO is there and cannot answer one of them, such as a prompt too long for it.
+        except (ConchError, MemoryError, RuntimeError, ValueError) as error:
+            # EGO is there and cannot answer one of them, such as a prompt too long for it, or all
+            # together, for which the memory is too small or the model's masks are not made.
             if len(turns) == 1:
-                return [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {error}")]
+                why = error if isinstance(error, ConchError) else one_line(error)
+                return [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {why}")]
             return [answer for turn in turns for answer in self._ego_answers([turn])]
 
     def _remember(self, turn: Turn) -> None:
@@ -345,7 +356,12 @@ class CortexSuite:
             )
         except ConchError as error:
             # The answer is there all the same.
-            self.notes.append(f"a hand-over of {answer.domain} is not remembered: {error}")
+            self._note(f"a hand-over of {answer.domain} is not remembered: {error}")
+
+    def _note(self, text: str) -> None:
+        """Keep what is to be known, each once and not without end."""
+        if text not in self.notes and len(self.notes) < MOST_NOTES:
+            self.notes.append(text)
 
     # What there is
 

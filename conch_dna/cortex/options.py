@@ -89,6 +89,12 @@ class ServerSettings:
     max_queue: int = option(256, "Most requests that wait or are answered at once", low=1)
     max_batch: int = option(MAX_BATCH, "Most requests that are computed together", low=1)
     request_timeout_s: float = option(600.0, "Longest time for one request in seconds", above=0)
+    head_timeout_s: float = option(
+        10.0, "Longest time for the head of a request in seconds", above=0
+    )
+    body_timeout_s: float = option(
+        30.0, "Longest time for the body of a request in seconds", above=0
+    )
     grace_s: float = option(
         30.0, "Seconds in which requests under way are finished when the server stops", low=0
     )

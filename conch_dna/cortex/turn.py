@@ -222,6 +222,13 @@ class Turn:
         self._judge(raw, piece.finish_reason)
         return text
 
+    def begin_again(self) -> None:
+        """Forget what came of the answer to `request`: all of it is to come once more."""
+        assert self.request is not None
+        self._completion_tokens -= len(self._log_probs)
+        self._ids, self._log_probs = [], []
+        self._text = TextStream(self.domain.tokenizer, list(self.request.tokens))
+
     def _judge(self, raw: str, finish_reason: str) -> None:
         """Whether the neuron's answer stands, is asked for again, or is EGO's to give."""
         confidence = answer_confidence(self._log_probs)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from servers import train_adapters
 from suites import distil, tales
 
 
@@ -13,3 +14,9 @@ def distilled_tales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distilled")
     distil(folder, "tales", tales())
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters of `servers`, which nobody may change."""
+    return train_adapters(tmp_path_factory.mktemp("served"))

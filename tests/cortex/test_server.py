@@ -1,8 +1,4 @@
-"""The server over loopback with the official client, on adapters that were trained.
-
-`owls`, `boxes` and `cars` each say a text of their own, `tales` goes on like the student, and
-`task` has a schema, which it does not keep to.
-"""
+"""The server over loopback with the official client, on the adapters of `servers`."""
 
 import asyncio
 import http.client
@@ -14,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -23,7 +18,6 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.options import AskOptions, ServerSettings
 from conch_dna.cortex.server.serving import CortexServer, serve
@@ -33,24 +27,28 @@ from conch_dna.generations.data import init_line
 from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from cortex_models import TEXTS, train_adapter
+from cortex_models import TEXTS
+from servers import (
+    LONG,
+    OPENINGS,
+    SAYS,
+    STUDENT,
+    TALE,
+    TEACHER,
+    ask,
+    client_of,
+    metric,
+    raw,
+    said,
+    served,
+    wait_for,
+)
 from suites import running_server
-
-STUDENT, TEACHER = "embedded:student", "embedded:teacher"
-OPENINGS = {"owls": "The owl", "boxes": "First, get", "cars": "The toy"}
-SAYS = {"owls": TEXTS["thinking"], "boxes": TEXTS["task"], "cars": TEXTS["debug"]}
-TALE = "Once upon a time there was a"
-LONG = 150
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("adapters")
-    for name, text in SAYS.items():
-        train_adapter(place / name / "adapters_kd", STUDENT, text, lora_keys="all", steps=50)
-    train_adapter(place / "tales" / "adapters_kd", STUDENT, TALE, steps=1)
-    train_adapter(place / "task" / "adapters_kd", STUDENT, TEXTS["task"], steps=1)
-    return place
+def adapters(served_adapters: Path) -> Path:
+    return served_adapters
 
 
 @pytest.fixture(scope="module")
@@ -60,90 +58,16 @@ def alone(adapters: Path) -> Iterator[CortexSuite]:
         yield suite
 
 
-@contextmanager
-def served(
-    adapters: Path, ego: object = None, *, pause_s: float = 0, **settings: object
-) -> Iterator[CortexServer]:
-    """A server; with a pause before each token, so that there is time for something meanwhile."""
-
-    def make() -> CortexSuite:
-        suite = create_cortex_suite(adapters, STUDENT, ego=ego)
-        step = suite.engine.step
-
-        def slow_step() -> list[Piece]:
-            time.sleep(pause_s)
-            return step()
-
-        suite.engine.step = slow_step
-        return suite
-
-    chosen = ServerSettings(**({"port": 0} | settings))
-    with running_server(make, chosen) as server:
-        yield server
-
-
 @pytest.fixture(scope="module")
 def server(adapters: Path) -> Iterator[CortexServer]:
     with served(adapters, TEACHER, max_body_bytes=20_000) as server:
         yield server
 
 
-@contextmanager
-def client_of(server: CortexServer, key: str = "none") -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=server.url,
-        api_key=key,
-        max_retries=0,
-        timeout=60,
-        http_client=openai.DefaultHttpxClient(trust_env=False),
-    ) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def client(server: CortexServer) -> Iterator[openai.OpenAI]:
     with client_of(server) as client:
         yield client
-
-
-def said(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def ask(client: openai.OpenAI, model: str, prompt: str, conch: dict | None = None, **more):
-    return client.chat.completions.create(
-        model=model, messages=said(prompt), extra_body={"conch": conch or {}}, **more
-    )
-
-
-def raw(
-    server: CortexServer, method: str, path: str, body: object = None, **headers: str
-) -> tuple[int, dict[str, str], bytes]:
-    """A request as no client makes it."""
-    parts = urlsplit(server.url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
-    try:
-        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        if data is not None:
-            headers = {"Content-Type": "application/json"} | headers
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, data, named)
-        response = connection.getresponse()
-        return response.status, dict(response.getheaders()), response.read()
-    finally:
-        connection.close()
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def metric(server: CortexServer, name: str) -> float:
-    lines = raw(server, "GET", "/metrics")[2].decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 # Answers
@@ -598,9 +522,9 @@ def test_a_stop_without_grace_tells_those_under_way(adapters):
             list(parts)
 
 
-def test_a_fault_ends_the_server_and_is_raised(adapters):
-    class FaultError(Exception):
-        pass
+def test_what_no_error_is_ends_the_server_and_is_raised(adapters):
+    class FaultError(BaseException):
+        """As an interrupt."""
 
     def make() -> CortexSuite:
         suite = create_cortex_suite(adapters, STUDENT)

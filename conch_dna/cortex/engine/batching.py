@@ -8,7 +8,7 @@ way to draw tokens: a field of `DrawOptions`, and a branch in `make_request_samp
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
@@ -301,6 +301,16 @@ class AnswerEngine:
             for uid in answers:
                 self.cancel(uid)
         return list(answers.values())
+
+    def abandon(self) -> None:
+        """Forget all requests after a failure, and whatever it may have left broken."""
+        lanes, self._lanes, self._where = self._lanes, [], {}
+        for owner in (*self.bank.names, None):
+            self.prefixes.forget(owner)
+        for lane in lanes:
+            with suppress(RuntimeError, ValueError):
+                lane.generator.close()
+        mx.clear_cache()
 
     def close(self) -> None:
         """Forget all requests and free what they hold."""

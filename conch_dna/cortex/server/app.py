@@ -7,12 +7,13 @@ event to send: a branch in `_Connection`.
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from conch_dna import __version__
 from conch_dna.cortex.options import is_loopback
@@ -29,7 +30,7 @@ from conch_dna.cortex.server.openai_api import (
     unknown_model,
 )
 from conch_dna.cortex.turn import Answer
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 CLIENT_GONE = 499
+# A host and perhaps a port; no user before it, nothing behind it.
+_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]{1,5})?")
+_ORIGIN = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST.pattern}")
 UNKNOWN = "unknown"
+# Bodies from here on are read by another thread, so that short ones do not wait for them.
+_LARGE = 2**15
 # What is read of a body that is too large, so that the client gets to read why.
 _DRAINED = 16
 _STREAM_HEADERS = [
@@ -64,7 +70,8 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
         return json_response(error.to_json(), error.status, headers=error.headers)
 
     def not_there(request: "Request", error: Any) -> "Response":
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        # Not of request.url, which reads the Host header, whatever that holds.
+        message = f"{request.method} {request.scope['path']}: {error.detail}"
         return refused(request, ApiError(error.status_code, message, headers=error.headers))
 
     def broken(request: "Request", error: Exception) -> "Response":
@@ -83,7 +90,10 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
         Route("/admin/reload", addresses.reload, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {ApiError: refused, HTTPException: not_there, Exception: broken}
-    return Starlette(routes=routes, exception_handlers=handlers), chat
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    # It would send clients to wherever the Host header says.
+    app.router.redirect_slashes = False
+    return app, chat
 
 
 def json_response(
@@ -112,8 +122,8 @@ def check_door(request: "Request", *, key: bytes) -> None:
     if not key:
         for header in ("host", "origin"):
             value = request.headers.get(header, "")
-            host = urlsplit(value if header == "origin" else f"//{value}").hostname or ""
-            if value and not is_loopback(host):
+            parts = (_ORIGIN if header == "origin" else _HOST).fullmatch(value)
+            if value and not (parts and is_loopback(parts["host"].lower())):
                 raise ApiError(
                     403, f"the {header} is {value!r}: without a key only this machine may ask"
                 )
@@ -189,12 +199,18 @@ class Addresses:
             changed = await asyncio.wrap_future(self.loop.reload())
         except ConchError as error:
             raise ApiError(409, str(error)) from error
+        except Exception as error:
+            # Told by the loop, which goes on.
+            raise ApiError(500, f"the adapters could not be taken in: {one_line(error)}") from error
         notes = list(self.loop.suite.notes)
         return json_response({"changed": changed, "domains": self.loop.models, "notes": notes})
 
 
 class ChatEndpoint:
     """The ASGI application of /v1/chat/completions.
+
+    Bodies are read and prompts tokenised in threads of its own: neither other connections nor the
+    models wait for that. What is not whole yet has no place in the queue.
 
     Args:
         loop: Answers.
@@ -208,6 +224,8 @@ class ChatEndpoint:
         self.unfinished = 0
         # A place is free before the answer's end is sent, so that a client may go on at once.
         self._places: set[Request] = set()
+        self._short_bodies = ThreadPoolExecutor(2, "short bodies")
+        self._long_bodies = ThreadPoolExecutor(1, "long bodies")
         self._loop = loop
         self._check = check
 
@@ -217,37 +235,63 @@ class ChatEndpoint:
 
         request = Request(scope, receive)
         began = time.perf_counter()
-        model, status = UNKNOWN, 500
-        # Before the look whether the server is stopping: who is counted is waited for.
-        self.unfinished += 1
-        self._places.add(request)
+        model, status, counted = UNKNOWN, 500, False
         leave = partial(self._places.discard, request)
         try:
             self._check(request)
-            self._check_room()
-            async with asyncio.timeout(self._loop.settings.request_timeout_s):
-                body = await read_body(request, self._loop.settings.max_body_bytes)
-            chat = parse_chat(body)
+            self._check_room(len(self._places) + 1)
+            body = await self._whole_body(request)
+            # Before the look whether the server is stopping: who is counted is waited for.
+            self.unfinished, counted = self.unfinished + 1, True
+            self._places.add(request)
+            self._check_room(len(self._places))
+            chat = await self._read(body, parse_chat, body)
             model = chat.model if chat.model in self._loop.models else UNKNOWN
-            status = await self._answer(_Connection(self._loop, Job(chat), request, send, leave))
+            job = Job(chat, await self._read(body, self._loop.prepare, chat), began=began)
+            status = await self._answer(_Connection(self._loop, job, request, send, leave))
         except ApiError as error:
             status = error.status
             raise
         except ClientDisconnect:
             status = CLIENT_GONE
-        except TimeoutError as error:
-            status = 408
-            raise ApiError(408, "the body did not come in time: send it at once") from error
         finally:
             leave()
-            self.unfinished -= 1
+            self.unfinished -= counted
             self._loop.metrics.ended(model, status, time.perf_counter() - began)
 
-    def _check_room(self) -> None:
+    def close(self) -> None:
+        """Read nothing more."""
+        for pool in (self._short_bodies, self._long_bodies):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _whole_body(self, request: "Request") -> bytes:
+        settings = self._loop.settings
+        longest = min(settings.body_timeout_s, settings.request_timeout_s)
+        try:
+            async with asyncio.timeout(longest):
+                return await read_body(request, settings.max_body_bytes)
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"the body did not come in {longest:g} s: send it at once",
+                headers={"Connection": "close"},
+            ) from error
+
+    async def _read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do what takes longer the longer a body is, away from the connections' thread."""
+        pool = self._long_bodies if len(body) > _LARGE else self._short_bodies
+        longest = self._loop.settings.request_timeout_s
+        try:
+            async with asyncio.timeout(longest):
+                return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+        except TimeoutError as error:
+            raise ApiError(504, f"the request waited for longer than {longest:g} s") from error
+
+    def _check_room(self, places: int) -> None:
         if self._loop.stopping:
             raise ApiError(503, STOPPING, headers={"Retry-After": "5"})
         most = self._loop.settings.max_queue
-        if len(self._places) > most:
+        if places > most:
             raise ApiError(
                 429,
                 f"{most} requests wait or are answered, as many as may: ask again later",
@@ -283,6 +327,10 @@ async def read_body(request: "Request", most: int) -> bytes:
     if kind != "application/json":
         # What a web page of another site can send without being asked has another type.
         raise ApiError(415, f"the content type is {kind!r}: send application/json")
+    too_large = ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > _DRAINED * most:
+        raise too_large
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -291,7 +339,7 @@ async def read_body(request: "Request", most: int) -> bytes:
         if size > _DRAINED * most:
             break
     if size > most:
-        raise ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
+        raise too_large
     return b"".join(parts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.server.openai_api import ApiError, ChatRequest
 from conch_dna.cortex.turn import Answer, Turn
-from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.training.chats.conversations import prompt_ids, prompt_turns
 
 # A text is a part of the answer that is final; the first is empty, and says that the request can be
@@ -26,24 +26,44 @@ class Job:
 
     Args:
         chat: What was asked for.
+        turn: A neuron's question; None where EGO was asked for.
+        began: When it came, on `time.perf_counter`.
 
     Attributes:
-        began: When it came, on `time.perf_counter`.
         events: What the connection waits for.
-        turn: A neuron's question; None where EGO was asked for, or before it is taken on.
         uid: Its number in the engine, while it is there.
         gone: Whether nobody waits for it any more.
         connections: The event loop in which the connection waits.
     """
 
-    def __init__(self, chat: ChatRequest) -> None:
+    def __init__(self, chat: ChatRequest, turn: Turn | None, *, began: float) -> None:
         self.chat = chat
-        self.began = time.perf_counter()
+        self.turn = turn
+        self.began = began
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.turn: Turn | None = None
         self.uid: int | None = None
         self.gone = False
         self.connections = asyncio.get_running_loop()
+        self._sent = self._again = ""
+
+    def begin_again(self) -> None:
+        """The answer under way comes from its beginning once more."""
+        assert self.turn is not None
+        self.turn.begin_again()
+        self._again = self._sent
+
+    def unsent(self, text: str) -> str:
+        """What of the next text of the answer was not sent before it began again.
+
+        Raises:
+            ApiError: It goes on otherwise than before.
+        """
+        length = min(len(text), len(self._again))
+        if text[:length] != self._again[:length]:
+            raise ApiError(500, "the answer broke off and could not be taken up: ask again")
+        self._again = self._again[length:]
+        self._sent += text[length:]
+        return text[length:]
 
 
 def tell_all(events: Sequence[tuple[Job, Event]]) -> None:
@@ -66,7 +86,8 @@ class EgoThread:
     Args:
         suite: With an EGO. Only `ego`, `answer_by_ego` and what that remembers are used.
         finish: Gets every job with its answer or why there is none; called in this thread.
-        failed: Gets an error that is no user's mistake; the thread is at its end then.
+        failed: Gets what ends the thread, such as an interrupt.
+        report: Gets a line for what the one who runs the server should know.
     """
 
     def __init__(
@@ -75,10 +96,12 @@ class EgoThread:
         *,
         finish: Callable[[Job, Answer | ApiError], None],
         failed: Callable[[BaseException], None],
+        report: Callable[[str], None],
     ) -> None:
         self._suite = suite
         self._finish = finish
         self._failed = failed
+        self._report = report
         self._waiting: list[Job] = []
         self._change = threading.Condition()
         self._ending = False
@@ -111,7 +134,7 @@ class EgoThread:
     def _run(self) -> None:
         try:
             while jobs := self._next():
-                self._answer(jobs)
+                self._attempt(jobs)
         except BaseException as error:  # noqa: BLE001  (raised in the server's thread)
             self._failed(error)
 
@@ -140,14 +163,30 @@ class EgoThread:
         alike = [job for job in self._waiting if job.turn is not None and job.turn.drawn == drawn]
         return alike[: self._suite.ego.config.batch_size]
 
+    def _attempt(self, jobs: list[Job]) -> None:
+        """Answer jobs together; where that fails, each alone."""
+        try:
+            self._answer(jobs)
+        except Exception as error:  # noqa: BLE001  (the failure of these jobs alone)
+            self._report(f"EGO failed for {len(jobs)} requests: {one_line(error)}")
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._attempt([job])
+                return
+            answer = jobs[0].turn and jobs[0].turn.answer
+            why = f"EGO failed ({one_line(error)}): ask again, or for fewer tokens"
+            self._finish(jobs[0], answer or ApiError(500, why))
+
     def _answer(self, jobs: list[Job]) -> None:
         if jobs[0].turn is None:
             self._finish(jobs[0], self._by_name(jobs[0]))
             return
-        refused = ""
+        refused = "EGO gave no answer: ask again"
         turns = [job.turn for job in jobs if job.turn is not None]
+        waiting = [turn for turn in turns if turn.asks_ego]
         try:
-            self._suite.answer_by_ego(turns)
+            if waiting:
+                self._suite.answer_by_ego(waiting)
         except EgoUnavailableError as error:
             refused = str(error)
         for job, turn in zip(jobs, turns, strict=True):

@@ -7,17 +7,20 @@ nothing here needs a lock. Something else to do between two steps: a method put 
 import math
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import EGO, CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
-from conch_dna.cortex.server.openai_api import ApiError, unknown_model
-from conch_dna.cortex.turn import Answer
-from conch_dna.errors import ConchError
+from conch_dna.cortex.server.openai_api import ApiError, ChatRequest, unknown_model
+from conch_dna.cortex.turn import Answer, Turn
+from conch_dna.errors import ConchError, one_line
 
 STOPPING = "the server is stopping: ask again when it is back"
 # Longest sleep of an idle loop, in seconds; what comes in wakes it.
@@ -38,19 +41,11 @@ class ServerLoop:
         metrics: What is counted.
         unfinished: How many requests have a connection that waits; set by whoever has those.
         stopping: Whether new requests are to be refused.
-
-    Raises:
-        ConchError: A domain has EGO's name.
     """
 
     def __init__(
         self, suite: CortexSuite, settings: ServerSettings, *, report: Callable[[str], None]
     ) -> None:
-        if suite.ego is not None and EGO in suite:
-            raise ConchError(
-                f"a domain is called {EGO!r}, as the big teacher is: rename its folder in "
-                f"{suite.adapters_dir}"
-            )
         self.suite = suite
         self.settings = settings
         self.unfinished: Callable[[], int] = lambda: 0
@@ -62,6 +57,13 @@ class ServerLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
         self._under_way: dict[int, Job] = {}
+        # After a batch has failed: the one of its requests that is answered alone, those that will
+        # be, how many there were, what came meanwhile, and whether one failed alone too.
+        self._single: Job | None = None
+        self._singles: deque[Job] = deque()
+        self._batch = 0
+        self._held: list[Job] = []
+        self._culprit = False
         self._events: list[tuple[Job, Event]] = []
         self._deadline = float("inf")
         self._marks: dict[str, Any] = {}
@@ -75,6 +77,7 @@ class ServerLoop:
                 suite,
                 finish=lambda job, end: self._inbox.put(lambda: self._finish(job, end)),
                 failed=self.fail,
+                report=report,
             )
         suite.engine.max_batch = settings.max_batch
 
@@ -84,6 +87,28 @@ class ServerLoop:
     def models(self) -> list[str]:
         """What can be asked."""
         return [*self.suite.domains, *([EGO] if self._ego else [])]
+
+    def prepare(self, chat: ChatRequest) -> Turn | None:
+        """A neuron's question, its prompt tokenised; None where EGO is asked.
+
+        Raises:
+            ApiError: It cannot be answered.
+        """
+        try:
+            if chat.model == EGO and self._ego is not None:
+                if chat.options.top_p != 1:
+                    raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
+                return None
+            if chat.model not in self.suite:
+                raise unknown_model(chat.model, self.models)
+            turn = self.suite.turn(chat.model, chat.turns, chat.options)
+            if turn.request is not None:
+                self.suite.engine.check(turn.request)
+        except ApiError:
+            raise
+        except ConchError as error:
+            raise ApiError(400, str(error)) from error
+        return turn
 
     def put(self, job: Job) -> None:
         """Answer a request; its events tell the rest."""
@@ -101,7 +126,7 @@ class ServerLoop:
         def now() -> None:
             try:
                 changed.set_result(self._reload())
-            except ConchError as error:
+            except Exception as error:  # noqa: BLE001  (raised where it was asked for)
                 changed.set_exception(error)
 
         self._inbox.put(now)
@@ -160,7 +185,7 @@ class ServerLoop:
     def _read_inbox(self) -> None:
         """Do what came in; sleeps until something does where no request is computed."""
         wait_s = _LEAVING_S if self.stopping else min(_IDLE_S, self._next_look - time.monotonic())
-        if self.suite.engine.pending:
+        if self.suite.engine.pending or self._single is not None or self._singles:
             wait_s = 0
         try:
             while True:
@@ -178,11 +203,12 @@ class ServerLoop:
             if self.suite.marks() != self._marks:
                 self._reload()
             self._problem = ""
-        except ConchError as error:
+        except Exception as error:  # noqa: BLE001  (the neurons that there are go on)
+            why = str(error) if isinstance(error, ConchError) else one_line(error)
             # Once, and not at every look.
-            if str(error) != self._problem:
-                self._problem = str(error)
-                self._report(f"not taken in: {error}")
+            if why != self._problem:
+                self._problem = why
+                self._report(f"not taken in: {why}")
 
     def _reload(self) -> list[str]:
         # Before, so that what changes meanwhile is seen at the next look.
@@ -200,37 +226,43 @@ class ServerLoop:
         if job.gone:
             return
         self._jobs.add(job)
-        chat = job.chat
+        self._events.append((job, ""))
+        self._attempt(job, self._go_on)
+
+    def _attempt(self, job: Job, work: Callable[[Job], None]) -> None:
+        """Do something for a job; where it fails, it is the failure of this job alone."""
         try:
-            if chat.model == EGO and self._ego is not None:
-                if chat.options.top_p != 1:
-                    raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
-                self._events.append((job, ""))
-                self._ego.put(job)
-                return
-            if chat.model not in self.suite:
-                raise unknown_model(chat.model, self.models)
-            job.turn = self.suite.turn(chat.model, chat.turns, chat.options)
-            if job.turn.request is not None:
-                self.suite.engine.check(job.turn.request)
-            self._events.append((job, ""))
-            self._go_on(job)
+            work(job)
         except ApiError as error:
-            self._finish(job, error)
+            self._end(job, error)
         except ConchError as error:
-            self._finish(job, ApiError(400, str(error)))
+            self._end(job, ApiError(400, str(error)))
+        except Exception as error:  # noqa: BLE001  (told, and the others go on)
+            self._fail_alone(job, error)
+
+    def _fail_alone(self, job: Job, error: Exception) -> None:
+        self._culprit = self._culprit or job is self._single
+        why = one_line(error)
+        self._report(f"a request to {job.chat.model} failed: {why}")
+        self._end(job, ApiError(500, f"the answer failed ({why}): ask again, or for fewer tokens"))
+
+    def _end(self, job: Job, error: ApiError) -> None:
+        self._finish(job, error)
+        self._drop(job)
 
     def _go_on(self, job: Job) -> None:
-        """Whatever is next for a neuron's turn: the engine, EGO, or its end."""
+        """Whatever is next for a job: the engine, EGO, or its end."""
         turn = job.turn
-        assert turn is not None
-        if turn.request is not None:
+        if turn is not None and turn.request is not None:
+            if self._singling and job is not self._single:
+                self._held.append(job)
+                return
             try:
                 job.uid = self.suite.engine.submit(turn.request)
                 self._under_way[job.uid] = job
             except ConchError as error:
                 turn.refuse_request(error)
-        if turn.asks_ego:
+        if turn is None or turn.asks_ego:
             assert self._ego is not None
             self._ego.put(job)
         elif turn.answer is not None:
@@ -239,17 +271,73 @@ class ServerLoop:
     def _step(self) -> None:
         engine = self.suite.engine
         if not engine.pending:
+            self._next_single()
+        if not engine.pending:
             return
-        for piece in engine.step():
-            job = self._under_way[piece.uid]
-            assert job.turn is not None
-            text = job.turn.add(piece)
-            if text and job.turn.streams:
-                self._events.append((job, text))
-            if piece.finish_reason is not None:
-                del self._under_way[piece.uid]
-                job.uid = None
-                self._go_on(job)
+        try:
+            pieces = engine.step()
+        except Exception as error:  # noqa: BLE001  (told, and each is answered alone)
+            self._batch_failed(error)
+            return
+        for piece in pieces:
+            if job := self._under_way.get(piece.uid):
+                self._attempt(job, partial(self._add, piece))
+
+    def _add(self, piece: Piece, job: Job) -> None:
+        """Take a token of a job's answer."""
+        assert job.turn is not None
+        text = job.turn.add(piece)
+        if job.turn.streams and (unsent := job.unsent(text)):
+            self._events.append((job, unsent))
+        if piece.finish_reason is not None:
+            del self._under_way[piece.uid]
+            job.uid = None
+            self._go_on(job)
+
+    def _batch_failed(self, error: Exception) -> None:
+        """Forget a batch that failed: its only request fails, each of several is answered alone."""
+        jobs = list(self._under_way.values())
+        self._under_way.clear()
+        self.suite.engine.abandon()
+        for job in jobs:
+            job.uid = None
+        if len(jobs) < 2:
+            for job in jobs:
+                self._fail_alone(job, error)
+            return
+        self._report(
+            f"a batch of {len(jobs)} requests failed, each is answered alone: {one_line(error)}"
+        )
+        self._batch = min(len(jobs), self.suite.engine.max_batch)
+        self._culprit = False
+        for job in jobs:
+            job.begin_again()
+        self._singles.extend(jobs)
+
+    @property
+    def _singling(self) -> bool:
+        """Whether requests are answered one at a time, after a batch has failed."""
+        return self._single is not None or bool(self._singles)
+
+    def _next_single(self) -> None:
+        """Begin the next request that is answered alone; after the last, what came meanwhile."""
+        if not self._singling:
+            return
+        while self._singles:
+            self._single = self._singles.popleft()
+            if self._single in self._jobs:
+                self._attempt(self._single, self._go_on)
+            if self.suite.engine.pending:
+                return
+        self._single = None
+        if not self._culprit:
+            # Each can be answered and all together cannot: there were too many of them.
+            self.suite.engine.max_batch = max(1, self._batch // 2)
+            self._report(f"at most {self.suite.engine.max_batch} are answered together from now on")
+        held, self._held = self._held, []
+        for job in held:
+            if job in self._jobs:
+                self._attempt(job, self._go_on)
 
     def _finish(self, job: Job, end: Answer | ApiError) -> None:
         if job not in self._jobs:
@@ -263,9 +351,12 @@ class ServerLoop:
     def _drop(self, job: Job) -> None:
         self._jobs.discard(job)
         if job.uid is not None:
-            self.suite.engine.cancel(job.uid)
-            self._under_way.pop(job.uid, None)
-            job.uid = None
+            uid, job.uid = job.uid, None
+            self._under_way.pop(uid, None)
+            try:
+                self.suite.engine.cancel(uid)
+            except Exception as error:  # noqa: BLE001  (those who shared a batch with it go on)
+                self._batch_failed(error)
 
     def _tell(self) -> None:
         events, self._events = self._events, []

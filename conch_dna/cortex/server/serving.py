@@ -21,6 +21,8 @@ from conch_dna.errors import ConchError, one_line
 
 # For connections that stay open when all answers are sent.
 _CLOSING_S = 2
+# Connections beside those that wait for an answer: between two requests, or sending one.
+_SPARE_CONNECTIONS = 256
 
 
 _to_standard_error = partial(click.echo, err=True)
@@ -54,16 +56,23 @@ class CortexServer:
     ) -> None:
         import uvicorn
 
+        from conch_dna.cortex.server.connections import guarded_protocol
+
         self.settings = settings or ServerSettings()
         self._report = report
         self._loop = ServerLoop(suite, self.settings, report=report)
         app, chat = make_app(self._loop, self.settings.key())
+        self._chat = chat
         self._loop.unfinished = lambda: chat.unfinished
         self._socket = _listening(self.settings)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         config = uvicorn.Config(
             app,
+            http=guarded_protocol(
+                head_timeout_s=self.settings.head_timeout_s,
+                most=self.settings.max_queue + _SPARE_CONNECTIONS,
+            ),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -83,6 +92,7 @@ class CortexServer:
         finally:
             self._connections.should_exit = True
             thread.join()
+            self._chat.close()
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests and end when those under way are done; from any thread.

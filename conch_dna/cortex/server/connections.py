@@ -1,0 +1,53 @@
+"""Connections that keep a client waiting for nothing: time for a request's head, and their number.
+
+Knows uvicorn's protocol; nothing of addresses, bodies or jobs. Another bound on what a client does
+before its request is known: an event of `GuardedProtocol`.
+"""
+
+from typing import Any
+
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+    b"Content-Length: 0\r\n\r\n"
+)
+
+
+def guarded_protocol(*, head_timeout_s: float, most: int) -> type:
+    """HTTP/1.1 as uvicorn speaks it, with bounds.
+
+    Args:
+        head_timeout_s: Longest time from the first byte of a request, or from the connection's
+            beginning, to the end of the request's head. It also bounds what is still sent of a
+            body after its request was answered.
+        most: Most connections that are open at once; further ones are told to come back.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class GuardedProtocol(H11Protocol):
+        head_timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.write(_BUSY)
+                transport.close()
+                return
+            self.head_timer = self.loop.call_later(head_timeout_s, transport.abort)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.stop_timer()
+            elif self.head_timer is None and not self.transport.is_closing():
+                self.head_timer = self.loop.call_later(head_timeout_s, self.transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.stop_timer()
+            super().connection_lost(exc)
+
+        def stop_timer(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
+
+    return GuardedProtocol
