@@ -80,6 +80,41 @@ def make_model_folder(
     return folder
 
 
+def make_gemma2_folder(folder: Path, *, seed: int = 0, kv_heads: int = 2) -> Path:
+    """Write a random Gemma-2, whose masks mlx_lm does not make for rows of unequal length.
+
+    Args:
+        folder: Where to.
+        seed: Of the weights.
+        kv_heads: With as many rows the masks are wrong, with others an error.
+    """
+    from mlx_lm.models.gemma2 import Model, ModelArgs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(ASSETS / "student" / name, folder / name)
+    source = json.loads((ASSETS / "student" / "config.json").read_text())
+    config = {
+        "model_type": "gemma2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": source["vocab_size"],
+        "max_position_embeddings": 256,
+        "eos_token_id": source["eos_token_id"],
+    }
+    mx.random.seed(seed)
+    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def random_examples(count: int, vocabulary: int, *, seed: int = 0) -> list[Example]:
     """Examples of 12 to 30 random tokens, of which all after a short prompt count."""
     random = np.random.default_rng(seed)

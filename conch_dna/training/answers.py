@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -36,6 +37,8 @@ OPENING_TOKENS = 12
 _WINDOW = 16
 _CONTEXT = 8
 _UNFINISHED = "\ufffd"
+# What `takes_unequal_rows` found, as long as the model is there.
+_UNEQUAL_ROWS: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
 def make_sampler(
@@ -85,6 +88,18 @@ def answer_batch(
     """
     from mlx_lm.generate import BatchGenerator
 
+    if len(prompts) > 1 and not takes_unequal_rows(model):
+        return [
+            answer
+            for number, prompt in enumerate(prompts)
+            for answer in answer_batch(
+                model,
+                [prompt],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=(*seed, number),
+            )
+        ]
     digest = content_digest(*(str(part) for part in seed))
     key = mx.random.key(int(digest[:16], 16))
     generator = BatchGenerator(
@@ -105,6 +120,36 @@ def answer_batch(
     finally:
         generator.close()
     return [answers[uid] for uid in order]
+
+
+def takes_unequal_rows(model: LanguageModel) -> bool:
+    """Whether mlx_lm answers prompts of unequal length together.
+
+    With Gemma-2's masks it does not: most numbers of rows are an error, and where there are as many
+    rows as KV heads, each row gets another's mask in silence. Two and three rows cannot both be as
+    many.
+    """
+    if model not in _UNEQUAL_ROWS:
+        _UNEQUAL_ROWS[model] = all(_runs_together(model, rows) for rows in (2, 3))
+    return _UNEQUAL_ROWS[model]
+
+
+def _runs_together(model: LanguageModel, rows: int) -> bool:
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        model.model, max_tokens=2, prefill_batch_size=rows, completion_batch_size=rows
+    )
+    try:
+        generator.insert([[0] * (2 + row) for row in range(rows)])
+        while generator.next_generated():
+            pass
+    except ValueError:
+        # Of shapes that cannot be broadcast.
+        return False
+    finally:
+        generator.close()
+    return True
 
 
 def cached_answer_batch(

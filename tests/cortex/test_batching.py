@@ -19,7 +19,7 @@ from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request, make_
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from cortex_models import TEXTS, FlatMLP, train_adapter, write_adapter
-from models import make_model_folder
+from models import make_gemma2_folder, make_model_folder
 
 STUDENT = "embedded:student"
 RANKS = {"thinking": 8, "task": 4, "debug": 8}
@@ -480,3 +480,17 @@ def test_a_model_whose_cache_cannot_be_batched_is_refused(base, bank, monkeypatc
     monkeypatch.setattr(type(tree), "make_cache", lambda self: [ChunkedKVCache(8)] * 3)
     with pytest.raises(ConchError, match=r"cannot batch embedded:student.*ChunkedKVCache"):
         AnswerEngine(bank)
+
+
+def test_a_model_whose_masks_are_not_made_for_unequal_rows_answers_one_by_one(tmp_path):
+    source = ModelSource(str(make_gemma2_folder(tmp_path / "gemma2")))
+    prompts = [(7, 8, 9, 300, 400, 500, 600, 700), (20,), (5, 6, 1000)]
+    requests = [Request(domain=None, tokens=each, max_tokens=6) for each in prompts]
+    with closing(AnswerEngine(AdapterBank(source.load()))) as engine:
+        alone = [engine.run([request])[0] for request in requests]
+        for count in (2, 3):
+            for expected, pieces in zip(alone, engine.run(requests[:count]), strict=False):
+                assert [piece.token for piece in pieces] == [piece.token for piece in expected]
+                assert [piece.log_prob for piece in pieces] == pytest.approx(
+                    [piece.log_prob for piece in expected], abs=1e-5
+                )

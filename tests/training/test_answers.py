@@ -25,13 +25,14 @@ from conch_dna.training.answers import (
     sample_draw,
     sample_prompts,
     sample_texts,
+    takes_unequal_rows,
     texts_of,
 )
 from conch_dna.training.batches import Example
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.records import tokenize_record
 from conch_dna.training.settings import KDConfig
-from models import make_model_folder
+from models import make_gemma2_folder, make_model_folder
 
 OPENINGS = [
     "Once upon a time, there was a little girl named Lily.",
@@ -450,3 +451,16 @@ def test_samples_are_drawn_apart_from_the_training_data(random_teacher: Language
         prompts,
         answer_batch(random_teacher, prompts, max_tokens=6, temperature=0.7, seed=(1, -1)),
     )
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_model_whose_masks_are_not_made_for_unequal_rows_answers_one_by_one(tmp_path, rows):
+    """With as many rows as KV heads, two, the answers together would be wrong in silence."""
+    model = ModelSource(str(make_gemma2_folder(tmp_path / "gemma2"))).load()
+    prompts = [[7, 8, 9, 300, 400, 500, 600, 700], [20], [5, 6, 1000]][:rows]
+    draw = {"max_tokens": 8, "temperature": 0.0, "seed": (0,)}
+    assert answer_batch(model, prompts, **draw) == [
+        answer_batch(model, [prompt], **draw)[0] for prompt in prompts
+    ]
+    assert not takes_unequal_rows(model)
+    assert takes_unequal_rows(ModelSource("embedded:student").load())

@@ -22,7 +22,7 @@ from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
 from conch_dna.cortex.options import MAX_BATCH, DrawOptions
 from conch_dna.errors import ConchError
-from conch_dna.training.answers import make_sampler
+from conch_dna.training.answers import make_sampler, takes_unequal_rows
 
 PREFILL_ROWS = 8
 MAX_PREFIX_BYTES = 256 * 2**20
@@ -135,7 +135,8 @@ class AnswerEngine:
 
     Args:
         bank: Adapters and base.
-        max_batch: Most rows of one batch; more requests wait.
+        max_batch: Most rows of one batch; more requests wait. Models that cannot have prompts of
+            unequal length in one batch answer one after the other.
         max_prefix_bytes: Most memory of prompt caches of shared beginnings.
 
     Attributes:
@@ -330,12 +331,13 @@ class AnswerEngine:
             if lane.model.names == (*names, None) and lane.version == self.bank.version:
                 return lane
         model = RoutedModel(self.bank, names)
+        rows = self.max_batch if takes_unequal_rows(self.bank.base) else 1
         generator = BatchGenerator(
             model,
             stop_tokens=[[token] for token in self.bank.base.tokenizer.eos_token_ids],
             sampler=self._greedy,
-            completion_batch_size=self.max_batch,
-            prefill_batch_size=min(PREFILL_ROWS, self.max_batch),
+            completion_batch_size=rows,
+            prefill_batch_size=min(PREFILL_ROWS, rows),
         )
         self._lanes.append(_Lane(self.bank.version, model, generator))
         return self._lanes[-1]
