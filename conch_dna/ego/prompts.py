@@ -20,6 +20,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 _BYTES = (*range(0xC0), *range(0xC2, 0xF5))
 # Canonical composition makes three bytes of at most twelve.
 _COMPOSED = 4
+_ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 # A pattern that matches nothing but spaces.
 _SPACES = re.compile(r"(?:\\[Az]|[ +*|{}0-9,^$])*")
 
@@ -92,4 +93,9 @@ def _keeps_all(step: dict[str, Any]) -> bool:
 
 def _size(texts: Iterable[str]) -> int:
     """Bytes of texts without their spaces, of which a tokenizer may drop any number."""
-    return sum(len("".join(text.split()).encode()) for text in texts)
+    size = 0
+    for text in texts:
+        written = text.encode().translate(None, _ASCII_SPACES)
+        # Of a megabyte of words, ten times as slow.
+        size += len(written) if text.isascii() else len("".join(text.split()).encode())
+    return size

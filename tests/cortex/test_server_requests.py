@@ -192,6 +192,20 @@ def test_what_is_wrong_with_a_large_body_is_told_in_no_time_and_few_words(body, 
     assert len(str(refused.value)) < 2000
 
 
+@pytest.mark.parametrize("text", [", " * 60_000, '","' * 60_000, "\\," * 60_000])
+def test_commas_of_a_text_are_no_values(text):
+    message = {"role": "user", "content": text}
+    assert parsed(messages=[message]).turns == [message]
+
+
+@pytest.mark.parametrize("body", ['"' + '\\"' * 250_000, '{"a' * 150_000, '",' * 300_000])
+def test_strings_that_never_end_are_read_once(body):
+    began = time.process_time()
+    with pytest.raises(ApiError, match="the body"):
+        parse_chat((body + "," * 60_000).encode())
+    assert time.process_time() - began < 1
+
+
 def test_a_body_may_be_64_deep_and_no_deeper():
     def nested(depth):
         return json.dumps(ASKED | {"metadata": json.loads("[" * depth + "]" * depth)}).encode()

@@ -6,6 +6,7 @@ beyond that API: a field of `Answer`.
 """
 
 import json
+import re
 import reprlib
 import secrets
 import time
@@ -33,6 +34,8 @@ from conch_dna.training.structured_answers import MAX_DEPTH, JsonError, read_jso
 # A seed is any number of 64 bits; as many different draws there are.
 FIRST_SEED, LAST_SEED = -(2**63), 2**63 - 1
 SEEDS = 10**9 + 1
+# A string of JSON; one that never ends reaches to the end, so that each character is read once.
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 # Most values of a body: each may be a problem of its own, and each problem takes its time.
 MAX_VALUES = 50_000
 # So many problems of a request are told; of more their number.
@@ -261,7 +264,11 @@ def parse_chat(body: bytes) -> ChatRequest:
             of that is named.
     """
     try:
-        fields = read_json(body.decode(json.detect_encoding(body)))
+        text = body.decode(json.detect_encoding(body))
+        # Before a hundred thousand objects are made of it.
+        if text.count(",") > MAX_VALUES and _STRING.sub("", text).count(",") > MAX_VALUES:
+            raise _too_many_values()
+        fields = read_json(text)
     except (JsonError, UnicodeDecodeError, RecursionError) as error:
         why = str(error) if isinstance(error, JsonError) else type(error).__name__
         if len(why) > _LONGEST_REASON:
@@ -282,6 +289,11 @@ def parse_chat(body: bytes) -> ChatRequest:
     raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
 
 
+def _too_many_values() -> ApiError:
+    message = f"the body has more than {MAX_VALUES:,} values: shorten the conversation"
+    return ApiError(400, message)
+
+
 def _require_bounds(fields: dict[str, Any]) -> None:
     """Refuse a body that is nested too deep or has too many values."""
     level: list[Any] = [fields]
@@ -293,9 +305,7 @@ def _require_bounds(fields: dict[str, Any]) -> None:
         depth += 1
         level = [value for value in level if isinstance(value, dict | list)]
         if values > MAX_VALUES:
-            raise ApiError(
-                400, f"the body has more than {MAX_VALUES:,} values: shorten the conversation"
-            )
+            raise _too_many_values()
         if not level:
             return
         if depth == MAX_DEPTH:
