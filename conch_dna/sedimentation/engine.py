@@ -289,12 +289,13 @@ class AntigravityEngine:
     def _evidence(self) -> Evidence:
         if self._judged is not None:
             return self._judged
-        count = self.store.count(RAW)
-        if self._pseudo is None or self._pseudo[0] != count:
+        revision = self.store.revision
+        if self._pseudo is None or self._pseudo[0] != revision:
             # The documents that queries are taken from are not learned from.
+            count = self.store.count(RAW)
             sample = min(self.config.gate_queries, max(1, int(HELD_OUT_SHARE * count)))
             evidence = Evidence.of_corpus(self.store, sample=sample, seed=self.config.seed)
-            self._pseudo = count, evidence
+            self._pseudo = revision, evidence
         return self._pseudo[1]
 
     def run_sedimentation_cycle(

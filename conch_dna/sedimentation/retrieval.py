@@ -289,10 +289,10 @@ class WordFusion:
             top_k: How many to give.
             where: The filter that the dense ranking had.
         """
-        # Made anew at the first query after documents joined.
-        count = self.store.count(RAW)
-        if self._words is None or self._words[0] != count:
-            self._words = count, word_index(self.store)
+        # Made anew at the first query after a write.
+        revision = self.store.revision
+        if self._words is None or self._words[0] != revision:
+            self._words = revision, word_index(self.store)
         (by_words,) = self._words[1].rankings([query])
         payloads = dict(zip(hits.ids, hits.payloads, strict=True))
         page = self.store.get([each for each in by_words if each not in payloads], RAW)

@@ -23,8 +23,6 @@ from conch_dna.sedimentation.stores.contract import RAW, Hits, Page, VectorStore
 
 # Sampled documents whose neighbourhoods are searched and fetched at once.
 QUERIES_AT_ONCE = 64
-# The null is calibrated anew when the store has grown or shrunk by this share.
-STALE_SHARE = 0.2
 
 
 def dispersions(neighbourhoods: Any) -> np.ndarray:
@@ -187,7 +185,7 @@ class Neighbourhoods:
     folder: Path
     student_digest: str
     _null: CollapseNull | None = field(default=None, init=False)
-    _null_count: int = field(default=0, init=False)
+    _made_of: Any = field(default=None, init=False)
 
     def measure(
         self, queries: Sequence[str], hits: Sequence[Hits], version: str
@@ -215,23 +213,28 @@ class Neighbourhoods:
 
     def _calibrated(self, version: str) -> CollapseNull | None:
         """The null of a version, made when it is first needed and kept in the folder."""
-        config, count = self.config, self.store.count(RAW)
-        if count < config.top_k + 1:
+        config, store = self.config, self.store
+        made_of = {
+            "revision": store.revision,
+            "collapse_sample": config.collapse_sample,
+            "top_k": config.top_k,
+            "collapse_percentile": float(config.collapse_percentile),
+            "seed": config.seed,
+        }
+        if store.count(RAW) < config.top_k + 1:
             return None
         path = self.folder / f"null-{version}.json"
         if self._null is None or self._null.version != version:
-            self._null, self._null_count = None, 0
+            self._null, self._made_of = None, {}
             if path.is_file():
-                document = read_json(path, needs={"null": dict, "documents": int})
+                document = read_json(path, needs={"null": dict})
                 self._null = CollapseNull.from_json(document["null"], source=str(path))
-                self._null_count = document["documents"]
-        null, settings = self._null, (config.top_k, config.collapse_percentile, config.seed)
-        fresh = null is not None and (null.k, null.percentile, null.seed) == settings
-        if not fresh or abs(count - self._null_count) > STALE_SHARE * self._null_count:
-            self._null = null = CollapseNull.fit(self.store, config, version=version)
-            self._null_count = count
-            write_json(path, {"null": null.to_json(), "documents": count})
-        return null
+                self._made_of = document.get("made_of")
+        if self._null is None or self._made_of != made_of:
+            self._null = CollapseNull.fit(store, config, version=version)
+            self._made_of = made_of
+            write_json(path, {"null": self._null.to_json(), "made_of": made_of})
+        return self._null
 
 
 def sampled(

@@ -6,7 +6,6 @@ To add a store: subclass `VectorStore`, give what is abstract there, choose it i
 it to the contract tests.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -15,7 +14,8 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.documents import DocumentId
-from conch_dna.sedimentation.stores.filters import Conditions, Where, conditions_of
+from conch_dna.sedimentation.stores.filters import Where, conditions_of
+from conch_dna.sedimentation.stores.primitives import StorePrimitives
 from conch_dna.sedimentation.stores.state import VERSION_NAME, VersionState
 from conch_dna.sedimentation.stores.stored_documents import (
     DIGEST,
@@ -65,7 +65,7 @@ class Page:
     payloads: list[dict[str, Any]]
 
 
-class VectorStore(ABC):
+class VectorStore(StorePrimitives):
     """Documents with immutable raw vectors, and versions of adapted ones of which one is active.
 
     A version is begun with `add_version`, filled with `put_version`, and made active by
@@ -79,6 +79,8 @@ class VectorStore(ABC):
 
     # Documents that are asked for at once.
     KEYS_AT_ONCE = 10_000
+    # Whether other processes may read while this one writes.
+    SHARED = False
 
     def __init__(
         self, place: str, identity: dict[str, Any], state: VersionState, exact_below: int
@@ -99,6 +101,15 @@ class VectorStore(ABC):
     def previous(self) -> str | None:
         """What `rollback` returns to; None before the first activation."""
         return self._state.previous
+
+    @property
+    def revision(self) -> int:
+        """Another number after every write of documents or vectors: the key of what is cached.
+
+        Durable. On a server it is asked for each time, as another process may have written.
+        """
+        self._need(RAW)
+        return self._state.revision
 
     def versions(self) -> list[str]:
         """Names besides RAW, those that are not finished included."""
@@ -145,8 +156,9 @@ class VectorStore(ABC):
         keys = keys_of(ids)
         stored = [to_stored(*each) for each in zip(ids, payloads, digests, strict=True)]
         if keys:
-            self._counts.clear()
+            self._raise_revision()
             self._write(keys, stored, rows)
+            self._end_write()
 
     def count(self, version: str = RAW) -> int:
         """How many documents have a vector of this version."""
@@ -222,8 +234,8 @@ class VectorStore(ABC):
         if dimension < 1:
             raise ConchError(f"version {name} has dimension {dimension}: it must be 1 or more")
         # Noted before it is made: what a killed process began, the next one can delete.
-        self._advance(replace(self._state, building={**self._state.building, name: dimension}))
-        self._counts.clear()
+        building = {**self._state.building, name: dimension}
+        self._raise_revision(replace(self._state, building=building))
         self._create(name, dimension)
 
     def put_version(self, name: str, ids: Sequence[DocumentId], vectors: np.ndarray) -> None:
@@ -235,8 +247,9 @@ class VectorStore(ABC):
         keys = keys_of(ids)
         self._refuse_missing(ids, keys, self._reserved_fields(keys), RAW)
         if keys:
-            self._counts.clear()
+            self._raise_revision()
             self._fill(name, keys, rows)
+            self._end_write()
 
     def digest(self, version: str = RAW) -> str:
         """Digest of all ids and vectors of a version, whatever their order: see `ContentSum`."""
@@ -317,7 +330,7 @@ class VectorStore(ABC):
         """
         return self.count(RAW) >= self._exact_below and self._optimize()
 
-    def refresh(self) -> None:  # noqa: B027
+    def refresh(self) -> None:
         """Learn what another process changed: on a server only, as others have one writer."""
 
     def close(self) -> None:
@@ -417,73 +430,20 @@ class VectorStore(ABC):
             content.add([stored_id(each.payload) for each in records], rows)
         return content
 
+    def _raise_revision(self, state: VersionState | None = None) -> None:
+        """Commit a state under the next revision, before what it is raised for is written.
+
+        So a kill between the two leaves at most a cache that is made anew for nothing.
+        """
+        state = state or self._state
+        self._counts.clear()
+        self._advance(replace(state, revision=state.revision + 1))
+
+    def _end_write(self) -> None:
+        """Tell readers who looked while the write was under way to look again."""
+        if self.SHARED:
+            self._raise_revision()
+
     def _advance(self, state: VersionState) -> None:
         self._commit(state)
         self._state = state
-
-    @abstractmethod
-    def _write(
-        self, keys: list[str], stored: list[dict[str, Any]], rows: Mapping[str, np.ndarray]
-    ) -> None:
-        """Add or replace documents with all their vectors; durable when it returns."""
-
-    @abstractmethod
-    def _fetch(
-        self, keys: list[str], version: str, *, payload: bool | list[str], vector: bool
-    ) -> list[Record]:
-        """Those of these documents that have a vector of the version.
-
-        Args:
-            keys: At most `KEYS_AT_ONCE`.
-            version: RAW where no vector is wanted.
-            payload: All of it, or these fields.
-            vector: Whether the vector is wanted.
-        """
-
-    @abstractmethod
-    def _scroll(
-        self, version: str, offset: Any, size: int, payload: bool | list[str]
-    ) -> tuple[list[Record], Any]:
-        """Documents with a vector of a version, and where the next begin; None after the last."""
-
-    @abstractmethod
-    def _nearest(
-        self,
-        queries: np.ndarray,
-        version: str,
-        top_k: int,
-        conditions: Conditions,
-        exact: bool,
-    ) -> list[list[Record]]:
-        """The best documents of each query, with payload and score, best first."""
-
-    @abstractmethod
-    def _count(self, version: str) -> int:
-        """How many documents have a vector of a version."""
-
-    @abstractmethod
-    def _create(self, name: str, dimension: int) -> None:
-        """Make room for a version."""
-
-    @abstractmethod
-    def _fill(self, name: str, keys: list[str], rows: np.ndarray) -> None:
-        """Store vectors of a version for stored documents."""
-
-    @abstractmethod
-    def _erase(self, name: str) -> None:
-        """Delete a version's vectors; nothing where there are none."""
-
-    @abstractmethod
-    def _commit(self, state: VersionState) -> None:
-        """Make this the state that the next process finds, in one step."""
-
-    def _flush(self) -> None:  # noqa: B027
-        """Make everything written so far durable."""
-
-    def _optimize(self) -> bool:
-        """Build indexes; whether anything was built."""
-        return False
-
-    @abstractmethod
-    def _release(self) -> None:
-        """Close what is open."""

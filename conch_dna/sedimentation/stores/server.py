@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -51,6 +52,7 @@ class _About(NamedTuple):
     previous_of: dict[str, str | None]
     kept: dict[str, dict[str, Any]]
     building: dict[str, int]
+    revision: int = 0
 
     def as_metadata(self) -> dict[str, str]:
         return {ABOUT: json.dumps({"format": FORMAT, **self._asdict()})}
@@ -75,6 +77,7 @@ class ServerStore(VectorStore):
     """
 
     KEYS_AT_ONCE = 1_000
+    SHARED = True
 
     def __init__(
         self,
@@ -202,6 +205,15 @@ class ServerStore(VectorStore):
         move = self._models.CreateAliasOperation(create_alias=alias)
         self._ask(self._client.update_collection_aliases, [move])
 
+    @property
+    def revision(self) -> int:
+        """See `VectorStore`; the counts are asked for again where it is another."""
+        about = self._read_about() if not self._closed else None
+        if about is not None and about.revision != self._state.revision:
+            self._state = replace(self._state, revision=about.revision)
+            self._counts.clear()
+        return super().revision
+
     def refresh(self) -> None:
         """Read which version is active, which may be another process's doing."""
         self._need(RAW)
@@ -224,6 +236,7 @@ class ServerStore(VectorStore):
             previous=about.previous_of.get(active),
             kept={n: facts for n, facts in about.kept.items() if n not in building},
             building={n: size for n, size in building.items() if n in self._mine},
+            revision=about.revision,
         )
         self._unfinished = {n: size for n, size in building.items() if n not in self._mine}
         self._counts.clear()
@@ -246,6 +259,7 @@ class ServerStore(VectorStore):
             previous_of={state.active: state.previous},
             kept=state.kept,
             building=building,
+            revision=state.revision,
         )
         if state.active != before.active:
             # Both moments of the move are told here; which one it is, the alias decides.

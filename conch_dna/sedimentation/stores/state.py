@@ -23,12 +23,14 @@ class VersionState:
         kept: Versions that were active once, with `dimension`, and `count` and `digest` at that
             time.
         building: Versions that were not, or that are being deleted, with their dimension.
+        revision: Raised by every write of documents or vectors.
     """
 
     active: str
     previous: str | None = None
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     building: dict[str, int] = field(default_factory=dict)
+    revision: int = 0
 
 
 def checked_identity(
