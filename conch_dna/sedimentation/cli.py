@@ -101,7 +101,8 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     nargs=-1,
     required=True,
     metavar="FILES...",
-    help="JSONL (text, and id or _id, title, payload), or texts one a line; - is standard input.",
+    help="JSONL (text, and id or _id, title, payload), an array of them in a .json file, or "
+    "texts one a line; - is standard input.",
 )
 @model_options
 @options_of(ChelationConfig, only=("batch_size",))
@@ -111,7 +112,7 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar=f"[{'|'.join(FORMATS)}]",
     default=FORMATS[0],
     show_default=True,
-    help="Of the files; auto takes a file for JSONL whose first line begins with a brace.",
+    help="Of the files; auto takes a file for JSONL that is named so or begins with a brace.",
 )
 @click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
 @_json_option

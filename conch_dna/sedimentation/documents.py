@@ -6,10 +6,12 @@ name in FORMATS.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,8 @@ DocumentId = str | int
 AUTO, JSONL, LINES = "auto", "jsonl", "lines"
 FORMATS = (AUTO, JSONL, LINES)
 STANDARD_INPUT = "-"
+# How an array of objects, texts or nothing begins; a text may well begin with "[1]".
+_ARRAY = re.compile(r"\[\s*([\[{\"\]]|$)")
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,17 @@ def _document(row: Any, number: int) -> Document:
 def read_document_files(paths: Sequence[str], *, form: str = AUTO) -> Iterator[Any]:
     """What `read_documents` takes, one line after the other; empty lines are passed over.
 
-    In JSONL, BEIR's `metadata` counts as the payload of a line that has none.
+    In JSON, BEIR's `metadata` counts as the payload of a document that has none.
 
     Args:
         paths: Files in UTF-8; "-" is standard input.
         form: "jsonl"; "lines", where each line is a text; or "auto": JSONL where the first line
-            begins with a brace.
+            begins with a brace or the name ends in .jsonl, and an array of objects or texts where
+            it ends in .json.
 
     Raises:
         ConchError: A file cannot be read, or a line is not UTF-8 or no JSON object; it is named.
+            Or an array stands in a file of another name.
     """
     if form not in FORMATS:
         raise ConchError(f"format {form!r} is not known: use one of {', '.join(FORMATS)}")
@@ -134,15 +140,43 @@ def read_document_files(paths: Sequence[str], *, form: str = AUTO) -> Iterator[A
 
 def _documents(paths: Sequence[str], form: str) -> Iterator[Any]:
     for path in paths:
+        lines = _lines(path)
+        number, line = next(lines, (0, ""))
+        if not line:
+            continue
+        lines = chain([(number, line)], lines)
+        if form != LINES and _is_json(path) and line.startswith("["):
+            yield from _items(path, "\n".join(text for _, text in lines))
+            continue
         own_form = form
-        for number, line in _lines(path):
-            if own_form == AUTO:
-                own_form = JSONL if line.startswith("{") else LINES
-            yield line if own_form == LINES else _parsed(line, f"{_shown(path)}, line {number}")
+        if form == AUTO:
+            if _ARRAY.match(line):
+                raise ConchError(
+                    f"{_shown(path)} begins like a JSON array: name it .json, give JSONL with one "
+                    "object a line, or say --format lines where each line is a text"
+                )
+            is_jsonl = line.startswith("{") or Path(path).suffix == ".jsonl"
+            own_form = JSONL if is_jsonl else LINES
+        for number, line in lines:
+            if own_form == LINES:
+                yield line
+            else:
+                where = f"{_shown(path)}, line {number}"
+                yield _row(_parsed(line, where), where)
+
+
+def _is_json(path: str) -> bool:
+    return Path(path).suffix == ".json"
+
+
+def _items(path: str, content: str) -> Iterator[Any]:
+    """The documents of a JSON array."""
+    for place, item in enumerate(_parsed(content, path), 1):
+        yield item if isinstance(item, str) else _row(item, f"{path}, item {place}")
 
 
 def count_lines(paths: Sequence[str]) -> int:
-    """How many lines the files have in all; 0, which is unknown, where one is standard input.
+    """How many lines the files have in all; 0, unknown, with standard input or a .json file.
 
     Raises:
         ConchError: A file cannot be read.
@@ -156,7 +190,7 @@ def count_lines(paths: Sequence[str]) -> int:
                 total += sum(1 for _ in file)
         except OSError as error:
             raise _unreadable(path, error) from error
-    return total
+    return 0 if any(map(_is_json, paths)) else total
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -189,11 +223,14 @@ def _unreadable(path: str, error: OSError) -> ConchError:
     return ConchError(f"cannot read {_shown(path)}: {error.strerror or error}")
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _parsed(text: str, where: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConchError(f"{where} is not JSON: {error}") from error
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ConchError(f"{where} is no JSON object: give one with text, and id, title, payload")
     if "metadata" in row and "payload" not in row:

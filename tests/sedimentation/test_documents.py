@@ -1,5 +1,6 @@
 """Documents are taken as users have them, and refused by their number."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,42 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             read([missing])
     with pytest.raises(ConchError, match="format 'xml' is not known: use one of auto, jsonl, li"):
         read_document_files([missing], form="xml")
+
+
+@pytest.mark.parametrize("form", ["auto", "jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_in_a_json_file_is_its_items(
+    form: str, indent: int | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{"text": "a", "metadata": {"year": 1}}, "b", {"id": 3, "text": "[c]"}]
+    path.write_text(f"\n{json.dumps(rows, indent=indent)}\n")
+    found = [(each.id, each.text) for each in read_documents(read_document_files([str(path)]))]
+    assert [text for _, text in found] == ["a", "b", "[c]"] and found[2][0] == 3
+    assert count_lines([str(path)]) == 0
+    assert next(iter(read_document_files([str(path)], form="lines"))).startswith("[")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"text": "a"}, 3]', r"a\.json, item 2 is no JSON object"),
+        ("a.json", '[{"text": "a"},\n', r"a\.json is not JSON: "),
+        ("a.txt", '[{"text": "a"}]', r"a\.txt begins like a JSON array: name it \.json, give JSON"),
+        ("a", '[\n  {"text": "a"}\n]', r"begins like a JSON array"),
+        ("a.txt", '["a", "b"]', r"begins like a JSON array"),
+        ("a.jsonl", "[1] a", r"a\.jsonl, line 1 is not JSON"),
+        ("a.jsonl", '["a"]', r"begins like a JSON array"),
+    ],
+)
+def test_an_array_is_no_list_of_texts(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConchError, match=message):
+        list(read_document_files([str(tmp_path / name)]))
+
+
+def test_a_text_may_begin_with_a_bracket(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("[1] the first note\n[x] done\n")
+    assert len(list(read_document_files([str(tmp_path / "notes.txt")]))) == 2
