@@ -234,6 +234,25 @@ def write_folder(
     Raises:
         ConchError: The disk is full or not writable; what stood at `path` is untouched.
     """
+    with replaced_folder(path) as temporary:
+        for name, group in (arrays or {}).items():
+            mx.save_safetensors(str(temporary / name), dict(group))
+        for name, document in (documents or {}).items():
+            text = json_text(document) if name.endswith(".json") else document
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, write in (writers or {}).items():
+            write(temporary / name)
+        digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+        (temporary / DIGESTS).write_text(json_text(digests), encoding="utf-8")
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then stands at `path` in place of what was there.
+
+    Raises:
+        ConchError: The disk is full or not writable; what stood at `path` is untouched.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
 
@@ -245,15 +264,7 @@ def write_folder(
     with _whole_or_absent(path, undo):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, group in (arrays or {}).items():
-            mx.save_safetensors(str(temporary / name), dict(group))
-        for name, document in (documents or {}).items():
-            text = json_text(document) if name.endswith(".json") else document
-            (temporary / name).write_text(text, encoding="utf-8")
-        for name, write in (writers or {}).items():
-            write(temporary / name)
-        digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
-        (temporary / DIGESTS).write_text(json_text(digests), encoding="utf-8")
+        yield temporary
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)

@@ -80,6 +80,8 @@ class QdrantOverHttp:
                 return local.retrieve(
                     name, wanted.ids, wanted.with_payload, with_vectors=wanted.with_vector
                 )
+            case "POST", "/points/delete":
+                return local.delete(name, models.PointIdsList(**body))
             case "POST", "/points/scroll":
                 wanted = models.ScrollRequest(**body)
                 points, following = local.scroll(

@@ -27,15 +27,18 @@ from conch_dna.sedimentation.documents import (
 from conch_dna.sedimentation.results import (
     ChangeResult,
     change_table,
+    delete_table,
     history_table,
     hits_table,
     ingest_table,
     status_table,
+    verify_table,
 )
 from conch_dna.sedimentation.store_options import (
     model_options,
     opened_engine,
     opened_without_models,
+    place_of,
     place_options,
     settings,
 )
@@ -306,6 +309,51 @@ def rollback(**options: Any) -> None:
     click.echo(f"active was {before} and is {after}")
 
 
+@_command("conch-dna sediment delete papers doc-17 doc-18")
+@place_options
+@click.argument(
+    "ids",
+    nargs=-1,
+    required=True,
+    metavar="IDS...",
+    help="As given at ingest; a number means the number where no text is so called.",
+)
+@_json_option
+def delete(ids: tuple[str, ...], json_file: str | None, **options: Any) -> None:
+    """Forget documents in every version and in the log; loads no model.
+
+    With an id that is not there nothing is deleted.
+    """
+    from conch_dna.sedimentation import deletion
+
+    with opened_without_models(options) as opened:
+        result = deletion.delete(opened.store, opened.log, deletion.named(opened.store, ids))
+    print_tables(delete_table(result))
+    _write_json(json_file, asdict(result))
+
+
+@_command("conch-dna sediment verify papers")
+@place_options
+@_json_option
+def verify(json_file: str | None, **options: Any) -> None:
+    """Compare everything that a store keeps with its digest; loads no model.
+
+    Exit code 1 says that something is not whole; the table names it.
+    """
+    from conch_dna.sedimentation.verification import verified
+
+    parts = verified(place_of(options))
+    print_tables(verify_table(options["location"], parts))
+    whole = all(each.whole for each in parts)
+    document = {"location": options["location"], "whole": whole}
+    _write_json(json_file, {**document, "parts": [asdict(each) for each in parts]})
+    for each in parts:
+        if not each.whole:
+            click.echo(f"not whole: {each.name}: {each.detail}", err=True)
+    if not whole:
+        sys.exit(1)
+
+
 @_command("conch-dna sediment export papers models/papers")
 @place_options
 @click.argument("folder", help="Where to; it must not exist.")
@@ -325,6 +373,7 @@ def export(folder: str, version: str | None, **options: Any) -> None:
         names = [RAW, *engine.store.versions()]
         if name not in names:
             raise ConchError(f"the store has no version {name}: it has {', '.join(names)}")
+        engine.store.check(name)
         student = engine.student
         if not isinstance(student, LocalEmbedder):
             raise ConchError(

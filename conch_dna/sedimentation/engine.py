@@ -34,10 +34,16 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 )
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.documents import read_documents
+from conch_dna.sedimentation.deletion import delete, recovered
+from conch_dna.sedimentation.documents import DocumentId, read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.intake import Intake
-from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
+from conch_dna.sedimentation.results import (
+    ChangeResult,
+    DeleteResult,
+    InferenceResult,
+    IngestResult,
+)
 from conch_dna.sedimentation.retrieval import FUSED, Judgements, WordFusion
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import (
@@ -160,12 +166,13 @@ class AntigravityEngine:
                 rotate_bytes=self.config.log_rotate_bytes,
                 keep_queries=self.config.log_queries,
             )
+            unfinished = recovered(self.store, self.log)
             self.versions = Versions(self.store, self.state / VERSIONS, self.student.dimension)
             self._neighbourhoods = Neighbourhoods(
                 self.store, self.log, self.config, self.state, self.student.digest
             )
             self._fusion = WordFusion(self.store, self.config.rrf_k)
-            self.recovered = [*self.log.recovered, *self.versions.recovered]
+            self.recovered = [*self.log.recovered, *unfinished, *self.versions.recovered]
             self._open = opening.pop_all()
 
     def close(self) -> None:
@@ -207,6 +214,20 @@ class AntigravityEngine:
             seconds=time.perf_counter() - began,
             embedding_seconds=intake.embedding_seconds,
         )
+
+    def delete(self, ids: Sequence[DocumentId]) -> DeleteResult:
+        """Forget documents, their vectors of every version, and the logged events that name them.
+
+        Durable when it returns; what a kill cuts off, the next opening finishes. What adapters
+        learned from them stays, as do a teacher's cached vectors, which are kept by their text.
+
+        Args:
+            ids: As they were given at ingest; 1 and "1" are two documents.
+
+        Raises:
+            ConchError: Some are not in the store; the message names them, and none is deleted.
+        """
+        return delete(self.store, self.log, ids)
 
     def _teacher(self) -> TeacherDistillationHelper:
         if self.helper is None:

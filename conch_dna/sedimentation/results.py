@@ -42,6 +42,36 @@ class IngestResult:
     embedding_seconds: float
 
 
+@dataclass(frozen=True)
+class VerifiedPart:
+    """One thing that a store keeps, compared with its digest.
+
+    Attributes:
+        name: Of it.
+        whole: Whether it is as it was written.
+        detail: How much it is; or what is wrong, in one line.
+    """
+
+    name: str
+    whole: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteResult:
+    """What was forgotten.
+
+    Attributes:
+        deleted: Ids of the documents, as they are in the store.
+        events: Logged neighbourhoods that named one of them.
+        documents: In the store now.
+    """
+
+    deleted: list[DocumentId]
+    events: int
+    documents: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class InferenceResult:
     """The documents nearest to a query.
@@ -115,6 +145,18 @@ def ingest_table(result: IngestResult) -> "Table":
     )
 
 
+def delete_table(result: DeleteResult) -> "Table":
+    """What was forgotten."""
+    return pairs_table(
+        "delete",
+        {
+            "deleted": f"{len(result.deleted):,}",
+            "logged neighbourhoods left out": f"{result.events:,}",
+            "documents": f"{result.documents:,}",
+        },
+    )
+
+
 def hits_table(query: str, result: InferenceResult) -> "Table":
     """The documents that answer a query, best first."""
     rows: list[Sequence[object]] = []
@@ -184,6 +226,12 @@ def _made_from(status: Mapping[str, Any], name: str) -> str:
         f"{origin['kind']} ({origin['mode']}){teacher}, {version['adapter']} adapter, "
         f"{version['out_dimension']} dimensions, documents' vectors {carried}"
     )
+
+
+def verify_table(location: str, parts: Sequence[VerifiedPart]) -> "Table":
+    """What is whole and what is not."""
+    rows = [(each.name, "whole" if each.whole else "NOT WHOLE", each.detail) for each in parts]
+    return text_table(f"verify {location}", ("what", "", "detail"), rows)
 
 
 def history_table(history: list[dict[str, Any]]) -> "Table":

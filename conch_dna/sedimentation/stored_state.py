@@ -17,6 +17,7 @@ from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_file
 from conch_dna.sedimentation.changes.gate import read_history
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.edge import MANIFEST
 from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS, open_store, state_of
@@ -37,10 +38,11 @@ class StoredState:
     def __init__(self, location: str, state: Path, store: VectorStore) -> None:
         self.location = location
         self.store = store
-        self.versions = Versions(store, state / VERSIONS, int(store.identity["dimension"]))
         self.log = ChelationLog(state / LOG)
+        unfinished = recovered(store, self.log)
+        self.versions = Versions(store, state / VERSIONS, int(store.identity["dimension"]))
         self.history = read_history(state)
-        self.recovered = [*self.log.recovered, *self.versions.recovered]
+        self.recovered = [*self.log.recovered, *unfinished, *self.versions.recovered]
 
     def to_json(self) -> dict[str, Any]:
         """Everything that `status` shows, as a JSON object."""

@@ -23,6 +23,7 @@ from conch_dna.sedimentation.stores import edge as edge_store
 from conch_dna.sedimentation.stores.contract import RAW
 from conch_dna.sedimentation.stores.edge import MANIFEST, EdgeStore
 from conch_dna.sedimentation.stores.open_store import open_store
+from conch_dna.sedimentation.stores.state import sealed
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
 
 D = 16
@@ -258,7 +259,8 @@ def test_nothing_else_is_tried_where_no_version_was_under_way(tmp_path: Path) ->
     """The same shard with a manifest that names no unfinished version is damaged, not half-done."""
     manifest = json.loads(half_deleted(tmp_path))
     manifest["versions"]["building"] = {}
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    del manifest["digest"]
+    (tmp_path / MANIFEST).write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ConchError, match=r"the store in .* could not be opened: "):
         EdgeStore(tmp_path, IDENTITY)
 
@@ -363,14 +365,22 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (folder / MANIFEST).write_text(good[:-20])
     with pytest.raises(NotWholeError, match="cannot be read as a manifest"):
         EdgeStore(folder)
-    (folder / MANIFEST).write_text(good.replace('"format": 1', '"format": 9'))
-    with pytest.raises(ConchError, match="has format 9, but only 1 is known"):
+    (folder / MANIFEST).write_text(good.replace('"format": 2', '"format": 9'))
+    with pytest.raises(ConchError, match="has format 9, but only 1 and 2 are known"):
         EdgeStore(folder)
-    (folder / MANIFEST).write_text(good.replace('"v1"', '"v2"'))
-    with pytest.raises(NotWholeError, match="version v2 holds 0 vectors for 5 documents, 5 when"):
-        EdgeStore(folder)
-    (folder / MANIFEST).write_text(good.replace('"count": 5', '"count": 6'))
-    with pytest.raises(NotWholeError, match="holds 5 vectors for 5 documents, 6 when it became"):
+    for old, new in (
+        ('"v1"', '"v2"'),
+        ('"count": 5', '"count": 6'),
+        ('"revision": ', '"revision": 1'),
+    ):
+        (folder / MANIFEST).write_text(good.replace(old, new))
+        with pytest.raises(NotWholeError, match=r"manifest\.json is not whole: its digest is "):
+            EdgeStore(folder)
+    manifest = json.loads(good)
+    del manifest["digest"]
+    manifest["versions"]["contents"]["v1"]["count"] = 6
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(NotWholeError, match="version v1 holds 5 vectors for 6 documents"):
         EdgeStore(folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(NotWholeError, match=r"has documents but no manifest.json"):
@@ -381,6 +391,18 @@ def test_damage_is_told(tmp_path: Path) -> None:
     shutil.rmtree(folder / "shard")
     with pytest.raises(ConchError, match=r"the store in .* could not be opened: "):
         EdgeStore(folder)
+
+
+def test_a_store_without_digests_gets_them_when_it_is_opened(tmp_path: Path) -> None:
+    with EdgeStore(tmp_path, IDENTITY) as store:
+        fill(store, 0, 5)
+        activate(store, "v1")
+        contents = store._state.contents
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest["digest"], manifest["versions"]["contents"], manifest["versions"]["writing"]
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    with EdgeStore(tmp_path) as store:
+        assert store._state.contents == contents and not store.damage()
 
 
 # Graphs

@@ -11,11 +11,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from conch_dna.checkpoints import content_digest, sync, write_atomically
+from conch_dna.checkpoints import (
+    content_digest,
+    remove_unfinished,
+    replaced_folder,
+    sync,
+    write_atomically,
+)
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.documents import DocumentId
 
@@ -139,6 +145,8 @@ class ChelationLog:
         self.recovered: list[str] = []
         self._last: Event | None = None
         try:
+            # Of a kill while the log was written anew, see `forget`.
+            remove_unfinished(folder.parent)
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -224,6 +232,41 @@ class ChelationLog:
         for event in self.events(version=version):
             counts.update(list(dict.fromkeys(event.neighbourhood)))
         return {each: count for each, count in counts.most_common() if count >= at_least}
+
+    def forget(self, ids: Sequence[DocumentId]) -> int:
+        """Leave out every event whose neighbourhood names one of these documents.
+
+        The others are numbered and chained anew, in the same files; half-written events that were
+        kept aside go. The log is the old one or the new one, whenever the process ends.
+
+        Returns:
+            How many events are left out.
+
+        Raises:
+            NotWholeError: The log is not whole; it is left as it is.
+            ConchError: The disk is full; the log is as it was.
+        """
+        gone = {(type(each), each) for each in ids}
+
+        def stays(event: Event) -> bool:
+            return not any((type(each), each) in gone for each in event.neighbourhood)
+
+        left_out = sum(not stays(event) for event in self.events())
+        if not left_out:
+            return 0
+        last: Event | None = None
+        with replaced_folder(self.folder) as folder:
+            for path in log_files(self.folder):
+                with open(folder / path.name, "wb") as file:
+                    for line in path.read_bytes().splitlines(keepends=True):
+                        event = _parsed(line, str(path))
+                        if not stays(event):
+                            continue
+                        number, previous = (last.number, last.digest) if last else (0, "")
+                        last = replace(event, number=number + 1, previous=previous)
+                        file.write(last.line)
+        self._last = last
+        return left_out
 
     def _set_half_line_aside(self) -> None:
         """Cut a last line without its end off the file that grows, keeping what there is of it."""

@@ -7,7 +7,7 @@ of what `decide` is given.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_atomically
+from conch_dna.checkpoints import content_digest, write_atomically
 from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.metrics import RESAMPLES, paired_interval
 from conch_dna.sedimentation.config import ChelationConfig
@@ -128,6 +128,13 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(each, dict) and "candidate" in each for each in entries):
             raise ValueError("a line is no decision")
+        digested = False
+        for number, (entry, digest) in enumerate(_chained(entries), 1):
+            written = entry.pop("digest", None)
+            digested |= written is not None
+            # Those of earlier versions had none, until another was added.
+            if digested and written != digest:
+                raise ValueError(f"line {number} was altered, or one before it")
     except (OSError, ValueError, RecursionError) as error:
         raise NotWholeError(
             f"{path} cannot be read: {one_line(error)}. Restore it, or move it away to begin a new "
@@ -139,5 +146,17 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def add_to_history(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a decision, and what it was about, with the time; durable when it returns."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    lines = [json.dumps(each) for each in [*read_history(folder), {"time": time, **entry}]]
+    entries = [*read_history(folder), {"time": time, **entry}]
+    lines = [json.dumps({**each, "digest": digest}) for each, digest in _chained(entries)]
     write_atomically(folder / GATE_HISTORY, "".join(f"{line}\n" for line in lines))
+
+
+def _chained(
+    entries: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Any, str]]:
+    """Each entry with the digest of itself and all before it."""
+    digest = ""
+    for entry in entries:
+        inside = {name: value for name, value in entry.items() if name != "digest"}
+        digest = content_digest(digest, json.dumps(inside, sort_keys=True))
+        yield entry, digest

@@ -149,9 +149,13 @@ class Versions:
         shutil.rmtree(self.folder / name)
 
     def rollback(self) -> str:
-        """Let the version before answer again.
+        """Let the version before answer again, if its vectors and its adapter are as they were.
 
         Raises:
             ConchError: There is none.
+            NotWholeError: Either was altered; the active version stays.
         """
+        if self.store.previous is not None:
+            self._adapters.pop(self.store.previous, None)
+            self.adapter(self.store.previous)
         return self.store.rollback()

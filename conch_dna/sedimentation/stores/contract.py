@@ -14,12 +14,11 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.stores.accounts import RAW, StoreAccounts
 from conch_dna.sedimentation.stores.filters import Where, conditions_of
-from conch_dna.sedimentation.stores.primitives import StorePrimitives
-from conch_dna.sedimentation.stores.state import VERSION_NAME, VersionState
+from conch_dna.sedimentation.stores.state import DOCUMENTS, VERSION_NAME
 from conch_dna.sedimentation.stores.stored_documents import (
     DIGEST,
-    ID,
     ContentSum,
     Record,
     as_given,
@@ -30,7 +29,6 @@ from conch_dna.sedimentation.stores.stored_documents import (
     to_stored,
 )
 
-RAW = "raw"
 # Fewer documents are compared with one by one; from here on HNSW is faster.
 EXACT_BELOW = 20_000
 
@@ -65,55 +63,15 @@ class Page:
     payloads: list[dict[str, Any]]
 
 
-class VectorStore(StorePrimitives):
+class VectorStore(StoreAccounts):
     """Documents with immutable raw vectors, and versions of adapted ones of which one is active.
 
     A version is begun with `add_version`, filled with `put_version`, and made active by
     `activate`, which is one atomic step. A version that was begun and never active is gone when
     the store is opened again.
 
-    Attributes:
-        place: What messages call it.
-        identity: What the raw vectors were made with: `student`, `digest`, `dimension`.
+    What it holds is accounted for as it is written, see `StoreAccounts`.
     """
-
-    # Documents that are asked for at once.
-    KEYS_AT_ONCE = 10_000
-    # Whether other processes may read while this one writes.
-    SHARED = False
-
-    def __init__(
-        self, place: str, identity: dict[str, Any], state: VersionState, exact_below: int
-    ) -> None:
-        self.place = place
-        self.identity = identity
-        self._state = state
-        self._exact_below = exact_below
-        self._counts: dict[str, int] = {}
-        self._closed = False
-
-    @property
-    def active(self) -> str:
-        """The version that queries use, or RAW."""
-        return self._state.active
-
-    @property
-    def previous(self) -> str | None:
-        """What `rollback` returns to; None before the first activation."""
-        return self._state.previous
-
-    @property
-    def revision(self) -> int:
-        """Another number after every write of documents or vectors: the key of what is cached.
-
-        Durable. On a server it is asked for each time, as another process may have written.
-        """
-        self._need(RAW)
-        return self._state.revision
-
-    def versions(self) -> list[str]:
-        """Names besides RAW, those that are not finished included."""
-        return [*self._state.kept, *self._state.building]
 
     def digests(self, ids: Sequence[DocumentId]) -> dict[DocumentId, str]:
         """The content digests of those documents that are stored; others are left out."""
@@ -139,8 +97,7 @@ class VectorStore(StorePrimitives):
         Raises:
             ConchError: Anything of this does not hold, or it cannot be written.
         """
-        self.refresh()
-        self._need(RAW)
+        self._prepare()
         if not len(ids) == len(payloads) == len(digests):
             raise ConchError(
                 f"{len(ids)} ids, {len(payloads)} payloads and {len(digests)} digests: each "
@@ -156,16 +113,38 @@ class VectorStore(StorePrimitives):
         keys = keys_of(ids)
         stored = [to_stored(*each) for each in zip(ids, payloads, digests, strict=True)]
         if keys:
-            self._raise_revision()
+            self._begin(ids, keys)
             self._write(keys, stored, rows)
-            self._end_write()
+            added = {name: ContentSum() for name in self.kept_contents()}
+            for name, content in added.items():
+                content.add(ids, stored if name == DOCUMENTS else rows[name])
+            self._end(added)
 
-    def count(self, version: str = RAW) -> int:
-        """How many documents have a vector of this version."""
-        self._need(version)
-        if version not in self._counts:
-            self._counts[version] = self._count(version)
-        return self._counts[version]
+    def delete(self, ids: Sequence[DocumentId]) -> None:
+        """Forget documents in every version; durable when it returns.
+
+        A kill in the middle leaves a deletion that `recover`, and so the next opening, finishes.
+
+        Args:
+            ids: As they were given; one that comes twice counts once.
+
+        Raises:
+            ConchError: Some are not there, and the message names them; nothing is deleted.
+        """
+        self._prepare()
+        ids = list(dict.fromkeys(ids))
+        keys = keys_of(ids)
+        there = self._reserved_fields(keys)
+        missing = [repr(each) for each, key in zip(ids, keys, strict=True) if key not in there]
+        if missing:
+            names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise ConchError(
+                f"{self.place} has no document {names}: nothing was deleted; leave out what is "
+                "not there"
+            )
+        if keys:
+            self._begin(ids, keys, deletes=True)
+            self.recover()
 
     def pages(self, version: str = RAW, *, size: int = 1000) -> Iterator[Page]:
         """Every document of a version once, in an order that is the same each time."""
@@ -222,8 +201,7 @@ class VectorStore(StorePrimitives):
 
     def add_version(self, name: str, dimension: int) -> None:
         """Begin a version of this dimension, without vectors."""
-        self.refresh()
-        self._need(RAW)
+        self._prepare()
         if not VERSION_NAME.fullmatch(name) or name == RAW:
             raise ConchError(
                 f"{name!r} is no name of a version: use up to 64 of a-z, 0-9, '.', '_' and '-', "
@@ -246,10 +224,16 @@ class VectorStore(StorePrimitives):
         rows = self._checked(name, vectors, count=len(ids))
         keys = keys_of(ids)
         self._refuse_missing(ids, keys, self._reserved_fields(keys), RAW)
-        if keys:
+        if keys and name in self._state.kept:
+            self._begin(ids, keys)
+            self._fill(name, keys, rows)
+            self.recover()
+        elif keys:
             self._raise_revision()
             self._fill(name, keys, rows)
-            self._end_write()
+            if self.SHARED:
+                # Who looked while the write was under way shall look again.
+                self._raise_revision()
 
     def digest(self, version: str = RAW) -> str:
         """Digest of all ids and vectors of a version, whatever their order: see `ContentSum`."""
@@ -257,7 +241,7 @@ class VectorStore(StorePrimitives):
 
     def drop_version(self, name: str) -> None:
         """Delete a version; RAW, the active and the previous one are refused."""
-        self.refresh()
+        self._prepare()
         self._need(name)
         for kind, used in (("raw", RAW), ("active", self.active), ("previous", self.previous)):
             if name == used:
@@ -282,7 +266,7 @@ class VectorStore(StorePrimitives):
         Raises:
             ConchError: It holds something else; the active version stays.
         """
-        self.refresh()
+        self._prepare()
         content = self._content(name)
         documents = self.count(RAW)
         problems = []
@@ -303,8 +287,18 @@ class VectorStore(StorePrimitives):
             kept[name] = about
             building.pop(name, None)
         previous = self.previous if name == self.active else self.active
+        contents = {**(self._state.contents or {}), name: content.to_json()}
         self._flush()
-        self._advance(VersionState(active=name, previous=previous, kept=kept, building=building))
+        self._advance(
+            replace(
+                self._state,
+                active=name,
+                previous=previous,
+                kept=kept,
+                building=building,
+                contents=contents,
+            )
+        )
 
     def rollback(self) -> str:
         """Make the previous version active, in one step; the two change places.
@@ -314,11 +308,12 @@ class VectorStore(StorePrimitives):
 
         Raises:
             ConchError: There is no previous version.
+            NotWholeError: Its vectors were altered; the active version stays.
         """
-        self.refresh()
-        self._need(RAW)
+        self._prepare()
         if self.previous is None:
             raise ConchError(f"the store in {self.place} has no previous version to return to")
+        self.check(self.previous)
         self._advance(replace(self._state, active=self.previous, previous=self.active))
         return self.active
 
@@ -329,9 +324,6 @@ class VectorStore(StorePrimitives):
             Whether something was built. It takes about a minute for 50,000 documents.
         """
         return self.count(RAW) >= self._exact_below and self._optimize()
-
-    def refresh(self) -> None:
-        """Learn what another process changed: on a server only, as others have one writer."""
 
     def close(self) -> None:
         """Release the store; every later call is refused."""
@@ -345,19 +337,10 @@ class VectorStore(StorePrimitives):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _dimension(self, version: str) -> int:
-        if version == RAW:
-            return int(self.identity["dimension"])
-        if version in self._state.kept:
-            return int(self._state.kept[version]["dimension"])
-        return self._state.building[version]
-
-    def _need(self, version: str) -> None:
-        if self._closed:
-            raise ConchError(f"the store in {self.place} is closed: open it again")
-        if version != RAW and version not in self.versions():
-            known = ", ".join([RAW, *self.versions()])
-            raise ConchError(f"the store in {self.place} has no version {version}, only {known}")
+    def _prepare(self) -> None:
+        """Before every write: what others changed, and what a killed process left, come first."""
+        self.refresh()
+        self.recover()
 
     def _checked(
         self, version: str, vectors: Any, *, count: int | None, what: str | None = None
@@ -384,66 +367,7 @@ class VectorStore(StorePrimitives):
                 "Ingest them first"
             )
 
-    def _records(
-        self,
-        keys: list[str],
-        version: str,
-        *,
-        payload: bool | list[str] = True,
-        vector: bool = True,
-    ) -> dict[str, Record]:
-        """Those of these documents that have a vector of the version, by key."""
-        starts = range(0, len(keys), self.KEYS_AT_ONCE)
-        parts = [keys[start : start + self.KEYS_AT_ONCE] for start in starts]
-        return {
-            each.key: each
-            for part in parts
-            for each in self._fetch(part, version, payload=payload, vector=vector)
-        }
-
-    def _reserved_fields(self, keys: list[str]) -> dict[str, Record]:
-        """Those of these documents that there are, without vectors and their own payload."""
-        return self._records(keys, RAW, payload=[ID, DIGEST], vector=False)
-
-    def _scan(
-        self, version: str, size: int, *, payload: bool | list[str]
-    ) -> Iterator[Sequence[Record]]:
-        """All documents with a vector of a version, a page at a time."""
-        offset = None
-        while True:
-            records, offset = self._scroll(version, offset, size, payload)
-            if records:
-                yield records
-            if offset is None:
-                return
-
     def _page(self, records: Sequence[Record], version: str) -> Page:
         ids, payloads = as_given(records)
         rows = np.array([each.vector for each in records], np.float32)
         return Page(ids, rows.reshape(len(records), self._dimension(version)), payloads)
-
-    def _content(self, version: str) -> ContentSum:
-        self._need(version)
-        content = ContentSum()
-        for records in self._scan(version, 1000, payload=[ID]):
-            rows = np.array([each.vector for each in records], np.float32)
-            content.add([stored_id(each.payload) for each in records], rows)
-        return content
-
-    def _raise_revision(self, state: VersionState | None = None) -> None:
-        """Commit a state under the next revision, before what it is raised for is written.
-
-        So a kill between the two leaves at most a cache that is made anew for nothing.
-        """
-        state = state or self._state
-        self._counts.clear()
-        self._advance(replace(state, revision=state.revision + 1))
-
-    def _end_write(self) -> None:
-        """Tell readers who looked while the write was under way to look again."""
-        if self.SHARED:
-            self._raise_revision()
-
-    def _advance(self, state: VersionState) -> None:
-        self._commit(state)
-        self._state = state

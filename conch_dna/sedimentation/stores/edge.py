@@ -22,12 +22,19 @@ import numpy as np
 
 from conch_dna.checkpoints import FolderLock, remove_unfinished, write_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.sedimentation.stores.accounts import no_contents
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
-from conch_dna.sedimentation.stores.state import VersionState, checked_identity
-from conch_dna.sedimentation.stores.stored_documents import Record
+from conch_dna.sedimentation.stores.state import (
+    FORMAT,
+    OLDEST_FORMAT,
+    VersionState,
+    checked_identity,
+    sealed,
+    unsealed,
+)
+from conch_dna.sedimentation.stores.stored_documents import Record, id_of, key_of
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD = "shard"
 # Room that must stay free: Edge writes through memory maps, where a full disk kills the process
@@ -73,7 +80,9 @@ class EdgeStore(VectorStore):
         with ExitStack() as opening:
             opening.enter_context(FolderLock(folder, elsewhere="choose another folder"))
             is_new = not manifest.exists()
-            stored, state = (None, VersionState(active=RAW)) if is_new else _read_manifest(manifest)
+            stored, state = None, VersionState(active=RAW, contents=no_contents())
+            if not is_new:
+                stored, state = _read_manifest(manifest)
             checked = checked_identity(identity, stored, str(folder))
             super().__init__(str(folder), checked, state, exact_below)
             if is_new:
@@ -83,6 +92,7 @@ class EdgeStore(VectorStore):
             remove_unfinished(folder)
             self._shard = self._load_shard()
             opening.callback(self._shard.close)
+            self._settle()
             self._drop_unfinished()
             self._check_whole()
             self._open = opening.pop_all()
@@ -162,6 +172,17 @@ class EdgeStore(VectorStore):
             f"{'; '.join(reasons)}. Restore the folder, or make the store anew from its documents"
         )
 
+    def _settle(self) -> None:
+        """What a killed process wrote is counted in; what it deleted goes, and waits for the rest.
+
+        What else names deleted documents is not known here: see `also_forget`.
+        """
+        writing = self._state.writing
+        if writing is not None and writing["deletes"]:
+            self._remove([key_of(id_of(text)) for text in writing["ids"]])
+        else:
+            self.recover()
+
     def _drop_unfinished(self) -> None:
         for name in self._state.building:
             self._erase(name)
@@ -169,14 +190,13 @@ class EdgeStore(VectorStore):
             self._advance(replace(self._state, building={}))
 
     def _check_whole(self) -> None:
-        documents = self.count(RAW)
-        for name, about in self._state.kept.items():
-            vectors = self.count(name)
-            if vectors != documents or vectors < about["count"]:
+        for name in (RAW, *self._state.kept):
+            vectors, expected = self.count(name), self._kept(name)["count"]
+            if vectors != expected:
                 raise NotWholeError(
                     f"{self.folder} is not whole: version {name} holds {vectors} vectors for "
-                    f"{documents} documents, {about['count']} when it became active. Restore the "
-                    "folder, or make the store anew from its documents"
+                    f"{expected} documents. Restore the folder, or make the store anew from its "
+                    "documents"
                 )
 
     def _need_space(self, written: int) -> None:
@@ -283,6 +303,11 @@ class EdgeStore(VectorStore):
             ]
             self._shard.update(self._edge.UpdateOperation.update_vectors(vectors))
 
+    def _remove(self, keys: list[str]) -> None:
+        with self._asking("be written"):
+            self._shard.update(self._edge.UpdateOperation.delete_points(keys))
+        self._flush()
+
     def _erase(self, name: str) -> None:
         self._flush()
         with self._asking("be written"):
@@ -296,7 +321,7 @@ class EdgeStore(VectorStore):
             "versions": asdict(state),
         }
         try:
-            write_json(self.folder / MANIFEST, document)
+            write_json(self.folder / MANIFEST, sealed(document))
         except ConchError as error:
             # Its own message tells of options that only training has.
             raise ConchError(
@@ -335,11 +360,12 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
     """The identity and the versions."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (OLDEST_FORMAT, FORMAT):
             raise ConchError(
-                f"{path} has format {manifest['format']}, but only {FORMAT} is known: open the "
-                "store with the version of conch_dna that made it"
+                f"{path} has format {manifest['format']}, but only {OLDEST_FORMAT} and {FORMAT} "
+                "are known: open the store with the version of conch_dna that made it"
             )
+        manifest = unsealed(manifest, str(path))
         return dict(manifest["identity"]), VersionState(**manifest["versions"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotWholeError(

@@ -67,6 +67,10 @@ class StorePrimitives(ABC):
         """Store vectors of a version for stored documents."""
 
     @abstractmethod
+    def _remove(self, keys: list[str]) -> None:
+        """Delete documents with all their vectors, those that are there; durable on return."""
+
+    @abstractmethod
     def _erase(self, name: str) -> None:
         """Delete a version's vectors; nothing where there are none."""
 

@@ -17,14 +17,23 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from conch_dna.checkpoints import parse_json, require_keys
 from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.sedimentation.stores.accounts import no_contents
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
-from conch_dna.sedimentation.stores.state import VERSION_NAME, VersionState, checked_identity
+from conch_dna.sedimentation.stores.state import (
+    FORMAT,
+    OLDEST_FORMAT,
+    VERSION_NAME,
+    VersionState,
+    checked_identity,
+    sealed,
+    unsealed,
+)
 from conch_dna.sedimentation.stores.stored_documents import Record
 
 MEMORY = ":memory:"
-FORMAT = 1
 # Field of the raw collection's metadata; its value is text, as a server merges objects.
 ABOUT = "conch_dna"
 # A server takes 32 MiB at once. A number in JSON takes some 20 bytes.
@@ -53,9 +62,11 @@ class _About(NamedTuple):
     kept: dict[str, dict[str, Any]]
     building: dict[str, int]
     revision: int = 0
+    contents: dict[str, dict[str, Any]] | None = None
+    writing: dict[str, Any] | None = None
 
     def as_metadata(self) -> dict[str, str]:
-        return {ABOUT: json.dumps({"format": FORMAT, **self._asdict()})}
+        return {ABOUT: json.dumps(sealed({"format": FORMAT, **self._asdict()}))}
 
 
 class ServerStore(VectorStore):
@@ -161,9 +172,13 @@ class ServerStore(VectorStore):
                 f"{self.place}: {raw} is there but was not made by conch_dna, or the server is "
                 "older than 1.16 and keeps no metadata: choose another collection or a newer server"
             )
-        document = json.loads(text)
-        if document.pop("format") != FORMAT:
+        source = f"what {self.place} says of itself"
+        document = parse_json(text, source)
+        require_keys(document, source, needs={"format": int})
+        if document["format"] not in (OLDEST_FORMAT, FORMAT):
             raise ConchError(f"{self.place} was made by another version of conch_dna: use that one")
+        document = unsealed(document, source)
+        del document["format"]
         return _About(**document)
 
     def _write_about(self, about: _About) -> None:
@@ -171,7 +186,7 @@ class ServerStore(VectorStore):
         self._ask(self._client.update_collection, self._name(RAW), metadata=metadata)
 
     def _make(self) -> None:
-        about = _About(self.identity, RAW, {}, {}, {})
+        about = _About(self.identity, RAW, {}, {}, {}, contents=no_contents())
         self._create(RAW, int(self.identity["dimension"]), about.as_metadata())
         self._move_alias(RAW)
 
@@ -237,6 +252,8 @@ class ServerStore(VectorStore):
             kept={n: facts for n, facts in about.kept.items() if n not in building},
             building={n: size for n, size in building.items() if n in self._mine},
             revision=about.revision,
+            contents=about.contents,
+            writing=about.writing,
         )
         self._unfinished = {n: size for n, size in building.items() if n not in self._mine}
         self._counts.clear()
@@ -260,6 +277,8 @@ class ServerStore(VectorStore):
             kept=state.kept,
             building=building,
             revision=state.revision,
+            contents=state.contents,
+            writing=state.writing,
         )
         if state.active != before.active:
             # Both moments of the move are told here; which one it is, the alias decides.
@@ -352,6 +371,15 @@ class ServerStore(VectorStore):
         # Each collection has the payloads, so that filters work on it.
         records = self._records(keys, RAW, vector=False)
         self._upsert(name, keys, [dict(records[key].payload) for key in keys], rows)
+
+    def _remove(self, keys: list[str]) -> None:
+        # Raw goes first: what is begun to be forgotten is not told of.
+        for version in (RAW, *self.versions(), *self._unfinished):
+            for first in range(0, len(keys), self.KEYS_AT_ONCE):
+                points = self._models.PointIdsList(points=keys[first : first + self.KEYS_AT_ONCE])
+                self._ask(
+                    self._client.delete, self._name(version), points_selector=points, wait=True
+                )
 
     def _erase(self, name: str) -> None:
         self._ask(self._client.delete_collection, self._name(name))

@@ -3,13 +3,19 @@
 Knows neither files nor servers. What more a store must remember of a version: `VersionState.kept`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from conch_dna.errors import ConchError
+from conch_dna.checkpoints import content_digest
+from conch_dna.errors import ConchError, NotWholeError
 
+# Of what a store says of itself. The oldest that is read knows neither contents nor digest.
+OLDEST_FORMAT, FORMAT = 1, 2
+# Among the contents; no version can be named so.
+DOCUMENTS = "_documents"
 VERSION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -24,6 +30,11 @@ class VersionState:
             time.
         building: Versions that were not, or that are being deleted, with their dimension.
         revision: Raised by every write of documents or vectors.
+        contents: `count` and `digest` (see `ContentSum`) of what is stored now: of the documents
+            under DOCUMENTS, and of the vectors of RAW and each kept version. None where a store
+            was made before there were any.
+        writing: A write or deletion that was begun and not ended: `ids` of its documents, whether
+            it `deletes` them, and `rest`, the contents without them. None where there is none.
     """
 
     active: str
@@ -31,6 +42,32 @@ class VersionState:
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
     building: dict[str, int] = field(default_factory=dict)
     revision: int = 0
+    contents: dict[str, dict[str, Any]] | None = None
+    writing: dict[str, Any] | None = None
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with the digest of all that it holds."""
+    return {**document, "digest": _digest(document)}
+
+
+def unsealed(document: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What `sealed` was given; what an earlier format holds has no digest.
+
+    Raises:
+        NotWholeError: It was altered since.
+    """
+    inside = {name: value for name, value in document.items() if name != "digest"}
+    if document["format"] > OLDEST_FORMAT and document.get("digest") != _digest(inside):
+        raise NotWholeError(
+            f"{source} is not whole: its digest is {document.get('digest')}, not "
+            f"{_digest(inside)}. Restore it, or make the store anew from its documents"
+        )
+    return inside
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return content_digest(json.dumps(document, sort_keys=True))
 
 
 def checked_identity(

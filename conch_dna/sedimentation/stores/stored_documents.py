@@ -5,6 +5,7 @@ and `as_given`, under a field that begins with the reserved prefix.
 """
 
 import hashlib
+import json
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,7 +101,11 @@ def check_payload(identifier: DocumentId, payload: Mapping[str, Any]) -> None:
 
 def stored_id(stored: Mapping[str, Any]) -> DocumentId:
     """The id as it was given."""
-    text: str = stored[ID]
+    return id_of(stored[ID])
+
+
+def id_of(text: str) -> DocumentId:
+    """The id of which `id_text` made this."""
     return int(text[1:]) if text.startswith("i") else text[1:]
 
 
@@ -164,26 +169,56 @@ def checked_rows(vectors: Any, *, count: int | None, dimension: int, what: str) 
     return rows
 
 
-class ContentSum:
-    """Digest of a set of ids and vectors that does not depend on their order.
+def coarse(value: Any) -> Any:
+    """A payload with its floats at six digits: Qdrant gives back some with another last bit."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return {name: coarse(inside) for name, inside in value.items()}
+    return [coarse(each) for each in value] if isinstance(value, list) else value
 
-    The sum, modulo 2²⁵⁶, of SHA-256 over the id with its type and the vector's float32 bytes.
-    Whoever writes a version can add up what it writes and hand the result to `activate`.
+
+class ContentSum:
+    """Digest of a set of ids and vectors, or payloads, that does not depend on their order.
+
+    The sum, modulo 2²⁵⁶, of SHA-256 over the id with its type and the vector's float32 bytes or
+    the payload's JSON, floats at six digits. Whoever writes a version can add up what it writes
+    and hand the result to `activate`; what is replaced or deleted is taken off again.
+
+    Args:
+        count: Of the documents counted in already.
+        digest: Of them.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum = 0
+    def __init__(self, count: int = 0, digest: str = "0") -> None:
+        self.count = count
+        self._sum = int(digest, 16)
 
-    def add(self, ids: Sequence[DocumentId], vectors: np.ndarray) -> None:
-        """Count in documents, none of which was counted before; vectors `[n, D]`."""
-        rows = np.ascontiguousarray(vectors, "<f4")
+    def add(
+        self, ids: Sequence[DocumentId], contents: np.ndarray | Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Count in documents, none of which was counted before; vectors `[n, D]` or payloads."""
+        rows: Iterable[bytes]
+        if isinstance(contents, np.ndarray):
+            rows = (row.tobytes() for row in np.ascontiguousarray(contents, "<f4"))
+        else:
+            rows = (json.dumps(coarse(each), sort_keys=True).encode() for each in contents)
         for identifier, row in zip(ids, rows, strict=True):
             name = id_text(identifier).encode()
-            content = len(name).to_bytes(8, "little") + name + row.tobytes()
+            content = len(name).to_bytes(8, "little") + name + row
             self._sum += int.from_bytes(hashlib.sha256(content).digest(), "little")
         self.count += len(ids)
+
+    def __add__(self, other: "ContentSum") -> "ContentSum":
+        return ContentSum(self.count + other.count, f"{(self._sum + other._sum) % 2**256:x}")
+
+    def __sub__(self, other: "ContentSum") -> "ContentSum":
+        return ContentSum(self.count - other.count, f"{(self._sum - other._sum) % 2**256:x}")
 
     def hexdigest(self) -> str:
         """The digest so far, 64 hexadecimal digits."""
         return f"{self._sum % 2**256:064x}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `ContentSum(**document)` is made of."""
+        return {"count": self.count, "digest": self.hexdigest()}

@@ -1,0 +1,128 @@
+"""Whether a store is whole: everything that it keeps, compared with its digest.
+
+Knows where a store's parts lie and who reads each; loads no model. To verify another part: a call
+of `look` in `verified`.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from conch_dna.checkpoints import FolderLock, verify_folder
+from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog, read_events
+from conch_dna.sedimentation.changes.gate import read_history
+from conch_dna.sedimentation.deletion import recovered
+from conch_dna.sedimentation.documents import TEXT, TITLE, Document
+from conch_dna.sedimentation.results import VerifiedPart
+from conch_dna.sedimentation.stored_state import StorePlace
+from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.stores.edge import MANIFEST, SHARD
+from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS
+from conch_dna.sedimentation.stores.state import DOCUMENTS
+from conch_dna.sedimentation.stores.stored_documents import coarse
+
+NAMED = 5
+
+
+def verified(place: StorePlace) -> list[VerifiedPart]:
+    """Every part of a store, with what is wrong of those that are not whole.
+
+    Reads all vectors and documents. What a killed process left is put right first, as by every
+    other opening.
+
+    Raises:
+        FolderInUseError: Another process has it open.
+        ConchError: There is no store, or its server cannot be reached.
+    """
+    parts: list[VerifiedPart] = []
+
+    def look(name: str, at: Callable[[], str]) -> None:
+        try:
+            parts.append(VerifiedPart(name, True, at()))
+        except NotWholeError as error:
+            parts.append(VerifiedPart(name, False, one_line(error)))
+
+    folder = place.folder
+    if place.is_server:
+        # Before a folder is made for a store that is not there; damage is told below.
+        with suppress(NotWholeError):
+            place.open_vectors().close()
+    elif not (folder / VECTORS).is_dir():
+        raise ConchError(f"{place.location} holds no store yet: ingest documents first")
+    with FolderLock(folder, elsewhere="give another location or --state"):
+        look("chelation log", lambda: _log(folder / LOG))
+        look("gate history", lambda: f"{len(read_history(folder))} decisions")
+        adapters = sorted(path for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
+        names = [path.name for path in adapters]
+        try:
+            store = _opened(place)
+        except NotWholeError as error:
+            parts.append(VerifiedPart("store", False, one_line(error)))
+        else:
+            with store:
+                look("store", lambda: _settled(store, folder / LOG))
+                damage = store.damage()
+                for name in store.kept_contents():
+                    what = "documents" if name == DOCUMENTS else f"vectors of version {name}"
+                    count = store.count(RAW if name == DOCUMENTS else name)
+                    found = damage.get(name, "")
+                    if name == DOCUMENTS and found and (altered := _altered(store)):
+                        found = f"{found}. Altered: {altered}"
+                    parts.append(VerifiedPart(what, not found, found or f"{count:,}"))
+                names = [each for each in (store.active, store.previous) if each not in (RAW, None)]
+        for name in sorted(names):
+            look(f"adapter of version {name}", partial(_adapter, folder / VERSIONS / name))
+    return parts
+
+
+def _opened(place: StorePlace) -> VectorStore:
+    vectors = place.folder / VECTORS
+    if not place.is_server and not place.has_store() and (vectors / SHARD).exists():
+        raise NotWholeError(f"{vectors} has documents but no {MANIFEST}: put the file back")
+    try:
+        return place.open_vectors()
+    except FolderInUseError:
+        raise
+    except ConchError as error:
+        if place.is_server or not place.has_store():
+            raise
+        raise NotWholeError(str(error)) from error
+
+
+def _settled(store: VectorStore, folder: Path) -> str:
+    try:
+        lines = recovered(store, ChelationLog(folder))
+    except NotWholeError:
+        # It is named as a part of its own; what waits for it, waits on.
+        lines = []
+    return "; ".join(lines) or f"active {store.active}, previous {store.previous or 'none'}"
+
+
+def _log(folder: Path) -> str:
+    return f"{sum(1 for _ in read_events(folder)):,} events"
+
+
+def _adapter(folder: Path) -> str:
+    if not folder.is_dir():
+        raise NotWholeError(f"{folder} is missing: put it back")
+    verify_folder(folder)
+    adapter = EmbeddingAdapter.load(folder)
+    return f"{adapter.kind}, {adapter.in_dimension} to {adapter.out_dimension} dimensions"
+
+
+def _altered(store: VectorStore) -> str:
+    """The first documents that are others than their own digests say."""
+    found: list[str] = []
+    for page in store.pages(RAW):
+        digests = store.digests(page.ids)
+        for name, payload in zip(page.ids, page.payloads, strict=True):
+            rest = {field: v for field, v in payload.items() if field not in (TITLE, TEXT)}
+            title, text = str(payload.get(TITLE, "")), str(payload.get(TEXT, ""))
+            # Of floats the last bit may be another, so that they prove nothing.
+            is_exact = coarse(rest) == rest
+            if is_exact and Document(name, text, title, rest).digest != digests.get(name):
+                found.append(repr(name))
+    return ", ".join(found[:NAMED]) + (", …" if len(found) > NAMED else "")
