@@ -5,6 +5,8 @@ To store something new: give `write_folder` one more document or group of arrays
 package: its name in PACKAGES.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -17,13 +19,16 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from conch_dna import __version__
+from conch_dna.blas import blas_state
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 DIGESTS = "digests.json"
 # Of what this program writes, nothing is nested so deeply or counts so far.
@@ -49,9 +54,9 @@ def content_digest(*parts: bytes | str | np.ndarray) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of this package and of those that decide its numbers, and the platform."""
+    """Versions of this package and of those that decide its numbers, BLAS and platform."""
     versions = {"conch_dna": __version__, **{name: version(name) for name in PACKAGES}}
-    return {"versions": versions, "platform": platform.platform()}
+    return {"versions": versions, "platform": platform.platform(), "blas": blas_state()}
 
 
 def sync(path: Path) -> None:
@@ -210,6 +215,8 @@ def save_arrays(
     path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
     """Write arrays as one safetensors file, atomically."""
+    import mlx.core as mx
+
     write_atomically(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
 
 
@@ -234,6 +241,8 @@ def write_folder(
     Raises:
         ConchError: The disk is full or not writable; what stood at `path` is untouched.
     """
+    import mlx.core as mx
+
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
 
@@ -314,6 +323,8 @@ def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, A
     Raises:
         NotWholeError: A file is missing, added, truncated or altered; the message names it.
     """
+    import mlx.core as mx
+
     verify_folder(path)
     arrays: dict[str, dict[str, mx.array]] = {}
     documents: dict[str, Any] = {}
@@ -384,7 +395,7 @@ class FolderLock:
         self._owner = folder / "run.lock.json"
         self._lock: Any = None
 
-    def __enter__(self) -> "FolderLock":
+    def __enter__(self) -> FolderLock:
         from filelock import FileLock, Timeout
 
         try:

@@ -20,6 +20,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 
+from conch_dna.blas import blas_state
 from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import main
 from conch_dna.errors import ConchError
@@ -700,7 +701,8 @@ class TestHelp:
         import conch_dna
 
         result = CliRunner().invoke(main, ["--version"])
-        assert result.output.strip().endswith(conch_dna.__version__)
+        assert result.output.startswith(f"conch_dna {conch_dna.__version__}, mlx ")
+        assert result.output.rstrip().endswith(blas_state())
 
 
 class TestProcess:

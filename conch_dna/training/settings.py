@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.losses import LOSSES
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -28,6 +27,15 @@ RUN_NAMES = (
 )
 CHECKPOINT_PREFIX = "checkpoint_"
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
+# The keys of `losses.LOSSES`, which needs mlx; these settings, and so `--help`, do not.
+DIVERGENCES = (
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 
 
 _option = partial(option, between="between {low:g} and {high:g}")
@@ -52,9 +60,7 @@ class KDConfig:
     alpha: float = _option(
         0.7, "Share of the KD loss; the rest is cross-entropy. 0 is fine-tuning.", low=0, high=1
     )
-    divergence: str = _option(
-        "forward_kl", "Divergence of the KD loss.", choices=tuple(sorted(LOSSES))
-    )
+    divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
     alignment: str = _option(
         AUTO,

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from conch_dna.errors import ConchError
+from conch_dna.losses import LOSSES
 from conch_dna.option_fields import kind_of, range_text
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
+    DIVERGENCES,
     KDConfig,
     KDResult,
     domain_folder,
@@ -258,3 +260,7 @@ def test_a_result_is_json():
         timestamp="2025-01-01T00:00:00+00:00",
     )
     assert KDResult(**json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_the_divergences_are_those_of_the_losses():
+    assert tuple(sorted(LOSSES)) == DIVERGENCES
