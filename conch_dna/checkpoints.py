@@ -214,10 +214,18 @@ def require_keys(value: Any, source: object, *, needs: Mapping[str, Any]) -> Non
 def save_arrays(
     path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write arrays as one safetensors file, atomically."""
+    """Write arrays as one safetensors file, atomically; their order does not matter."""
+    write_atomically(path, lambda file: _save(file, arrays, metadata))
+
+
+def _save(
+    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
     import mlx.core as mx
 
-    write_atomically(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
+    # MLX writes in an order that depends on the mapping's: arrays that came from a file again, as
+    # in a resumed run, would have the same values in other bytes, and another digest.
+    mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata)
 
 
 def write_folder(
@@ -241,8 +249,6 @@ def write_folder(
     Raises:
         ConchError: The disk is full or not writable; what stood at `path` is untouched.
     """
-    import mlx.core as mx
-
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
 
@@ -255,7 +261,7 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in (arrays or {}).items():
-            mx.save_safetensors(str(temporary / name), dict(group))
+            _save(temporary / name, group)
         for name, document in (documents or {}).items():
             text = json_text(document) if name.endswith(".json") else document
             (temporary / name).write_text(text, encoding="utf-8")
