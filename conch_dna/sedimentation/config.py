@@ -98,7 +98,7 @@ class ChelationConfig:
     log_queries: bool = option(False, "Whether the log keeps the text of queries.")
     gate_margin: float = option(
         0.005,
-        "How much worse than active and raw vectors a change may be, by its intervals' lower bounds.",
+        "How much worse than active and raw vectors a change may be, by its intervals' lower ends.",
         low=0,
         high=1,
     )
