@@ -31,12 +31,12 @@ from conch_dna.sedimentation.changes.heldout_queries import Evidence, measures
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
-    shared_embedder,
 )
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult, InferenceResult, IngestResult
 from conch_dna.sedimentation.retrieval import FUSED, Judgements, WordFusion
@@ -117,7 +117,7 @@ class AntigravityEngine:
         self._judged: Evidence | None = None
         with ExitStack() as opening:
             location = str(qdrant_location)
-            self.student: Embedder = shared_embedder(
+            self.student: Embedder = open_embedder(
                 model_name,
                 device=device,
                 batch_size=self.config.batch_size,
