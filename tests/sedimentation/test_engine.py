@@ -3,12 +3,14 @@
 What a map can learn is known there, so a good teacher must pass the gate and a bad one must not.
 """
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -483,6 +485,21 @@ def test_one_writer_at_a_time(models: dict[str, str], tmp_path: Path) -> None:
         pytest.raises(FolderInUseError, match="is in use by process"),
     ):
         opened(models, tmp_path / "db", "baseline")
+
+
+def test_an_engine_that_is_gone_leaves_no_model_in_memory(models: dict[str, str]) -> None:
+    engine = opened(models, batch_size=7)
+    engine.ingest(documents(20))
+    assert engine.helper is not None
+    engine.helper.load_teacher_model()
+    kept = [weakref.ref(engine.student.model), weakref.ref(engine.helper.teacher.embedder.model)]
+    with opened(models, batch_size=9) as other:
+        assert other.student.model is engine.student.model
+        assert (engine.student.batch_size, other.student.batch_size) == (7, 9)
+    engine.close()
+    del engine, other
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
 
 
 def test_an_empty_store_learns_nothing(models: dict[str, str]) -> None:

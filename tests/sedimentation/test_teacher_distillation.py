@@ -190,6 +190,42 @@ def test_a_truncated_shard_is_found_too(helper, tmp_path):
     assert again.computed == 5
 
 
+def test_a_file_that_another_process_renames_or_deletes_meanwhile_is_no_failure(
+    helper, tmp_path, monkeypatch, caplog
+):
+    vectors = helper.get_teacher_embeddings(TEXTS[:5])
+    folder = helper.teacher.cache.folder
+    (shard,) = folder.glob("vectors-*")
+    unfinished = folder / ".writing-1-vectors"
+    unfinished.touch()
+    now = time.time()
+
+    def clock():
+        # Between the look into the folder and the look at the file.
+        unfinished.rename(folder / "renamed")
+        return now
+
+    monkeypatch.setattr(teacher_embedders.time, "time", clock)
+    again = VectorCache(tmp_path / "cache", helper.teacher.digest)
+    assert len(again) == 5 and (folder / "renamed").is_file()
+    monkeypatch.undo()
+
+    def read_bytes(path):
+        path.unlink()
+        raise FileNotFoundError(path)
+
+    kept = shard.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read_bytes)
+        assert len(VectorCache(tmp_path / "cache", helper.teacher.digest)) == 0
+    shard.write_bytes(kept)
+    other = TeacherDistillationHelper(helper.teacher_model_name, cache_dir=tmp_path / "cache")
+    assert len(other.teacher.cache) == 5
+    shard.unlink()
+    np.testing.assert_allclose(other.get_teacher_embeddings(TEXTS[:5]), vectors, atol=1e-6)
+    assert "was deleted: its vectors will be computed again" in caplog.text
+
+
 def test_large_inputs_go_shard_by_shard(helper, monkeypatch):
     monkeypatch.setattr(teacher_embedders, "SHARD_ROWS", 16)
     texts = [*TEXTS[:20], "", *TEXTS[20:40]]
