@@ -56,7 +56,15 @@ OFFLINE_NAMES = {"offline_learning_rate": ("--learning-rate",), "offline_epochs"
     ),
 )
 def sediment() -> None:
-    """Keep documents in an embedding store that learns, and never gets worse."""
+    """Keep documents in an embedding store that learns, each change judged by a gate.
+
+    Guaranteed, at the gate's confidence for each change: it answers held-out queries at most
+    gate_margin (0.005 nDCG@10) worse than raw vectors, however many changes there were, and than
+    the version before. Each change is asked queries that judged none before; where there are no
+    more, a warning says so. Not guaranteed: single queries, other kinds of queries, documents that
+    join later; that of many worse changes none passes; and judged queries (--judgements) come
+    again for every change.
+    """
 
 
 def _command(*lines: str, name: str | None = None) -> Callable[[Callable[..., None]], Any]:

@@ -6,7 +6,7 @@ otherwise: `dispersions`; the null is calibrated with it, so the threshold follo
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -240,14 +240,14 @@ def sampled(
     sample: int,
     seed: int,
     version: str = RAW,
-    without: Collection[DocumentId] = (),
+    without: Callable[[DocumentId], bool] = lambda identifier: False,
 ) -> Page:
     """At most `sample` documents, decided by each id and the seed, whatever the store's order.
 
     Returns:
         In the order of the digests that decide; all of them where there are not more.
     """
-    ids = (each for page in store.pages(version) for each in page.ids if each not in without)
+    ids = (each for page in store.pages(version) for each in page.ids if not without(each))
     ranked = heapq.nsmallest(sample, ids, key=lambda each: sample_rank(each, seed=seed))
     return store.get(ranked, version)
 

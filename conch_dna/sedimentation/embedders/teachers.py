@@ -66,7 +66,11 @@ class VectorCache:
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
         from safetensors.numpy import load
 
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            # Another process found it damaged and deleted it at this moment.
+            return
         if path.name != _shard_name(data):
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
@@ -83,13 +87,26 @@ class VectorCache:
         known = sorted(
             ((*places[key], key) for key in set(keys) if key in places), key=lambda place: place[:2]
         )
-        return {key: self._vectors(path)[row] for path, row, key in known}
+        found = {}
+        for path, row, key in known:
+            # Those of a shard that is gone are no longer among them.
+            if key in places and (table := self._vectors(path)) is not None:
+                found[key] = table[row]
+        return found
 
-    def _vectors(self, path: Path) -> np.ndarray:
+    def _vectors(self, path: Path) -> np.ndarray | None:
+        """A shard's vectors; None where it is gone, and what it held is missing from now on."""
         from safetensors.numpy import load_file
 
         if self._last is None or self._last[0] != path:
-            self._last = (path, load_file(path)["vectors"])
+            try:
+                self._last = (path, load_file(path)["vectors"])
+            except FileNotFoundError:
+                logger.warning("%s was deleted: its vectors will be computed again", path)
+                gone = [key for key, (place, _) in self._places.items() if place == path]
+                for key in gone:
+                    del self._places[key]
+                return None
         return self._last[1]
 
     def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
