@@ -218,9 +218,9 @@ def killed_at_moments(
         if hit and counts["kills"] < moments and draw.random() < 1 / 3:
             counts["killed_again"] += 1
             continue
-        rest = operation.commands(folder)[done_of(runs) :]
-        last = runner.run(rest) if rest else killed
-        runs += [last.said] if rest else []
+        # None are left where the kill came between the last word and the end of the process.
+        last = runner.run(operation.commands(folder)[done_of(runs) :])
+        runs.append(last.said)
         if last.exit_code:
             counts["failed"] += 1
             faults.append(f"{where}: resumed ended with {last.exit_code}: {last.said[-300:]!r}")
