@@ -111,6 +111,7 @@ class Evolution:
         with line.lock():
             for text in line.recover():
                 self._message(text)
+            self.work = line.folder / f"{WORK}{line.next_name}"
             self.parent = line.head
             self._require_whole()
             ancestors = line.ancestors(self.parent)
@@ -123,7 +124,6 @@ class Evolution:
                 return finished
             if (judged := self._judged()) is not None:
                 return judged
-            self.work = line.folder / f"{WORK}{line.next_name}"
             self._begin(resume=resume, overwrite=overwrite)
             if len(self.teachers) == 1:
                 why = "is the first generation" if not ancestors else "teaches alone, as was asked"

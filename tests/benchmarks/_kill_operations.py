@@ -122,12 +122,13 @@ def of_line(root: Path, name: str) -> Facts:
 
     line = Line(root, name)
     names = ("adapters.safetensors", "samples.json", "*.jsonl")
+    left = (".writing-*", "work-*/*", "CANDIDATE-*")
     log = [[entry.event, entry.folder, entry.head] for entry in line.log()]
     return {
         "head": line.head,
         "log": json.dumps(log),
         "problems": json.dumps(line.problems()),
-        **files(line.folder, *(f"G*/{each}" for each in names), ".writing-*", "candidate*"),
+        **files(line.folder, *(f"G*/{each}" for each in names), *left),
     }
 
 
