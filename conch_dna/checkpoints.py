@@ -355,6 +355,14 @@ def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
     return sorted((int(name), path) for name, path in folders.items() if name.isdecimal())
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is whole until it is gone, whenever the process is killed."""
+    gone = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def remove_unfinished(parent: Path) -> None:
     """Delete temporary files and folders that a killed process left in `parent`.
 

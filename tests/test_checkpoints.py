@@ -30,6 +30,7 @@ from conch_dna.checkpoints import (
     numbered_folders,
     read_folder,
     read_json,
+    remove_folder,
     remove_unfinished,
     save_arrays,
     verify_folder,
@@ -133,6 +134,17 @@ def test_the_same_arrays_are_the_same_bytes_whatever_their_order(tmp_path):
         assert isinstance(again, dict)
         arrays = dict(reversed(again.items())) if number else again
     assert len(contents) == 1
+
+
+def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path, monkeypatch):
+    """Killed between two of its files, a checkpoint without digests stood there for ever."""
+    folder = make_folder(tmp_path / "checkpoint_2")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    remove_folder(folder)
+    assert not folder.exists()
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_save_arrays_keeps_types_and_metadata(tmp_path):

@@ -22,6 +22,7 @@ from conch_dna.checkpoints import (
     numbered_folders,
     provenance,
     read_json,
+    remove_folder,
     remove_unfinished,
     verify_folder,
     write_atomically,
@@ -204,7 +205,7 @@ class DomainRun:
         if not resume:
             # Before the new settings are written, or a kill here would mix two runs.
             for _, path in checkpoints:
-                shutil.rmtree(path)
+                remove_folder(path)
         begun = date.today().isoformat()
         if resume and run:
             with suppress(KeyError, TypeError, ValueError):

@@ -5,7 +5,6 @@ counted tokens, and a seeded stream of batches. To train something new, pass ano
 """
 
 import math
-import shutil
 import signal
 import threading
 import time
@@ -26,6 +25,7 @@ from conch_dna.checkpoints import (
     differences,
     numbered_folders,
     read_folder,
+    remove_folder,
     remove_unfinished,
     require_keys,
     write_folder,
@@ -426,9 +426,11 @@ class Trainer:
         self._remove_checkpoints(keep=self.settings.keep_checkpoints)
 
     def _remove_checkpoints(self, keep: int) -> None:
-        saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
-        for _, path in saved[: max(0, len(saved) - keep)]:
-            shutil.rmtree(path)
+        folders = numbered_folders(self.folder, CHECKPOINT_PREFIX)
+        # Newer ones than this step were damaged: they do not count as kept.
+        saved = [path for step, path in folders if step <= self.step or not keep]
+        for path in saved[: max(0, len(saved) - keep)]:
+            remove_folder(path)
 
     def _restore(self) -> bool:
         for step, path in reversed(numbered_folders(self.folder, CHECKPOINT_PREFIX)):
@@ -460,6 +462,8 @@ class Trainer:
             if self.ema:
                 self.ema.load(arrays[EMA_FILE], step - self.skipped_steps)
             self.report("resumed", {"step": step, "path": str(path)})
+            # Killed between writing the newest and removing the oldest, a run has one too many.
+            self._remove_checkpoints(keep=self.settings.keep_checkpoints)
             return True
         return False
 

@@ -570,6 +570,19 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(
     assert comparable(result) == comparable(uninterrupted[1])
 
 
+def test_a_resumed_run_removes_the_checkpoint_that_the_killed_one_had_yet_to(tmp_path, stopped):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    shutil.copytree(folder / "checkpoint_2", folder / "checkpoint_1")
+    there: list[list[str]] = []
+
+    def look(event: str, row: dict[str, Any]) -> None:
+        if event == "step":
+            there.append(checkpoints(folder))
+
+    llama_trainer(folder, report=look).run(resume=True)
+    assert there[0] == ["checkpoint_2", "checkpoint_4", "checkpoint_5"]
+
+
 def test_a_checkpoint_half_written_by_a_killed_process_is_removed(tmp_path, stopped):
     folder = shutil.copytree(stopped, tmp_path / "run")
     shutil.copytree(folder / "checkpoint_5", folder / ".writing-1-checkpoint_6")
