@@ -258,3 +258,10 @@ def test_a_result_is_json():
         timestamp="2025-01-01T00:00:00+00:00",
     )
     assert KDResult(**json.loads(json.dumps(result.to_json()))) == result
+
+
+@pytest.mark.parametrize("value", [1e99, -1e99, 1e-99, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "lora_scale", "max_grad_norm"])
+def test_numbers_that_float32_does_not_have_are_refused(name, value):
+    with pytest.raises(ConchError, match=f"{name} is .*: it must be "):
+        KDConfig(**{name: value})
