@@ -355,6 +355,14 @@ def named_arrays(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
 
+def nan_array(tree: Any) -> str | None:
+    """The name of the first array of a module or tree in which there is a NaN; None for none."""
+    for name, value in named_arrays(tree).items():
+        if mx.issubdtype(value.dtype, mx.inexact) and mx.isnan(value).any():
+            return name
+    return None
+
+
 class LanguageModel:
     """A causal language model in memory.
 

@@ -4,6 +4,7 @@ Knows modules and their names; nothing of data, losses or teachers.
 To name another set of layers: an entry in `_chosen_keys`.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from conch_dna.checkpoints import differences, read_json, write_folder
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import (
     ADAPTER_FILES,
     LanguageModel,
@@ -106,10 +107,20 @@ def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | N
         start: Likewise.
 
     Raises:
-        ConchError: See `make_trainable`; or mlx_lm has no such model.
+        ConchError: See `make_trainable`; or mlx_lm has no such model, or none that can be trained.
     """
-    if (outlined := outline(student)) is not None:
+    if (outlined := outline(student)) is None:
+        return
+    try:
         make_trainable(outlined, config, start=start, compute=False)
+    except ConchError:
+        raise
+    except Exception as error:
+        # Some of mlx_lm's models, such as recurrent_gemma, are not made to be trained.
+        raise ConchError(
+            f"student {student.model_id} is of the kind {student.config.get('model_type')}, which "
+            f"mlx_lm {version('mlx-lm')} cannot train ({one_line(error)}): use one of another kind"
+        ) from error
 
 
 def make_trainable(

@@ -15,7 +15,7 @@ import numpy as np
 
 from conch_dna.checkpoints import content_digest, remove_unfinished, save_arrays
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.language_model import LanguageModel, ModelSource, nan_array
 from conch_dna.losses import log_softmax, log_sum_exp
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import (
@@ -216,9 +216,11 @@ def compute_targets(
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in identity.arrays}
         log_probs = arrays.get("kept_log_probs", arrays["gold_log_prob"])
         if not np.isfinite(log_probs).all():
+            weight = nan_array(teacher.model.parameters())
+            why = f"its weight {weight} is NaN" if weight else "its weights or precision are broken"
             raise ConchError(
                 f"teacher {teacher.model_id} gives non-finite log-probabilities on "
-                f"{', '.join(batch.names)}: its weights or its precision are broken"
+                f"{', '.join(batch.names)}: {why}; use one that is whole"
             )
         if identity.top_k:
             arrays["kept_ids"] = arrays["kept_ids"].astype(identity.id_type)

@@ -3,6 +3,7 @@
 Tiny random models; figures are counted here from the tokens themselves.
 """
 
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -211,3 +212,22 @@ def test_layers_that_have_none_of_the_names_are_refused(teacher, tmp_path):
     with pytest.raises(ConchError, match=r"the last 1 layers of .* have none of mlp.switch_mlp"):
         plan(teacher, student, data=DATA, config=config)
     plan(teacher, student, data=DATA, config={**config, "lora_layers": 2})
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_student_that_mlx_lm_cannot_train_is_named(teacher, tmp_path, planned):
+    changes = {
+        "model_type": "recurrent_gemma",
+        "attention_bias": False,
+        "conv1d_width": 4,
+        "attention_window_size": 32,
+        "logits_soft_cap": 30.0,
+        "rope_theta": 10_000.0,
+        "block_types": ["recurrent", "attention"],
+        "head_dim": 16,
+    }
+    folder = make_model_folder(tmp_path / "student", **changes)
+    message = unfit(planned, teacher, folder, tmp_path / "out", {"lora_keys": "all"})
+    assert re.match(
+        rf"student {folder} is of the kind recurrent_gemma, which mlx_lm .*: use", message
+    )
