@@ -379,6 +379,9 @@ def test_a_folder_that_is_not_whole(bank, adapters, tmp_path):
     (path / "adapter_config.json").write_text("[]")
     with pytest.raises(ConchError, match="no JSON object"):
         bank.add("a", path)
+    (path / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(ConchError, match=r"adapter_config\.json cannot be read"):
+        bank.add("a", path)
     tensors.unlink()
     with pytest.raises(ConchError, match=r"there is no adapters\.safetensors"):
         bank.add("a", path)

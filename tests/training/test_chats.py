@@ -219,6 +219,14 @@ def test_parts_of_text_are_one_text(tokenizers):
     assert record_texts(record) == ["Hello."]
 
 
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "[" * 65 + "]" * 65, "9" * 9_999, "{"])
+def test_arguments_that_are_no_plain_json_stay_text(tokenizers, arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    (plain,) = plain_turns([answer])
+    assert plain["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_a_template_that_breaks_off_is_one_line(tokenizers, tmp_path):
     tokenizer = family_tokenizer(tmp_path / "broken", "ChatML")
     named = {"tool_use": "{{ messages }}", "rag": "{{ messages }}"}
@@ -236,7 +244,7 @@ def test_named_templates_without_a_default_are_one_line(tmp_path):
     named = [{"name": "rag", "template": "{{ messages }}"}]
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
     tokenizer = load_tokenizer(path.parent)
-    with pytest.raises(ConchError, match="refuses a conversation of user.*no default") as error:
+    with pytest.raises(ConchError, match=r"refuses a conversation of user.*no default") as error:
         prompt_ids(tokenizer, turns("Hi"), "")
     assert "\n" not in str(error.value)
 
