@@ -7,7 +7,7 @@ To add a command: a line here, and one in README.md.
 import click
 
 from conch_dna import __version__
-from conch_dna.command_parts import HELP, example, passed_on
+from conch_dna.command_parts import HELP, OneLineGroup, example, passed_on
 from conch_dna.cortex.cli import cortex
 from conch_dna.generations.cli import generations
 from conch_dna.sedimentation.cli import sediment
@@ -15,6 +15,7 @@ from conch_dna.training.cli import distill, vocab
 
 
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example("conch-dna distill --domain thinking"),
 )
