@@ -11,7 +11,7 @@ import click
 
 from conch_dna import __version__
 from conch_dna.blas import blas_state
-from conch_dna.command_parts import HELP, example, passed_on
+from conch_dna.command_parts import HELP, OneLineGroup, example, passed_on
 from conch_dna.cortex.cli import cortex
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
@@ -34,6 +34,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, asked: b
 
 
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example("conch-dna distill --domain thinking"),
 )

@@ -333,6 +333,9 @@ class TestRefusedLater:
         mx.save_safetensors(str(student / "model.safetensors"), weights, {"format": "mlx"})
         message = stopped(*pair.options(tmp_path / "out", student=student))
         assert message.startswith("the held-out figures at step 0 are {'loss': nan")
+        assert ("model.layers.1.mlp.up_proj.weight of the model is NaN" in message) == (
+            value != value
+        )
         assert not (tmp_path / "out" / "s" / "adapters_kd").exists()
 
     def test_a_loss_that_is_not_finite(self, pair, tmp_path):

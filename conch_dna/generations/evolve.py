@@ -61,7 +61,7 @@ from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     load_verified,
-    require_goes_on,
+    require_trainable,
     save_adapter,
 )
 from conch_dna.training.answers import openings
@@ -119,7 +119,7 @@ class Evolution:
             self.chain = [self.parent, *ancestors]
             self._read_base()
             self.teachers = self._teachers()
-            require_goes_on(config.training, line.adapter(self.parent))
+            require_trainable(self.base, config.training, start=line.adapter(self.parent))
             if resume and (finished := self._finished()) is not None:
                 return finished
             if (judged := self._judged()) is not None:

@@ -14,7 +14,14 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, passed_on
+from conch_dna.command_parts import (
+    HELP,
+    OneLineErrors,
+    OneLineGroup,
+    example,
+    options_of,
+    passed_on,
+)
 from conch_dna.errors import ConchError
 from conch_dna.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
@@ -49,6 +56,7 @@ OFFLINE_NAMES = {"offline_learning_rate": ("--learning-rate",), "offline_epochs"
 
 
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example(
         "conch-dna sediment ingest papers corpus.jsonl",

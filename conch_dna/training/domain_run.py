@@ -36,6 +36,7 @@ from conch_dna.training.adapters import (
     checkpoint_layers,
     load_verified,
     make_trainable,
+    require_trainable,
     save_adapter,
     trained_tensors,
 )
@@ -166,8 +167,9 @@ class DomainRun:
 
         Raises:
             ConchError: It was made with other settings, or is unfinished and neither to be
-                resumed nor overwritten.
+                resumed nor overwritten; or the student cannot be trained so.
         """
+        require_trainable(self.student, self.config)
         remove_unfinished(self.folder)
         config = {k: v for k, v in self.config.to_json().items() if k not in _NOT_IDENTITY}
         identity = {

@@ -31,7 +31,7 @@ from conch_dna.checkpoints import (
     write_folder,
 )
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
-from conch_dna.language_model import named_arrays
+from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
@@ -342,12 +342,27 @@ class Trainer:
             raise NonFiniteLossError(
                 f"the loss is {totals['loss'] / count} and the gradient norm {norm.item()} at step "
                 f"{self.step + 1} on {', '.join(n for b in batches for n in b.names)}; the last "
-                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. Lower the learning "
-                "rate, or look at these examples"
+                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. {self._remedy()}"
             )
         if self.ema:
             self.ema.update()
         return totals, count, norm.item()
+
+    def _remedy(self) -> str:
+        """What to do about figures that are not finite; before the first step no rate is to blame.
+
+        `_take_step` counts a step when it is over.
+        """
+        if self.step > 0:
+            return "Lower the learning rate, or look at these examples"
+        if name := nan_array(self.model.parameters()):
+            return (
+                f"No step was taken yet: weight {name} of the model is NaN; use one that is whole"
+            )
+        return (
+            "No step was taken yet, so it is not the learning rate: look at these examples, or use "
+            "a model of another kind or precision"
+        )
 
     def _evaluate(self) -> None:
         """Held-out figures per token; remembers the parameters when they are the best so far."""
@@ -373,8 +388,7 @@ class Trainer:
         means = {name: value / tokens for name, value in totals.items()}
         if not all(map(math.isfinite, means.values())):
             raise NonFiniteLossError(
-                f"the held-out figures at step {self.step} are {means}: lower the learning rate, "
-                "or look at the held-out examples"
+                f"the held-out figures at step {self.step} are {means}. {self._remedy()}"
             )
         if means[self.select_by] < self.best_loss:
             self.best_loss, self.best_step = means[self.select_by], self.step

@@ -17,6 +17,7 @@ from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
+from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -252,6 +253,7 @@ def plan_domain(
     """
     batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
+    require_trainable(student, config)
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:

@@ -264,3 +264,10 @@ def test_a_result_is_json():
 
 def test_the_divergences_are_those_of_the_losses():
     assert tuple(sorted(LOSSES)) == DIVERGENCES
+
+
+@pytest.mark.parametrize("value", [1e99, -1e99, 1e-99, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "lora_scale", "max_grad_norm"])
+def test_numbers_that_float32_does_not_have_are_refused(name, value):
+    with pytest.raises(ConchError, match=f"{name} is .*: it must be "):
+        KDConfig(**{name: value})

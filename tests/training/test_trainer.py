@@ -654,6 +654,15 @@ def test_a_heldout_loss_that_is_not_finite_stops_the_run(tmp_path):
         toy(tmp_path, heldout=[pull(math.nan, 0.0)]).run()
 
 
+def test_before_the_first_step_no_learning_rate_is_to_blame(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"No step was taken yet, so .* another kind"):
+        toy(tmp_path, heldout=[pull(math.nan, 0.0)]).run()
+    trainer = toy(tmp_path, heldout=[pull(1.0, 1.0)])
+    trainer.model.place = mx.full(trainer.model.place.shape, mx.nan)
+    with pytest.raises(NonFiniteLossError, match=r"yet: weight place of the model is NaN; use one"):
+        trainer.run()
+
+
 # Processes that are stopped for real
 
 SCRIPT = """
