@@ -48,6 +48,8 @@ from conch_dna.sedimentation.store_options import (
 )
 
 ERRORS_SHOWN = 5
+# Of an integer that a store keeps, with its sign.
+MOST_DIGITS = 20
 REPORT_EVERY = 100
 # Fields of ChelationConfig that are options of a learning command.
 OF_CYCLE = ("threshold", "learning_rate", "epochs")
@@ -217,7 +219,13 @@ def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
             raise ConchError(f"--where {each} is no condition: give FIELD=VALUE")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError) as error:
+            # Python reads integers of some thousands of digits, and no longer ones.
+            if len(text) > MOST_DIGITS and text.lstrip("-").isdecimal():
+                raise ConchError(
+                    f"--where {name} is a number of {len(text)} digits, and a store keeps 64 bits: "
+                    f"write it in double quotes where it is a text"
+                ) from error
             value = text
         # A float, null, list or object is no value that a store filters by.
         where.setdefault(name, []).append(value if isinstance(value, str | int) else text)

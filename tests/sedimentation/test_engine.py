@@ -21,6 +21,7 @@ import pytest
 
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
 from conch_dna.sedimentation import engine as engine_module
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 from conch_dna.sedimentation.changes.heldout_queries import is_reserved, measures
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
@@ -539,6 +540,26 @@ def test_a_damaged_file_is_told_in_one_line(
     with pytest.raises(ConchError) as caught:
         use()
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_store_is_refused(
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["symmetric"].folder, tmp_path / "db")
+    folder = tmp_path / "db" / "versions" / "v0001"
+    own = EmbeddingAdapter.load(folder)
+    EmbeddingAdapter.identity(7).save(folder, {"documents": "adapted"})
+    with (
+        opened(models, tmp_path / "db") as engine,
+        pytest.raises(NotWholeError, match="maps vectors of 7 dimensions, but the store's raw"),
+    ):
+        engine.run_inference(documents(1)[0]["title"])
+    own.save(folder, {"documents": "other"})
+    with (
+        opened(models, tmp_path / "db") as engine,
+        pytest.raises(NotWholeError, match="does not say what the version's documents carry"),
+    ):
+        engine.held_out_quality()
 
 
 def test_a_teachers_version_is_judged_with_its_teacher_only(

@@ -6,7 +6,6 @@ To add a layout: a class here, and the sign by which `open_local` tells its fold
 model as a package: a branch in `find_model`, as for all-MiniLM-L6-v2.
 """
 
-import json
 import threading
 import warnings
 from abc import abstractmethod
@@ -22,7 +21,14 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
+from conch_dna.checkpoints import (
+    DIGESTS,
+    content_digest,
+    file_digest,
+    parse_json,
+    read_text,
+    verify_folder,
+)
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
@@ -305,8 +311,5 @@ def open_local(
 def _model_type(path: Path) -> str | None:
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConchError(f"{path} is no JSON: the model is not whole") from error
+    config = parse_json(read_text(path), path)
     return config.get("model_type") if isinstance(config, dict) else None

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from conch_dna.checkpoints import parse_json, require_keys
 from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
@@ -26,6 +27,10 @@ MEMORY = ":memory:"
 FORMAT = 1
 # Field of the raw collection's metadata; its value is text, as a server merges objects.
 ABOUT = "conch_dna"
+ABOUT_NEEDS = {
+    "active": str,
+    **dict.fromkeys(("identity", "previous_of", "kept", "building"), dict),
+}
 # A server takes 32 MiB at once. A number in JSON takes some 20 bytes.
 REQUEST_BYTES = 8 * 2**20
 NUMBER_BYTES = 20
@@ -158,10 +163,17 @@ class ServerStore(VectorStore):
                 f"{self.place}: {raw} is there but was not made by conch_dna, or the server is "
                 "older than 1.16 and keeps no metadata: choose another collection or a newer server"
             )
-        document = json.loads(text)
-        if document.pop("format") != FORMAT:
+        source = f"what {self.place} keeps of itself"
+        document = parse_json(text if isinstance(text, str) else "", source)
+        require_keys(document, source, needs={"format": int})
+        if document["format"] != FORMAT:
             raise ConchError(f"{self.place} was made by another version of conch_dna: use that one")
-        return _About(**document)
+        require_keys(document, source, needs=ABOUT_NEEDS)
+        require_keys(document["identity"], source, needs={"student": str, "dimension": int})
+        for facts in document["kept"].values():
+            require_keys(facts, source, needs={"dimension": int, "count": int, "digest": str})
+        require_keys(document["building"], source, needs=dict.fromkeys(document["building"], int))
+        return _About(**{name: document[name] for name in _About._fields})
 
     def _write_about(self, about: _About) -> None:
         metadata = about.as_metadata()
