@@ -129,5 +129,5 @@ class Progress:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    labels = {"loss": "loss", "kd": "KD", "ce": "CE"}
+    labels = {"kl": "KL", "loss": "loss", "kd": "KD", "ce": "CE"}
     return ", ".join(f"{label} {row[name]:.4f}" for name, label in labels.items() if name in row)

@@ -100,6 +100,13 @@ class KDConfig:
         0.1, "Share of the data held out, at least one example.", above=0, high=0.5
     )
     val_batches: int = _option(25, "Held-out batches per evaluation; -1 is all.", low=-1)
+    select_by: str = _option(
+        "auto",
+        "The held-out figure whose lowest value chooses the step that is kept: kl (to the teacher, "
+        "at temperature 1), cross_entropy, kd (the KD loss) or loss; auto is kl, and with alpha 0 "
+        "cross_entropy.",
+        choices=("auto", "kl", "cross_entropy", "kd", "loss"),
+    )
     steps_per_report: int = _option(10, "Steps between reports of the training loss.", low=1)
     steps_per_eval: int = _option(50, "Steps between held-out evaluations.", low=1)
     steps_per_save: int = _option(50, "Steps between checkpoints.", low=1)

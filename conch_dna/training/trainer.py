@@ -44,6 +44,9 @@ BEST_FILE = "best.safetensors"
 EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 
+# A held-out sum that is divided by another number than that of the counted tokens has beside it
+# the sum of what divides it, under its own name and this.
+COUNT = "_count"
 Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
 """`loss(model, arrays)` returns scalars that are SUMS over counted tokens; `loss` is minimised."""
 
@@ -385,7 +388,11 @@ class Trainer:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         tokens = sum(batch.count for batch in self.heldout_batches)
-        means = {name: value / tokens for name, value in totals.items()}
+        means = {
+            name: value / totals.get(f"{name}{COUNT}", tokens)
+            for name, value in totals.items()
+            if not name.endswith(COUNT)
+        }
         if not all(map(math.isfinite, means.values())):
             raise NonFiniteLossError(
                 f"the held-out figures at step {self.step} are {means}. {self._remedy()}"
