@@ -5,11 +5,8 @@ counted tokens, and a seeded stream of batches. To train something new, pass ano
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -32,7 +29,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
 from conch_dna.language_model import named_arrays, nan_array
-from conch_dna.progress import Report, silent
+from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
@@ -266,7 +263,7 @@ class Trainer:
             self._remove_checkpoints(keep=0)
             self._evaluate()
         first = self.step
-        with self._stop_on_interrupt():
+        with first_interrupt(self._request_stop):
             self._train()
         final = self.history[-1]
         if self.ema or self.best_step != self.settings.num_iters:
@@ -488,19 +485,5 @@ class Trainer:
             return True
         return False
 
-    @contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """Let the first Ctrl-C finish the step and save; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request_stop(number: int, frame: Any) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, request_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def _request_stop(self) -> None:
+        self._stop = True
