@@ -31,9 +31,10 @@ from conch_dna.sedimentation.embedders.make_student import make_student
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
 
-# A distillation and a cycle of each mode take turns; these are the teacher's shares, in turn.
-TURNS = ("distillation", "hybrid", "baseline", "offline")
-WEIGHTS = (1.0, 0.5, 0.8, 0.3)
+# A cycle of each mode and a distillation take turns, by a share of the teacher that grows with
+# every turn, so that there is something left to learn.
+TURNS = ("hybrid", "baseline", "offline", "distillation")
+WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0)
 QUERIES_A_CYCLE = 100
 # With the default of 5 too few queries find a collapsed neighbourhood.
 CONFIG = ChelationConfig(collapse_percentile=40.0, threshold=1)
