@@ -6,7 +6,7 @@ adapter that mlx_lm learns to build is built here too, since mlx_lm builds all o
 """
 
 import copy
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
-from conch_dna.errors import ConchError, one_line
+from conch_dna.checkpoints import (
+    DIGESTS,
+    content_digest,
+    file_digest,
+    read_json,
+    verify_folder,
+)
+from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
 
@@ -178,10 +184,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, needs={})
+    except NotWholeError:
         return None
-    return document if isinstance(document, dict) else None
 
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:
@@ -270,7 +275,7 @@ def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel)
 
 def _digest_of(name: str) -> str | None:
     """The weights' digest of a model that is here; None rather than a download."""
-    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
+    if not (name.startswith("embedded:") or os.path.isdir(os.path.expanduser(name))):
         return None
     try:
         return ModelSource(name).weights_digest
