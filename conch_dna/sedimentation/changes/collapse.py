@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, read_json, write_json
+from conch_dna.checkpoints import content_digest, read_json, require_keys, write_json
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.config import ChelationConfig
@@ -158,6 +158,9 @@ class CollapseNull:
                 f"{source} is no collapse null: it must have {', '.join(sorted(names))}, and "
                 f"differs in {', '.join(sorted(names ^ set(document)))}; calibrate again"
             )
+        numbers = dict.fromkeys(("percentile", "threshold", "lowest"), int | float)
+        needs = {**numbers, "k": int, "sample": int, "seed": int, "version": str}
+        require_keys(document, source, needs=needs)
         return cls(**document)
 
 
