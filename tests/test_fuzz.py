@@ -159,18 +159,23 @@ TARGETS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_hostile_input_is_accepted_or_refused_in_one_line(target, tmp_path, record_property):
-    tally = Tally()
+    fuzz, deadline = settings.get_profile("fuzz"), timedelta(seconds=target.seconds)
 
-    @given(target.inputs)
-    def read(content):
-        with tally.counted():
-            target.read(tmp_path, content)
+    def try_out(count, deadline):
+        tally = Tally()
 
-    fuzz = settings.get_profile("fuzz")
+        @settings(fuzz, max_examples=count, deadline=deadline)
+        @given(target.inputs)
+        def read(content):
+            with tally.counted():
+                target.read(tmp_path, content)
+
+        read()
+        return tally
+
     # What is imported and loaded first is no part of an answer.
-    settings(fuzz, max_examples=2, deadline=None)(read)()
-    tally.__init__()
-    before, deadline = most_memory(), timedelta(seconds=target.seconds)
-    settings(fuzz, max_examples=target.count, deadline=deadline)(read)()
+    try_out(2, None)
+    before = most_memory()
+    tally = try_out(target.count, deadline)
     record_property("fuzz", {"name": target.name, "slowest": tally.slowest, **tally.outcomes})
     assert most_memory() - before < MEMORY
