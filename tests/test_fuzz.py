@@ -157,6 +157,7 @@ TARGETS = [
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_hostile_input_is_accepted_or_refused_in_one_line(target, tmp_path, record_property):
     fuzz, deadline = settings.get_profile("fuzz"), timedelta(seconds=target.seconds)
