@@ -161,6 +161,8 @@ def parse_json(text: str | bytes, source: object) -> Any:
     try:
         value = json.loads(text)
         require_plain(value)
+        # Half a surrogate pair could be neither digested nor written.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise NotWholeError(f"{source} cannot be read: {one_line(error)}") from error
     return value

@@ -152,7 +152,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         read_config(folder)
     try:
         eos = load_config(folder).get("eos_token_id") if has_model else None
-        return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        tokenizer = load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        # Some of what is wrong shows only where a text is read.
+        tokenizer.encode("a")
+        return tokenizer
     except Exception as error:
         # Broken files make the libraries below raise all kinds, tokenizers even Exception itself.
         reason = one_line(error, trust_option=TRUST_OPTION)

@@ -6,6 +6,7 @@ words in `range_text`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
@@ -142,7 +143,7 @@ def named_settings(
     """
     names = [str(name).replace("-", "_") for name in values]
     names = [(aliases or {}).get(name, name) for name in names]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConchError(f"{source} gives {', '.join(twice)} twice: leave one of each")
     refuse_unknown(names, known, source=source)
     return dict(zip(names, values.values(), strict=True))

@@ -6,6 +6,7 @@ adapter that mlx_lm learns to build is built here too, since mlx_lm builds all o
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,7 @@ def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel)
 
 def _digest_of(name: str) -> str | None:
     """The weights' digest of a model that is here; None rather than a download."""
-    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
+    if not (name.startswith("embedded:") or os.path.isdir(os.path.expanduser(name))):
         return None
     try:
         return ModelSource(name).weights_digest

@@ -64,6 +64,7 @@ class VectorCache:
         return places
 
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
         try:
@@ -71,15 +72,20 @@ class VectorCache:
         except FileNotFoundError:
             # Another process found it damaged and deleted it at this moment.
             return
-        if path.name != _shard_name(data):
+        try:
+            arrays = load(data) if path.name == _shard_name(data) else {}
+            keys, vectors = arrays["keys"], arrays["vectors"]
+            sound = vectors.ndim == 2 and len(keys) == len(vectors)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
             )
             path.unlink(missing_ok=True)
             return
-        arrays = load(data)
-        self._dimension = arrays["vectors"].shape[1]
-        places.update((key.tobytes(), (path, row)) for row, key in enumerate(arrays["keys"]))
+        self._dimension = vectors.shape[1]
+        places.update((key.tobytes(), (path, row)) for row, key in enumerate(keys))
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The vectors `[D]` of those keys that have one."""

@@ -24,7 +24,7 @@ from conch_dna.checkpoints import FolderLock, remove_unfinished, write_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
-from conch_dna.sedimentation.stores.state import VersionState, checked_identity
+from conch_dna.sedimentation.stores.state import VersionState, checked_identity, require_sound
 from conch_dna.sedimentation.stores.stored_documents import Record
 
 FORMAT = 1
@@ -340,7 +340,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
                 f"{path} has format {manifest['format']}, but only {FORMAT} is known: open the "
                 "store with the version of conch_dna that made it"
             )
-        return dict(manifest["identity"]), VersionState(**manifest["versions"])
+        identity, state = dict(manifest["identity"]), VersionState(**manifest["versions"])
+        require_sound(identity, state)
+        return identity, state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotWholeError(
             f"{path} cannot be read as a manifest: restore it, or make the store anew from its "

@@ -38,9 +38,12 @@ def turn_problem(turn: Any) -> str | None:
         return "a turn is an object with a role and content"
     content, calls = turn.get("content"), turn.get("tool_calls")
     if calls is not None and not (
-        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+        isinstance(calls, list)
+        and all(
+            isinstance(call, dict) and isinstance(call.get("function", {}), dict) for call in calls
+        )
     ):
-        return f"tool_calls of {turn['role']} is not a list of objects"
+        return f"tool_calls of {turn['role']} is not a list of objects, each with its function"
     if isinstance(content, list):
         if all(
             isinstance(part, dict)
