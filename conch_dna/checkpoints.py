@@ -5,6 +5,8 @@ To store something new: give `write_folder` one more document or group of arrays
 package: its name in PACKAGES.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -17,13 +19,16 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from conch_dna import __version__
+from conch_dna.blas import blas_state
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 DIGESTS = "digests.json"
 # Of what this program writes, nothing is nested so deeply or counts so far.
@@ -49,9 +54,9 @@ def content_digest(*parts: bytes | str | np.ndarray) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of this package and of those that decide its numbers, and the platform."""
+    """Versions of this package and of those that decide its numbers, BLAS and platform."""
     versions = {"conch_dna": __version__, **{name: version(name) for name in PACKAGES}}
-    return {"versions": versions, "platform": platform.platform()}
+    return {"versions": versions, "platform": platform.platform(), "blas": blas_state()}
 
 
 def sync(path: Path) -> None:
@@ -156,6 +161,8 @@ def parse_json(text: str | bytes, source: object) -> Any:
     try:
         value = json.loads(text)
         require_plain(value)
+        # Half a surrogate pair could be neither digested nor written.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise NotWholeError(f"{source} cannot be read: {one_line(error)}") from error
     return value
@@ -209,8 +216,18 @@ def require_keys(value: Any, source: object, *, needs: Mapping[str, Any]) -> Non
 def save_arrays(
     path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write arrays as one safetensors file, atomically."""
-    write_atomically(path, lambda file: mx.save_safetensors(str(file), dict(arrays), metadata))
+    """Write arrays as one safetensors file, atomically; their order does not matter."""
+    write_atomically(path, lambda file: _save(file, arrays, metadata))
+
+
+def _save(
+    path: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str] | None = None
+) -> None:
+    import mlx.core as mx
+
+    # MLX writes in an order that depends on the mapping's: arrays that came from a file again, as
+    # in a resumed run, would have the same values in other bytes, and another digest.
+    mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata)
 
 
 def write_folder(
@@ -236,7 +253,7 @@ def write_folder(
     """
     with replaced_folder(path) as temporary:
         for name, group in (arrays or {}).items():
-            mx.save_safetensors(str(temporary / name), dict(group))
+            _save(temporary / name, group)
         for name, document in (documents or {}).items():
             text = json_text(document) if name.endswith(".json") else document
             (temporary / name).write_text(text, encoding="utf-8")
@@ -325,6 +342,8 @@ def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, A
     Raises:
         NotWholeError: A file is missing, added, truncated or altered; the message names it.
     """
+    import mlx.core as mx
+
     verify_folder(path)
     arrays: dict[str, dict[str, mx.array]] = {}
     documents: dict[str, Any] = {}
@@ -347,6 +366,14 @@ def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
     """Folders named `<prefix><number>` in `parent`, lowest number first."""
     folders = {path.name.removeprefix(prefix): path for path in parent.glob(f"{prefix}*/")}
     return sorted((int(name), path) for name, path in folders.items() if name.isdecimal())
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is whole until it is gone, whenever the process is killed."""
+    gone = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -395,7 +422,7 @@ class FolderLock:
         self._owner = folder / "run.lock.json"
         self._lock: Any = None
 
-    def __enter__(self) -> "FolderLock":
+    def __enter__(self) -> FolderLock:
         from filelock import FileLock, Timeout
 
         try:

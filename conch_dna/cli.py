@@ -4,21 +4,48 @@ It knows names; what a command does stands in the cli.py of its part.
 To add a command: a line here, and one in README.md.
 """
 
+import importlib
+from importlib.metadata import version
+
 import click
 
 from conch_dna import __version__
-from conch_dna.command_parts import HELP, example, passed_on
+from conch_dna.blas import blas_state
+from conch_dna.command_parts import HELP, OneLineGroup, example, passed_on
 from conch_dna.cortex.cli import cortex
+from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
 
 
+def _print_version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    """Print what decides this program's numbers here."""
+    if not asked:
+        return
+    try:
+        importlib.import_module("mlx.core")  # which loads the BLAS
+    except ConchError as error:
+        click.echo(f"error: {error}", err=True)
+        context.exit(2)
+    versions = f"conch_dna {__version__}, mlx {version('mlx')}"
+    click.echo(f"{versions}, BLAS: {blas_state()}")
+    context.exit()
+
+
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example("conch-dna distill --domain thinking"),
 )
-@click.version_option(__version__, prog_name="conch_dna")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the versions of this package and of mlx, and the BLAS in use, and stop.",
+)
 def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 

@@ -7,12 +7,14 @@ its type in `field_option`.
 import errno
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from conch_dna.errors import ConchError, Interrupted, one_line
 from conch_dna.option_fields import is_limited, kind_of, range_text
@@ -24,7 +26,45 @@ MOST_YAML = 2**20
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class OneLineErrors(click.Command):
+class OneLineUsageError(click.UsageError):
+    """A mistake in how a command was called, told like any other: in one line."""
+
+    def show(self, file: Any = None) -> None:
+        """Print it on standard error."""
+        more = f"; see {self.ctx.command_path} --help" if self.ctx else ""
+        click.echo(f"error: {one_line(self.message).rstrip('.')}{more}", file=file, err=True)
+
+
+@contextmanager
+def _one_line_usage(ctx: click.Context | None = None) -> Iterator[None]:
+    """Turns click's errors of usage, which take four lines, into one; exit code 2 stays."""
+    try:
+        yield
+    except (OneLineUsageError, NoArgsIsHelpError):
+        raise
+    except click.UsageError as error:
+        raise OneLineUsageError(error.format_message(), error.ctx or ctx) from error
+
+
+class OneLineUsage(click.Command):
+    """A command or group that tells in one line how it was called wrongly."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the command line."""
+        with _one_line_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, or find it in the group."""
+        with _one_line_usage(ctx):
+            return super().invoke(ctx)
+
+
+class OneLineGroup(OneLineUsage, click.Group):
+    """A group of such commands."""
+
+
+class OneLineErrors(OneLineUsage):
     """A command whose user errors are one line on standard error and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -4,9 +4,28 @@ Knows nothing of what raises them. The command line prints them as one line and 
 To add one: subclass `ConchError` only where a caller must tell it from the others.
 """
 
+# Longer messages are cut in their middle: what they quote may be a whole file.
+MOST_CHARACTERS = 4_000
+
 
 class ConchError(Exception):
-    """A mistake or circumstance the user can remedy; the message says how."""
+    r"""A mistake or circumstance the user can remedy; the message says how, in one line.
+
+    What a message quotes of a file may hold ends of lines, a terminal's own codes or half
+    characters: they are shown as Python writes them.
+
+    >>> str(ConchError("no setting named 'a\nb'"))
+    "no setting named 'a\\nb'"
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2 - 2
+            text = f"{text[:half]} … {text[-half:]}"
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class NonFiniteLossError(ConchError):

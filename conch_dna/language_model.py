@@ -152,7 +152,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         read_config(folder)
     try:
         eos = load_config(folder).get("eos_token_id") if has_model else None
-        return load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        tokenizer = load(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        # Some of what is wrong shows only where a text is read.
+        tokenizer.encode("a")
+        return tokenizer
     except Exception as error:
         # Broken files make the libraries below raise all kinds, tokenizers even Exception itself.
         reason = one_line(error, trust_option=TRUST_OPTION)
@@ -303,32 +306,39 @@ class ModelSource:
         Raises:
             ConchError: The model is not complete, broken, or of a kind mlx_lm does not know.
         """
-        from mlx_lm.utils import (
-            load_adapters,
-            load_model,
-            maybe_set_recommended_wired_limit,
-        )
+        from mlx_lm.utils import load_adapters, maybe_set_recommended_wired_limit
 
         maybe_set_recommended_wired_limit()
         if not weight_files(self.folder):
             raise ConchError(
                 f"{self.model_id} has no model*.safetensors in {self.folder}: it is not complete"
             )
-        read_config(self.folder)
-        try:
-            model, _ = load_model(
-                self.folder, lazy=share is not None, trust_remote_code=self.trust_remote_code
-            )
+        with self.load_errors():
+            model = self.modules(lazy=share is not None)
             if share is not None:
                 model.update(share.model.parameters())
             if adapter := adapter_path or self.adapter:
                 model = load_adapters(model, str(adapter))
+        model.eval()
+        return LanguageModel(self, model)
+
+    def modules(self, *, lazy: bool) -> nn.Module:
+        """Its modules with its weights, without an adapter; `lazy` computes none of them."""
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(self.folder, lazy=lazy, trust_remote_code=self.trust_remote_code)
+        return model
+
+    @contextmanager
+    def load_errors(self) -> Iterator[None]:
+        """Turns what a broken model raises into one line."""
+        read_config(self.folder)
+        try:
+            yield
         except Exception as error:
             # A broken configuration makes the model's own code raise all kinds.
             reason = one_line(error, trust_option=TRUST_OPTION)
             raise ConchError(f"cannot load {self.model_id}: {reason}") from error
-        model.eval()
-        return LanguageModel(self, model)
 
     def resident(self) -> "LanguageModel":
         """The loaded model, kept until `release`."""
@@ -346,6 +356,14 @@ class ModelSource:
 def named_arrays(tree: Any) -> dict[str, mx.array]:
     """The arrays of a module or tree by their dotted names."""
     return dict(tree_flatten(tree))
+
+
+def nan_array(tree: Any) -> str | None:
+    """The name of the first array of a module or tree in which there is a NaN; None for none."""
+    for name, value in named_arrays(tree).items():
+        if mx.issubdtype(value.dtype, mx.inexact) and mx.isnan(value).any():
+            return name
+    return None
 
 
 class LanguageModel:

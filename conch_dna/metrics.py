@@ -11,6 +11,12 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+# The figures of `TokenMetrics` by which two models can be compared example by example, in the
+# order in which they say how far a student is from its teacher.
+COMPARABLE = ("kl_nats", "chunk_kl_nats", "cross_entropy")
+BETTER, NOT_SHOWN, WORSE = "better", "not shown to be better", "worse"
+# If training changed nothing but chance, all of fewer examples would agree in over 5% of runs.
+FEWEST_EXAMPLES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,21 +132,64 @@ def paired_interval(
         Lower and upper bound (percentiles of 2,000 resamples); both the difference itself where
         all items differ alike.
     """
-    from scipy.stats import bootstrap
-
     difference = child - parent
     if len(difference) < 2 or np.ptp(difference) == 0:
         mean = float(difference.mean())
         return mean, mean
+    return _ratio_interval(difference, np.ones(len(difference)), confidence=confidence, seed=seed)
+
+
+def _ratio_interval(
+    sums: np.ndarray, counts: np.ndarray, *, confidence: float, seed: int
+) -> tuple[float, float]:
+    """Bounds of Σ sums / Σ counts over items `[n]`, resampled with both together."""
+    from scipy.stats import bootstrap
+
     interval = bootstrap(
-        (difference,),
-        np.mean,
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        batch=100,
         confidence_level=confidence,
         n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def verdict(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """Whether a figure that should fall has fallen, by a paired bootstrap over examples.
+
+    Args:
+        before: Each example's sum and what it is divided by `[2, n]`, before training.
+        after: The same examples' after it, in the same order.
+        seed: Of the resampling.
+
+    Returns:
+        `verdict`: BETTER or WORSE where the 95% interval of the difference of the means (after
+        less before, each example weighing as much as its count) lies on one side of 0, else, and
+        with fewer than 6 examples, NOT_SHOWN; `difference`, `interval` (None with fewer),
+        `confidence` and `examples`.
+    """
+    used = before[1] > 0
+    change, counts = (after - before)[0, used], before[1, used]
+    difference = float(change.sum() / counts.sum()) if len(counts) else 0.0
+    interval, word = None, NOT_SHOWN
+    if len(counts) >= FEWEST_EXAMPLES:
+        interval = list(_ratio_interval(change, counts, confidence=0.95, seed=seed))
+        if interval[1] < 0:
+            word = BETTER
+        elif interval[0] > 0:
+            word = WORSE
+    return {
+        "verdict": word,
+        "difference": difference,
+        "interval": interval,
+        "confidence": 0.95,
+        "examples": len(counts),
+    }
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ words in `range_text`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
@@ -96,6 +97,8 @@ def option_problem(
         return f"{name} is {value!r}: use one of {', '.join(limits['choices'])}"
     if isinstance(value, float | int) and kind != "bool" and not _is_inside(value, limits):
         return f"{name} is {value}: it must be {range_text(option)}"
+    if kind == "float" and value and not 2.0**-126 <= abs(value) < 2.0**128:  # type: ignore[arg-type]
+        return f"{name} is {value}: it must be 0 or of a size between 1e-37 and 3e38, as float32 is"
     return None
 
 
@@ -140,7 +143,7 @@ def named_settings(
     """
     names = [str(name).replace("-", "_") for name in values]
     names = [(aliases or {}).get(name, name) for name in names]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConchError(f"{source} gives {', '.join(twice)} twice: leave one of each")
     refuse_unknown(names, known, source=source)
     return dict(zip(names, values.values(), strict=True))

@@ -1,11 +1,14 @@
 """Progress of long work: live bars in a terminal, plain lines elsewhere.
 
-Knows events and their rows; nothing of what the work is.
+Knows events and their rows, and Ctrl-C; nothing of what the work is.
 To show another event: a branch in `Progress.__call__`.
 """
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 EVERY_S = 5.0
@@ -129,5 +132,27 @@ class Progress:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    labels = {"loss": "loss", "kd": "KD", "ce": "CE"}
+    labels = {"kl": "KL", "loss": "loss", "kd": "KD", "ce": "CE"}
     return ", ".join(f"{label} {row[name]:.4f}" for name, label in labels.items() if name in row)
+
+
+@contextmanager
+def first_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Let the first Ctrl-C only ask for a stop; the second one interrupts at once.
+
+    Args:
+        stop: Called at the first. Outside of the main thread nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        stop()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -51,3 +51,19 @@ def cut_student(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The trained stories260K with only layers 0, 2 and 4 kept."""
     folder = tmp_path_factory.mktemp("models") / "cut"
     return keep_layers(shared_data / "models" / "stories260K", folder, [0, 2, 4])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What test_fuzz.py tried, by whichever processes."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    rows = [value for each in reports for name, value in each.user_properties if name == "fuzz"]
+    if not rows:
+        return
+    terminalreporter.section("hostile inputs")
+    for row in sorted(rows, key=lambda row: row["slowest"]):
+        figures = ", ".join(
+            f"{row[name]} {name}" for name in ("accepted", "refused") if name in row
+        )
+        terminalreporter.line(f"{row['name']}: {figures}, slowest {row['slowest']:.3f} s")
+    tried = sum(row.get(name, 0) for row in rows for name in ("accepted", "refused"))
+    terminalreporter.line(f"{tried:,} tried")

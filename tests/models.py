@@ -3,6 +3,7 @@
 Random weights are for unit tests only; what a test claims of learning stands on trained models.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def make_model_folder(
     quantize: bool = False,
     **changes: Any,
 ) -> Path:
-    """Write a random Llama with a real tokenizer, which `mlx_lm.load` opens.
+    """Write a random model, a Llama by default, with a real tokenizer, which `mlx_lm.load` opens.
 
     Args:
         folder: Where to.
@@ -39,9 +40,8 @@ def make_model_folder(
         tokenizer: Folder to take the tokenizer from.
         chat_template: Jinja text for the tokenizer, if it is to have one.
         quantize: To 4 bits, groups of 32.
-        **changes: To the model's configuration.
+        **changes: To the model's configuration, such as another `model_type`.
     """
-    from mlx_lm.models.llama import Model, ModelArgs
     from mlx_lm.utils import quantize_model
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +71,28 @@ def make_model_folder(
         **changes,
     }
     mx.random.seed(seed)
-    model: nn.Module = Model(ModelArgs.from_dict(config))
+    kind = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model: nn.Module = kind.Model(kind.ModelArgs.from_dict(config))
     if quantize:
         model, config = quantize_model(model, config, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "rope_theta": 10_000.0,
+    "norm_topk_prob": True,
+}
+"""Changes that make a mixture of experts of a model folder."""
 
 
 def make_gemma2_folder(folder: Path, *, seed: int = 0, kv_heads: int = 2) -> Path:

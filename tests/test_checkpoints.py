@@ -30,6 +30,7 @@ from conch_dna.checkpoints import (
     numbered_folders,
     read_folder,
     read_json,
+    remove_folder,
     remove_unfinished,
     save_arrays,
     verify_folder,
@@ -116,6 +117,34 @@ def test_write_json_refuses_nan_and_keeps_unicode(tmp_path):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"b": 1, "a": "ö"}
     assert names(tmp_path) == ["a.json"]
+
+
+def test_the_same_arrays_are_the_same_bytes_whatever_their_order(tmp_path):
+    """A resumed run has them in the order in which a file gave them back."""
+    names_ = [
+        f"layers.{layer}.{part}.lora_{x}" for layer in range(8) for part in "qv" for x in "ab"
+    ]
+    arrays = {name: mx.full((2,), number) for number, name in enumerate(names_)}
+    contents = set()
+    for number in range(3):
+        save_arrays(tmp_path / "one.safetensors", arrays)
+        write_folder(tmp_path / "folder", arrays={"one.safetensors": arrays})
+        contents |= {(tmp_path / p / "one.safetensors").read_bytes() for p in (".", "folder")}
+        again = mx.load(str(tmp_path / "one.safetensors"))
+        assert isinstance(again, dict)
+        arrays = dict(reversed(again.items())) if number else again
+    assert len(contents) == 1
+
+
+def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path, monkeypatch):
+    """Killed between two of its files, a checkpoint without digests stood there for ever."""
+    folder = make_folder(tmp_path / "checkpoint_2")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    remove_folder(folder)
+    assert not folder.exists()
+    monkeypatch.undo()
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_save_arrays_keeps_types_and_metadata(tmp_path):

@@ -20,14 +20,16 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 
+from conch_dna.blas import blas_state
 from conch_dna.checkpoints import FolderLock
 from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.option_fields import kind_of
-from conch_dna.training.cli import distill
+from conch_dna.training.cli import _print_summary, distill
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import KDConfig, KDResult
+from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 MODULES = ("conch_dna.training.true_kd", "conch_dna distill")
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
@@ -43,6 +45,8 @@ QUICK: dict[str, Any] = {
     "steps_per_report": 2,
     "steps_per_eval": 2,
     "steps_per_save": 2,
+    # By this figure one of the few steps is better than none.
+    "select_by": "kd",
 }
 
 
@@ -332,6 +336,9 @@ class TestRefusedLater:
         mx.save_safetensors(str(student / "model.safetensors"), weights, {"format": "mlx"})
         message = stopped(*pair.options(tmp_path / "out", student=student))
         assert message.startswith("the held-out figures at step 0 are {'loss': nan")
+        assert ("model.layers.1.mlp.up_proj.weight of the model is NaN" in message) == (
+            value != value
+        )
         assert not (tmp_path / "out" / "s" / "adapters_kd").exists()
 
     def test_a_loss_that_is_not_finite(self, pair, tmp_path):
@@ -632,7 +639,26 @@ class TestOutput:
         assert f"{evaluation['after']['perplexity']:.2f}" in after
         # The path is the one that the run was made with.
         assert f"adapter: {clean}/s/adapters_kd (kept: step 4 of 4)" in text
-        assert f"mlx_lm.generate --model {pair.student} --adapter-path {clean}/s/adap" in text
+        assert "s: the student is NOT SHOWN TO BE BETTER: KL to the teacher" in text
+        assert "on 3 held-out examples, and an interval needs 6" in text
+        assert "try more data (9 examples were each seen 0.9 times)" in text
+        assert "mlx_lm.generate" not in text
+
+    def test_a_gain_can_be_required(self, pair, copy):
+        result = run("--resume", "--require-gain", *pair.options(copy))
+        assert result.exit_code == 1
+
+    def test_a_better_student_gets_the_command_that_tries_it(self, pair, clean, capsys):
+        path = clean / "s" / "adapters_kd"
+        result = KDResult(**json.loads((path / "kd_result.json").read_text()))
+        result.evaluation["verdict"] |= {"verdict": "better", "interval": [-0.2, -0.1]}
+        distiller = TrueKnowledgeDistiller(str(pair.teacher), str(pair.student), KDConfig())
+        _print_summary(distiller, {"results": {"s": result}, "failures": {}})
+        text = capsys.readouterr().out
+        assert "s: the student is better: KL to the teacher" in text
+        assert "(95% interval -0.2000 to -0.1000, 3 held-out examples)" in text
+        assert f"mlx_lm.generate --model {pair.student} --adapter-path {path} --prompt" in text
+        assert "try more data" not in text
 
     def test_a_domain_that_fails_makes_the_exit_code_1(self, pair, tmp_path):
         original = dict(DOMAIN_PROMPTS)
@@ -700,7 +726,8 @@ class TestHelp:
         import conch_dna
 
         result = CliRunner().invoke(main, ["--version"])
-        assert result.output.strip().endswith(conch_dna.__version__)
+        assert result.output.startswith(f"conch_dna {conch_dna.__version__}, mlx ")
+        assert result.output.rstrip().endswith(blas_state())
 
 
 class TestProcess:

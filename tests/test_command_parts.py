@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from conch_dna.command_parts import MOST_YAML, read_yaml
 from conch_dna.errors import ConchError
@@ -50,3 +51,29 @@ def test_settings_are_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("rate: 1e-4\nlist: [1, {a: b}]\nname: größe\n", encoding="utf-8")
     assert read_yaml(path) == {"rate": 1e-4, "list": [1, {"a": "b"}], "name": "größe"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("distill --divergence maybe", "'maybe' is not one of 'forward_kl', 'jsd'"),
+        ("distill --dmain x", "No such option '--dmain'. (Did you mean one of"),
+        ("distill --top-k x", "Invalid value for '--top-k': 'x' is not a valid integer"),
+        ("distill --domain", "Option '--domain' requires an argument"),
+        ("distill extra --all", "Got unexpected extra argument (extra)"),
+        ("vocab a", "Missing argument 'STUDENT'; see conch-dna vocab --help"),
+        ("distil", "No such command 'distil'. Did you mean 'distill'?; see conch-dna --help"),
+        ("cortex serv", "No such command 'serv'"),
+        ("sediment query --mode maybe s q", "'maybe' is not one of 'baseline'"),
+        ("generations evolve --lin x", "No such option '--lin'"),
+        ("benchmark --methd x", "No such option '--methd'"),
+        ("--versio", "No such option '--versio'"),
+    ],
+)
+def test_how_a_command_was_called_wrongly_is_one_line(arguments, told):
+    from conch_dna.cli import main
+
+    result = CliRunner().invoke(main, arguments.split(), prog_name="conch-dna")
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and told in result.stderr
+    assert result.stderr.count("\n") == 1

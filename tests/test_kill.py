@@ -4,6 +4,7 @@ The command runs in processes of its own, which are killed at seeded random mome
 (their start-up writes nothing). CONCH_DNA_KILLS says how often; -s shows where.
 """
 
+import json
 import os
 import random
 import re
@@ -304,3 +305,17 @@ def test_ctrl_c_ends_with_130_and_a_message_and_can_be_resumed(clean, tmp_path):
     assert code == 0, shown
     assert f"going on from step {found[1]} (" in shown
     assert same(adapter_in(tmp_path), clean.adapter, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_operation_keeps_what_it_acknowledged_and_ends_the_same(tmp_path):
+    """A few moments of the benchmark, which is run with a hundred."""
+    script = Path(__file__).parent / "benchmarks" / "kill_moments.py"
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, script, "--moments", "12", "--seed", str(SEED), "--json", figures]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    operations = json.loads(figures.read_text())["operations"]
+    assert sum(each["kills"] for each in operations.values()) == 12
+    assert not [fault for each in operations.values() for fault in each["faults"]]

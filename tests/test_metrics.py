@@ -16,6 +16,7 @@ from conch_dna.metrics import (
     perplexity,
     reliability,
     token_metrics,
+    verdict,
 )
 
 
@@ -173,3 +174,49 @@ class TestCalibrationError:
     def test_what_cannot_be_binned(self, sure, right, bins, words) -> None:
         with pytest.raises(ValueError, match=words):
             expected_calibration_error(np.array(sure), np.array(right), bins=bins)
+
+
+class TestVerdict:
+    """Whether a sum over each example, divided by its tokens, has fallen."""
+
+    @staticmethod
+    def of(change: float, *, examples: int = 24, noise: float = 0.1, seed: int = 0):
+        random = np.random.default_rng(seed)
+        counts = random.integers(5, 50, examples).astype(float)
+        before = np.stack([counts * random.uniform(0.5, 2, examples), counts])
+        moved = counts * (change + random.normal(0, noise, examples))
+        return verdict(before, np.stack([before[0] + moved, counts]), seed=seed)
+
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize(("change", "word"), [(-0.2, "better"), (0.2, "worse")])
+    def test_planted_changes_are_found(self, change, word, seed):
+        found = self.of(change, seed=seed)
+        assert found["verdict"] == word
+        low, high = found["interval"]
+        assert low < found["difference"] < high
+
+    def test_chance_alone_is_seldom_called_a_change(self):
+        """Of 200 at 95%, 10 are to be expected and 24 are one in 30,000."""
+        words = [self.of(0.0, seed=seed)["verdict"] for seed in range(200)]
+        assert 200 - words.count("not shown to be better") <= 24
+
+    def test_an_unchanged_student_is_not_shown_to_be_better(self):
+        found = self.of(0.0, noise=0.0)
+        assert found["verdict"] == "not shown to be better"
+        assert found["interval"] == [0.0, 0.0]
+
+    def test_too_few_examples_show_nothing(self):
+        found = self.of(-0.2, examples=5, noise=0.0)
+        assert (found["verdict"], found["interval"]) == ("not shown to be better", None)
+        assert found["examples"] == 5
+        assert self.of(-0.2, examples=6, noise=0.0)["verdict"] == "better"
+
+    def test_examples_weigh_as_much_as_their_tokens(self):
+        before = np.array([[1.0] * 7, [1.0] * 6 + [94.0]])
+        after = np.array([[0.9] * 6 + [10.4], before[1]])
+        assert verdict(before, after)["difference"] == pytest.approx((9.4 - 0.6) / 100)
+
+    def test_examples_without_anything_to_compare_are_left_out(self):
+        before = np.array([[1.0] * 8, [1.0] * 6 + [0.0] * 2])
+        found = verdict(before, before - [[0.5] * 6 + [0.0] * 2, [0.0] * 8])
+        assert (found["verdict"], found["examples"]) == ("better", 6)

@@ -1,4 +1,4 @@
-"""The package as a whole: its public names, version, entry points, and OpenBLAS before mlx."""
+"""The package as a whole: its public names, version, entry points, and a BLAS before mlx."""
 
 import ctypes
 import importlib
@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 import conch_dna
+from conch_dna.blas import BlasBeforeMlx
+from conch_dna.errors import ConchError
 
 LINUX = sys.platform == "linux"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python without the switch that other tests or the user may have set."""
-    inherited = {k: v for k, v in os.environ.items() if k != "CONCH_DNA_NO_OPENBLAS"}
+    inherited = {k: v for k, v in os.environ.items() if k != "CONCH_DNA_BLAS"}
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -65,36 +67,70 @@ def test_importing_the_package_loads_no_third_party_package():
     assert printed(code) == "conch_dna"
 
 
-@pytest.mark.skipif(not LINUX, reason="OpenBLAS is loaded on Linux only")
-class TestOpenBLAS:
-    def test_is_loaded_where_the_system_has_it(self):
-        state = printed("import conch_dna; print(conch_dna.openblas_state)")
-        assert state == "loaded" if has_openblas() else state.startswith("absent")
-        assert conch_dna.openblas_loaded == (conch_dna.openblas_state == "loaded")
+STATE = "import conch_dna.blas, mlx.core; print(conch_dna.blas.blas_state())"
 
-    def test_is_skipped_on_request(self):
-        code = "import conch_dna; print(conch_dna.openblas_loaded, conch_dna.openblas_state)"
-        state = printed(code, CONCH_DNA_NO_OPENBLAS="1")
-        assert state == "False skipped: CONCH_DNA_NO_OPENBLAS is 1"
+
+@pytest.mark.skipif(not LINUX, reason="a BLAS is loaded on Linux only")
+class TestBLAS:
+    def test_the_best_is_loaded_where_mlx_is_imported(self):
+        best = "openblas" if has_openblas() else "torch"
+        assert printed(STATE) == printed(STATE, CONCH_DNA_BLAS="auto") == best
+
+    def test_that_of_torch_serves_mlx_and_torch(self):
+        code = STATE + (
+            "; import torch, mlx.core as mx; a = mx.ones((64, 32)); "
+            "print((a @ a.T).sum().item(), torch.ones(8, 8).mm(torch.ones(8, 8)).sum().item())"
+        )
+        assert printed(code, CONCH_DNA_BLAS="torch") == "torch\n131072.0 512.0"
+
+    def test_none_is_loaded_on_request(self):
+        state = printed(STATE, CONCH_DNA_BLAS="none")
+        assert state == "the wheel's own: CONCH_DNA_BLAS is none"
+
+    def test_commands_without_mlx_load_none(self):
+        state = printed("import conch_dna.blas; print(conch_dna.blas.blas_state())")
+        assert state == "not loaded yet: mlx was not imported"
+
+    @pytest.mark.parametrize("command", ["--help", "distill --help", "cortex serve --help"])
+    def test_help_needs_no_mlx(self, command):
+        code = (
+            "import sys; from conch_dna.cli import main; "
+            "main(sys.argv[1:], standalone_mode=False); print('mlx.core' in sys.modules)"
+        )
+        done = python("-c", code, *command.split())
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
 
     def test_says_when_mlx_came_first(self):
         """Silent failure: mlx has bound its slow BLAS and no later load changes that."""
-        state = printed("import mlx.core, conch_dna; print(conch_dna.openblas_state)")
-        assert state == "too late: mlx was imported before conch_dna"
+        state = printed("import mlx.core, conch_dna.blas; print(conch_dna.blas.blas_state())")
+        assert state == "the wheel's own: mlx was imported before conch_dna"
 
-    def test_its_absence_is_recorded_with_the_remedy(self, monkeypatch):
+    def test_an_unknown_choice_is_refused(self):
+        done = python("-m", "conch_dna", "--version", CONCH_DNA_BLAS="mkl")
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert "CONCH_DNA_BLAS is 'mkl', not auto, openblas, torch or none" in done.stderr
+
+    @pytest.fixture
+    def nothing_there(self, monkeypatch):
         def absent(name, mode):
             raise OSError(name)
 
         monkeypatch.setattr(ctypes, "CDLL", absent)
-        monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
-        monkeypatch.delenv("CONCH_DNA_NO_OPENBLAS", raising=False)
-        assert "libopenblas0-pthread" in conch_dna._load_openblas()
+
+    def test_the_absence_of_both_is_said_with_the_remedy(self, nothing_there):
+        assert "libopenblas0-pthread" in BlasBeforeMlx()._load("auto")
+
+    def test_one_that_was_asked_for_must_be_there(self, nothing_there):
+        with pytest.raises(ConchError, match="CONCH_DNA_BLAS is openblas, and libopenblas"):
+            BlasBeforeMlx()._load("openblas")
 
 
-def test_other_systems_need_no_openblas(monkeypatch):
+def test_other_systems_need_no_blas(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert conch_dna._load_openblas() == "not needed: this is not Linux"
+    blas = BlasBeforeMlx()
+    blas.watch()
+    assert blas.state == "not needed: this is not Linux"
 
 
 @pytest.mark.parametrize("module", ["conch_dna", "conch_dna.training.true_kd"])

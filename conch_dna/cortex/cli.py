@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import HELP, example, options_of, read_yaml
+from conch_dna.command_parts import HELP, OneLineGroup, example, options_of, read_yaml
 from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.commands.shared_options import (
     adapters_option,
@@ -37,6 +37,7 @@ from conch_dna.presentation import print_tables
 
 
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example(
         'conch-dna cortex ask thinking "Should we rent or buy a printer?"',

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
+from conch_dna.command_parts import (
+    HELP,
+    OneLineErrors,
+    OneLineGroup,
+    example,
+    options_of,
+    read_yaml,
+)
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 from conch_dna.presentation import print_tables
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.group(
+    cls=OneLineGroup,
     context_settings=HELP,
     epilog=example(
         "conch-dna generations init tales --model embedded:student --data stories.jsonl",

@@ -5,7 +5,6 @@ behind. How a child learns is in train_child.py, how it is judged in promotion.p
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from conch_dna.checkpoints import (
     differences,
     numbered_folders,
     read_json,
+    remove_folder,
     remove_unfinished,
     require_keys,
     write_folder,
@@ -61,7 +61,7 @@ from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     load_verified,
-    require_goes_on,
+    require_trainable,
     save_adapter,
 )
 from conch_dna.training.answers import openings
@@ -111,6 +111,7 @@ class Evolution:
         with line.lock():
             for text in line.recover():
                 self._message(text)
+            self.work = line.folder / f"{WORK}{line.next_name}"
             self.parent = line.head
             self._require_whole()
             ancestors = line.ancestors(self.parent)
@@ -118,12 +119,11 @@ class Evolution:
             self.chain = [self.parent, *ancestors]
             self._read_base()
             self.teachers = self._teachers()
-            require_goes_on(config.training, line.adapter(self.parent))
+            require_trainable(self.base, config.training, start=line.adapter(self.parent))
             if resume and (finished := self._finished()) is not None:
                 return finished
             if (judged := self._judged()) is not None:
                 return judged
-            self.work = line.folder / f"{WORK}{line.next_name}"
             self._begin(resume=resume, overwrite=overwrite)
             if len(self.teachers) == 1:
                 why = "is the first generation" if not ancestors else "teaches alone, as was asked"
@@ -279,7 +279,7 @@ class Evolution:
             )
         if not (resume and before):
             for _, folder in checkpoints:
-                shutil.rmtree(folder)
+                remove_folder(folder)
             begun = None
         self._begun = date.today().isoformat()
         with suppress(TypeError, ValueError):
@@ -385,10 +385,11 @@ class Evolution:
             writers={REPORT_FILE: draw},
         )
         # The candidate holds all that is needed from here on; see `_judged`.
-        shutil.rmtree(self.work)
         return self._decide(manifest)
 
     def _decide(self, manifest: dict[str, Any]) -> Outcome:
+        if self.work.is_dir():
+            remove_folder(self.work)
         act = self.line.promote if manifest["decision"] == "promoted" else self.line.archive
         return outcome_of(self.line.path(act(self.line.candidate)))
 

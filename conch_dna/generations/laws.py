@@ -6,6 +6,7 @@ worse. To add a kind of law: a function in KINDS and its line in the guide.
 
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -141,10 +142,8 @@ def laws_of(listed: Any, source: str) -> list[Law]:
             laws.append(law)
         else:
             problems.append(f"law {number} {law}")
-    names = [law.name for law in laws]
-    problems += [
-        f"the name {name!r} is used twice" for name in {n for n in names if names.count(n) > 1}
-    ]
+    counts = Counter(law.name for law in laws)
+    problems += [f"the name {name!r} is used twice" for name, n in counts.items() if n > 1]
     if problems:
         raise ConchError(f"{source}: {'; '.join(problems)}")
     return laws

@@ -127,7 +127,7 @@ class Line:
                 f"there is no line {self.name!r} in {self.folder.parent}: make one with "
                 "'conch-dna generations init'"
             ) from error
-        if not GENERATION.fullmatch(name) or not (self.folder / name).is_dir():
+        if not GENERATION.fullmatch(name) or not os.path.isdir(self.folder / name):
             raise ConchError(
                 f"{self.folder / HEAD_FILE} names {name!r}, which is no generation here: write "
                 f"one of {', '.join(self.generations()) or 'none'} into it"

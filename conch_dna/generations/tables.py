@@ -4,11 +4,13 @@ Knows manifests and names; draws and formats, decides nothing. To show another f
 `manifest_table`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.errors import NotWholeError
 from conch_dna.generations.line import FAILED, Line
 from conch_dna.presentation import drawing, pairs_table, text_table
 from conch_dna.training.report import draw_losses
@@ -38,29 +40,41 @@ def verdict_table(name: str, verdicts: Sequence[dict[str, Any]]) -> "Table":
     return text_table(title, ("gate", "", "why"), rows)
 
 
+@contextmanager
+def _as_written(name: str) -> Iterator[None]:
+    """Turns what another form of a manifest raises into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise NotWholeError(
+            f"the manifest of {name} has another form than generations have: restore its folder"
+        ) from error
+
+
 def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
     """What a generation grew from and how it was taught."""
-    rows: dict[str, Any] = {"created": manifest["created"]}
-    if "base" in manifest:
-        rows["base"] = manifest["base"]["model"]
-    if "teachers" in manifest:
-        request, training = manifest["evolution_request"], manifest["training_params"]
-        stabilizers = manifest["stabilizers"]
-        rows |= {
-            "teachers": ", ".join(f"{t['path']} ({t['role']})" for t in manifest["teachers"]),
-            "data": f"{request['train']} to learn, {request['heldout']} held out, "
-            f"{request['recall']} earlier ones to recall",
-            "loss": f"{training['alpha']:g} CE + {training['beta']:g} KL + "
-            f"{training['gamma']:g} R at temperature {training['temperature']:g}",
-            "steps": f"{training['num_iters']} of {training['batch_size']}, "
-            f"{'every weight' if training['full'] else 'LoRA'}",
-            "stabilizers": f"EMA {stabilizers['ema_decay']:g}, replay "
-            f"{stabilizers['replay_share']:.0%} of {request['replay']} records, "
-            f"{len(stabilizers['taboo_words'])} taboo words",
-            "decision": manifest["decision"],
-        }
-    versions = manifest["versions"]
-    rows["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
+    with _as_written(name):
+        rows: dict[str, Any] = {"created": manifest["created"]}
+        if "base" in manifest:
+            rows["base"] = manifest["base"]["model"]
+        if "teachers" in manifest:
+            request, training = manifest["evolution_request"], manifest["training_params"]
+            stabilizers = manifest["stabilizers"]
+            rows |= {
+                "teachers": ", ".join(f"{t['path']} ({t['role']})" for t in manifest["teachers"]),
+                "data": f"{request['train']} to learn, {request['heldout']} held out, "
+                f"{request['recall']} earlier ones to recall",
+                "loss": f"{training['alpha']:g} CE + {training['beta']:g} KL + "
+                f"{training['gamma']:g} R at temperature {training['temperature']:g}",
+                "steps": f"{training['num_iters']} of {training['batch_size']}, "
+                f"{'every weight' if training['full'] else 'LoRA'}",
+                "stabilizers": f"EMA {stabilizers['ema_decay']:g}, replay "
+                f"{stabilizers['replay_share']:.0%} of {request['replay']} records, "
+                f"{len(stabilizers['taboo_words'])} taboo words",
+                "decision": manifest["decision"],
+            }
+        versions = [f"{package} {version}" for package, version in manifest["versions"].items()]
+        rows["versions"] = ", ".join(versions)
     return pairs_table(name, rows)
 
 
@@ -84,15 +98,16 @@ def nodes_of(line: Line) -> list[Node]:
     nodes = []
     for name in [*line.generations(), *line.failed()]:
         manifest = line.manifest(name)
-        verdicts = manifest.get("verdicts", [])
-        reasons = [each["gate"] for each in verdicts if not each["passed"]]
-        note = f"refused by {', '.join(reasons)}" if reasons else ""
-        if not note and verdicts:
-            gained = next(each for each in verdicts if each["gate"] == "generalize")
-            note = f"generalize {gained['figures'].get('difference', 0):+.3f}"
-        nodes.append(
-            Node(name=name, parent=manifest["parent"], created=manifest["created"], note=note)
-        )
+        with _as_written(name):
+            verdicts = manifest.get("verdicts", [])
+            reasons = [each["gate"] for each in verdicts if not each["passed"]]
+            note = f"refused by {', '.join(reasons)}" if reasons else ""
+            if not note and verdicts:
+                gained = next(each for each in verdicts if each["gate"] == "generalize")
+                note = f"generalize {gained['figures'].get('difference', 0):+.3f}"
+            nodes.append(
+                Node(name=name, parent=manifest["parent"], created=manifest["created"], note=note)
+            )
     return nodes
 
 

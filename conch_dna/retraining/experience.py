@@ -60,6 +60,8 @@ class Experience:
     time: str = field(default_factory=_now)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.domain, str):
+            raise ConchError(f"domain {self.domain!r} of an experience is not text")
         validate_domain(self.domain, with_own_data=True)
         problems = [
             f"{name} {value!r} is not one of {', '.join(known)}"

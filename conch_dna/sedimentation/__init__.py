@@ -1,4 +1,4 @@
-"""Sedimentation: an embedding store that learns, and whose vectors change only for the better.
+"""Sedimentation: an embedding store that learns, each change judged by a gate.
 
 This file imports nothing until a public name is asked for, so that ``python -m
 conch_dna.sedimentation`` starts at once and runs no module twice.

@@ -97,7 +97,10 @@ class ChelationConfig:
     )
     log_queries: bool = option(False, "Whether the log keeps the text of queries.")
     gate_margin: float = option(
-        0.005, "How much worse a change may be by the lower bound of its interval.", low=0, high=1
+        0.005,
+        "How much worse than active and raw vectors a change may be, by its intervals' lower ends.",
+        low=0,
+        high=1,
     )
     gate_confidence: float = option(0.95, "Of that interval.", above=0, below=1)
     gate_queries: int = option(500, "Most pseudo-queries, where there are no judgements.", low=2)

@@ -1,4 +1,4 @@
-"""AntigravityEngine: an embedding store that learns, and changes only for the better.
+"""AntigravityEngine: an embedding store that learns, each change judged by a gate.
 
 Ties the parts of this wing together: store, student, teacher, log, versions and gate; knows no
 formula. What a cycle learns is in cycles.py. To give users another action: a method here that
@@ -25,18 +25,19 @@ from conch_dna.sedimentation.changes.cycles import (
     adapter_from_log,
     adapter_from_teacher,
 )
+from conch_dna.sedimentation.changes.draws import account_of, draw_about, next_draw
 from conch_dna.sedimentation.changes.gate import add_to_history, decide, read_history
 from conch_dna.sedimentation.changes.heldout_queries import Evidence, measures
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
-    shared_embedder,
 )
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.deletion import delete, recovered
 from conch_dna.sedimentation.documents import DocumentId, read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import (
     ChangeResult,
@@ -56,11 +57,12 @@ from conch_dna.sedimentation.stores.open_store import (
 )
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
-HELD_OUT_SHARE = 0.25
 
 
 class AntigravityEngine:
     """Documents under a student's vectors, improved by an adapter that must prove itself.
+
+    What its gate guarantees, and what not, stands in changes/gate.py.
 
     Args:
         qdrant_location: A folder (Qdrant Edge in this process), `http(s)://…` of a server, or
@@ -119,10 +121,9 @@ class AntigravityEngine:
             )
         self.report: Report = silent
         self._judged: Evidence | None = None
-        self._pseudo: tuple[int, Evidence] | None = None
         with ExitStack() as opening:
             location = str(qdrant_location)
-            self.student: Embedder = shared_embedder(
+            self.student: Embedder = open_embedder(
                 model_name,
                 device=device,
                 batch_size=self.config.batch_size,
@@ -298,6 +299,8 @@ class AntigravityEngine:
     def set_judgements(self, queries: Mapping[str, str], judgements: Judgements) -> None:
         """Give held-out queries with judgements to the gate, in place of pseudo-queries.
 
+        They judge every change anew, so that after many its confidence is less than it says.
+
         Args:
             queries: Name to text; none of them may be asked in a cycle.
             judgements: Name to grades of documents.
@@ -306,18 +309,6 @@ class AntigravityEngine:
             ConchError: No query has a relevant document.
         """
         self._judged = Evidence.judged(queries, judgements)
-
-    def _evidence(self) -> Evidence:
-        if self._judged is not None:
-            return self._judged
-        revision = self.store.revision
-        if self._pseudo is None or self._pseudo[0] != revision:
-            # The documents that queries are taken from are not learned from.
-            count = self.store.count(RAW)
-            sample = min(self.config.gate_queries, max(1, int(HELD_OUT_SHARE * count)))
-            evidence = Evidence.of_corpus(self.store, sample=sample, seed=self.config.seed)
-            self._pseudo = revision, evidence
-        return self._pseudo[1]
 
     def run_sedimentation_cycle(
         self,
@@ -380,16 +371,18 @@ class AntigravityEngine:
             seconds[stage] = time.perf_counter() - began
             began = time.perf_counter()
 
-        evidence = self._evidence()
+        history, sample = self.gate_history(), self.config.gate_queries
+        evidence = self._judged or next_draw(self.store, history, sample=sample)
+        questions = account_of(evidence, history)
         lap("queries")
         try:
-            learned = learn(without=evidence.left_out)
+            learned = learn(without=evidence.holds_out)
         except NothingToLearn as reason:
             return ChangeResult(
                 **about, activated=False, version=active, candidate=None, reason=str(reason)
             )
         lap("fit")
-        name = self.versions.next_name(entry["candidate"] for entry in self.gate_history())
+        name = self.versions.next_name(entry["candidate"] for entry in history)
         origin = {
             **learned.origin,
             **about,
@@ -403,12 +396,14 @@ class AntigravityEngine:
         self.versions.build(name, learned.adapter, origin, embed=embed, report=self.report)
         lap("rewrite")
         self.report("phase", {"name": "asking held-out queries", "total": 0, "unit": ""})
-        pair = measures(self.versions, evidence, self.student, (active, name), self.helper)
-        decision = decide(pair, self.config)
+        against = list(dict.fromkeys([active, RAW]))
+        found = measures(self.versions, evidence, self.student, [*against, name], self.helper)
+        decision = decide(found, self.config, against=against)
         lap("gate")
         # The history first: what is active without an entry would have no reason.
         about["candidate"] = name
-        entry = {**about, "against": active, "documents": documents, **decision.to_json()}
+        entry = {**about, "against": active, "documents": documents, "questions": questions}
+        entry |= decision.to_json()
         add_to_history(self.state, entry)
         if decision.passed:
             self.versions.activate(name)
@@ -422,10 +417,11 @@ class AntigravityEngine:
             version=self.versions.active,
             reason=decision.reason,
             figures=decision.figures,
+            questions=questions,
             documents=learned.documents,
             fit=dict(learned.adapter.figures),
             steps=learned.steps,
-            reasons=learned.reasons,
+            reasons=[*filter(None, [questions["note"]]), *learned.reasons],
             seconds=seconds,
         )
 
@@ -434,7 +430,7 @@ class AntigravityEngine:
         return read_history(self.state)
 
     def held_out_quality(self) -> dict[str, float]:
-        """The active version's figures on the gate's queries, as the gate's history has them.
+        """The active version's figures on the queries that last judged it, as the history has them.
 
         Returns:
             Means over the queries, by the measure's name; none where there are no queries.
@@ -442,8 +438,11 @@ class AntigravityEngine:
         Raises:
             ConchError: A query or the rest of its document cannot be embedded.
         """
-        names = (self.versions.active,)
-        quality = measures(self.versions, self._evidence(), self.student, names, self.helper)
+        active, sample = self.versions.active, self.config.gate_queries
+        evidence = self._judged or draw_about(
+            self.store, self.gate_history(), active, sample=sample
+        )
+        quality = measures(self.versions, evidence, self.student, (active,), self.helper)
         return {name: float(figures.mean()) for name, (figures,) in quality.items()}
 
     def rollback(self) -> str:

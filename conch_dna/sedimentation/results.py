@@ -105,11 +105,12 @@ class ChangeResult:
         version: What is active now.
         candidate: What was built; None where nothing was.
         reason: What the gate said, or why nothing was built.
-        figures: Of the gate, measure by measure.
+        figures: Of the gate, comparison by comparison.
+        questions: Of the gate: whose they are, and whether they were asked before.
         documents: How many were learned from.
         fit: Figures of the adapter's training.
         steps: How many targets came from each step of the fallback chain.
-        reasons: Why steps of that chain were left.
+        reasons: Why steps of that chain were left, and why the gate's queries are not new.
         seconds: Of each stage.
     """
 
@@ -120,6 +121,7 @@ class ChangeResult:
     candidate: str | None
     reason: str
     figures: dict[str, Any] = field(default_factory=dict)
+    questions: dict[str, Any] = field(default_factory=dict)
     documents: int = 0
     fit: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -175,21 +177,22 @@ def hits_table(query: str, result: InferenceResult) -> "Table":
 
 
 def change_table(result: ChangeResult) -> "Table":
-    """What the gate said of a candidate, measure by measure."""
+    """What the gate said of a candidate, measure by measure, against the active version and raw."""
     rows: list[Sequence[object]] = []
     for name, each in result.figures.items():
         if not each:
-            rows.append((name, "", "", "", "", "", "too few"))
+            rows.append((name, "", "", "", "", "", "", "too few"))
             continue
         low, high = each["interval"]
         levels = (f"{each[moment]:.4f}" for moment in ("before", "after"))
         changes = (f"{value:+.4f}" for value in (each["difference"], low, high))
-        rows.append((name, *levels, *changes, f"{each['queries']:,}"))
+        compared = (each["measure"], each["against"])
+        rows.append((*compared, *levels, *changes, f"{each['queries']:,}"))
     decision = "activated" if result.activated else "refused"
     numbers = ("before", "after", "difference", "low", "high", "queries")
     return text_table(
         f"{result.kind} ({result.mode}): {result.candidate} {decision}",
-        ("measure", *numbers),
+        ("measure", "against", *numbers),
         rows,
         numbers=numbers,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import FolderLock, read_json
+from conch_dna.checkpoints import FolderLock, read_json, require_keys
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files
@@ -69,7 +69,10 @@ class StoredState:
 
     def _version(self, name: str) -> dict[str, Any]:
         needs = {"kind": str, "in_dimension": int, "out_dimension": int, "origin": dict}
-        document = read_json(self.versions.folder / name / ADAPTER_FILE, needs=needs)
+        path = self.versions.folder / name / ADAPTER_FILE
+        document = read_json(path, needs=needs)
+        about_origin = dict.fromkeys(("kind", "mode", "documents"), str)
+        require_keys(document["origin"], f"origin in {path}", needs=about_origin)
         about = {each: document[each] for each in ("in_dimension", "out_dimension", "origin")}
         return {"adapter": document["kind"], **about}
 

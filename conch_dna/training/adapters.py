@@ -4,6 +4,7 @@ Knows modules and their names; nothing of data, losses or teachers.
 To name another set of layers: an entry in `_chosen_keys`.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from conch_dna.checkpoints import differences, read_json, write_folder
-from conch_dna.errors import ConchError
-from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
+from conch_dna.errors import ConchError, one_line
+from conch_dna.language_model import (
+    ADAPTER_FILES,
+    LanguageModel,
+    ModelSource,
+    named_arrays,
+    weight_files,
+)
 from conch_dna.training.settings import KDConfig
 
 ADAPTER_CONFIG, ADAPTER_FILE = ADAPTER_FILES
@@ -21,9 +28,11 @@ _ADAPTER_LEAVES = {"lora_a", "lora_b", "m"}
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names, within a transformer layer, of every module that LoRA can wrap."""
+    """Names, within a transformer layer, of every module that LoRA can wrap, experts included."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
     modules = [pair for layer in model.layers for pair in layer.named_modules()]
-    kinds = (nn.Linear, nn.QuantizedLinear)
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
     return sorted({n for n, part in modules if isinstance(part, kinds) or hasattr(part, "to_lora")})
 
 
@@ -53,8 +62,69 @@ def _chosen_keys(choice: str, available: list[str]) -> list[str]:
     return list(keys)
 
 
+def outline(student: ModelSource) -> LanguageModel | None:
+    """A student with none of its arrays computed: what has which name, kind and shape.
+
+    Returns:
+        None where its own code is not here, as in a dry run with a model on the hub.
+
+    Raises:
+        ConchError: The model is broken, or of a kind mlx_lm does not know.
+    """
+    with student.load_errors():
+        if weight_files(student.folder):
+            return LanguageModel(student, student.modules(lazy=True))
+        if student.config.get("model_file"):
+            return None
+        return LanguageModel(student, _described_modules(student.config))
+
+
+def _described_modules(config: dict[str, Any]) -> nn.Module:
+    """The modules that a configuration describes, quantized where it says so, without weights."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    model: nn.Module = model_class(arguments.from_dict(config))
+    if quantization := config.get("quantization"):
+
+        def how(name: str, module: nn.Module) -> Any:
+            fits = hasattr(module, "to_quantized")
+            fits = fits and module.weight.shape[-1] % quantization["group_size"] == 0
+            return quantization.get(name, fits) if fits else False
+
+        general = {name: quantization[name] for name in ("group_size", "bits")}
+        mode = quantization.get("mode", "affine")
+        nn.quantize(model, **general, mode=mode, class_predicate=how)
+    return model
+
+
+def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | None = None) -> None:
+    """Refuse, before any work, what `make_trainable` would refuse; no weights are computed.
+
+    Args:
+        student: The model's source.
+        config: As of `make_trainable`.
+        start: Likewise.
+
+    Raises:
+        ConchError: See `make_trainable`; or mlx_lm has no such model, or none that can be trained.
+    """
+    if (outlined := outline(student)) is None:
+        return
+    try:
+        make_trainable(outlined, config, start=start, compute=False)
+    except ConchError:
+        raise
+    except Exception as error:
+        # Some of mlx_lm's models, such as recurrent_gemma, are not made to be trained.
+        raise ConchError(
+            f"student {student.model_id} is of the kind {student.config.get('model_type')}, which "
+            f"mlx_lm {version('mlx-lm')} cannot train ({one_line(error)}): use one of another kind"
+        ) from error
+
+
 def make_trainable(
-    student: LanguageModel, config: KDConfig, *, start: Path | None = None
+    student: LanguageModel, config: KDConfig, *, start: Path | None = None, compute: bool = True
 ) -> dict[str, Any]:
     """Choose what of a pristine student is trained: LoRA (or DoRA) layers, or all its weights.
 
@@ -62,25 +132,30 @@ def make_trainable(
         student: Loaded from its folder, without an adapter.
         config: `full`, and for LoRA rank, scale, dropout, keys, layers, DoRA and seed.
         start: Folder of an adapter to go on from, whether it holds LoRA layers or every weight.
+        compute: Compute the weights; else only what they are is told.
 
     Returns:
         What `adapter_config.json` must hold for mlx_lm.
 
     Raises:
         ConchError: LoRA is asked for on top of a folder of every weight, a layer's name is
-            unknown, the adapter to go on from has another shape, or weights to be trained in full
-            are quantized.
+            unknown, the adapter to go on from has another shape, a layer cannot get DoRA, or
+            weights to be trained in full are quantized.
     """
     require_goes_on(config, start)
     if not config.full:
         tensors = mx.load(str(start / ADAPTER_FILE)) if start else None
         assert tensors is None or isinstance(tensors, dict)
-        return attach_lora(student, config, start=tensors)
-    if start is not None:
-        from mlx_lm.utils import load_adapters
+        described = attach_lora(student, config, start=tensors)
+    else:
+        if start is not None:
+            from mlx_lm.utils import load_adapters
 
-        load_adapters(student.model, str(start))
-    return unfreeze_all(student)
+            load_adapters(student.model, str(start))
+        described = unfreeze_all(student)
+    if compute:
+        mx.eval(student.model.parameters())
+    return described
 
 
 def require_goes_on(config: KDConfig, start: Path | None) -> None:
@@ -108,8 +183,10 @@ def unfreeze_all(student: LanguageModel) -> dict[str, Any]:
     Raises:
         ConchError: Its weights are quantized.
     """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
     model = student.model
-    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
     quantized = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if quantized:
         raise ConchError(
@@ -120,7 +197,6 @@ def unfreeze_all(student: LanguageModel) -> dict[str, Any]:
     fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
     model.unfreeze()
-    mx.eval(model.parameters())
     return {
         "fine_tune_type": "full",
         "num_layers": len(model.layers),
@@ -147,8 +223,8 @@ def attach_lora(
         What `adapter_config.json` must hold for mlx_lm.
 
     Raises:
-        ConchError: The student already carries an adapter, has no layer of such a name, or the
-            adapter to go on from is of another shape.
+        ConchError: The student already carries an adapter, has no layer of such a name or one that
+            cannot be wrapped, or the adapter to go on from is of another shape.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -180,17 +256,49 @@ def attach_lora(
         "dropout": config.lora_dropout,
         "keys": keys,
     }
+    _require_wrapped(student, keys, layers, dora=config.dora)
     model.freeze()
     mx.random.seed(config.seed)
     linear_to_lora_layers(model, layers, parameters, use_dora=config.dora)
     if start is not None:
         _go_on_from(model, start)
-    mx.eval(model.parameters())
     return {
         "fine_tune_type": "dora" if config.dora else "lora",
         "num_layers": layers,
         "lora_parameters": parameters,
     }
+
+
+def _require_wrapped(student: LanguageModel, keys: list[str], layers: int, *, dora: bool) -> None:
+    """Refuse layers of which none has a module of these names, or one that DoRA cannot wrap."""
+    chosen = [*student.model.layers[-layers:], student.model]
+    named = [(n, m) for part in chosen for n, m in part.named_modules() if n in keys]
+    if not named:
+        raise ConchError(
+            f"lora_layers is {layers}, but the last {layers} layers of {student.model_id} have "
+            f"none of {', '.join(keys)}: use more layers, or names of what is in them"
+        )
+    if not dora:
+        return
+    refused = {name: why for name, module in named if (why := _no_dora(module))}
+    if refused:
+        name, why = next(iter(refused.items()))
+        raise ConchError(
+            f"dora is true, but DoRA cannot wrap {name} of {student.model_id}, {why} "
+            f"({len(refused)} such in all): use LoRA, or name others in --lora-keys"
+        )
+
+
+def _no_dora(module: nn.Module) -> str | None:
+    """Why mlx_lm cannot make a DoRA layer of a module; None where it can."""
+    if isinstance(module, nn.QuantizedLinear):
+        # It takes the width of the input for a whole multiple.
+        return f"quantized to {module.bits} bits" if 32 % module.bits else None
+    if isinstance(module, nn.QuantizedEmbedding):
+        return "a quantized embedding"
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return None
+    return f"a {type(module).__name__}"
 
 
 def _go_on_from(model: nn.Module, start: dict[str, mx.array]) -> None:

@@ -13,6 +13,7 @@ import click
 
 from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
 from conch_dna.errors import ConchError
+from conch_dna.metrics import BETTER
 from conch_dna.presentation import pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -72,6 +73,11 @@ RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
 )
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
+@click.option(
+    "--require-gain",
+    is_flag=True,
+    help="Exit with 1 unless every student is shown to be better than it was.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would run, and do nothing.")
 @options_of(KDConfig, names={"num_iters": ("--num-iters", "--iters")})
 def distill(
@@ -84,6 +90,7 @@ def distill(
     config_file: str | None,
     resume: bool,
     overwrite: bool,
+    require_gain: bool,
     dry_run: bool,
     **given: Any,
 ) -> None:
@@ -136,7 +143,8 @@ def distill(
             )
             summary = {"results": {result.domain: result}, "failures": {}}
     _print_summary(distiller, summary)
-    if summary["failures"]:
+    gained = all(r.evaluation["verdict"]["verdict"] == BETTER for r in summary["results"].values())
+    if summary["failures"] or (require_gain and not gained):
         sys.exit(1)
 
 
@@ -248,12 +256,14 @@ def _print_plan(
             "output folder": str(Path(config.output_dir) / name),
         }
         print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
+        for warning in plan["warnings"]:
+            click.echo(f"warning: {warning}", err=True)
 
 
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from conch_dna.training.report import evaluation_table
+    from conch_dna.training.report import advice, evaluation_table, verdict_text
 
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]
@@ -266,8 +276,18 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
             soft_wrap=True,
             markup=False,
         )
-    if results:
-        student, path = distiller.student.folder, next(iter(results.values())).adapter_path
+        word = result.evaluation["verdict"]["verdict"]
+        console.print(
+            f"{result.domain}: {verdict_text(result.evaluation)}",
+            style=None if word == BETTER else "bold red",
+            soft_wrap=True,
+            markup=False,
+        )
+        if word != BETTER:
+            console.print(advice(result, distiller.config), soft_wrap=True, markup=False)
+    better = [r for r in results.values() if r.evaluation["verdict"]["verdict"] == BETTER]
+    if better:
+        student, path = distiller.student.folder, better[0].adapter_path
         shown = distiller.student_model_id if "/" in distiller.student_model_id else student
         console.print(
             f"try it: mlx_lm.generate --model {shown} --adapter-path {path} --prompt …",

@@ -22,6 +22,7 @@ from conch_dna.checkpoints import (
     numbered_folders,
     provenance,
     read_json,
+    remove_folder,
     remove_unfinished,
     verify_folder,
     write_atomically,
@@ -29,12 +30,13 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.metrics import TokenMetrics, closed_gap
+from conch_dna.metrics import COMPARABLE, closed_gap, verdict
 from conch_dna.progress import Report
 from conch_dna.training.adapters import (
     checkpoint_layers,
     load_verified,
     make_trainable,
+    require_trainable,
     save_adapter,
     trained_tensors,
 )
@@ -48,7 +50,13 @@ from conch_dna.training.answers import (
 from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.chats.templates import dated
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
+from conch_dna.training.evaluation import (
+    HeldoutFigures,
+    and_kl,
+    heldout_figures,
+    teacher_metrics,
+    with_evaluation,
+)
 from conch_dna.training.examples import Examples, Split
 from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.records import Record, json_lines
@@ -109,7 +117,7 @@ class Trained:
         peak_memory_bytes: The highest so far in this process.
     """
 
-    before: dict[str, float | None]
+    before: HeldoutFigures
     before_texts: list[str]
     adapter_config: dict[str, Any]
     training: TrainingResult
@@ -165,8 +173,9 @@ class DomainRun:
 
         Raises:
             ConchError: It was made with other settings, or is unfinished and neither to be
-                resumed nor overwritten.
+                resumed nor overwritten; or the student cannot be trained so.
         """
+        require_trainable(self.student, self.config)
         remove_unfinished(self.folder)
         config = {k: v for k, v in self.config.to_json().items() if k not in _NOT_IDENTITY}
         identity = {
@@ -204,7 +213,7 @@ class DomainRun:
         if not resume:
             # Before the new settings are written, or a kill here would mix two runs.
             for _, path in checkpoints:
-                shutil.rmtree(path)
+                remove_folder(path)
         begun = date.today().isoformat()
         if resume and run:
             with suppress(KeyError, TypeError, ValueError):
@@ -274,19 +283,27 @@ class DomainRun:
         """Everything with the student in memory; it is released before this returns."""
         self._phase("evaluating the student")
         student = self.student.load()
-        before = self._metrics(student, data)
+        before = self._figures(student, data)
         before_texts = sample_texts(student, data.prompts, self.config)
         adapter_config = make_trainable(student, self.config)
         if self.config.grad_checkpoint:
             checkpoint_layers(student.model)
         self._phase("training", self.config.num_iters, "steps")
-        training = self._fit(student, data)
+        training = self._fit(student, data, self._figure(before))
         tensors = trained_tensors(student)
         student.release()
         peak = mx.get_peak_memory()
-        return Trained(before.to_json(), before_texts, adapter_config, training, tensors, peak)
+        return Trained(before, before_texts, adapter_config, training, tensors, peak)
 
-    def _fit(self, student: LanguageModel, data: RunData) -> TrainingResult:
+    def _figure(self, before: HeldoutFigures) -> str:
+        """The held-out figure that the run is judged by: the nearest to KL that there is."""
+        config = self.config
+        if config.select_by == "cross_entropy" or (config.select_by == "auto" and not config.alpha):
+            return "cross_entropy"
+        metrics = before.metrics.to_json()
+        return next(name for name in COMPARABLE if metrics[name] is not None)
+
+    def _fit(self, student: LanguageModel, data: RunData, figure: str) -> TrainingResult:
         config = self.config
         train, targets, temperature = data.split.train, data.targets, self.examples.temperature
         loss = heldout_loss = targets.loss(student, config)
@@ -299,19 +316,26 @@ class DomainRun:
             # No step needs the teacher; what is held out is still compared with it.
             loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
             stream = ExampleBatches(train, config.batch_size, seed=config.seed)
+        parts = list(self._heldout(data, config.val_batches))
+        heldout = [targets.collate(part, temperature) for part in parts]
+        select_by = config.select_by
+        if select_by in ("auto", "kl", "cross_entropy"):
+            select_by = "ce" if figure == "cross_entropy" else "kl"
+        if select_by == "kl":
+            heldout_loss = and_kl(heldout_loss, student, figure, chunk=config.head_chunk)
+            heldout = [
+                with_evaluation(batch, targets.evaluation_batch(part))
+                for batch, part in zip(heldout, parts, strict=True)
+            ]
         trainer = Trainer(
             student.model,
             loss,
             stream,
-            [
-                targets.collate(part, temperature)
-                for part in self._heldout(data, config.val_batches)
-            ],
+            heldout,
             trainer_settings(config),
             self.folder,
             heldout_loss=heldout_loss,
-            # Cross-entropy alone is judged by cross-entropy.
-            select_by="kd" if config.alpha > 0 else "loss",
+            select_by=select_by,
             report=self.report,
         )
         return trainer.run(resume=self._resume)
@@ -321,9 +345,9 @@ class DomainRun:
         for indices in sequential_batches(heldout, self.config.batch_size, limit):
             yield [heldout[index] for index in indices]
 
-    def _metrics(self, student: LanguageModel, data: RunData) -> TokenMetrics:
+    def _figures(self, student: LanguageModel, data: RunData) -> HeldoutFigures:
         batches = map(data.targets.evaluation_batch, self._heldout(data))
-        return heldout_metrics(student, batches, chunk=self.config.head_chunk)
+        return heldout_figures(student, batches, chunk=self.config.head_chunk)
 
     def finish(self, data: RunData, trained: Trained) -> KDResult:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
@@ -337,14 +361,18 @@ class DomainRun:
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
-        after = self._metrics(student, data)
+        after = self._figures(student, data)
         after_texts = sample_texts(student, data.prompts, self.config)
         student.release()
+        before_metrics, after_metrics = trained.before.metrics.to_json(), after.metrics.to_json()
+        figure = self._figure(trained.before)
+        pair = (trained.before.by_example[figure], after.by_example[figure])
         evaluation = {
-            "before": trained.before,
-            "after": after.to_json(),
+            "before": before_metrics,
+            "after": after_metrics,
             "teacher": teacher_metrics(data.split.heldout, data.targets).to_json(),
-            "gap_closed": closed_gap(trained.before, after.to_json()),
+            "gap_closed": closed_gap(before_metrics, after_metrics),
+            "verdict": {"figure": figure, **verdict(*pair, seed=self.config.seed)},
             "alignment": self.examples.alignment,
         }
         result = self._result(data, trained, evaluation, provenance)

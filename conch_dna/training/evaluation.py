@@ -5,24 +5,56 @@ a sum in `heldout_metrics` and a field of `metrics.TokenMetrics`; one of tokens:
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl
-from conch_dna.metrics import TokenMetrics, token_metrics
+from conch_dna.metrics import COMPARABLE, TokenMetrics, token_metrics
 from conch_dna.training.batches import Batch, Example, collate, sequential_batches
-from conch_dna.training.head_loss import chunk_log_probs, gold_log_probs, with_nothing
+from conch_dna.training.head_loss import (
+    Sums,
+    autodiff,
+    chunk_log_probs,
+    gold_log_probs,
+    make_logit_loss,
+    with_nothing,
+)
 from conch_dna.training.soft_targets import Targets
+from conch_dna.training.trainer import Loss
 
 _ROWS = ("kept_ids", "teacher_log_probs", "best_ids", "soft_weights", "labels", "weights")
+_AT_ONE = "at temperature 1: "
+
+
+@dataclass(frozen=True, eq=False)
+class HeldoutFigures:
+    """What a model makes of held-out examples.
+
+    Attributes:
+        metrics: Over all of them.
+        by_example: A figure's name in the metrics to its sum over each example, and what the sum
+            is to be divided by, in nats and counts `[2, examples]`.
+    """
+
+    metrics: TokenMetrics
+    by_example: dict[str, np.ndarray]
 
 
 def heldout_metrics(
     model: LanguageModel, batches: Iterable[Batch], *, chunk: int = 1024
 ) -> TokenMetrics:
+    """The figures of `heldout_figures` over all examples."""
+    return heldout_figures(model, batches, chunk=chunk).metrics
+
+
+def heldout_figures(
+    model: LanguageModel, batches: Iterable[Batch], *, chunk: int = 1024
+) -> HeldoutFigures:
     """Figures of a model on held-out batches, at temperature 1.
 
     The KL is over the kept tokens and the rest, so it is a lower bound of the full KL.
@@ -32,27 +64,33 @@ def heldout_metrics(
         batches: Of `Targets.evaluation_batch`.
         chunk: Tokens whose logits exist at once; 0 takes all.
     """
+    examples: dict[str, list[np.ndarray]] = {name: [] for name in COMPARABLE}
     totals = dict.fromkeys(("kl", "agreeing", "compared", "gold", "chunk_kl", "chunks"), 0.0)
     tokens = text_bytes = 0
     for batch in batches:
         tokens += batch.count
         text_bytes += batch.text_bytes
         arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-        gold = []
+        gold, kl = [], []
         for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
             rows = {name: arrays[name][part] for name in _ROWS if name in arrays}
             gold.append(gold_log_probs(logits, rows["labels"]))
             sums = {"gold": (gold[-1] * rows["weights"]).sum()}
             if "kept_ids" in rows:
-                sums |= _compared(logits, rows, nothing=model.source.token_count)
-            mx.eval(sums, gold[-1])
+                kl.append(weighted_kl(logits, rows, nothing=model.source.token_count))
+                best = mx.argmax(logits, axis=-1) == rows["best_ids"]
+                sums["kl"], sums["compared"] = kl[-1].sum(), rows["soft_weights"].sum()
+                sums["agreeing"] = (best * rows["soft_weights"]).sum()
+            mx.eval(sums, gold[-1], kl[-1:])
             for name, value in sums.items():
                 totals[name] += float(value)
         student = chunk_log_probs(mx.concatenate(gold), arrays)
-        distances = likelihood_kl(arrays["chunk_log_probs"], student)
-        totals["chunk_kl"] += float((distances * arrays["chunk_weights"]).sum())
+        distances = likelihood_kl(arrays["chunk_log_probs"], student) * arrays["chunk_weights"]
+        totals["chunk_kl"] += float(distances.sum())
         totals["chunks"] += float(arrays["chunk_weights"].sum())
-    return token_metrics(
+        for name, pair in _by_example(batch, kl, gold, distances).items():
+            examples[name].append(pair)
+    metrics = token_metrics(
         kl_sum=totals["kl"],
         cross_entropy_sum=-totals["gold"],
         agreeing=totals["agreeing"],
@@ -62,17 +100,80 @@ def heldout_metrics(
         tokens=tokens,
         text_bytes=text_bytes,
     )
+    return HeldoutFigures(metrics, {n: np.concatenate(parts, 1) for n, parts in examples.items()})
 
 
-def _compared(logits: mx.array, rows: dict[str, mx.array], *, nothing: int) -> dict[str, mx.array]:
+def weighted_kl(logits: mx.array, rows: dict[str, mx.array], *, nothing: int) -> mx.array:
+    """KL of each row at temperature 1, times its weight: logits `[n, V]` to nats `[n]`."""
     student = kept_and_rest(with_nothing(logits.astype(mx.float32), nothing), rows["kept_ids"])
-    weights = rows["soft_weights"]
-    best = mx.argmax(logits, axis=-1)
+    return forward_kl(rows["teacher_log_probs"], student) * rows["soft_weights"]
+
+
+def _by_example(
+    batch: Batch, kl: list[mx.array], gold: list[mx.array], distances: mx.array
+) -> dict[str, np.ndarray]:
+    """Sums and counts of the comparable figures for each example of a batch `[2, B]`."""
+    arrays, size = batch.arrays, len(batch.names)
+    owner = arrays["positions"] // arrays["inputs"].shape[1]
+    chunks = np.zeros(len(arrays["chunk_weights"]) + 1, np.int64)
+    chunks[arrays["chunk_index"]] = owner
+    weights, none = arrays["weights"], np.zeros(len(owner))
+
+    def sums(owners: np.ndarray, values: Any, counts: Any) -> np.ndarray:
+        return np.stack([np.bincount(owners, np.asarray(v), size) for v in (values, counts)])
+
     return {
-        "kl": (forward_kl(rows["teacher_log_probs"], student) * weights).sum(),
-        "agreeing": ((best == rows["best_ids"]) * weights).sum(),
-        "compared": weights.sum(),
+        "kl_nats": sums(
+            owner,
+            np.concatenate([np.asarray(part) for part in kl]) if kl else none,
+            arrays["soft_weights"] if kl else none,
+        ),
+        "chunk_kl_nats": sums(chunks[:-1], distances, arrays["chunk_weights"]),
+        "cross_entropy": sums(owner, -np.asarray(mx.concatenate(gold)) * weights, weights),
     }
+
+
+def with_evaluation(batch: Batch, evaluation: Batch) -> Batch:
+    """A held-out batch of the trainer's with what `and_kl` needs beside its own arrays."""
+    rows = {_AT_ONE + name: value for name, value in evaluation.arrays.items()}
+    return replace(batch, arrays={**batch.arrays, **rows})
+
+
+def and_kl(loss: Loss, student: LanguageModel, figure: str, *, chunk: int) -> Loss:
+    """A held-out loss with `kl` beside its sums: what `heldout_figures` reports, at each step.
+
+    Compiled together, both share the pass through the student's body.
+
+    Args:
+        loss: Over the batches without `with_evaluation`.
+        student: Loaded model, adapter attached.
+        figure: `kl_nats` or `chunk_kl_nats`, which stands under the name of `kl`.
+        chunk: Tokens whose logits exist at once; 0 takes all.
+    """
+
+    def sums_of(logits: mx.array, rows: Sums) -> Sums:
+        kl = weighted_kl(logits, rows, nothing=student.source.token_count)
+        return {"loss": kl.sum(), "kl_count": rows["soft_weights"].sum()}
+
+    names = ("kept_ids", "teacher_log_probs", "soft_weights")
+    token_kl = make_logit_loss(student, names, sums_of, autodiff(sums_of), chunk=chunk)
+
+    def chunk_kl(arrays: Sums) -> Sums:
+        gold = []
+        for part, logits in student.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
+            gold.append(gold_log_probs(logits, arrays["labels"][part]))
+        ours = chunk_log_probs(mx.concatenate(gold), arrays)
+        weights = arrays["chunk_weights"]
+        distances = likelihood_kl(arrays["chunk_log_probs"], ours)
+        return {"loss": (distances * weights).sum(), "kl_count": weights.sum()}
+
+    def both(model: nn.Module, arrays: Sums) -> Sums:
+        own = {name: value for name, value in arrays.items() if not name.startswith(_AT_ONE)}
+        rows = {n.removeprefix(_AT_ONE): value for n, value in arrays.items() if n not in own}
+        kl = token_kl(model, rows) if figure == "kl_nats" else chunk_kl(rows)
+        return {**loss(model, own), "kl": kl["loss"], "kl_count": kl["kl_count"]}
+
+    return both
 
 
 def teacher_metrics(examples: Iterable[Example], targets: Targets) -> TokenMetrics:

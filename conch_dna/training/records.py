@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conch_dna.checkpoints import require_plain
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import (
@@ -69,6 +70,7 @@ def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
     for number, line in lines:
         try:
             value = json.loads(line)
+            require_plain(value)
         except (ValueError, RecursionError) as error:
             where = str(path) if array else f"{path}, line {number}"
             raise ConchError(f"{where}: not JSON ({error})") from error

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.metrics import BETTER, FEWEST_EXAMPLES
 from conch_dna.presentation import add_figures, drawing, text_table
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.cross_tokenizer.token_bytes import KINDS
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from conch_dna.training.cross_tokenizer.vocabulary import TokenizerComparison
+    from conch_dna.training.settings import KDConfig, KDResult
 
 
 def evaluation_table(
@@ -62,6 +64,55 @@ def evaluation_table(
     table = Table(title=f"{domain}: {share}", caption=caption)
     add_figures(table, ("student before", "student after", "teacher"), columns, width=width)
     return table
+
+
+# How the figures of a verdict are called, and their unit.
+_FIGURE_WORDS = {
+    "kl_nats": ("KL to the teacher", "nats a token"),
+    "chunk_kl_nats": ("chunk KL to the teacher", "nats a chunk"),
+    "cross_entropy": ("cross-entropy", "nats a token"),
+}
+
+
+def verdict_text(evaluation: dict[str, Any]) -> str:
+    """One line: whether the student became better, by what, and how sure that is."""
+    found = evaluation["verdict"]
+    name, unit = _FIGURE_WORDS[found["figure"]]
+    before, after = (evaluation[row][found["figure"]] for row in ("before", "after"))
+    if found["interval"] is None:
+        sure = f"on {found['examples']} held-out examples, and an interval needs {FEWEST_EXAMPLES}"
+    else:
+        low, high = found["interval"]
+        sure = (
+            f"{found['confidence']:.0%} interval {low:+.4f} to {high:+.4f}, "
+            f"{found['examples']} held-out examples"
+        )
+    word = found["verdict"] if found["verdict"] == BETTER else found["verdict"].upper()
+    return (
+        f"the student is {word}: {name} {before:.4f} before, {after:.4f} after, "
+        f"{found['difference']:+.4f} {unit} ({sure})"
+    )
+
+
+def advice(result: "KDResult", config: "KDConfig") -> str:
+    """What to try where a student did not become better, in one line."""
+    metadata = result.metadata
+    seen = config.num_iters * config.batch_size * config.accumulation_steps
+    times = seen / max(1, metadata["train_examples"])
+    tries = [
+        f"more data ({metadata['train_examples']} examples were each seen {times:.1f} times)",
+        f"a lower --learning-rate than {config.learning_rate:g}",
+        f"fewer --iters than {config.num_iters}",
+    ]
+    if result.evaluation["verdict"]["interval"] is None:
+        tries = tries[:1]
+    elif metadata["best_step"] == config.num_iters:
+        # Nothing was overdone: the last step was the best.
+        tries = [tries[0], f"more --iters than {config.num_iters}"]
+    unmoved = (
+        "the kept step is 0, so the adapter changes nothing; " if not metadata["best_step"] else ""
+    )
+    return f"{unmoved}try {', or '.join(tries)}"
 
 
 def comparison_table(

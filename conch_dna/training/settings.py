@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.losses import LOSSES
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -28,6 +27,15 @@ RUN_NAMES = (
 )
 CHECKPOINT_PREFIX = "checkpoint_"
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
+# The keys of `losses.LOSSES`, which needs mlx; these settings, and so `--help`, do not.
+DIVERGENCES = (
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+)
 
 
 _option = partial(option, between="between {low:g} and {high:g}")
@@ -52,9 +60,7 @@ class KDConfig:
     alpha: float = _option(
         0.7, "Share of the KD loss; the rest is cross-entropy. 0 is fine-tuning.", low=0, high=1
     )
-    divergence: str = _option(
-        "forward_kl", "Divergence of the KD loss.", choices=tuple(sorted(LOSSES))
-    )
+    divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
     alignment: str = _option(
         AUTO,
@@ -75,8 +81,8 @@ class KDConfig:
     lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
     lora_keys: str = _option(
         "attention",
-        "Which layers get LoRA: 'attention' (q and v), 'all' linear ones, or names such as "
-        "'self_attn.q_proj'; several with commas, such as 'all,model.embed_tokens'.",
+        "Which layers get LoRA: 'attention' (q and v), 'all' linear ones, experts too, or names "
+        "such as 'self_attn.q_proj'; several with commas, such as 'all,model.embed_tokens'.",
     )
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
@@ -94,6 +100,13 @@ class KDConfig:
         0.1, "Share of the data held out, at least one example.", above=0, high=0.5
     )
     val_batches: int = _option(25, "Held-out batches per evaluation; -1 is all.", low=-1)
+    select_by: str = _option(
+        "auto",
+        "The held-out figure whose lowest value chooses the step that is kept: kl (to the teacher, "
+        "at temperature 1), cross_entropy, kd (the KD loss) or loss; auto is kl, and with alpha 0 "
+        "cross_entropy.",
+        choices=("auto", "kl", "cross_entropy", "kd", "loss"),
+    )
     steps_per_report: int = _option(10, "Steps between reports of the training loss.", low=1)
     steps_per_eval: int = _option(50, "Steps between held-out evaluations.", low=1)
     steps_per_save: int = _option(50, "Steps between checkpoints.", low=1)

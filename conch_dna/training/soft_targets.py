@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, remove_unfinished, save_arrays
+from conch_dna.checkpoints import content_digest, parse_json, remove_unfinished, save_arrays
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.language_model import LanguageModel, ModelSource, nan_array
 from conch_dna.losses import log_softmax, log_sum_exp
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import (
@@ -216,9 +216,11 @@ def compute_targets(
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in identity.arrays}
         log_probs = arrays.get("kept_log_probs", arrays["gold_log_prob"])
         if not np.isfinite(log_probs).all():
+            weight = nan_array(teacher.model.parameters())
+            why = f"its weight {weight} is NaN" if weight else "its weights or precision are broken"
             raise ConchError(
                 f"teacher {teacher.model_id} gives non-finite log-probabilities on "
-                f"{', '.join(batch.names)}: its weights or its precision are broken"
+                f"{', '.join(batch.names)}: {why}; use one that is whole"
             )
         if identity.top_k:
             arrays["kept_ids"] = arrays["kept_ids"].astype(identity.id_type)
@@ -393,11 +395,22 @@ def _verified(path: Path) -> tuple[Any, list[tuple[str, int, int]]]:
         arrays = {name: shard.get_tensor(name) for name in TARGET_ARRAYS if name in stored}
         listing = metadata["entries"]
         whole = metadata["digest"] == _data_digest(listing, arrays)
+        rows = len(arrays["gold_log_prob"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
     if not whole:
         raise NotWholeError(f"cache shard {path} was altered")
-    return shard, [tuple(entry) for entry in json.loads(listing)]
+    entries = parse_json(listing, path)
+    if not isinstance(entries, list) or not all(_is_entry(entry, rows) for entry in entries):
+        raise NotWholeError(f"cache shard {path} does not say whose its rows are")
+    return shard, [tuple(entry) for entry in entries]
+
+
+def _is_entry(entry: Any, rows: int) -> bool:
+    """Whether something is an example's digest, its first row and one after its last."""
+    if not isinstance(entry, list) or [type(part) for part in entry] != [str, int, int]:
+        return False
+    return bool(0 <= entry[1] <= entry[2] <= rows)
 
 
 class Targets(Protocol):

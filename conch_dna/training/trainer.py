@@ -5,12 +5,8 @@ counted tokens, and a seeded stream of batches. To train something new, pass ano
 """
 
 import math
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -26,13 +22,14 @@ from conch_dna.checkpoints import (
     differences,
     numbered_folders,
     read_folder,
+    remove_folder,
     remove_unfinished,
     require_keys,
     write_folder,
 )
 from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
-from conch_dna.language_model import named_arrays
-from conch_dna.progress import Report, silent
+from conch_dna.language_model import named_arrays, nan_array
+from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
@@ -44,6 +41,9 @@ BEST_FILE = "best.safetensors"
 EMA_FILE = "ema.safetensors"
 STATE_FILE = "state.json"
 
+# A held-out sum that is divided by another number than that of the counted tokens has beside it
+# the sum of what divides it, under its own name and this.
+COUNT = "_count"
 Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
 """`loss(model, arrays)` returns scalars that are SUMS over counted tokens; `loss` is minimised."""
 
@@ -263,7 +263,7 @@ class Trainer:
             self._remove_checkpoints(keep=0)
             self._evaluate()
         first = self.step
-        with self._stop_on_interrupt():
+        with first_interrupt(self._request_stop):
             self._train()
         final = self.history[-1]
         if self.ema or self.best_step != self.settings.num_iters:
@@ -342,12 +342,27 @@ class Trainer:
             raise NonFiniteLossError(
                 f"the loss is {totals['loss'] / count} and the gradient norm {norm.item()} at step "
                 f"{self.step + 1} on {', '.join(n for b in batches for n in b.names)}; the last "
-                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. Lower the learning "
-                "rate, or look at these examples"
+                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. {self._remedy()}"
             )
         if self.ema:
             self.ema.update()
         return totals, count, norm.item()
+
+    def _remedy(self) -> str:
+        """What to do about figures that are not finite; before the first step no rate is to blame.
+
+        `_take_step` counts a step when it is over.
+        """
+        if self.step > 0:
+            return "Lower the learning rate, or look at these examples"
+        if name := nan_array(self.model.parameters()):
+            return (
+                f"No step was taken yet: weight {name} of the model is NaN; use one that is whole"
+            )
+        return (
+            "No step was taken yet, so it is not the learning rate: look at these examples, or use "
+            "a model of another kind or precision"
+        )
 
     def _evaluate(self) -> None:
         """Held-out figures per token; remembers the parameters when they are the best so far."""
@@ -370,11 +385,14 @@ class Trainer:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         tokens = sum(batch.count for batch in self.heldout_batches)
-        means = {name: value / tokens for name, value in totals.items()}
+        means = {
+            name: value / totals.get(f"{name}{COUNT}", tokens)
+            for name, value in totals.items()
+            if not name.endswith(COUNT)
+        }
         if not all(map(math.isfinite, means.values())):
             raise NonFiniteLossError(
-                f"the held-out figures at step {self.step} are {means}: lower the learning rate, "
-                "or look at the held-out examples"
+                f"the held-out figures at step {self.step} are {means}. {self._remedy()}"
             )
         if means[self.select_by] < self.best_loss:
             self.best_loss, self.best_step = means[self.select_by], self.step
@@ -426,9 +444,11 @@ class Trainer:
         self._remove_checkpoints(keep=self.settings.keep_checkpoints)
 
     def _remove_checkpoints(self, keep: int) -> None:
-        saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
-        for _, path in saved[: max(0, len(saved) - keep)]:
-            shutil.rmtree(path)
+        folders = numbered_folders(self.folder, CHECKPOINT_PREFIX)
+        # Newer ones than this step were damaged: they do not count as kept.
+        saved = [path for step, path in folders if step <= self.step or not keep]
+        for path in saved[: max(0, len(saved) - keep)]:
+            remove_folder(path)
 
     def _restore(self) -> bool:
         for step, path in reversed(numbered_folders(self.folder, CHECKPOINT_PREFIX)):
@@ -460,22 +480,10 @@ class Trainer:
             if self.ema:
                 self.ema.load(arrays[EMA_FILE], step - self.skipped_steps)
             self.report("resumed", {"step": step, "path": str(path)})
+            # Killed between writing the newest and removing the oldest, a run has one too many.
+            self._remove_checkpoints(keep=self.settings.keep_checkpoints)
             return True
         return False
 
-    @contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """Let the first Ctrl-C finish the step and save; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request_stop(number: int, frame: Any) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, request_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+    def _request_stop(self) -> None:
+        self._stop = True

@@ -16,7 +16,9 @@ from conch_dna.checkpoints import write_json
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
+from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
+from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 SUMMARY_FILE = "kd_summary.json"
+# Reading the same examples more often than this is warned of.
+MOST_EPOCHS = 10
 
 
 class TrueKnowledgeDistiller:
@@ -242,7 +246,8 @@ def plan_domain(
     Returns:
         `examples`, `heldout_examples`, `counted_tokens` of the teacher (or an upper bound where it
         has yet to answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
-        `disk_bytes` of the soft targets, `teacher_bytes` and `student_bytes` of the weights
+        `warnings` of too little data, `disk_bytes` of the soft targets, `teacher_bytes` and
+        `student_bytes` of the weights
         (None where they are still on the hub and their size is unknown) and
         `logits_bytes` of one chunk of the loss; `alignment` and, with another tokenizer and
         given data, its `coverage`.
@@ -252,6 +257,7 @@ def plan_domain(
     """
     batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
+    require_trainable(student, config)
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
@@ -303,8 +309,31 @@ def plan_domain(
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
         "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
+        "warnings": data_warnings(count - heldout_count, heldout_count, drawn),
         **aligned,
     }
+
+
+def data_warnings(train: int, heldout: int, drawn: int) -> list[str]:
+    """What is to be feared of so few examples, a sentence each.
+
+    Args:
+        train: Examples to train on.
+        heldout: Examples held out.
+        drawn: Examples that all steps read together.
+    """
+    warnings = []
+    if heldout < FEWEST_EXAMPLES:
+        warnings.append(
+            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
+            "more data, or a higher --val-fraction"
+        )
+    if drawn > MOST_EPOCHS * train:
+        warnings.append(
+            f"each of {train} examples is read {drawn / max(1, train):.1f} times, which often "
+            "makes a student worse: give more data, or fewer --iters"
+        )
+    return warnings
 
 
 if __name__ == "__main__":

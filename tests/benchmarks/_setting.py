@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-import conch_dna  # noqa: E402  (loads OpenBLAS before mlx)
+from conch_dna.blas import blas_state  # noqa: E402
 
 LONGEST = 240
 SHARED = TESTS.parents[1] / "shared" / "data"
@@ -31,7 +31,7 @@ def print_setting(title: str) -> None:
     print(
         f"  {platform.platform()}, {os.cpu_count()} cores, load {load:.1f}, "
         f"Python {platform.python_version()}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, "
-        f"BLAS {conch_dna.openblas_state}, commit {commit}"
+        f"BLAS {blas_state()}, commit {commit}"
     )
 
 

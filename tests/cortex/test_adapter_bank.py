@@ -20,7 +20,7 @@ from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from cortex_models import write_adapter
-from models import make_model_folder
+from models import EXPERTS, make_model_folder
 
 IDS = mx.array([[5, 6, 7, 8, 9, 10, 11], [3, 1, 4, 1, 5, 9, 2]])
 # Rank, layers, keys, scale, kind: no two alike.
@@ -155,49 +155,8 @@ def test_a_head_of_its_own(tmp_path):
 
 
 def test_layers_of_experts(tmp_path):
-    from mlx_lm.models.qwen3_moe import Model, ModelArgs
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    config = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 16,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 1536,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 128,
-        "norm_topk_prob": True,
-        "eos_token_id": 0,
-    }
-    folder = make_model_folder(tmp_path / "base")
-    mx.random.seed(1)
-    model = Model(ModelArgs.from_dict(config))
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), named_arrays(model.parameters()), {"format": "mlx"}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    lora = {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": ["mlp.switch_mlp.up_proj"]}
-    model.freeze()
-    linear_to_lora_layers(model, 2, lora)
-    tensors = {
-        name: mx.random.normal(value.shape)
-        for name, value in named_arrays(model.trainable_parameters()).items()
-    }
-    adapter = tmp_path / "a"
-    adapter.mkdir()
-    mx.save_safetensors(str(adapter / "adapters.safetensors"), tensors)
-    made = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
-    (adapter / "adapter_config.json").write_text(json.dumps(made))
+    folder = make_model_folder(tmp_path / "base", **EXPERTS)
+    adapter = write_adapter(tmp_path / "a", str(folder), lora_rank=2, lora_keys="all")
     bank = AdapterBank(ModelSource(str(folder)).load())
     bank.add("a", adapter)
     bank.activate("a")
@@ -419,6 +378,9 @@ def test_a_folder_that_is_not_whole(bank, adapters, tmp_path):
         bank.add("a", path)
     (path / "adapter_config.json").write_text("[]")
     with pytest.raises(ConchError, match="no JSON object"):
+        bank.add("a", path)
+    (path / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(ConchError, match=r"adapter_config\.json cannot be read"):
         bank.add("a", path)
     tensors.unlink()
     with pytest.raises(ConchError, match=r"there is no adapters\.safetensors"):

@@ -121,6 +121,24 @@ def test_a_generation_is_trained_in_full_from_a_lora_parent(
     assert line.head == "G004" and line.problems() == []
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lora_rank": 5}, "go on from has other tensors than these settings make"),
+        ({"lora_layers": 50}, "lora_layers is 50, but"),
+        ({"lora_keys": "q_proj"}, "names no layers of"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_teachers_work(
+    tiny_line: Line, tmp_path: Path, training: dict[str, Any], message: str
+) -> None:
+    line = copied(tiny_line, tmp_path)
+    before = sorted(line.folder.rglob("*"))
+    with pytest.raises(ConchError, match=message):
+        evolve(line, sums(4, 16), quick_config(training=training))
+    assert sorted(line.folder.rglob("*")) == before
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_a_teacher_with_another_tokenizer_takes_a_place(tiny_line: Line, tmp_path: Path) -> None:
     """It says something where a token is one of both; elsewhere the text does, or the parent."""

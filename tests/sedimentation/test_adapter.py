@@ -7,6 +7,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.special import erf
 
+from conch_dna.checkpoints import read_folder, write_folder
 from conch_dna.errors import ConchError, NonFiniteLossError, NotWholeError
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter, PairSums, linear_adapter
 from conch_dna.sedimentation.adapters.export import export_sentence_transformer
@@ -299,9 +300,30 @@ def test_a_damaged_folder_is_refused(name, tmp_path):
         EmbeddingAdapter.load(tmp_path / "a")
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    from conch_dna.checkpoints import write_folder
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": None}, "adapter.json has no kind as it should"),
+        ({"figures": 3, "origin": []}, "adapter.json has no figures, origin as it should"),
+        ({"in_dimension": "16"}, "adapter.json has no in_dimension as it should"),
+        ({"in_dimension": 10**18}, "needs arrays"),
+        ({"kind": "identity"}, "needs arrays"),
+        ({"kind": "procrustes"}, "its arrays are others than adapter.json says"),
+    ],
+)
+def test_an_adapter_of_another_form_is_refused_in_one_line(change, message, tmp_path):
+    """Its digests are right, so that only its form tells."""
+    each_kind()["ridge"].save(tmp_path / "a")
+    arrays, documents = read_folder(tmp_path / "a")
+    documents["adapter.json"] |= change
+    documents.pop("digests.json", None)
+    write_folder(tmp_path / "a", arrays=arrays, documents=documents)
+    with pytest.raises(ConchError, match=message) as caught:
+        EmbeddingAdapter.load(tmp_path / "a")
+    assert "\n" not in str(caught.value)
 
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
     write_folder(tmp_path / "a", documents={"other.json": {}})
     with pytest.raises(NotWholeError, match=r"no adapter: it lacks adapter\.safetensors"):
         EmbeddingAdapter.load(tmp_path / "a")

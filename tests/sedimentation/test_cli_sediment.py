@@ -171,6 +171,15 @@ def test_refusals_of_queries(store: Path, models: dict[str, str], tmp_path: Path
     one_line(run("query", store, "x", "--model", models["teacher"]), message)
 
 
+def test_whatever_a_condition_holds_is_a_value_or_one_line(store: Path) -> None:
+    title = documents(1)[0]["title"]
+    for value in ("[" * 50_000, "007", "[1]", "1e5", "null"):
+        assert run("query", store, title, "--where", f"year={value}").exit_code == 0
+    message = "--where year is a number of 5000 digits, and a store keeps 64 bits: write it in"
+    one_line(run("query", store, "x", "--where", f"year={'9' * 5000}"), message)
+    one_line(run("query", store, title, "--where", f"year={2**63}"), "integers of at most 64 bits")
+
+
 def test_a_store_in_use_is_refused(store: Path) -> None:
     with FolderLock(store):
         one_line(run("query", store, "x"), "is in use by")

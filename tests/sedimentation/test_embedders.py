@@ -205,7 +205,7 @@ def test_folders_that_hold_no_embedding_model_are_refused(tmp_path, teacher):
     with pytest.raises(ConchError, match=r"no modules\.json"):
         open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConchError, match=r"config\.json is no JSON"):
+    with pytest.raises(ConchError, match=r"config\.json cannot be read"):
         open_embedder(str(tmp_path))
     broken = tmp_path / "broken"
     shutil.copytree(teacher, broken)

@@ -3,12 +3,14 @@
 What a map can learn is known there, so a good teacher must pass the gate and a bad one must not.
 """
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ import numpy as np
 import pytest
 
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError
+from conch_dna.sedimentation import engine as engine_module
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
+from conch_dna.sedimentation.changes.heldout_queries import is_reserved, measures
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
@@ -163,6 +168,11 @@ def test_a_query_of_white_space_is_refused(query: str, models: dict[str, str]) -
 # Learning from a teacher
 
 
+def learned_from(count: int) -> int:
+    """How many of so many documents are not reserved for the gate's queries."""
+    return sum(not is_reserved(each["id"]) for each in documents(count))
+
+
 @dataclass(frozen=True)
 class Learned:
     """A store that has learned from a good teacher, for tests that copy it or only look."""
@@ -196,7 +206,7 @@ def test_a_good_teacher_passes_the_gate_and_helps(
     result = made.result
     assert result.activated, result.reason
     assert result.version == "v0001"
-    assert result.documents == 300 and result.steps["teacher"] == 300
+    assert result.documents == result.steps["teacher"] == learned_from(400)
     assert set(result.seconds) == {"queries", "fit", "rewrite", "gate", "activation"}
     assert result.figures["nDCG@10"]["interval"][0] >= -0.005
     assert made.after > made.before + 0.05
@@ -235,6 +245,54 @@ def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], tmp_pat
         (entry,) = engine.gate_history()
         assert entry["passed"] is False and entry["candidate"] == "v0001"
         assert engine.run_offline_distillation().candidate == "v0002", "no name is used twice"
+
+
+@pytest.fixture
+def slow_decline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every version answers every query by 0.003 worse than the one before."""
+
+    def made_up(versions: Any, evidence: Any, student: Any, names: Any, helper: Any) -> Any:
+        losses = [0.0 if name == RAW else 0.003 * int(name[1:]) for name in names]
+        return {"nDCG@10": [np.full(len(evidence.texts), 0.5 - loss) for loss in losses]}
+
+    monkeypatch.setattr(engine_module, "measures", made_up)
+
+
+@pytest.mark.usefixtures("slow_decline")
+def test_small_losses_cannot_add_up(models: dict[str, str]) -> None:
+    """Each is within the margin of the version before; the second is not of the raw vectors."""
+    with opened(models) as engine:
+        engine.ingest(documents(120))
+        first = engine.run_offline_distillation()
+        assert first.activated and set(first.figures) == {"nDCG@10"}
+        second = engine.run_offline_distillation()
+        assert not second.activated and engine.versions.active == "v0001"
+        found = {name: each["difference"] for name, each in second.figures.items()}
+        assert found == pytest.approx({"nDCG@10": -0.003, "nDCG@10 against raw": -0.006})
+        assert set(engine.gate_history()[-1]["figures"]) == set(found)
+
+
+def test_every_change_is_judged_by_queries_of_its_own(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def noted(versions: Any, evidence: Any, *rest: Any) -> Any:
+        asked.append(evidence.texts)
+        return measures(versions, evidence, *rest)
+
+    monkeypatch.setattr(engine_module, "measures", noted)
+    with opened(models, gate_queries=10) as engine:
+        engine.ingest(documents(200))
+        results = [engine.run_offline_distillation() for _ in range(4)]
+        assert len({text for texts in asked for text in texts}) == 40
+        assert [each.questions["note"] for each in results] == [""] * 4
+        again = [engine.run_offline_distillation() for _ in range(3)][-1]
+        assert again.questions["used_before"] == 1
+        assert again.questions["note"] in again.reasons
+        assert engine.gate_history()[-1]["questions"] == again.questions
+        engine.held_out_quality()
+        assert asked[-1] in asked[:-1], "asked again, for they are what the history tells of"
 
 
 def test_a_change_tells_how_far_it_is(models: dict[str, str]) -> None:
@@ -324,10 +382,10 @@ def test_a_cycle_is_judged_like_any_change(mode: str, models: dict[str, str]) ->
         engine.run_inferences([each["title"] for each in documents(200)])
         result = engine.run_sedimentation_cycle(threshold=1, learning_rate=0.002, epochs=5)
         assert (result.kind, result.mode, result.candidate) == ("cycle", mode, "v0001")
-        assert result.documents == 150, "those that the gate asks for are held out"
+        assert result.documents == learned_from(200), "those that the gate asks for are held out"
         assert result.fit["loss_after"] < result.fit["loss_before"]
         source = "homeostatic" if mode == "baseline" else "teacher"
-        assert result.steps == {**dict.fromkeys(result.steps, 0), source: 150}
+        assert result.steps == {**dict.fromkeys(result.steps, 0), source: learned_from(200)}
         assert result.activated == (mode != "baseline"), result.reason
         assert engine.versions.active == ("v0001" if result.activated else RAW)
         quiet = engine.run_sedimentation_cycle(threshold=10_000)
@@ -430,6 +488,21 @@ def test_one_writer_at_a_time(models: dict[str, str], tmp_path: Path) -> None:
         opened(models, tmp_path / "db", "baseline")
 
 
+def test_an_engine_that_is_gone_leaves_no_model_in_memory(models: dict[str, str]) -> None:
+    engine = opened(models, batch_size=7)
+    engine.ingest(documents(20))
+    assert engine.helper is not None
+    engine.helper.load_teacher_model()
+    kept = [weakref.ref(engine.student.model), weakref.ref(engine.helper.teacher.embedder.model)]
+    with opened(models, batch_size=9) as other:
+        assert other.student.model is engine.student.model
+        assert (engine.student.batch_size, other.student.batch_size) == (7, 9)
+    engine.close()
+    del engine, other
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
+
+
 def test_an_empty_store_learns_nothing(models: dict[str, str]) -> None:
     with opened(models) as engine, pytest.raises(ConchError, match="the store is empty: ingest"):
         engine.run_offline_distillation()
@@ -467,6 +540,26 @@ def test_a_damaged_file_is_told_in_one_line(
     with pytest.raises(ConchError) as caught:
         use()
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_store_is_refused(
+    learned: dict[str, Learned], models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(learned["symmetric"].folder, tmp_path / "db")
+    folder = tmp_path / "db" / "versions" / "v0001"
+    own = EmbeddingAdapter.load(folder)
+    EmbeddingAdapter.identity(7).save(folder, {"documents": "adapted"})
+    with (
+        opened(models, tmp_path / "db") as engine,
+        pytest.raises(NotWholeError, match="maps vectors of 7 dimensions, but the store's raw"),
+    ):
+        engine.run_inference(documents(1)[0]["title"])
+    own.save(folder, {"documents": "other"})
+    with (
+        opened(models, tmp_path / "db") as engine,
+        pytest.raises(NotWholeError, match="does not say what the version's documents carry"),
+    ):
+        engine.held_out_quality()
 
 
 def test_a_teachers_version_is_judged_with_its_teacher_only(

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ DEFAULTS = ChelationConfig()
 def decided(before, after, *, seed=0, **gate):
     """The decision by one measure; settings of the gate by their names without `gate_`."""
     given = {f"gate_{name}": value for name, value in gate.items()}
-    return decide({"nDCG@10": (before, after)}, ChelationConfig(seed=seed, **given))
+    config = ChelationConfig(seed=seed, **given)
+    return decide({"nDCG@10": (before, after)}, config, against=["raw"])
 
 
 def bounds_oracle(difference, confidence, resamples=4000):
@@ -95,7 +98,7 @@ def test_no_evidence_activates_nothing(count, words):
     assert not decision.passed
     assert words in decision.reason
     assert decision.reason.endswith("nothing is activated on no evidence")
-    none = decide({}, DEFAULTS)
+    none = decide({}, DEFAULTS, against=["raw"])
     assert (none.passed, none.reason) == (
         False,
         "no held-out queries; nothing is activated on no evidence",
@@ -104,25 +107,69 @@ def test_no_evidence_activates_nothing(count, words):
 
 def test_every_measure_must_pass_and_the_refused_one_comes_first():
     good, bad = scores(0.05, 0.1), scores(-0.05, 0.1)
-    decision = decide({"nDCG@10 of pseudo-queries": good, "teacher agreement": bad}, DEFAULTS)
+    given = {"nDCG@10 of pseudo-queries": good, "teacher agreement": bad}
+    decision = decide(given, DEFAULTS, against=["raw"])
     assert not decision.passed
     assert decision.reason.startswith("teacher agreement: ")
     assert " | nDCG@10 of pseudo-queries: " in decision.reason
     assert decision.figures["teacher agreement"]["difference"] == pytest.approx(-0.05)
-    both = decide({"nDCG@10": good, "teacher agreement": good}, DEFAULTS)
+    both = decide({"nDCG@10": good, "teacher agreement": good}, DEFAULTS, against=["raw"])
     assert both.passed
     assert both.to_json()["figures"] == both.figures
-    one_missing = decide({"nDCG@10": good, "teacher agreement": ([], [])}, DEFAULTS)
-    assert not one_missing.passed
+    given = {"nDCG@10": good, "teacher agreement": ([], [])}
+    assert not decide(given, DEFAULTS, against=["raw"]).passed
+
+
+def test_a_change_is_compared_with_the_active_version_and_with_raw():
+    """Two losses within the margin are a loss beyond it, which a comparison with one would miss."""
+    raw = np.full(50, 0.5)
+    active, candidate = raw - 0.004, raw - 0.008
+    assert decide({"nDCG@10": (active, candidate)}, DEFAULTS, against=["v0001"]).passed
+    decision = decide({"nDCG@10": (active, raw, candidate)}, DEFAULTS, against=["v0001", "raw"])
+    assert not decision.passed
+    assert set(decision.figures) == {"nDCG@10", "nDCG@10 against raw"}
+    found = {name: each["difference"] for name, each in decision.figures.items()}
+    expected = {"nDCG@10": -0.004, "nDCG@10 against raw": -0.008}
+    assert found == pytest.approx(expected)
+    assert [each["against"] for each in decision.figures.values()] == ["v0001", "raw"]
+    assert decision.reason.startswith("nDCG@10: 0.4920 after 0.5000 of raw, difference -0.0080")
+    assert " | nDCG@10: 0.4920 after 0.4960 of v0001" in decision.reason
+    worse = {"nDCG@10": (raw, raw - 0.1, raw - 0.01)}
+    assert not decide(worse, DEFAULTS, against=["v0001", "raw"]).passed, "raw alone is not enough"
+
+
+def entry(name):
+    """A decision as the engine remembers it."""
+    about = {"kind": "cycle", "mode": "baseline", "against": "raw", "documents": 3, "questions": {}}
+    return {"candidate": name, **about, **decide({}, DEFAULTS, against=["raw"]).to_json()}
 
 
 def test_the_history_keeps_decisions_in_their_order(tmp_path):
     assert read_history(tmp_path) == []
     for name in ("v0001", "v0002"):
-        add_to_history(tmp_path, {"candidate": name, **decide({}, DEFAULTS).to_json()})
+        add_to_history(tmp_path, entry(name))
     history = read_history(tmp_path)
     assert [entry["candidate"] for entry in history] == ["v0001", "v0002"]
     assert all(entry["time"].endswith("+00:00") and not entry["passed"] for entry in history)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "line 2 of .*gate_history.jsonl is no JSON object"),
+        ('{"candidate": "v0002"}', "has no time, kind, mode, against, reason, documents"),
+        ("[" * 100_000, "line 2 of .* cannot be read"),
+        (json.dumps({**entry("v"), "time": "", "figures": {"x": {}, "y": 3}}), "y in line 2 of"),
+    ],
+)
+def test_a_history_of_another_form_is_refused_in_one_line(line, message, tmp_path):
+    add_to_history(tmp_path, entry("v0001"))
+    with open(tmp_path / "gate_history.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ConchError, match=message) as caught:
+        read_history(tmp_path)
+    assert "move it away to begin a new history" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Held-out queries: what stands for their documents, and who ranks them."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.adapters.adapter import PairSums, linear_adapter
+from conch_dna.sedimentation.changes import heldout_queries
+from conch_dna.sedimentation.changes.draws import account_of, draw_about, next_draw
 from conch_dna.sedimentation.changes.heldout_queries import (
     Evidence,
+    is_reserved,
     measures,
     rankings_of,
     teacher_agreement,
@@ -57,7 +61,7 @@ def test_the_rest_of_a_document_stands_for_it(
     """Against float64: all documents, those held out without their titles."""
     student, helper = models
     versions = Versions(store, tmp_path, student.dimension)
-    evidence = Evidence.of_corpus(store, sample=15, seed=0)
+    evidence = Evidence.of_corpus(store, sample=15)
     assert evidence.pseudo and len(evidence.rests) == 15
     found = measures(versions, evidence, student, (RAW, RAW), helper)
     assert set(found) == {"nDCG@10", "teacher agreement"}
@@ -100,7 +104,7 @@ def test_a_candidates_queries_go_through_its_own_adapter(
     versions.build(
         "v0001", linear_adapter("ridge", PairSums.of(raw, targets)), {"documents": "adapted"}
     )
-    evidence = Evidence.of_corpus(store, sample=15, seed=0)
+    evidence = Evidence.of_corpus(store, sample=15)
     before, after = measures(versions, evidence, student, (RAW, "v0001"), None)["nDCG@10"]
     assert not np.array_equal(before, after)
 
@@ -129,7 +133,14 @@ def corpus(rows: list[tuple[Any, str, str]]) -> Any:
     return SimpleNamespace(pages=lambda version: [page])
 
 
-def test_titles_find_their_documents_and_else_first_sentences() -> None:
+@pytest.fixture
+def all_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every document were for queries, so that a few tell everything."""
+    monkeypatch.setattr(heldout_queries, "RESERVED_SHARE", 1)
+
+
+@pytest.mark.usefixtures("all_reserved")
+def test_titles_find_their_documents_and_else_sentences() -> None:
     rows = [
         (1, "Reefs in cold water", "Coral grows slowly there. It needs light."),
         ("two", "", "A first sentence stands here. And then a second one."),
@@ -138,37 +149,129 @@ def test_titles_find_their_documents_and_else_first_sentences() -> None:
         (5, "", "One sentence and nothing that could be found by it"),
         (6, "  ", "Only two. Though this has more words."),
     ]
-    evidence = Evidence.of_corpus(corpus(rows), sample=10, seed=0)
+    evidence = Evidence.of_corpus(corpus(rows), sample=10)
     assert dict(zip(evidence.left_out, evidence.texts, strict=True)) == {
         1: "Reefs in cold water",
         "two": "A first sentence stands here.",
+        3: "Yes, it surely does have one.",
     }
     assert dict(zip(evidence.left_out, evidence.rests, strict=True)) == {
         1: "Coral grows slowly there. It needs light.",
         "two": "And then a second one.",
+        3: "Too short Does it? And more of it.",
     }
     assert evidence.judgements == {str(n): {each: 1} for n, each in enumerate(evidence.left_out)}
+    assert evidence.last is not None
+    then = Evidence.of_corpus(corpus(rows), sample=10, start=evidence.last)
+    assert dict(zip(then.left_out, zip(then.texts, then.rests, strict=True), strict=True)) == {
+        1: ("Coral grows slowly there.", "Reefs in cold water It needs light."),
+        "two": ("And then a second one.", "A first sentence stands here."),
+        3: ("And more of it.", "Too short Does it? Yes, it surely does have one."),
+    }
 
 
-def test_the_sample_does_not_depend_on_the_order_but_on_the_seed() -> None:
-    rows: list[tuple[Any, str, str]] = [
-        (n, f"Title of document {n}", "A text of some words.") for n in range(200)
+Rows = list[tuple[Any, str, str]]
+
+
+def rows_of(count: int, *, sentences: int = 2) -> Rows:
+    """Documents with a title and sentences that no other has."""
+    return [
+        (n, f"Title of document {n}", " ".join(f"Text {n} says {s}." for s in range(sentences)))
+        for n in range(count)
     ]
 
-    def evidence(rows: list[tuple[Any, str, str]], seed: int) -> Evidence:
-        return Evidence.of_corpus(corpus(rows), sample=20, seed=seed)
 
-    chosen = evidence(rows, 0)
-    assert chosen == evidence(rows[::-1], 0)
-    assert len(chosen.texts) == 20
-    assert set(chosen.left_out) != set(evidence(rows, 1).left_out)
-    grown = evidence([*rows, (200, "One more title here", "And its own text.")], 0)
+def test_a_draw_depends_on_the_ids_alone() -> None:
+    rows = rows_of(400)
+    chosen = Evidence.of_corpus(corpus(rows), sample=20)
+    assert chosen == Evidence.of_corpus(corpus(rows[::-1]), sample=20)
+    assert len(chosen.texts) == 20 and all(map(is_reserved, chosen.left_out))
+    grown = Evidence.of_corpus(corpus(rows_of(401)), sample=20)
     assert len({*grown.left_out} & {*chosen.left_out}) >= 19
 
 
+def test_a_quarter_of_the_documents_is_reserved() -> None:
+    reserved = sum(is_reserved(each) for n in range(5000) for each in (n, f"d{n}"))
+    assert 2300 < reserved < 2700
+    evidence = Evidence.of_corpus(corpus(rows_of(20)), sample=2)
+    assert [evidence.holds_out(n) for n in range(20)] == [is_reserved(n) for n in range(20)]
+    judged = Evidence.judged({"a": "one"}, {"a": {0: 1}})
+    assert not any(judged.holds_out(n) for n in range(20)), "no query is made from them"
+
+
+def decisions(store: Any, changes: int, sample: int) -> list[dict[str, Any]]:
+    """The history of changes whose every draw is the next one, with the draw's texts."""
+    history: list[dict[str, Any]] = []
+    for number in range(changes):
+        evidence = next_draw(store, history, sample=sample)
+        names = {"candidate": f"v{number + 1}", "against": f"v{number}", "passed": True}
+        account = json.loads(json.dumps(account_of(evidence, history)))
+        history.append({**names, "questions": account, "asked": evidence.texts})
+    return history
+
+
+def test_no_query_is_asked_twice_where_there_are_more() -> None:
+    """400 documents, of which about 100 are reserved, with three queries each: 15 draws of 20."""
+    store = corpus(rows_of(400))
+    history = decisions(store, 13, 20)
+    asked = [text for each in history for text in each["asked"]]
+    assert len(asked) == len(set(asked)) == 260
+    assert asked[0].startswith("Title") and asked[-1].startswith("Text")
+    assert [each["questions"]["note"] for each in history] == [""] * 13
+    assert draw_about(store, history, "v3", sample=20).texts == history[3]["asked"]
+    assert draw_about(store, history, "v99", sample=20).texts not in [e["asked"] for e in history]
+
+
+def test_documents_that_join_and_go_bring_no_used_query_back() -> None:
+    history = decisions(corpus(rows_of(400)), 2, 20)
+    used = {text for each in history for text in each["asked"]}
+    for rows in (rows_of(600), rows_of(400)[7:]):
+        assert not used & {*next_draw(corpus(rows), history, sample=20).texts}
+
+
+def test_where_all_queries_were_used_they_are_asked_again_and_it_is_said() -> None:
+    history = decisions(corpus(rows_of(100, sentences=1)), 3, 100)
+    first, second, third = history
+    assert first["questions"]["used_before"] == 0 and first["questions"]["note"] == ""
+    assert second["asked"] == first["asked"] == third["asked"]
+    assert [each["questions"]["used_before"] for each in (second, third)] == [1, 2]
+    count = len(first["asked"])
+    assert second["questions"]["note"] == (
+        "the documents have too few unused queries left: these "
+        f"{count} were asked once before, so that the gate's confidence is less than it says"
+    )
+    assert "were asked 2 times before" in third["questions"]["note"]
+
+
+def test_judged_queries_that_come_again_are_said_to() -> None:
+    judged = Evidence.judged({"a": "one", "b": "two"}, {"a": {0: 1}, "b": {1: 1}})
+    account = account_of(judged, [])
+    assert (account["used_before"], account["note"]) == (0, "")
+    about = {"candidate": "v1", "against": "raw", "passed": True}
+    history = [{**about, "questions": account}]
+    again = account_of(judged, history)
+    assert again["used_before"] == 1
+    assert "judged queries are the same for every change: these 2 were asked once" in again["note"]
+    other = Evidence.judged({"a": "one", "b": "three"}, {"a": {0: 1}, "b": {1: 1}})
+    assert account_of(other, history)["note"] == ""
+    drawn = account_of(next_draw(corpus(rows_of(20)), history, sample=5), history)
+    assert "version v1, which judgements let pass, may have learned from" in drawn["note"]
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [{"source": "documents", "start": [0, 0, ""]}, {"source": "documents", "last": 3}],
+)
+def test_a_history_without_its_draws_is_refused(questions: dict[str, Any]) -> None:
+    history = [{"candidate": "v1", "against": "raw", "passed": True, "questions": questions}]
+    with pytest.raises(NotWholeError, match="history does not say which queries were asked"):
+        next_draw(corpus(rows_of(20)), history, sample=5)
+
+
+@pytest.mark.usefixtures("all_reserved")
 def test_a_known_item_at_rank_r_counts_as_the_formula_says() -> None:
     rows: list[tuple[Any, str, str]] = [(7, "a b c", "g h i"), (8, "d e f", "j k l")]
-    evidence = Evidence.of_corpus(corpus(rows), sample=2, seed=0)
+    evidence = Evidence.of_corpus(corpus(rows), sample=2)
     rankings = {7: [1, 2, 7], 8: [8, 1]}
     ndcg = evidence.evaluate([rankings[each] for each in evidence.left_out]).ndcg
     expected = {7: 1 / math.log2(4), 8: 1.0}

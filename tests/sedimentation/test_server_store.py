@@ -1,8 +1,10 @@
 """What only the server store does: attempts with pauses, keys, other processes, aliases."""
 
+import json
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores import server as server_store
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import open_store
-from conch_dna.sedimentation.stores.server import ServerStore, shown_url
+from conch_dna.sedimentation.stores.server import ABOUT, ServerStore, shown_url
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
 from qdrant_over_http import QdrantOverHttp
 
@@ -318,6 +320,33 @@ def test_collections_of_others_are_refused(over: QdrantOverHttp) -> None:
         over.local.update_collection_aliases([models.CreateAliasOperation(create_alias=move)])
         with pytest.raises((ConchError, NotWholeError), match=message):
             open_store(over.url, collection="moved")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: "[" * 100_000,
+        lambda about: "[1]",
+        lambda about: '{"format": ' + "9" * 5000 + "}",
+        lambda about: {**about, "identity": {}},
+        lambda about: {**about, "kept": {"v0001": 3}},
+        lambda about: {**about, "building": {"v0001": "x"}},
+        lambda about: {name: value for name, value in about.items() if name != "previous_of"},
+        lambda about: 7,
+    ],
+)
+def test_what_a_store_says_of_itself_is_read_by_its_form(
+    change: Callable[[dict[str, Any]], object], over: QdrantOverHttp
+) -> None:
+    """Altered metadata of the raw collection ended in tracebacks."""
+    with open_store(over.url, identity=IDENTITY, collection="own") as store:
+        info = over.local.get_collection("own_raw")
+        changed = change(json.loads(info.config.metadata[ABOUT]))
+        text = json.dumps(changed) if isinstance(changed, dict) else changed
+        over.local.update_collection("own_raw", metadata={ABOUT: text})
+        with pytest.raises(ConchError, match="keeps of itself") as caught:
+            store.refresh()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_a_lost_alias_is_made_again(over: QdrantOverHttp) -> None:

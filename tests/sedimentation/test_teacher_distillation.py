@@ -4,12 +4,15 @@ Oracles are float64 numpy from formulas.md 6. Teachers are tiny random models; t
 as real as any, only without meaning.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,6 @@ from conch_dna.sedimentation.adapters.teacher_alignment import (
     generate_hybrid_targets,
     scheduled_weights,
 )
-from conch_dna.sedimentation.changes import teacher_distillation
 from conch_dna.sedimentation.changes.teacher_distillation import (
     STEPS,
     TeacherDistillationHelper,
@@ -61,12 +63,6 @@ def helper(teachers, tmp_path) -> TeacherDistillationHelper:
     return TeacherDistillationHelper(str(teachers[0]), cache_dir=tmp_path / "cache", device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def own_instances(monkeypatch):
-    """Each test opens its own models, as a process of its own does."""
-    monkeypatch.setattr(teacher_distillation, "_shared", {})
-
-
 # Loading
 
 
@@ -97,7 +93,26 @@ def test_threads_that_ask_at_once_share_one_model(teachers, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(loads) == 1
-    assert len({id(helper.teacher) for helper in helpers}) == 1
+    assert len({id(helper.teacher.model) for helper in helpers}) == 1
+
+
+def test_a_model_is_shared_by_what_it_is_and_a_batch_size_is_its_askers(teachers, tmp_path):
+    """The first asker's batch size held for all, and no model ever left the memory."""
+    first = open_embedder(str(teachers[0]), device="cpu", batch_size=2)
+    copy = shutil.copytree(teachers[0], tmp_path / "same files")
+    second = open_embedder(str(copy), device="cpu", batch_size=7)
+    assert first.model is second.model
+    assert (first.batch_size, second.batch_size) == (2, 7)
+    assert open_embedder(str(teachers[1]), device="cpu").model is not first.model
+    shutil.copytree(teachers[1], copy, dirs_exist_ok=True)
+    assert open_embedder(str(copy), device="cpu").dimension == 48, "other files of the same name"
+    model = weakref.ref(first.model)
+    del first
+    gc.collect()
+    assert model() is not None, "the second still has it"
+    del second
+    gc.collect()
+    assert model() is None
 
 
 def test_a_missing_teacher_is_said_at_once_by_create_and_later_by_the_class():
@@ -120,7 +135,6 @@ def test_no_teacher_is_refused(names):
 def test_the_cache_gives_the_same_vectors_and_needs_no_model(helper, teachers, tmp_path):
     vectors = helper.get_teacher_embeddings(TEXTS)
     assert (helper.teacher.computed, helper.teacher.found) == (len(TEXTS), 0)
-    teacher_distillation._shared.clear()
     again = create_distillation_helper(str(teachers[0]), cache_dir=tmp_path / "cache", device="cpu")
     order = TEXTS[::-1]
     np.testing.assert_array_equal(again.get_teacher_embeddings(order), vectors[::-1])
@@ -174,6 +188,42 @@ def test_a_truncated_shard_is_found_too(helper, tmp_path):
     again = CachedEmbedder(helper.teacher.embedder, tmp_path / "cache")
     assert again.documents(TEXTS[:5]).kept == [0, 1, 2, 3, 4]
     assert again.computed == 5
+
+
+def test_a_file_that_another_process_renames_or_deletes_meanwhile_is_no_failure(
+    helper, tmp_path, monkeypatch, caplog
+):
+    vectors = helper.get_teacher_embeddings(TEXTS[:5])
+    folder = helper.teacher.cache.folder
+    (shard,) = folder.glob("vectors-*")
+    unfinished = folder / ".writing-1-vectors"
+    unfinished.touch()
+    now = time.time()
+
+    def clock():
+        # Between the look into the folder and the look at the file.
+        unfinished.rename(folder / "renamed")
+        return now
+
+    monkeypatch.setattr(teacher_embedders.time, "time", clock)
+    again = VectorCache(tmp_path / "cache", helper.teacher.digest)
+    assert len(again) == 5 and (folder / "renamed").is_file()
+    monkeypatch.undo()
+
+    def read_bytes(path):
+        path.unlink()
+        raise FileNotFoundError(path)
+
+    kept = shard.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read_bytes)
+        assert len(VectorCache(tmp_path / "cache", helper.teacher.digest)) == 0
+    shard.write_bytes(kept)
+    other = TeacherDistillationHelper(helper.teacher_model_name, cache_dir=tmp_path / "cache")
+    assert len(other.teacher.cache) == 5
+    shard.unlink()
+    np.testing.assert_allclose(other.get_teacher_embeddings(TEXTS[:5]), vectors, atol=1e-6)
+    assert "was deleted: its vectors will be computed again" in caplog.text
 
 
 def test_large_inputs_go_shard_by_shard(helper, monkeypatch):

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from conch_dna.checkpoints import verify_folder
 from conch_dna.errors import ConchError
@@ -28,7 +28,7 @@ from conch_dna.training.adapters import (
 )
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
-from models import make_model_folder
+from models import EXPERTS, make_model_folder
 
 LINEAR = [
     "mlp.down_proj",
@@ -502,3 +502,67 @@ def test_quantized_weights_cannot_be_trained_in_full(student):
 def test_dora_in_full_is_refused():
     with pytest.raises(ConchError, match="full and dora are both true: choose one"):
         KDConfig(full=True, dora=True)
+
+
+# Experts
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "quantized"])
+def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
+    """A mixture of experts."""
+    folder = make_model_folder(tmp_path / "experts", quantize=request.param, **EXPERTS)
+    return ModelSource(str(folder)).load()
+
+
+@pytest.mark.parametrize("keys", ["all", "mlp.switch_mlp.down_proj"])
+def test_experts_get_adapters_that_train_and_come_back_through_mlx_lm(mixture, tmp_path, keys):
+    from mlx_lm import load
+
+    before = mixture.logits(IDS)
+    config = make_trainable(mixture, KDConfig(lora_keys=keys, lora_rank=2))
+    assert "mlp.switch_mlp.down_proj" in adapted(mixture)[1]
+    np.testing.assert_array_equal(mixture.logits(IDS), before)
+
+    def total(model: nn.Module) -> mx.array:
+        return nn.losses.cross_entropy(model(IDS)[:, :-1], IDS[:, 1:]).mean()
+
+    trainable = mixture.model.trainable_parameters()
+    first, gradients = nn.value_and_grad(mixture.model, total)(mixture.model)
+    name = "model.layers.0.mlp.switch_mlp.down_proj.lora_b"
+    assert mx.abs(named_arrays(gradients)[name]).max() > 0
+    mixture.model.update(tree_map(lambda p, g: p - 0.1 * g, trainable, gradients))
+    assert total(mixture.model) < first
+    save_adapter(tmp_path / "adapter", trained_tensors(mixture), config)
+    load_verified(mixture.source, tmp_path / "adapter", trained_tensors(mixture))
+    model, _ = load(str(mixture.source.folder), adapter_path=str(tmp_path / "adapter"))
+    np.testing.assert_array_equal(model(IDS), mixture.model(IDS))
+
+
+def test_experts_with_adapters_are_what_their_fused_weights_are(tmp_path):
+    source = ModelSource(str(make_model_folder(tmp_path / "experts", **EXPERTS)))
+    student = source.load()
+    config = make_trainable(student, KDConfig(lora_keys="all", lora_rank=2))
+    train_a_little(student)
+    said = student.logits(IDS)
+    save_adapter(tmp_path / "adapter", trained_tensors(student), config)
+    fused = source.load()
+    make_trainable(fused, KDConfig(full=True), start=tmp_path / "adapter")
+    assert not adapter_tensors(fused.model)
+    np.testing.assert_allclose(fused.logits(IDS), said, atol=1e-4)
+
+
+def test_quantized_experts_cannot_be_trained_in_full(tmp_path):
+    source = ModelSource(str(make_model_folder(tmp_path / "experts", quantize=True, **EXPERTS)))
+    with pytest.raises(ConchError, match=r"layers of .* are quantized"):
+        make_trainable(source.load(), KDConfig(full=True))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
+def test_dora_of_widths_that_mlx_lm_miscounts_is_refused(student, bits):
+    nn.quantize(student.model, group_size=32, bits=bits)
+    if bits in (4, 8):
+        make_trainable(student, KDConfig(dora=True))
+        assert mx.isfinite(student.logits(IDS)).all()
+        return
+    with pytest.raises(ConchError, match=f"DoRA cannot wrap .*, quantized to {bits} bits"):
+        make_trainable(student, KDConfig(dora=True))

@@ -4,6 +4,7 @@ A table of real templates and conversations: what stands before the last answer 
 asked at inference, what counts is what it should answer, and nothing is lost in silence.
 """
 
+import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from chat_templates import FAMILIES, family_tokenizer
 from conch_dna.errors import ConchError
+from conch_dna.language_model import load_tokenizer
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import (
     plain_turns,
@@ -217,13 +219,34 @@ def test_parts_of_text_are_one_text(tokenizers):
     assert record_texts(record) == ["Hello."]
 
 
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "[" * 65 + "]" * 65, "9" * 9_999, "{"])
+def test_arguments_that_are_no_plain_json_stay_text(tokenizers, arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    (plain,) = plain_turns([answer])
+    assert plain["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_a_template_that_breaks_off_is_one_line(tokenizers, tmp_path):
     tokenizer = family_tokenizer(tmp_path / "broken", "ChatML")
-    for template in ("{{ 1/0 }}", "{{ 1 + 'a' }}", "{{ messages.x.y.z }}", "{% for %}"):
+    named = {"tool_use": "{{ messages }}", "rag": "{{ messages }}"}
+    for template in ("{{ 1/0 }}", "{{ 1 + 'a' }}", "{{ messages.x.y.z }}", "{% for %}", named):
         tokenizer._tokenizer.chat_template = template
         with pytest.raises(ConchError, match="refuses a conversation of user") as error:
             tokenize_record({"messages": turns("Hi", "Hello.")}, tokenizer, name="a")
         assert "\n" not in str(error.value)
+    assert "no default" in str(error.value)
+
+
+def test_named_templates_without_a_default_are_one_line(tmp_path):
+    family_tokenizer(tmp_path / "named", "ChatML")
+    path = tmp_path / "named" / "tokenizer_config.json"
+    named = [{"name": "rag", "template": "{{ messages }}"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
+    tokenizer = load_tokenizer(path.parent)
+    with pytest.raises(ConchError, match=r"refuses a conversation of user.*no default") as error:
+        prompt_ids(tokenizer, turns("Hi"), "")
+    assert "\n" not in str(error.value)
 
 
 def test_a_template_writes_the_day_on_which_a_run_began(tmp_path):

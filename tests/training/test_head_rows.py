@@ -14,11 +14,11 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, ModelSource
-from conch_dna.training.examples import Examples
+from conch_dna.training.examples import KINDS, Examples
 from conch_dna.training.soft_targets import compress
 from conch_dna.training.true_kd import KDConfig, TrueKnowledgeDistiller, plan_domain
 from models import make_model_folder
-from tokenizers_made import tokenizer_with_marker
+from tokenizers_made import byte_level_tokenizer, tokenizer_with_marker
 
 TOKENS, MARKER = 1536, "<marker>"
 DATA = [{"prompt": f"There was a {n}", "completion": f" and {n} red balls."} for n in range(12)]
@@ -112,3 +112,67 @@ def test_a_prompt_with_such_a_token_is_refused(student, tmp_path):
     distiller = TrueKnowledgeDistiller(str(student), str(student), config)
     with pytest.raises(ConchError, match="prompt 2 has token 1536"):
         distiller.generate_training_data(["A cat", f"A {MARKER} cat"], "own")
+
+
+# Another tokenizer
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of words that has no rows for the last 24 of its tokenizer's tokens."""
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = byte_level_tokenizer(folder / "tokenizer", size=344)
+    return make_model_folder(folder / "model", seed=3, tokenizer=tokenizer, vocab_size=320)
+
+
+# Words whose tokens are all below 320.
+PLAIN = [{"text": f"the {a} time upon the {b}, lit and done."} for a in "abcdef" for b in "xyz"]
+INDICES = ("kept_ids", "best_ids", "over_own", "over_tokens", "inner_tokens")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_no_token_without_a_row_is_compared_across_tokenizers(
+    teacher, words, tmp_path, kind, reverse
+):
+    folders = (words, teacher) if reverse else (teacher, words)
+    pair = tuple(ModelSource(str(folder)) for folder in folders)
+    config = KDConfig(batch_size=4, top_k=256, temperature=1.0)
+    examples = Examples(*pair, config, across=kind)
+    _, made = examples.make(PLAIN)
+    targets = examples.targets(tmp_path)
+    targets.fill(pair[0], made, batch_size=4)
+    student = pair[1].load()
+    rows, nothing = pair[1].vocabulary_size, pair[1].token_count
+    assert rows < nothing or reverse
+    for batch in (targets.collate(made, 1.0), targets.evaluation_batch(made)):
+        for name in INDICES:
+            ids = batch.arrays.get(name, np.zeros(0))
+            assert ((ids < rows) | (ids == nothing)).all(), name
+        if "teacher_log_probs" in batch.arrays:
+            mass = np.exp(batch.arrays["teacher_log_probs"]).sum(-1)
+            assert np.allclose(mass[batch.arrays["soft_weights"] > 0], 1, atol=1e-5)
+    arrays = {n: mx.array(v) for n, v in targets.collate(made, 1.0).arrays.items()}
+    sums = targets.loss(student, config)(student.model, arrays)
+    assert math.isfinite(sums["loss"].item())
+    if kind == "roots":
+        assert targets.classes.student_roots.max() < rows
+        assert targets.classes.teacher_roots.max() < rows
+
+
+@pytest.mark.parametrize("alignment", ["roots", "alm"])
+def test_such_a_pair_trains(teacher, words, tmp_path, alignment):
+    config = KDConfig(**SETTINGS, alignment=alignment, output_dir=str(tmp_path))
+    distiller = TrueKnowledgeDistiller(str(teacher), str(words), config)
+    result = distiller.distill_domain("own", data=PLAIN)
+    assert math.isfinite(result.final_kd_loss)
+    figures = [value for value in result.evaluation["after"].values() if value is not None]
+    assert all(map(math.isfinite, figures))
+
+
+def test_a_text_that_needs_such_a_token_is_refused_across_tokenizers(teacher, words, tmp_path):
+    config = KDConfig(**SETTINGS, output_dir=str(tmp_path))
+    models = ModelSource(str(teacher)), ModelSource(str(words))
+    last = models[1].tokenizer.decode([343])
+    with pytest.raises(ConchError, match=r"example 19 has token \d+ .*rows for 0 to 319"):
+        plan_domain(*models, config, "own", data=[*PLAIN, {"text": f"{last} {last}"}])

@@ -145,6 +145,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     [
         ('{"text": "a"', "not JSON"),
         ("nonsense", "not JSON"),
+        ('{"text": "a", "more": ' + "[" * 65 + "]" * 65 + "}", "nested deeper than 64 levels"),
         ('{"text": "a"} {"text": "b"}', "not JSON"),
         ("[1, 2]", "a record is a JSON object"),
         ('"text"', "a record is a JSON object"),

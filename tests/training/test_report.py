@@ -11,7 +11,14 @@ import pytest
 from rich.console import Console
 
 from conch_dna.training import report
-from conch_dna.training.report import draw_curve, evaluation_table, samples_text
+from conch_dna.training.report import (
+    advice,
+    draw_curve,
+    evaluation_table,
+    samples_text,
+    verdict_text,
+)
+from conch_dna.training.settings import KDConfig, KDResult
 
 
 def figures(kl: float, cross_entropy: float, perplexity: float, top1: float) -> dict[str, Any]:
@@ -183,3 +190,61 @@ def test_the_module_imports_nothing_slow_by_itself():
     source = Path(report.__file__).read_text()
     top = source.split("def ")[0]
     assert "matplotlib" not in top
+
+
+def judged(word: str, interval: list[float] | None = None, **more: Any) -> dict[str, Any]:
+    verdict = {
+        "figure": "kl_nats",
+        "verdict": word,
+        "difference": 0.0123,
+        "interval": interval,
+        "confidence": 0.95,
+        "examples": 24,
+        **more,
+    }
+    return {**EVALUATION, "verdict": verdict}
+
+
+def test_a_verdict_is_one_line_and_bad_ones_are_loud():
+    assert verdict_text(judged("worse", [0.001, 0.02])) == (
+        "the student is WORSE: KL to the teacher 0.8765 before, 0.4322 after, +0.0123 nats a token "
+        "(95% interval +0.0010 to +0.0200, 24 held-out examples)"
+    )
+    assert "student is NOT SHOWN TO BE BETTER:" in verdict_text(
+        judged("not shown to be better", [-0.1, 0.1], figure="cross_entropy")
+    )
+    few = verdict_text(judged("not shown to be better", examples=2))
+    assert few.endswith("(on 2 held-out examples, and an interval needs 6)")
+
+
+@pytest.mark.parametrize(
+    ("best_step", "interval", "said"),
+    [
+        (
+            50,
+            [-0.1, 0.1],
+            "try more data (40 examples were each seen 10.0 times), or a lower --learning-rate "
+            "than 0.001, or fewer --iters than 100",
+        ),
+        (100, [-0.1, 0.1], "seen 10.0 times), or more --iters than 100"),
+        (0, [0, 0], "the kept step is 0, so the adapter changes nothing; try more data"),
+        (50, None, "try more data (40 examples were each seen 10.0 times)"),
+    ],
+)
+def test_advice_follows_from_what_happened(best_step, interval, said):
+    result = KDResult(
+        domain="s",
+        num_samples=44,
+        adapter_path="a",
+        final_kd_loss=1.0,
+        final_ce_loss=1.0,
+        final_combined_loss=1.0,
+        training_time_seconds=1.0,
+        timestamp="",
+        evaluation=judged("not shown to be better", interval),
+        metadata={"train_examples": 40, "best_step": best_step},
+    )
+    config = KDConfig(num_iters=100, batch_size=4, learning_rate=1e-3)
+    text = advice(result, config)
+    assert said in text
+    assert interval is not None or text.endswith("10.0 times)")

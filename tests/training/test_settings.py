@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from conch_dna.errors import ConchError
+from conch_dna.losses import LOSSES
 from conch_dna.option_fields import kind_of, range_text
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
+    DIVERGENCES,
     KDConfig,
     KDResult,
     domain_folder,
@@ -258,3 +260,14 @@ def test_a_result_is_json():
         timestamp="2025-01-01T00:00:00+00:00",
     )
     assert KDResult(**json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_the_divergences_are_those_of_the_losses():
+    assert tuple(sorted(LOSSES)) == DIVERGENCES
+
+
+@pytest.mark.parametrize("value", [1e99, -1e99, 1e-99, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "lora_scale", "max_grad_norm"])
+def test_numbers_that_float32_does_not_have_are_refused(name, value):
+    with pytest.raises(ConchError, match=f"{name} is .*: it must be "):
+        KDConfig(**{name: value})

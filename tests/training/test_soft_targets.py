@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from safetensors import safe_open
 
 import oracle
 from conch_dna.checkpoints import file_digest
@@ -190,7 +191,7 @@ def test_a_broken_teacher_is_refused(source: ModelSource, examples: list[Example
     broken = source.load()
     broken.model.update(tree_map(lambda x: x * mx.nan, broken.model.parameters()))
     identity = target_identity(source, top_k=12, temperature=2.0)
-    with pytest.raises(ConchError, match=r"non-finite log-probabilities on example 0\."):
+    with pytest.raises(ConchError, match=r"on example 0.*weight \S+ is NaN"):
         compute_targets(broken, examples, identity, batch_size=3, report=lambda event, row: None)
 
 
@@ -394,6 +395,26 @@ def test_a_truncated_shard_is_computed_again(
     shard.write_bytes(content[:kept])
     assert_recomputed(cache.identity, tmp_path, source, examples, before, "truncated or unreadable")
     assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "listing",
+    ["[" * 100_000, "{}", '["a"]', '[["a", 0, 9999]]', '[["a", 1, 0]]', '[["a", 0.5, 1]]'],
+)
+def test_a_listing_of_another_form_is_computed_again(
+    tmp_path: Path, source: ModelSource, examples: list[Example], listing: str
+) -> None:
+    """Its digest is right: whoever wrote it meant it."""
+    cache = filled(tmp_path, source, examples)
+    before = [{n: v.copy() for n, v in cache.read(e).items()} for e in examples]
+    (shard,) = shards(cache)
+    with safe_open(str(shard), framework="numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in TARGET_ARRAYS}
+        metadata = file.metadata()
+    metadata |= {"entries": listing, "digest": soft_targets._data_digest(listing, arrays)}
+    shard.unlink()
+    mx.save_safetensors(str(shard), {n: mx.array(v) for n, v in arrays.items()}, metadata)
+    assert_recomputed(cache.identity, tmp_path, source, examples, before, str(shard))
 
 
 def test_a_flipped_bit_in_the_data_is_computed_again(

@@ -570,6 +570,19 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(
     assert comparable(result) == comparable(uninterrupted[1])
 
 
+def test_a_resumed_run_removes_the_checkpoint_that_the_killed_one_had_yet_to(tmp_path, stopped):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    shutil.copytree(folder / "checkpoint_2", folder / "checkpoint_1")
+    there: list[list[str]] = []
+
+    def look(event: str, row: dict[str, Any]) -> None:
+        if event == "step":
+            there.append(checkpoints(folder))
+
+    llama_trainer(folder, report=look).run(resume=True)
+    assert there[0] == ["checkpoint_2", "checkpoint_4", "checkpoint_5"]
+
+
 def test_a_checkpoint_half_written_by_a_killed_process_is_removed(tmp_path, stopped):
     folder = shutil.copytree(stopped, tmp_path / "run")
     shutil.copytree(folder / "checkpoint_5", folder / ".writing-1-checkpoint_6")
@@ -639,6 +652,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
 def test_a_heldout_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"held-out figures at step 0 .*nan"):
         toy(tmp_path, heldout=[pull(math.nan, 0.0)]).run()
+
+
+def test_before_the_first_step_no_learning_rate_is_to_blame(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"No step was taken yet, so .* another kind"):
+        toy(tmp_path, heldout=[pull(math.nan, 0.0)]).run()
+    trainer = toy(tmp_path, heldout=[pull(1.0, 1.0)])
+    trainer.model.place = mx.full(trainer.model.place.shape, mx.nan)
+    with pytest.raises(NonFiniteLossError, match=r"yet: weight place of the model is NaN; use one"):
+        trainer.run()
 
 
 # Processes that are stopped for real

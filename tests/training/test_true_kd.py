@@ -183,9 +183,21 @@ class TestFinishedRun:
         log = json.loads((finished.folder / "adapters_kd" / "training_log.json").read_text())
         heldout = [row for row in log if row["split"] == "heldout"]
         assert [row["step"] for row in heldout] == [0, 4, 8, 12]
-        best = min(heldout, key=lambda row: row["kd"])
+        best = min(heldout, key=lambda row: row["kl"])
         assert best["step"] == finished.result.metadata["best_step"]
         assert best["kd"] == finished.result.final_kd_loss
+
+    def test_the_figure_that_chose_the_step_is_the_one_that_is_reported(self, finished):
+        log = json.loads((finished.folder / "adapters_kd" / "training_log.json").read_text())
+        rows = {row["step"]: row["kl"] for row in log if row["split"] == "heldout"}
+        evaluation, best = finished.result.evaluation, finished.result.metadata["best_step"]
+        assert rows[0] == pytest.approx(evaluation["before"]["kl_nats"], rel=1e-5)
+        assert rows[best] == pytest.approx(evaluation["after"]["kl_nats"], rel=1e-5)
+        verdict = evaluation["verdict"]
+        assert verdict["figure"] == "kl_nats"
+        assert verdict["difference"] == pytest.approx(rows[best] - rows[0], abs=1e-5)
+        assert (verdict["verdict"], verdict["interval"]) == ("not shown to be better", None)
+        assert verdict["examples"] == finished.result.metadata["heldout_examples"]
 
     def test_the_adapter_folder_holds_everything_and_no_more(self, finished):
         names = {path.name for path in (finished.folder / "adapters_kd").iterdir()}
@@ -794,7 +806,13 @@ class TestSettings:
     def test_the_adapter_of_the_step_with_the_best_kd_loss_is_kept(
         self, tiny_teacher, tiny_student, tmp_path
     ):
-        settings = {"alpha": 0.3, "num_iters": 12, "steps_per_eval": 6, "steps_per_save": 6}
+        settings = {
+            "select_by": "kd",
+            "alpha": 0.3,
+            "num_iters": 12,
+            "steps_per_eval": 6,
+            "steps_per_save": 6,
+        }
         distiller = make(tiny_teacher, tiny_student, tmp_path, **settings)
         result = distiller.distill_domain("s", prompts=PROMPTS)
         log = json.loads((Path(result.adapter_path) / "training_log.json").read_text())
@@ -815,11 +833,13 @@ class TestSettings:
         distiller = make("embedded:teacher", "embedded:student", tmp_path, **settings)
         result = trained(distiller.train_with_kd(finished.records, "s"))
         assert result.final_combined_loss == pytest.approx(getattr(result, other), rel=1e-6)
-        # The step that is kept is the best by that very loss.
+        # The step that is kept is the best by what the run is judged by.
         path = Path(result.adapter_path) / "training_log.json"
         heldout = [row for row in json.loads(path.read_text()) if row["split"] == "heldout"]
-        best = min(heldout, key=lambda row: row["ce" if alpha == 0 else "kd"])
+        best = min(heldout, key=lambda row: row["ce" if alpha == 0 else "kl"])
         assert best["step"] == result.metadata["best_step"]
+        figure = "cross_entropy" if alpha == 0 else "kl_nats"
+        assert result.evaluation["verdict"]["figure"] == figure
 
     def test_dora(self, tiny_teacher, tiny_student, tmp_path):
         from mlx_lm import load

@@ -3,7 +3,9 @@
 Tiny random models; figures are counted here from the tokens themselves.
 """
 
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.true_kd import plan_domain
-from models import make_model_folder
+from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
+from models import EXPERTS, make_model_folder
 
 DATA = [{"text": f"{number} dogs ran to the park." + " They ran." * number} for number in range(20)]
 OPENINGS = [f"Once upon a time there were {number} birds" for number in range(10)]
@@ -150,3 +152,82 @@ def test_another_tokenizer_is_aligned_and_its_coverage_told(teacher, shared_data
     assert planned["alignment"] == "roots"
     assert planned["coverage"]["uncovered"] < 0.1
     assert plan(teacher, teacher, data=DATA)["alignment"] == "index"
+
+
+# What cannot be trained is refused before the teacher works
+
+
+def unfit(planned: bool, teacher: ModelSource, folder: Path, out: Path, settings: Any) -> str:
+    """What a plan, or the run itself, refuses; the run leaves nothing and asks no teacher."""
+    config = KDConfig(batch_size=2, output_dir=str(out), **settings)
+    work = TrueKnowledgeDistiller(teacher.model_id, str(folder), config).distill_domain
+    if planned:
+        work = partial(plan_domain, teacher, ModelSource(str(folder)), config)
+    with pytest.raises(ConchError) as caught:
+        work("birds", data=DATA)
+    assert not list(out.glob("birds/*.json*")) and not (out / "birds" / "soft_targets").exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_keys": "q_proj,v_proj"}, "names no layers of {}: q_proj, v_proj. It has mlp.down_"),
+        ({"lora_layers": 50}, "lora_layers is 50, but {} has 2 layers: use 1 to 2, or -1 for all"),
+        ({"lora_keys": "all,model.embed_tokens", "dora": True}, "a quantized embedding (1 such"),
+        ({"full": True}, "are quantized, such as"),
+    ],
+)
+def test_what_of_a_student_cannot_be_trained(teacher, tmp_path, settings, message, planned):
+    folder = make_model_folder(tmp_path / "student", quantize=True)
+    found = unfit(planned, teacher, folder, tmp_path / "out", settings)
+    assert message.format(folder) in found
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_dora_of_experts_is_refused(teacher, tmp_path, planned):
+    folder = make_model_folder(tmp_path / "student", **EXPERTS)
+    message = unfit(planned, teacher, folder, tmp_path / "out", {"dora": True, "lora_keys": "all"})
+    assert f"DoRA cannot wrap mlp.switch_mlp.down_proj of {folder}, a SwitchLinear" in message
+    assert message.endswith("(3 such in all): use LoRA, or name others in --lora-keys")
+
+
+def test_a_student_on_the_hub_is_judged_by_its_configuration(teacher, tmp_path):
+    """A dry run does not download weights."""
+    folder = make_model_folder(tmp_path / "student", quantize=True, **EXPERTS)
+    (folder / "model.safetensors").unlink()
+    student = ModelSource(str(folder))
+    plan(teacher, student, data=DATA, config={"lora_keys": "all", "lora_layers": 1})
+    for settings in ({"lora_layers": 3}, {"full": True}, {"lora_keys": "all", "dora": True}):
+        with pytest.raises(ConchError):
+            plan(teacher, student, data=DATA, config=settings)
+
+
+def test_layers_that_have_none_of_the_names_are_refused(teacher, tmp_path):
+    changes = {**EXPERTS, "mlp_only_layers": [1]}
+    student = ModelSource(str(make_model_folder(tmp_path / "student", **changes)))
+    config = {"lora_keys": "mlp.switch_mlp.up_proj", "lora_layers": 1}
+    with pytest.raises(ConchError, match=r"the last 1 layers of .* have none of mlp.switch_mlp"):
+        plan(teacher, student, data=DATA, config=config)
+    plan(teacher, student, data=DATA, config={**config, "lora_layers": 2})
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_student_that_mlx_lm_cannot_train_is_named(teacher, tmp_path, planned):
+    changes = {
+        "model_type": "recurrent_gemma",
+        "attention_bias": False,
+        "conv1d_width": 4,
+        "attention_window_size": 32,
+        "logits_soft_cap": 30.0,
+        "rope_theta": 10_000.0,
+        "block_types": ["recurrent", "attention"],
+        "head_dim": 16,
+    }
+    folder = make_model_folder(tmp_path / "student", **changes)
+    message = unfit(planned, teacher, folder, tmp_path / "out", {"lora_keys": "all"})
+    assert re.match(
+        rf"student {folder} is of the kind recurrent_gemma, which mlx_lm .*: use", message
+    )

@@ -4,7 +4,6 @@ It knows numbers only: log-probabilities, and for each answer the share of it th
 To add a way to calibrate: its name in METHODS, a fit in FITS, a branch in `Calibration.__call__`.
 """
 
-import json
 import logging
 import math
 from bisect import bisect_right
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import write_json
+from conch_dna.checkpoints import read_json, write_json
 from conch_dna.cortex.calibration.risk_coverage import Numbers, risk_coverage
 from conch_dna.cortex.calibration.settings import METHODS, MIN_ANSWERS, CalibrationSettings
 from conch_dna.errors import ConchError
@@ -376,12 +375,12 @@ def load_calibration(
         None where there is none, where it belongs to another adapter, or cannot be read.
     """
     path = _file(adapters_dir, domain)
-    try:
-        calibration = Calibration.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         report(f"{domain} is not calibrated: there is no {path}")
         return None
-    except (OSError, ValueError, RecursionError, ConchError) as error:
+    try:
+        calibration = Calibration.from_json(read_json(path, needs={}))
+    except ConchError as error:
         report(f"the calibration {path} is left out: {error}")
         return None
     if calibration.adapter_digest != adapter_digest:

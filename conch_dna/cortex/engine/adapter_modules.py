@@ -6,7 +6,7 @@ adapter that mlx_lm learns to build is built here too, since mlx_lm builds all o
 """
 
 import copy
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
+from conch_dna.checkpoints import (
+    DIGESTS,
+    content_digest,
+    file_digest,
+    read_json,
+    verify_folder,
+)
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
@@ -170,18 +176,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if (folder / DIGESTS).is_file():
         verify_folder(folder)
-    config = _read_json(folder / ADAPTER_CONFIG)
-    if config is None:
-        raise ConchError(f"cannot read {folder / ADAPTER_CONFIG}: it is no JSON object")
-    return config
+    return read_json(folder / ADAPTER_CONFIG, needs={})
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
+def _recorded_base(manifest: Path) -> dict[str, Any]:
+    """What a line's manifest says of its base; empty where there is no such line."""
+    recorded = read_json(manifest, needs={}).get("base") if manifest.is_file() else None
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:
@@ -249,9 +250,8 @@ def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel)
     digest = made_by.get("student_digest") if isinstance(made_by, dict) else None
     name = config.get("model")
     for manifest in () if digest else _LINE_MANIFESTS:
-        recorded = (_read_json(folder / manifest) or {}).get("base")
-        if isinstance(recorded, dict):
-            digest, name = digest or recorded.get("weights"), name or recorded.get("model")
+        recorded = _recorded_base(folder / manifest)
+        digest, name = digest or recorded.get("weights"), name or recorded.get("model")
     if digest is None and isinstance(name, str) and name != source.model_id:
         digest = _digest_of(name)
         if digest is None:
@@ -270,7 +270,7 @@ def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel)
 
 def _digest_of(name: str) -> str | None:
     """The weights' digest of a model that is here; None rather than a download."""
-    if not (name.startswith("embedded:") or Path(name).expanduser().is_dir()):
+    if not (name.startswith("embedded:") or os.path.isdir(os.path.expanduser(name))):
         return None
     try:
         return ModelSource(name).weights_digest

@@ -16,7 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, provenance, read_folder, write_folder
+from conch_dna.checkpoints import (
+    content_digest,
+    provenance,
+    read_folder,
+    require_keys,
+    write_folder,
+)
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.config import KINDS
 from conch_dna.sedimentation.embedders.contract import unit
@@ -205,6 +211,12 @@ class EmbeddingAdapter:
         if ARRAYS_FILE not in arrays or ADAPTER_FILE not in documents:
             raise NotWholeError(f"{folder} is no adapter: it lacks {ARRAYS_FILE} or {ADAPTER_FILE}")
         document = documents[ADAPTER_FILE]
+        needs = {
+            **dict.fromkeys(("kind", "digest"), str),
+            **dict.fromkeys(("in_dimension", "out_dimension"), int),
+            **dict.fromkeys(("figures", "origin"), dict),
+        }
+        require_keys(document, folder / ADAPTER_FILE, needs=needs)
         adapter = cls(
             document["kind"],
             {name: np.array(array) for name, array in arrays[ARRAYS_FILE].items()},

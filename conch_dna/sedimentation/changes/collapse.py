@@ -6,14 +6,14 @@ otherwise: `dispersions`; the null is calibrated with it, so the threshold follo
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, read_json, write_json
+from conch_dna.checkpoints import content_digest, read_json, require_keys, write_json
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.config import ChelationConfig
@@ -156,6 +156,10 @@ class CollapseNull:
                 f"{source} is no collapse null: it must have {', '.join(sorted(names))}, and "
                 f"differs in {', '.join(sorted(names ^ set(document)))}; calibrate again"
             )
+        numbers = dict.fromkeys(("percentile", "threshold", "lowest", "median", "highest"), float)
+        counts = dict.fromkeys(("k", "sample", "seed"), int)
+        texts = dict.fromkeys(("version", "values_digest"), str)
+        require_keys(document, source, needs={**numbers, **counts, **texts})
         return cls(**document)
 
 
@@ -243,14 +247,14 @@ def sampled(
     sample: int,
     seed: int,
     version: str = RAW,
-    without: Collection[DocumentId] = (),
+    without: Callable[[DocumentId], bool] = lambda identifier: False,
 ) -> Page:
     """At most `sample` documents, decided by each id and the seed, whatever the store's order.
 
     Returns:
         In the order of the digests that decide; all of them where there are not more.
     """
-    ids = (each for page in store.pages(version) for each in page.ids if each not in without)
+    ids = (each for page in store.pages(version) for each in page.ids if not without(each))
     ranked = heapq.nsmallest(sample, ids, key=lambda each: sample_rank(each, seed=seed))
     return store.get(ranked, version)
 

@@ -6,7 +6,7 @@ residual one is trained on pairs in memory. To add a mode: its name in `config.T
 what it asks for in `adapter_from_log`.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ ALIGNED_PAIRS = 20_000
 # Documents on which a cycle does, for each dimension.
 ALIGNED_EACH = 2
 # Documents that are to stay where they are, for each that is to move, and at least so many.
-ANCHORS_EACH, ANCHORS = 4, 200
+ANCHORS_EACH, ANCHORS = 4, 2000
 # Of the linear correction's ridge.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -72,7 +72,7 @@ def adapter_from_teacher(
     helper: TeacherDistillationHelper,
     config: ChelationConfig,
     *,
-    without: Collection[DocumentId],
+    without: Callable[[DocumentId], bool],
     report: Report = silent,
 ) -> LearnedAdapter:
     """From the raw vectors to the teacher's targets of all documents but those held out.
@@ -85,7 +85,7 @@ def adapter_from_teacher(
         store: Its payloads hold the texts.
         helper: The teacher.
         config: Kind of adapter, weight, and the settings of an offline training.
-        without: Documents that are held out.
+        without: Whether a document is held out.
         report: Gets the phase, and ("advance", …) for each page; see `progress.Progress`.
 
     Raises:
@@ -96,13 +96,12 @@ def adapter_from_teacher(
         raise ConchError(
             "teacher_weight is 0: the teacher would teach nothing; give a weight up to 1"
         )
-    held_out = set(without)
-    alignment = None if weight == 1 else _first_pairs_alignment(store, helper, held_out)
+    alignment = None if weight == 1 else _first_pairs_alignment(store, helper, without)
     report("phase", {"name": "learning", "total": store.count(RAW), "unit": "documents"})
     sums: PairSums | None = None
     skipped, reasons = 0, []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    for rows, embedded in _teacher_pairs(store, helper, held_out, report):
+    for rows, embedded in _teacher_pairs(store, helper, without, report):
         if embedded.errors:
             skipped += len(embedded.errors)
             reasons.append(next(iter(embedded.errors.values())))
@@ -141,19 +140,19 @@ def adapter_from_teacher(
 def _teacher_pairs(
     store: VectorStore,
     helper: TeacherDistillationHelper,
-    held_out: Collection[DocumentId],
+    held_out: Callable[[DocumentId], bool],
     report: Report = silent,
 ) -> Iterator[tuple[np.ndarray, Embedded]]:
     """Raw vectors `[n, D]` and what the teacher made of the same documents, a page at a time."""
     for page in store.pages(RAW):
-        rows = [number for number, each in enumerate(page.ids) if each not in held_out]
+        rows = [number for number, each in enumerate(page.ids) if not held_out(each)]
         embedded = helper.embed([embedded_text(page.payloads[number]) for number in rows])
         report("advance", {"by": len(page.ids)})
         yield page.vectors[[rows[number] for number in embedded.kept]], embedded
 
 
 def _first_pairs_alignment(
-    store: VectorStore, helper: TeacherDistillationHelper, held_out: Collection[DocumentId]
+    store: VectorStore, helper: TeacherDistillationHelper, held_out: Callable[[DocumentId], bool]
 ) -> EmbeddingAdapter:
     """Teacher's space to student's, from the first pairs of the store."""
     raw: list[np.ndarray] = []
@@ -178,7 +177,7 @@ def adapter_from_log(
     helper: TeacherDistillationHelper | None,
     config: ChelationConfig,
     *,
-    without: Collection[DocumentId],
+    without: Callable[[DocumentId], bool],
 ) -> LearnedAdapter:
     """From the documents that were logged in collapsed neighbourhoods often enough.
 
@@ -199,9 +198,8 @@ def adapter_from_log(
             f"the documents of version {active} carry the teacher's vectors, which no cycle moves: "
             "roll back to a symmetric version first"
         )
-    held_out = set(without)
     logged = log.documents_logged(at_least=config.threshold, version=active)
-    chosen = [each for each in logged if each not in held_out]
+    chosen = [each for each in logged if not without(each)]
     if not chosen:
         raise NothingToLearn(
             f"no document was in {config.threshold} or more collapsed neighbourhoods of version "
@@ -221,12 +219,12 @@ def adapter_from_log(
         current,
         helper=teacher,
         homeostatic=None if config.training_mode == "offline" else push,
-        alignment=_sample_alignment(store, adapter, teacher, held_out, config) if teacher else None,
+        alignment=_sample_alignment(store, adapter, teacher, without, config) if teacher else None,
     )
     weights = scheduled_weights(config)
-    left_out = {*chosen, *held_out}
-    count = max(ANCHORS, ANCHORS_EACH * len(left_out))
-    anchors = sampled(store, sample=count, seed=config.seed, without=left_out).vectors
+    moving, count = set(chosen), max(ANCHORS, ANCHORS_EACH * len(chosen))
+    still = partial(sampled, store, sample=count, seed=config.seed)
+    anchors = still(without=lambda each: each in moving or without(each)).vectors
     rows = np.concatenate([page.vectors[chain.kept], anchors])
     stay = adapter.apply(anchors)
 
@@ -317,7 +315,7 @@ def _sample_alignment(
     store: VectorStore,
     adapter: EmbeddingAdapter,
     helper: TeacherDistillationHelper,
-    held_out: Collection[DocumentId],
+    held_out: Callable[[DocumentId], bool],
     config: ChelationConfig,
 ) -> EmbeddingAdapter | None:
     """The teacher's space to the version's, by a sample of the corpus.

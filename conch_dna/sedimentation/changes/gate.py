@@ -1,5 +1,11 @@
 """The gate: whether a change of the vectors may become active, by held-out queries.
 
+What it guarantees, at its confidence for each change: answers are worse by no more than the margin
+than those of raw vectors, however many changes there were, and than those before the change.
+"Answers" are those to queries such as it asks. What it does not guarantee: single queries, queries
+of another kind, documents that join later, and, of many changes that are worse by more, that none
+passes; where the same queries judge several changes, its confidence is less than it says.
+
 Knows figures of queries and one file, the history of its decisions; nothing of models, stores or
 rankings. To decide by another measure: its figures per query, before and after, as one more entry
 of what `decide` is given.
@@ -15,13 +21,27 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, write_atomically
-from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.checkpoints import (
+    content_digest,
+    parse_json,
+    read_text,
+    require_keys,
+    write_atomically,
+)
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.metrics import RESAMPLES, paired_interval
 from conch_dna.sedimentation.config import ChelationConfig
 
 NO_EVIDENCE = "nothing is activated on no evidence"
 GATE_HISTORY = "gate_history.jsonl"
+# What a decision in the history has, whatever else.
+_NEEDS = {
+    **dict.fromkeys(("time", "kind", "mode", "candidate", "against", "reason"), str),
+    "documents": int,
+    "questions": dict,
+    "passed": bool,
+    "figures": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,38 +63,51 @@ class GateDecision:
         return asdict(self)
 
 
-def decide(measures: Mapping[str, Sequence[Any]], config: ChelationConfig) -> GateDecision:
-    """Whether a change may become active (formulas.md 6): only if every measure lets it pass.
+def decide(
+    measures: Mapping[str, Sequence[Any]], config: ChelationConfig, *, against: Sequence[str]
+) -> GateDecision:
+    """Whether a change may become active (formulas.md 6 and 9): only if every comparison lets it.
 
-    A measure does only if the lower bound of the paired bootstrap interval (2,000 resamples) of
-    the mean difference is not below -margin. So a change within the noise of few queries is
-    refused, and one that changes nothing at all passes. Judgements are one measure and need no
-    other. Without them there are two, pseudo-queries and teacher agreement, or the first alone
-    where no teacher is loaded.
+    Each measure compares the candidate with the active version and with raw vectors, so that small
+    losses cannot add up over many changes; once where the raw ones are active. A comparison lets
+    it pass only if the lower bound of the paired bootstrap interval (2,000 resamples) of the mean
+    difference is not below -margin. So a change within the noise of few queries is refused, and
+    one that changes nothing at all passes. Judgements are one measure and need no other. Without
+    them there are two, pseudo-queries and teacher agreement, or the first alone where no teacher is
+    loaded.
 
     Args:
-        measures: Name to two lists of figures, one a held-out query: `[Q]` of the active version
-            and `[Q]` of the candidate, same queries in the same order.
+        measures: Name to lists of figures, one a held-out query: `[Q]` of each version of
+            `against` and, last, `[Q]` of the candidate, same queries in the same order.
         config: Its `gate_margin`, `gate_confidence` and `seed` (of the resampling).
+        against: The active version, and the raw vectors where they are another.
+
+    Returns:
+        With figures by the measure's name, and by `<name> against <version>` for every version
+        but the first.
 
     Raises:
         ConchError: Lengths differ, or a figure is not finite.
     """
     if not measures:
         return GateDecision(passed=False, reason=f"no held-out queries; {NO_EVIDENCE}")
-    decisions = {
-        name: _decide_by(name, before, after, config) for name, (before, after) in measures.items()
-    }
+    decisions: dict[str, GateDecision] = {}
+    for name, (*before, after) in measures.items():
+        for number, (version, figures) in enumerate(zip(against, before, strict=True)):
+            key = f"{name} against {version}" if number else name
+            decisions[key] = _decide_by(name, version, figures, after, config)
     ordered = sorted(decisions.values(), key=lambda decision: decision.passed)
     return GateDecision(
         passed=all(decision.passed for decision in ordered),
-        reason=" | ".join(decision.reason for decision in ordered),
+        reason=" | ".join(dict.fromkeys(decision.reason for decision in ordered)),
         figures={name: decision.figures for name, decision in decisions.items()},
     )
 
 
-def _decide_by(measure: str, before: Any, after: Any, config: ChelationConfig) -> GateDecision:
-    """The decision by one measure alone; its figures are those of the measure."""
+def _decide_by(
+    measure: str, against: str, before: Any, after: Any, config: ChelationConfig
+) -> GateDecision:
+    """The decision by one comparison alone; its figures are those of the measure."""
     own, other = (np.asarray(figures, np.float64) for figures in (after, before))
     if own.ndim != 1 or own.shape != other.shape:
         raise ConchError(
@@ -96,6 +129,7 @@ def _decide_by(measure: str, before: Any, after: Any, config: ChelationConfig) -
     passed = low >= -margin or math.isclose(low, -margin, abs_tol=1e-9)
     figures = {
         "measure": measure,
+        "against": against,
         "before": float(other.mean()),
         "after": float(own.mean()),
         "difference": difference,
@@ -108,7 +142,7 @@ def _decide_by(measure: str, before: Any, after: Any, config: ChelationConfig) -
     }
     return GateDecision(
         passed=passed,
-        reason=f"{measure}: {own.mean():.4f} after {other.mean():.4f}, difference "
+        reason=f"{measure}: {own.mean():.4f} after {other.mean():.4f} of {against}, difference "
         f"{difference:+.4f} [{low:+.4f}, {high:+.4f}] on {len(own)} queries; the lower bound must "
         f"not be below {-margin:+.4f}",
         figures=figures,
@@ -124,21 +158,26 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     path = folder / GATE_HISTORY
     if not path.is_file():
         return []
+    entries = []
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(isinstance(each, dict) and "candidate" in each for each in entries):
-            raise ValueError("a line is no decision")
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            source = f"line {number} of {path}"
+            entries.append(parse_json(line, source))
+            require_keys(entries[-1], source, needs=_NEEDS)
+            for name, figures in entries[-1]["figures"].items():
+                # Where there was no evidence, there are no figures.
+                if figures != {}:
+                    require_keys(figures, f"{name} in {source}", needs={"difference": float})
         digested = False
         for number, (entry, digest) in enumerate(_chained(entries), 1):
             written = entry.pop("digest", None)
             digested |= written is not None
             # Those of earlier versions had none, until another was added.
             if digested and written != digest:
-                raise ValueError(f"line {number} was altered, or one before it")
-    except (OSError, ValueError, RecursionError) as error:
+                raise NotWholeError(f"line {number} of {path} was altered, or one before it")
+    except NotWholeError as error:
         raise NotWholeError(
-            f"{path} cannot be read: {one_line(error)}. Restore it, or move it away to begin a new "
-            "history"
+            f"{error}. Restore it, or move it away to begin a new history"
         ) from error
     return entries
 

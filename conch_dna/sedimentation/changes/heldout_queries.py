@@ -8,7 +8,7 @@ import heapq
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,36 @@ QUERIES_AT_ONCE = 256
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 # Less than this names no document; less than this of a text is not worth finding.
 FEWEST_WORDS = 3
+# Documents that queries are taken from, of all; the others are learned from.
+RESERVED_SHARE = 0.25
+# Fewer unused queries than this share of what the documents could give, and all are used again.
+FEWEST_UNUSED = 0.5
+
+
+class Place(NamedTuple):
+    """Where a query stands in the order in which a store's own are drawn.
+
+    Attributes:
+        lap: How often all of them were used before.
+        number: Of the query in its document: a title, then each sentence.
+        rank: Of the document, by its id alone, so that no setting brings a used query back.
+    """
+
+    lap: int = 0
+    number: int = 0
+    rank: str = ""
+
+
+FIRST = Place()
+
+
+def is_reserved(identifier: DocumentId) -> bool:
+    """Whether a document is for queries and never learned from: a quarter are, by their ids."""
+    return _is_reserved(sample_rank(identifier, seed=0))
+
+
+def _is_reserved(rank: str) -> bool:
+    return int(rank[:8], 16) < RESERVED_SHARE * 16**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +74,8 @@ class Evidence:
         judgements: Grades by name and document.
         left_out: The document that each was taken from, where they are pseudo-queries.
         rests: What stands for that document while the gate looks: its text without the query.
+        start: Behind which place they were drawn, where they are pseudo-queries.
+        last: The place of the last of them.
     """
 
     names: list[str]
@@ -51,11 +83,17 @@ class Evidence:
     judgements: Judgements
     left_out: list[DocumentId] = field(default_factory=list)
     rests: list[str] = field(default_factory=list)
+    start: Place | None = None
+    last: Place | None = None
 
     @property
     def pseudo(self) -> bool:
         """Whether nobody judged them."""
-        return bool(self.left_out)
+        return self.start is not None
+
+    def holds_out(self, identifier: DocumentId) -> bool:
+        """Whether a document must not be learned from."""
+        return self.pseudo and is_reserved(identifier)
 
     @classmethod
     def judged(cls, queries: Mapping[str, str], judgements: Judgements) -> "Evidence":
@@ -78,36 +116,48 @@ class Evidence:
         return cls(names=list(relevant), texts=texts, judgements=relevant)
 
     @classmethod
-    def of_corpus(cls, store: VectorStore, *, sample: int, seed: int) -> "Evidence":
-        """Pseudo-queries of a store's own documents: known items, to be found by their titles.
+    def of_corpus(cls, store: VectorStore, *, sample: int, start: Place = FIRST) -> "Evidence":
+        """Pseudo-queries of a store's reserved documents: known items, to be found by their titles.
 
-        Where there is no title of three words, the first sentence is the query. What they are
-        worth: a document that holds its query's words is found by any vectors that keep words, and
-        a student's raw ones would look perfect. So its `rests`, the text without the title or
+        When all titles of three words are used, each sentence is a query. What they are worth: a
+        document that holds its query's words is found by any vectors that keep words, and a
+        student's raw ones would look perfect. So its `rests`, the text without the title or
         sentence, is what stands for it while the gate looks, before and after alike, and must have
         three words too. Beside the figure goes `teacher_agreement`, which leaves the query's own
         document out.
 
         Args:
-            store: Its payloads hold titles and texts; one pass over them.
-            sample: Most queries to make. Which is decided by ids and seed, not by the order.
-            seed: Of the sample.
+            store: Its payloads hold titles and texts; one pass over them, or two.
+            sample: Most queries to make, one a document. Which is decided by ids, not by their
+                order in the store.
+            start: The place behind which to begin: that of the last query that was used. Where too
+                few are left behind it, a lap begins in which all are used again.
         """
-        suitable = (
-            (sample_rank(identifier, seed=seed), identifier, *parts)
-            for page in store.pages(RAW)
-            for identifier, payload in zip(page.ids, page.payloads, strict=True)
-            if (parts := _query_and_rest(payload)) is not None
-        )
-        chosen = heapq.nsmallest(sample, suitable, key=lambda each: each[0])
+
+        def drawn(start: Place) -> list[_Query]:
+            queries = (
+                query
+                for page in store.pages(RAW)
+                for identifier, payload in zip(page.ids, page.payloads, strict=True)
+                if (query := _next_query(identifier, payload, start)) is not None
+            )
+            return heapq.nsmallest(sample, queries, key=lambda each: each.place)
+
+        chosen = drawn(start)
+        if len(chosen) < sample:
+            again = drawn(Place(start.lap + 1))
+            if len(chosen) < FEWEST_UNUSED * len(again):
+                chosen = again
         names = [str(number) for number in range(len(chosen))]
-        left_out = [identifier for _, identifier, _, _ in chosen]
+        left_out = [each.document for each in chosen]
         return cls(
             names=names,
-            texts=[query for _, _, query, _ in chosen],
+            texts=[each.text for each in chosen],
             judgements={name: {each: 1} for name, each in zip(names, left_out, strict=True)},
             left_out=left_out,
-            rests=[rest for _, _, _, rest in chosen],
+            rests=[each.rest for each in chosen],
+            start=start,
+            last=chosen[-1].place if chosen else start,
         )
 
     def evaluate(self, rankings: Sequence[Sequence[DocumentId]]) -> Evaluation:
@@ -116,17 +166,45 @@ class Evidence:
         return evaluate_rankings(named, self.judgements)
 
 
-def _query_and_rest(payload: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A document's query and its text without it; None where there are not words enough."""
+class _Query(NamedTuple):
+    place: Place
+    document: DocumentId
+    text: str
+    rest: str
 
-    def enough(part: str) -> bool:
-        return len(part.split()) >= FEWEST_WORDS
 
+def _next_query(identifier: DocumentId, payload: Mapping[str, Any], start: Place) -> _Query | None:
+    """A reserved document's first query behind a place; None where it has none."""
+    rank = sample_rank(identifier, seed=0)
+    if not _is_reserved(rank):
+        return None
+    number = start.number if rank > start.rank else start.number + 1
+    parts = _query_and_rest(payload, number)
+    return parts and _Query(Place(start.lap, number, rank), identifier, *parts)
+
+
+def _query_and_rest(payload: Mapping[str, Any], number: int) -> tuple[str, str] | None:
+    """A document's query of a number, from 0, and its text without it.
+
+    None where it has not so many of enough words.
+    """
     title, text = (str(payload.get(name, "")).strip() for name in (TITLE, TEXT))
-    if enough(title) and enough(text):
-        return title, text
-    first, *rest = _SENTENCE_END.split(text, maxsplit=1)
-    return (first, rest[0]) if rest and enough(first) and enough(rest[0]) else None
+    sentences = _SENTENCE_END.split(text)
+    lengths = [len(each.split()) for each in sentences]
+    if len(title.split()) >= FEWEST_WORDS and sum(lengths) >= FEWEST_WORDS:
+        if not number:
+            return title, text
+        number -= 1
+    usable = [
+        place
+        for place, words in enumerate(lengths)
+        if FEWEST_WORDS <= words <= sum(lengths) - FEWEST_WORDS
+    ]
+    if number >= len(usable):
+        return None
+    place = usable[number]
+    rest = [title, *sentences[:place], *sentences[place + 1 :]]
+    return sentences[place], " ".join(filter(None, rest))
 
 
 def rankings_of(

@@ -7,7 +7,6 @@ branch in the function.
 """
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -33,25 +32,6 @@ from conch_dna.sedimentation.embedders.teachers import CachedEmbedder, TeacherEn
 logger = logging.getLogger(__name__)
 # What a target was made of, best first.
 STEPS = ("teacher", "homeostatic", "unchanged", "skipped")
-_shared: dict[tuple[str, str | None, bool], Embedder] = {}
-_shared_lock = threading.Lock()
-
-
-def shared_embedder(
-    name: str, *, device: str | None, trust_remote_code: bool, batch_size: int = 64
-) -> Embedder:
-    """The one instance of this process for a name and device; the first asker's batch size holds.
-
-    Raises:
-        ConchError: The name means nothing that is here or can be reached.
-    """
-    key = (name, device, trust_remote_code)
-    with _shared_lock:
-        if key not in _shared:
-            _shared[key] = open_embedder(
-                name, device=device, batch_size=batch_size, trust_remote_code=trust_remote_code
-            )
-        return _shared[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +60,7 @@ class TeacherDistillationHelper:
     """A teacher, or several with weights, that says what a student's vectors should become.
 
     Nothing is found, read or loaded before it is needed, and what lies in the cache needs no
-    model. Helpers of the same name and device share one model in a process.
+    model. Helpers of the same teacher and device share one model, which goes with the last of them.
 
     Args:
         teacher_model_name: See `open_embedder`; or several of them.
@@ -115,7 +95,7 @@ class TeacherDistillationHelper:
         Raises:
             ConchError: It is not here and cannot be fetched.
         """
-        embedders = [self._opened(name) for name in self.names]
+        embedders = list(self._opened)
         if self.cache_dir is not None:
             folder = Path(self.cache_dir).expanduser()
             embedders = [CachedEmbedder(embedder, folder) for embedder in embedders]
@@ -127,13 +107,17 @@ class TeacherDistillationHelper:
         Raises:
             ConchError: It is not here, cannot be fetched or cannot be loaded.
         """
-        for name in self.names:
+        for embedder in self._opened:
             # Asking for the dimension loads; the cache would answer without.
-            _ = self._opened(name).dimension
+            _ = embedder.dimension
         return self.teacher
 
-    def _opened(self, name: str) -> Embedder:
-        return shared_embedder(name, device=self.device, trust_remote_code=self.trust_remote_code)
+    @cached_property
+    def _opened(self) -> tuple[Embedder, ...]:
+        trust = self.trust_remote_code
+        return tuple(
+            open_embedder(name, device=self.device, trust_remote_code=trust) for name in self.names
+        )
 
     def embed(self, texts: Iterable[str], *, queries: bool = False) -> Embedded:
         """The teacher's vectors, from the cache where they lie there, and errors per text.

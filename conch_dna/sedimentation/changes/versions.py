@@ -74,20 +74,28 @@ class Versions:
         """What queries of a version go through; read once.
 
         Raises:
-            NotWholeError: Its folder is damaged.
+            NotWholeError: Its folder is damaged, or of another store.
         """
         if name == RAW:
             return EmbeddingAdapter.identity(self.dimension)
         if name not in self._adapters:
-            self._adapters[name] = EmbeddingAdapter.load(self.folder / name)
+            adapter = EmbeddingAdapter.load(self.folder / name)
+            if adapter.in_dimension != self.dimension:
+                raise NotWholeError(
+                    f"{self.folder / name} maps vectors of {adapter.in_dimension} dimensions, but "
+                    f"the store's raw ones have {self.dimension}: put its own adapter back"
+                )
+            self._adapters[name] = adapter
         return self._adapters[name]
 
     def origin(self, name: str) -> dict[str, Any]:
         """What a version was made from; of the raw vectors nothing but that."""
         if name == RAW:
             return {"documents": ADAPTED}
-        document = read_json(self.folder / name / ADAPTER_FILE, needs={"origin": dict})
-        origin: dict[str, Any] = document["origin"]
+        path = self.folder / name / ADAPTER_FILE
+        origin: dict[str, Any] = read_json(path, needs={"origin": dict})["origin"]
+        if origin.get("documents") not in (ADAPTED, OF_TEACHER):
+            raise NotWholeError(f"{path} does not say what the version's documents carry")
         return origin
 
     def next_name(self, known: Iterable[str] = ()) -> str:

@@ -6,7 +6,6 @@ To add a layout: a class here, and the sign by which `open_local` tells its fold
 model as a package: a branch in `find_model`, as for all-MiniLM-L6-v2.
 """
 
-import json
 import threading
 import warnings
 from abc import abstractmethod
@@ -18,10 +17,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, content_digest, file_digest, verify_folder
+from conch_dna.checkpoints import (
+    DIGESTS,
+    content_digest,
+    file_digest,
+    parse_json,
+    read_text,
+    verify_folder,
+)
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
@@ -135,8 +142,23 @@ def no_loading_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class _Loaded:
+    """A library's model, in memory once for all embedders of it, and gone with the last of them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.model: Any = None
+
+
+_in_memory: WeakValueDictionary[tuple[object, ...], _Loaded] = WeakValueDictionary()
+_looking_up = threading.Lock()
+
+
 class LocalEmbedder(CheckedEmbedder):
     """A model in a folder, loaded when it is first needed.
+
+    Embedders of the same files, device and trust share the model, each with a batch size of its
+    own; it leaves memory with the last of them.
 
     Args:
         place: Where it lies.
@@ -152,8 +174,7 @@ class LocalEmbedder(CheckedEmbedder):
         self.batch_size = batch_size
         self.trust_remote_code = trust_remote_code
         self._device = device
-        self._loaded: Any = None
-        self._lock = threading.Lock()
+        self._loaded: _Loaded | None = None
 
     @property
     def name(self) -> str:
@@ -168,7 +189,7 @@ class LocalEmbedder(CheckedEmbedder):
     @property
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
-        return self._loaded is not None
+        return self._loaded is not None and self._loaded.model is not None
 
     @property
     def model(self) -> Any:
@@ -177,10 +198,15 @@ class LocalEmbedder(CheckedEmbedder):
         Raises:
             ConchError: It cannot be loaded; the reason stands in one line.
         """
-        with self._lock:
-            if self._loaded is None:
+        if self._loaded is None:
+            key = (type(self), self.digest, self._device, self.trust_remote_code)
+            with _looking_up:
+                self._loaded = _in_memory.setdefault(key, _Loaded())
+        loaded = self._loaded
+        with loaded.lock:
+            if loaded.model is None:
                 try:
-                    self._loaded = self._load()
+                    loaded.model = self._load()
                 except ConchError:
                     raise
                 except ImportError as error:
@@ -189,7 +215,7 @@ class LocalEmbedder(CheckedEmbedder):
                     # Broken files make the libraries below raise all kinds.
                     reason = one_line(error, trust_option="trust_remote_code")
                     raise ConchError(f"cannot load {self.name}: {reason}") from error
-        return self._loaded
+        return loaded.model
 
     @abstractmethod
     def _load(self) -> Any:
@@ -285,8 +311,5 @@ def open_local(
 def _model_type(path: Path) -> str | None:
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConchError(f"{path} is no JSON: the model is not whole") from error
+    config = parse_json(read_text(path), path)
     return config.get("model_type") if isinstance(config, dict) else None

@@ -64,18 +64,28 @@ class VectorCache:
         return places
 
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        data = path.read_bytes()
-        if path.name != _shard_name(data):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            # Another process found it damaged and deleted it at this moment.
+            return
+        try:
+            arrays = load(data) if path.name == _shard_name(data) else {}
+            keys, vectors = arrays["keys"], arrays["vectors"]
+            sound = vectors.ndim == 2 and len(keys) == len(vectors)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
             )
             path.unlink(missing_ok=True)
             return
-        arrays = load(data)
-        self._dimension = arrays["vectors"].shape[1]
-        places.update((key.tobytes(), (path, row)) for row, key in enumerate(arrays["keys"]))
+        self._dimension = vectors.shape[1]
+        places.update((key.tobytes(), (path, row)) for row, key in enumerate(keys))
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The vectors `[D]` of those keys that have one."""
@@ -83,13 +93,26 @@ class VectorCache:
         known = sorted(
             ((*places[key], key) for key in set(keys) if key in places), key=lambda place: place[:2]
         )
-        return {key: self._vectors(path)[row] for path, row, key in known}
+        found = {}
+        for path, row, key in known:
+            # Those of a shard that is gone are no longer among them.
+            if key in places and (table := self._vectors(path)) is not None:
+                found[key] = table[row]
+        return found
 
-    def _vectors(self, path: Path) -> np.ndarray:
+    def _vectors(self, path: Path) -> np.ndarray | None:
+        """A shard's vectors; None where it is gone, and what it held is missing from now on."""
         from safetensors.numpy import load_file
 
         if self._last is None or self._last[0] != path:
-            self._last = (path, load_file(path)["vectors"])
+            try:
+                self._last = (path, load_file(path)["vectors"])
+            except FileNotFoundError:
+                logger.warning("%s was deleted: its vectors will be computed again", path)
+                gone = [key for key, (place, _) in self._places.items() if place == path]
+                for key in gone:
+                    del self._places[key]
+                return None
         return self._last[1]
 
     def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:

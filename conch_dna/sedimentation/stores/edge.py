@@ -30,6 +30,7 @@ from conch_dna.sedimentation.stores.state import (
     OLDEST_FORMAT,
     VersionState,
     checked_identity,
+    require_sound,
     sealed,
     unsealed,
 )
@@ -366,7 +367,9 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
                 "are known: open the store with the version of conch_dna that made it"
             )
         manifest = unsealed(manifest, str(path))
-        return dict(manifest["identity"]), VersionState(**manifest["versions"])
+        identity, state = dict(manifest["identity"]), VersionState(**manifest["versions"])
+        require_sound(identity, state)
+        return identity, state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotWholeError(
             f"{path} cannot be read as a manifest: restore it, or make the store anew from its "

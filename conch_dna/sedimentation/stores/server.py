@@ -36,6 +36,10 @@ from conch_dna.sedimentation.stores.stored_documents import Record
 MEMORY = ":memory:"
 # Field of the raw collection's metadata; its value is text, as a server merges objects.
 ABOUT = "conch_dna"
+ABOUT_NEEDS = {
+    "active": str,
+    **dict.fromkeys(("identity", "previous_of", "kept", "building"), dict),
+}
 # A server takes 32 MiB at once. A number in JSON takes some 20 bytes.
 REQUEST_BYTES = 8 * 2**20
 NUMBER_BYTES = 20
@@ -173,13 +177,17 @@ class ServerStore(VectorStore):
                 "older than 1.16 and keeps no metadata: choose another collection or a newer server"
             )
         source = f"what {self.place} says of itself"
-        document = parse_json(text, source)
+        document = parse_json(text if isinstance(text, str) else "", source)
         require_keys(document, source, needs={"format": int})
         if document["format"] not in (OLDEST_FORMAT, FORMAT):
             raise ConchError(f"{self.place} was made by another version of conch_dna: use that one")
         document = unsealed(document, source)
-        del document["format"]
-        return _About(**document)
+        require_keys(document, source, needs=ABOUT_NEEDS)
+        require_keys(document["identity"], source, needs={"student": str, "dimension": int})
+        for facts in document["kept"].values():
+            require_keys(facts, source, needs={"dimension": int, "count": int, "digest": str})
+        require_keys(document["building"], source, needs=dict.fromkeys(document["building"], int))
+        return _About(**{name: document[name] for name in _About._fields if name in document})
 
     def _write_about(self, about: _About) -> None:
         metadata = about.as_metadata()

@@ -16,6 +16,8 @@ from conch_dna.errors import ConchError, NotWholeError
 OLDEST_FORMAT, FORMAT = 1, 2
 # Among the contents; no version can be named so.
 DOCUMENTS = "_documents"
+# As many as Qdrant's vectors may have.
+MOST_DIMENSIONS = 65_536
 VERSION_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -107,3 +109,27 @@ def checked_identity(
             "or ingest into a new store"
         )
     return dict(stored)
+
+
+def require_sound(identity: Mapping[str, Any], state: VersionState) -> None:
+    """Refuse what another program may have written in the place of a store's own account.
+
+    Raises:
+        TypeError: A name is none, or a number is no whole one above 0.
+    """
+    names = [state.active, *([] if state.previous is None else [state.previous])]
+    if not (isinstance(state.kept, dict) and isinstance(state.building, dict)):
+        raise TypeError("versions are objects")
+    names += [*state.kept, *state.building]
+    dimensions = [identity.get("dimension"), *state.building.values()]
+    for about in state.kept.values():
+        sound = isinstance(about, dict) and {"dimension", "count", "digest"} <= set(about)
+        if not (sound and type(about["count"]) is int and isinstance(about["digest"], str)):
+            raise TypeError("a version lacks dimension, count or digest")
+        dimensions.append(about["dimension"])
+    if not all(isinstance(name, str) and VERSION_NAME.fullmatch(name) for name in names):
+        raise TypeError("a version's name is none")
+    if not all(type(size) is int and 0 < size <= MOST_DIMENSIONS for size in dimensions):
+        raise TypeError("a dimension is none")
+    if not all(isinstance(identity.get(name), str) for name in ("student", "digest")):
+        raise TypeError("student and digest are texts")

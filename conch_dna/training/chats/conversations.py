@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.errors import ConchError
+from conch_dna.checkpoints import parse_json
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.training.chats.templates import Turn, render
 from conch_dna.training.cross_tokenizer.token_bytes import (
     TokenBytes,
@@ -37,9 +38,12 @@ def turn_problem(turn: Any) -> str | None:
         return "a turn is an object with a role and content"
     content, calls = turn.get("content"), turn.get("tool_calls")
     if calls is not None and not (
-        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+        isinstance(calls, list)
+        and all(
+            isinstance(call, dict) and isinstance(call.get("function", {}), dict) for call in calls
+        )
     ):
-        return f"tool_calls of {turn['role']} is not a list of objects"
+        return f"tool_calls of {turn['role']} is not a list of objects, each with its function"
     if isinstance(content, list):
         if all(
             isinstance(part, dict)
@@ -83,8 +87,10 @@ def plain_turns(messages: Sequence[Turn]) -> list[Turn]:
 def _plain_call(call: Turn) -> Turn:
     """A tool call whose arguments are an object, which OpenAI's API writes as text."""
     function = dict(call.get("function", call))
-    with suppress(KeyError, TypeError, ValueError):
-        function["arguments"] = json.loads(function["arguments"])
+    if isinstance(arguments := function.get("arguments"), str):
+        # What is no JSON is a text to a template too.
+        with suppress(NotWholeError):
+            function["arguments"] = parse_json(arguments, "arguments")
     return {**call, "function": function} if "function" in call else function
 
 

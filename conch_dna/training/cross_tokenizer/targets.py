@@ -149,8 +149,15 @@ class AlignedTargets:
 
     @cached_property
     def tables(self) -> tuple[TokenBytes, TokenBytes]:
-        """The bytes of the teacher's tokens and of the student's."""
-        return token_bytes(self.teacher.tokenizer), token_bytes(self.student.tokenizer)
+        """The bytes of the teacher's tokens and of the student's, where there are rows for them.
+
+        What has no row in a head cannot be said, and a student's token without one counts as rest.
+        """
+        teacher, student = self.teacher, self.student
+        return (
+            token_bytes(teacher.tokenizer).below(teacher.vocabulary_size),
+            token_bytes(student.tokenizer).below(student.vocabulary_size),
+        )
 
     @cached_property
     def shared(self) -> np.ndarray:

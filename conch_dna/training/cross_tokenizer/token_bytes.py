@@ -7,7 +7,7 @@ To read another way of writing tokens: a branch in `_spelling` and its line in K
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -75,6 +75,19 @@ class TokenBytes:
         """The text of every id: its piece, or nothing where it is special."""
         special = self.special_ids
         return tuple(b"" if i in special else piece for i, piece in enumerate(self.pieces))
+
+    def below(self, rows: int) -> "TokenBytes":
+        """The table for a model with so many rows: ids from there on do not exist to it."""
+        if rows >= len(self.pieces):
+            return self
+        return replace(
+            self,
+            pieces=tuple(p if i < rows else b"" for i, p in enumerate(self.pieces)),
+            exists=self.exists & (np.arange(len(self.pieces)) < rows),
+            special_ids=frozenset(i for i in self.special_ids if i < rows),
+            byte_ids=frozenset(i for i in self.byte_ids if i < rows),
+            end_id=self.end_id if self.end_id is not None and self.end_id < rows else None,
+        )
 
 
 @lru_cache(maxsize=4)

@@ -317,18 +317,27 @@ def align_vocab_sizes(
     return mx.log(projected), student_logits[..., : projection.size]
 
 
-def common_roots(teacher_tokenizer: Any, student_tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def common_roots(
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+    tables: tuple[TokenBytes, TokenBytes] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Put every token of both vocabularies into the class of the shared token it begins with.
 
     A shared token is its own root. Any other goes to the root of the first piece that the other
     tokenizer makes of it, again and again until a shared token is reached. The probabilities of
     a class then say the same on both sides: that the text goes on with the root.
 
+    Args:
+        teacher_tokenizer: From transformers, or as mlx_lm wraps it.
+        student_tokenizer: Likewise.
+        tables: The bytes of their tokens, where some do not count; else of all.
+
     Returns:
         For each of the teacher's ids and for each of the student's the *student's* id of the
         root, or -1 where there is none.
     """
-    teacher, student = token_bytes(teacher_tokenizer), token_bytes(student_tokenizer)
+    teacher, student = tables or (token_bytes(teacher_tokenizer), token_bytes(student_tokenizer))
     shared = shared_tokens(teacher, student)
     back = np.full(len(student.pieces), -1, np.int64)
     back[shared[shared >= 0]] = np.flatnonzero(shared >= 0)
@@ -391,7 +400,7 @@ class TokenClasses:
         self.tokenizers = tokenizers
         self.tables = tables
         self.shared = shared
-        self.teacher_roots, self.student_roots = common_roots(*tokenizers)
+        self.teacher_roots, self.student_roots = common_roots(*tokenizers, tables)
         self._members: dict[tuple[int, int], Members] = {}
 
     @cached_property
