@@ -17,6 +17,7 @@ from conch_dna.checkpoints import (
     folder_digests,
     numbered_folders,
     read_json,
+    remove_unfinished,
     require_keys,
     verify_folder,
     write_json,
@@ -320,6 +321,7 @@ class Retraining:
         active_adapter(self.adapters_dir, self.domain)
         elsewhere = f"retrain another domain than {self.domain} meanwhile"
         with FolderLock(self._folder, elsewhere=elsewhere):
+            remove_unfinished(self._folder)
             batch = self._batch(prepare, resume=resume, overwrite=overwrite)
             try:
                 self._begin_line(old_data)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import content_digest, read_json, write_json
+from conch_dna.checkpoints import content_digest, read_json, remove_unfinished, write_json
 from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
@@ -211,6 +211,7 @@ def generate_answers(
     encoded = [ids for ids in once for _ in range(config.samples_per_prompt)]
     size = config.generation_batch_size
     vocabulary = vocabulary_digest(teacher.tokenizer)
+    remove_unfinished(folder)
     records: list[Record] = []
     tokens = 0
     for start in range(0, len(wanted), size):

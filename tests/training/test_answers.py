@@ -299,6 +299,13 @@ def test_records_without_a_template_are_prompts_and_completions(tmp_path, storie
         assert np.flatnonzero(example.counted).tolist() == list(range(length, len(ids)))
 
 
+def test_what_a_killed_process_was_writing_is_removed(tmp_path, stories):
+    left = tmp_path / ".writing-1-0123.json"
+    left.write_text("{")
+    generate(stories, tmp_path, prompts=["Once"], config=config_of(sampling_temperature=0))
+    assert not left.exists()
+
+
 def test_the_space_before_an_answers_first_word_is_kept(tmp_path, stories):
     """A SentencePiece-like decoder drops it when it sees the answer alone."""
     (record,) = generate(
