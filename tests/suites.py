@@ -55,6 +55,7 @@ def distil(adapters: Path, domain: str, records: list[dict[str, Any]], **changes
     config = KDConfig(
         **{
             "num_iters": 12,
+            "select_by": "kd",
             "learning_rate": 2e-3,
             "warmup_iters": 2,
             "batch_size": 4,

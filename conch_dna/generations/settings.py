@@ -52,6 +52,7 @@ RECORDED = (
     "digests",
     "versions",
     "platform",
+    "blas",
     "git_commit",
     "seed",
     "created",

@@ -83,7 +83,8 @@ def test_a_generation_shows_what_it_grew_from(line: Path) -> None:
 
 
 def test_a_generation_is_judged_again_by_other_gates(line: Path, tmp_path: Path) -> None:
-    assert run("validate", "tales", *root(line)).exit_code == 0
+    again = run("validate", "tales", *root(line))
+    assert again.exit_code == 0, again.output
     strict = tmp_path / "strict.yaml"
     strict.write_text("gates: {generalize_gain: 0.99}")
     result = run("validate", "tales", "G002", "--manifest", str(strict), *root(line))

@@ -16,6 +16,7 @@ from conch_dna.sedimentation.stores import server as server_store
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.server import ABOUT, ServerStore, shown_url
+from conch_dna.sedimentation.stores.state import sealed, unsealed
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
 from qdrant_over_http import QdrantOverHttp
 
@@ -341,10 +342,10 @@ def test_what_a_store_says_of_itself_is_read_by_its_form(
     """Altered metadata of the raw collection ended in tracebacks."""
     with open_store(over.url, identity=IDENTITY, collection="own") as store:
         info = over.local.get_collection("own_raw")
-        changed = change(json.loads(info.config.metadata[ABOUT]))
-        text = json.dumps(changed) if isinstance(changed, dict) else changed
+        changed = change(unsealed(json.loads(info.config.metadata[ABOUT]), "it"))
+        text = json.dumps(sealed(changed)) if isinstance(changed, dict) else changed
         over.local.update_collection("own_raw", metadata={ABOUT: text})
-        with pytest.raises(ConchError, match="keeps of itself") as caught:
+        with pytest.raises(ConchError, match="says of itself") as caught:
             store.refresh()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 

@@ -9,7 +9,6 @@ names a vector which was deleted later is lost as a whole. So documents are flus
 returns, and everything before a vector name is deleted.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import FolderLock, remove_unfinished, write_json
+from conch_dna.checkpoints import FolderLock, read_json, remove_unfinished, write_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.sedimentation.stores.accounts import no_contents
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
@@ -360,7 +359,7 @@ def _finish_shard(folder: Path) -> None:
 def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
     """The identity and the versions."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, needs={"format": int, "identity": dict, "versions": dict})
         if manifest["format"] not in (OLDEST_FORMAT, FORMAT):
             raise ConchError(
                 f"{path} has format {manifest['format']}, but only {OLDEST_FORMAT} and {FORMAT} "
@@ -370,8 +369,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
         identity, state = dict(manifest["identity"]), VersionState(**manifest["versions"])
         require_sound(identity, state)
         return identity, state
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (NotWholeError, TypeError) as error:
         raise NotWholeError(
-            f"{path} cannot be read as a manifest: restore it, or make the store anew from its "
-            "documents"
+            f"{path} cannot be read as a manifest: {one_line(error)}. Restore it, or make the store "
+            "anew from its documents"
         ) from error

@@ -43,6 +43,8 @@ TINY: dict[str, Any] = {
     "steps_per_report": 2,
     "steps_per_eval": 2,
     "steps_per_save": 2,
+    # By this figure one of the few steps is better than none.
+    "select_by": "kd",
 }
 FIGURES = ("bits_per_byte", "chunk_kl_nats")
 
