@@ -371,6 +371,6 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
         return identity, state
     except (NotWholeError, TypeError) as error:
         raise NotWholeError(
-            f"{path} cannot be read as a manifest: {one_line(error)}. Restore it, or make the store "
-            "anew from its documents"
+            f"{path} cannot be read as a manifest: {one_line(error)}. Restore it, or make the "
+            "store anew from its documents"
         ) from error
