@@ -290,19 +290,21 @@ def word_distance(texts: Sequence[str], reference: Sequence[str]) -> float:
     chance alone, so only texts of about the same length are compared with each other.
 
     Returns:
-        Between 0, the same shares of the same words, and 1, no word in common.
+        Between 0, the same shares of the same words, and 1, no word in common; so texts without
+        any word are 1 away.
 
     Raises:
-        ConchError: One side has no word.
+        ConchError: The reference has no word.
     """
     from scipy.spatial.distance import jensenshannon
 
     counts = [
         Counter(w for t in side for w in WORD.findall(t.lower())) for side in (texts, reference)
     ]
-    for side, name in zip(counts, ("generated texts", "reference"), strict=True):
-        if not side:
-            raise ConchError(f"the {name} have no words, so tone cannot be measured: give texts")
+    if not counts[1]:
+        raise ConchError("the reference has no words, so tone cannot be measured: give texts")
+    if not counts[0]:
+        return 1.0
     words = sorted(counts[0] | counts[1])
     first, second = (np.array([side[word] for word in words], np.float64) for side in counts)
     return float(jensenshannon(first, second, base=2) ** 2)

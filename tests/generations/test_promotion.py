@@ -166,9 +166,12 @@ def test_drift_is_what_the_child_is_further_away_than_its_parent() -> None:
     assert tone_drift(TEXTS, TEXTS, reference) == 0
 
 
-@pytest.mark.parametrize(
-    ("child", "reference", "who"), [([""], TEXTS, "generated texts"), (TEXTS, ["!"], "reference")]
-)
-def test_texts_without_words_have_no_tone(child: list[str], reference: list[str], who: str) -> None:
-    with pytest.raises(ConchError, match=f"the {who} have no words"):
-        word_distance(child, reference)
+def test_texts_without_words_are_as_far_away_as_can_be() -> None:
+    """A child that answers nothing is refused by its gate, instead of ending the run."""
+    assert word_distance([""], TEXTS) == 1
+    assert tone_drift(["..."], TEXTS, TEXTS) == pytest.approx(1)
+
+
+def test_a_reference_without_words_has_no_tone() -> None:
+    with pytest.raises(ConchError, match="the reference has no words"):
+        word_distance(TEXTS, ["!"])
