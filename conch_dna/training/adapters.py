@@ -103,8 +103,8 @@ def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | N
 
     Args:
         student: The model's source.
-        config: As of `make_trainable`.
-        start: Likewise.
+        config: What is trained of it, see `make_trainable`.
+        start: Folder of the adapter that training begins from; None for a new one.
 
     Raises:
         ConchError: See `make_trainable`; or mlx_lm has no such model, or none that can be trained.

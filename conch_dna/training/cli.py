@@ -79,7 +79,10 @@ RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
     help="Exit with 1 unless every student is shown to be better than it was.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would run, and do nothing.")
-@options_of(KDConfig, names={"num_iters": ("--num-iters", "--iters")})
+@options_of(
+    KDConfig,
+    names={"num_iters": ("--num-iters", "--iters"), "learning_rate": ("--learning-rate", "--lr")},
+)
 def distill(
     domain: str | None,
     all_domains: bool,

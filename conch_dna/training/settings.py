@@ -71,7 +71,9 @@ class KDConfig:
         1.0, "Weight of distributions compared across tokenizers, within the KD loss.", low=0
     )
     chunk_weight: float = _option(
-        1.0, "Weight of likelihoods of chunks compared across tokenizers, likewise.", low=0
+        1.0,
+        "Weight of likelihoods of chunks compared across tokenizers, within the KD loss.",
+        low=0,
     )
     chunk_scale: float = _option(
         100.0, "Scale s of these likelihoods, which are compared as exp(log P / s).", above=0
@@ -87,7 +89,7 @@ class KDConfig:
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
     full: bool = _option(False, "Train every weight instead of LoRA layers.")
-    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.", above=0)
+    learning_rate: float = _option(1e-4, "Peak learning rate of AdamW (--lr is the same).", above=0)
     weight_decay: float = _option(0.01, "Weight decay of AdamW.", low=0)
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm.", above=0)
     warmup_iters: int = _option(10, "Steps of linear warm-up; a cosine to 0 follows.", low=0)

@@ -115,7 +115,7 @@ class _RowLoRA(nn.Module):
         own: The base's own layer.
         lora_a: `[N + 1, in, r]`, in an embedding's tokens; the last is zero, for rows without an
             adapter.
-        lora_b: `[N + 1, r, out]`, likewise.
+        lora_b: `[N + 1, r, out]`; the last is zero too.
         scale: `[N + 1]`.
         rows: Which adapter each row has.
     """

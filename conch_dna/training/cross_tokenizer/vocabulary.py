@@ -330,7 +330,7 @@ def common_roots(
 
     Args:
         teacher_tokenizer: From transformers, or as mlx_lm wraps it.
-        student_tokenizer: Likewise.
+        student_tokenizer: Of the same kind.
         tables: The bytes of their tokens, where some do not count; else of all.
 
     Returns:
