@@ -416,11 +416,11 @@ def test_a_dry_run_loads_no_weights(
     assert rows["examples"] == ["8, of which 2 held out"]
     whole = "roots, the tokenizers differ; 100.0% of the student's tokens are covered"
     assert rows["alignment"] == [whole]
-    assert rows["tokens that count"][0].endswith(" of the teacher")
+    assert rows["teacher's tokens to compute"][0].endswith(" of the teacher")
     given = [*command, "--teacher", command[command.index("--student") + 1]]
     rows = table(finish(*given, "--dry-run", "--output-dir", tmp_path / "out").stdout)
     assert rows["alignment"] == ["by index, the tokenizers are the same"]
-    assert rows["tokens that count"][0].isdigit()
+    assert rows["teacher's tokens to compute"][0].isdigit()
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,9 @@ from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.results import DeleteResult
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 
+# A number that is an id has no more digits, with its sign.
+LONGEST_NUMBER = 20
+
 
 def recovered(store: VectorStore, log: ChelationLog) -> list[str]:
     """Finish what a killed process began, and let the log forget what the store forgets.
@@ -48,4 +51,5 @@ def named(store: VectorStore, names: Sequence[str]) -> list[DocumentId]:
 
 
 def _is_number(name: str) -> bool:
-    return name.isascii() and name.removeprefix("-").isdigit() and str(int(name)) == name
+    plain = name.isascii() and name.removeprefix("-").isdigit() and len(name) <= LONGEST_NUMBER
+    return plain and str(int(name)) == name

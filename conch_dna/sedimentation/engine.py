@@ -59,6 +59,12 @@ from conch_dna.sedimentation.stores.open_store import (
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
 
 
+def _lasting(name: str) -> str:
+    """A student's name that means the same from every folder."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 class AntigravityEngine:
     """Documents under a student's vectors, improved by an adapter that must prove itself.
 
@@ -143,7 +149,7 @@ class AntigravityEngine:
                 )
             # Models that are not there, and a server that is down, leave nothing behind.
             identity = {
-                "student": self.student.name,
+                "student": _lasting(self.student.name),
                 "digest": self.student.digest,
                 "dimension": self.student.dimension,
             }

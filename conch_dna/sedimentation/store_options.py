@@ -157,6 +157,12 @@ def opened_engine(
     if not new or (student is None and place.has_store()):
         # Asked for where the student is named too: a query of a store that is not there makes none.
         stored_student = place.student()
+        folder_of_student = Path(stored_student)
+        if student is None and folder_of_student.is_absolute() and not folder_of_student.is_dir():
+            raise ConchError(
+                f"the student of {place.location} was in {stored_student}, and is not there: "
+                "name its folder with --model"
+            )
         student = student or stored_student
     try:
         with AntigravityEngine(

@@ -13,7 +13,7 @@ from conch_dna.checkpoints import FolderLock, verify_folder
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog, read_events
-from conch_dna.sedimentation.changes.gate import read_history
+from conch_dna.sedimentation.changes.gate import GATE_HISTORY, read_history
 from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document
 from conch_dna.sedimentation.results import VerifiedPart
@@ -57,6 +57,7 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         look("gate history", lambda: f"{len(read_history(folder))} decisions")
         adapters = sorted(path for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
         names = [path.name for path in adapters]
+        allowed = _allowed(folder)
         try:
             store = _opened(place)
         except NotWholeError as error:
@@ -64,6 +65,11 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         else:
             with store:
                 look("store", lambda: _settled(store, folder / LOG))
+                if allowed is not None and store.active not in (RAW, *allowed):
+                    told = (
+                        f"{folder / GATE_HISTORY} lacks the decision that let {store.active} pass"
+                    )
+                    parts.append(VerifiedPart("gate history", False, f"{told}: put it back"))
                 damage = store.damage()
                 for name in store.kept_contents():
                     what = "documents" if name == DOCUMENTS else f"vectors of version {name}"
@@ -76,6 +82,14 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         for name in sorted(names):
             look(f"adapter of version {name}", partial(_adapter, folder / VERSIONS / name))
     return parts
+
+
+def _allowed(folder: Path) -> set[str] | None:
+    """The versions that the gate let pass; None where its history cannot be read."""
+    try:
+        return {entry["candidate"] for entry in read_history(folder) if entry["passed"]}
+    except NotWholeError:
+        return None
 
 
 def _opened(place: StorePlace) -> VectorStore:

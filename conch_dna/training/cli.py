@@ -251,7 +251,7 @@ def _print_plan(
             "data": plan["data"],
             "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out",
             "alignment": aligned,
-            "tokens that count": f"{bound}{plan['counted_tokens']:,}{counted}",
+            "teacher's tokens to compute": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
             "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",

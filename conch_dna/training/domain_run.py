@@ -57,7 +57,7 @@ from conch_dna.training.evaluation import (
     teacher_metrics,
     with_evaluation,
 )
-from conch_dna.training.examples import Examples, Split
+from conch_dna.training.examples import Examples, Split, data_warnings
 from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.records import Record, json_lines
 from conch_dna.training.report import draw_curve, samples_text
@@ -263,6 +263,8 @@ class DomainRun:
         config = self.config
         with dated(self._record["begun"]):
             split = self.examples.split(records)
+        for warning in data_warnings(len(split.train), len(split.heldout), config):
+            self.report("warning", {"message": warning})
         needed = split.read(config)
         targets = self.examples.targets(self.folder / "soft_targets")
         missing = targets.missing(needed)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.language_model import ModelSource
+from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
 from conch_dna.training.answers import openings
 from conch_dna.training.batches import Example, ExampleBatches
@@ -40,6 +41,8 @@ from conch_dna.training.soft_targets import (
 )
 
 AUTO_ALIGNMENT = "roots"
+# Reading the same examples more often than this is warned of.
+MOST_EPOCHS = 10
 KINDS: dict[str, type[AlignedTargets]] = {
     kind.name: kind for kind in (RootTargets, ChunkTargets, SharedTokenTargets)
 }
@@ -267,3 +270,26 @@ def resolve_alignment(alignment: str, *, same: bool) -> str:
     if same:
         return INDEX
     return AUTO_ALIGNMENT if alignment == AUTO else alignment
+
+
+def data_warnings(train: int, heldout: int, config: KDConfig) -> list[str]:
+    """What is to be feared of so few examples, a sentence each.
+
+    Args:
+        train: Examples to train on.
+        heldout: Examples held out.
+        config: How many of them are read.
+    """
+    drawn = config.num_iters * config.batch_size * config.accumulation_steps
+    warnings = []
+    if heldout < FEWEST_EXAMPLES:
+        warnings.append(
+            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
+            "more data, or a higher --val-fraction"
+        )
+    if drawn > MOST_EPOCHS * train:
+        warnings.append(
+            f"each of {train} examples is read {drawn / max(1, train):.1f} times, which often "
+            "makes a student worse: give more data, or fewer --iters"
+        )
+    return warnings

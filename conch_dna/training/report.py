@@ -96,19 +96,29 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
 
 def advice(result: "KDResult", config: "KDConfig") -> str:
     """What to try where a student did not become better, in one line."""
-    metadata = result.metadata
+    metadata, found = result.metadata, result.evaluation["verdict"]
     seen = config.num_iters * config.batch_size * config.accumulation_steps
     times = seen / max(1, metadata["train_examples"])
-    tries = [
-        f"more data ({metadata['train_examples']} examples were each seen {times:.1f} times)",
-        f"a lower --learning-rate than {config.learning_rate:g}",
-        f"fewer --iters than {config.num_iters}",
-    ]
-    if result.evaluation["verdict"]["interval"] is None:
-        tries = tries[:1]
-    elif metadata["best_step"] == config.num_iters:
+    data = f"{metadata['train_examples']} examples were each read {times:.1f} times"
+    slower = f"a lower --learning-rate than {config.learning_rate:g}"
+    longer = f"more --iters than {config.num_iters}"
+    if found["interval"] is None:
+        tries = ["more data", f"a higher --val-fraction than {config.val_fraction:g}"]
+    elif times < 1:
+        tries = [f"{longer} ({data})"]
+    elif metadata["best_step"] == config.num_iters and found["difference"] < 0:
         # Nothing was overdone: the last step was the best.
-        tries = [tries[0], f"more --iters than {config.num_iters}"]
+        tries = [longer, f"more data ({data})"]
+    else:
+        tries = [f"more data ({data})", slower, f"fewer --iters than {config.num_iters}"]
+    before, after = (result.evaluation[row]["cross_entropy"] for row in ("before", "after"))
+    if found["figure"] != "cross_entropy" and found["difference"] >= 0 and 0 < config.alpha < 1:
+        tries.insert(0, f"a higher --alpha than {config.alpha:g}")
+        if after < before:
+            tries[0] += (
+                f" (cross-entropy fell from {before:.4f} to {after:.4f}: the texts pull away from "
+                "the teacher; if they are what matters, --select-by cross_entropy)"
+            )
     unmoved = (
         "the kept step is 0, so the adapter changes nothing; " if not metadata["best_step"] else ""
     )

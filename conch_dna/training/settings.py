@@ -164,10 +164,12 @@ class KDConfig:
         problem = option_problem(each, value, kind_words=_KIND_WORDS)
         if problem or each.name != "adapter_subdir":
             return problem
-        plain = value not in ("", ".", "..") and Path(value).name == value
+        plain = value.replace("_", "").replace("-", "").replace(".", "")
+        plain = plain.isascii() and plain.isalnum() and len(value) <= 64
         if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
             return (
-                f"adapter_subdir is {value!r}: use one plain folder name that does not begin with "
+                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 letters, "
+                "digits, -, _ and dots that does not begin with "
                 f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
             )
         return None

@@ -16,14 +16,13 @@ from conch_dna.checkpoints import write_json
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
-from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.domain_run import DomainRun, RunData
-from conch_dna.training.examples import Examples
+from conch_dna.training.examples import Examples, data_warnings
 from conch_dna.training.records import Record, split_heldout
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -45,8 +44,6 @@ __all__ = [
 ]
 
 SUMMARY_FILE = "kd_summary.json"
-# Reading the same examples more often than this is warned of.
-MOST_EPOCHS = 10
 
 
 class TrueKnowledgeDistiller:
@@ -309,31 +306,9 @@ def plan_domain(
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
         "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
-        "warnings": data_warnings(count - heldout_count, heldout_count, drawn),
+        "warnings": data_warnings(count - heldout_count, heldout_count, config),
         **aligned,
     }
-
-
-def data_warnings(train: int, heldout: int, drawn: int) -> list[str]:
-    """What is to be feared of so few examples, a sentence each.
-
-    Args:
-        train: Examples to train on.
-        heldout: Examples held out.
-        drawn: Examples that all steps read together.
-    """
-    warnings = []
-    if heldout < FEWEST_EXAMPLES:
-        warnings.append(
-            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
-            "more data, or a higher --val-fraction"
-        )
-    if drawn > MOST_EPOCHS * train:
-        warnings.append(
-            f"each of {train} examples is read {drawn / max(1, train):.1f} times, which often "
-            "makes a student worse: give more data, or fewer --iters"
-        )
-    return warnings
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -133,6 +133,20 @@ def test_half_a_body_takes_no_place_and_is_not_waited_for(served_adapters):
             answer = rest(half)
             assert b" 408 " in answer and b"did not come in 0.8 s" in answer
         assert is_well(server)
+
+
+def test_a_body_in_too_many_pieces_does_not_hold_up_others(server):
+    start = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    began = time.monotonic()
+    with connected(server, start) as connection:
+        with suppress(ConnectionError):
+            for _ in range(30):
+                connection.sendall(b"1\r\n \r\n" * 10_000)
+        with suppress(ConnectionError):
+            answer = rest(connection)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
+    assert is_well(server)
+    assert time.monotonic() - began < 4
 
 
 def test_what_is_said_to_be_too_long_is_not_read(server):

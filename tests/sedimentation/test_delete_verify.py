@@ -148,7 +148,9 @@ def test_the_log_forgets_neighbourhoods_that_name_a_document(tmp_path: Path) -> 
     events = list(log.events())
     assert [each.query for each in events] == [f"query {n}" for n in (0, 1, 2, 4, 5, 6, 7)]
     assert [each.number for each in events] == list(range(1, 8))
-    assert log.forget([3]) == 0
+    half = tmp_path / "log" / "chelation_events.half-8"
+    half.write_text('{"neighbourhood": [3, "sec')
+    assert log.forget([3]) == 0 and not half.exists()
     again = ChelationLog(tmp_path / "log")
     again.append(
         query="more",
@@ -161,6 +163,11 @@ def test_the_log_forgets_neighbourhoods_that_name_a_document(tmp_path: Path) -> 
     assert len(list(again.events())) == 8
     assert "query 3" not in "".join(p.read_text() for p in (tmp_path / "log").glob("*.jsonl"))
     assert log.forget(["other"]) == 8 and len(ChelationLog(tmp_path / "log")) == 0
+
+
+def test_a_name_of_thousands_of_digits_is_no_document(db: Path) -> None:
+    result = run("delete", db, "9" * 5000)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
 
 
 def logged(db: Path) -> str:
@@ -396,6 +403,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "gate history",
     ),
+    "decisions gone": (lambda db: (db / "gate_history.jsonl").unlink(), "gate history"),
 }
 
 

@@ -309,7 +309,7 @@ except FolderInUseError as error:
 def test_a_refused_opening_leaves_the_folder_free(tmp_path: Path) -> None:
     EdgeStore(tmp_path, IDENTITY).close()
     with pytest.raises(ConchError, match="with student tiny-student, not other"):
-        EdgeStore(tmp_path, {**IDENTITY, "student": "other"})
+        EdgeStore(tmp_path, {**IDENTITY, "student": "other", "digest": "d2"})
     EdgeStore(tmp_path, IDENTITY).close()
 
 

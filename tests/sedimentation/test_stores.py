@@ -518,7 +518,10 @@ def test_what_was_not_activated_is_gone_when_opened_again(opens: Opens) -> None:
 def test_a_store_of_another_student_is_refused_with_both_names(opens: Opens) -> None:
     opens().close()
     for change, message in (
-        ({"student": "other"}, "was made with student tiny-student, not other: open it with that"),
+        (
+            {"student": "other", "digest": "d2"},
+            "was made with student tiny-student, not other: open it with that",
+        ),
         ({"digest": "d2"}, r"other weights or settings of tiny-student \(digest d1, now d2\)"),
         ({"dimension": 9}, "was made in 8 dimensions, not 9"),
         (
@@ -531,6 +534,9 @@ def test_a_store_of_another_student_is_refused_with_both_names(opens: Opens) -> 
     ):
         with pytest.raises(ConchError, match=message):
             opens({**IDENTITY, **change})
+    # The digest says that it is the same one, in a folder that was moved.
+    with opens({**IDENTITY, "student": "moved"}) as store:
+        assert store.identity == {**IDENTITY, "student": "moved"}
     with opens() as store:
         assert store.identity == IDENTITY
 

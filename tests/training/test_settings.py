@@ -145,6 +145,7 @@ def test_several_greedy_answers_to_one_prompt_are_refused():
     [
         *("a/b", "/a", "..", ".", "", "../a", "a/", ".hidden"),
         *("run.json", "run.lock", "training_data.jsonl", "checkpoint_2", "answers", "candidate"),
+        *("a\nb", "\udcff", "a" * 65, "größe"),
     ],
 )
 def test_adapter_subdir_is_one_plain_folder_name(name):

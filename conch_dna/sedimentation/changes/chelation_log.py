@@ -251,6 +251,8 @@ class ChelationLog:
         def stays(event: Event) -> bool:
             return not any((type(each), each) in gone for each in event.neighbourhood)
 
+        for half in self.folder.glob("*.half-*"):
+            half.unlink()
         left_out = sum(not stays(event) for event in self.events())
         if not left_out:
             return 0
