@@ -264,7 +264,7 @@ class DomainRun:
         with dated(self._record["begun"]):
             split = self.examples.split(records)
         for warning in data_warnings(len(split.train), len(split.heldout), config):
-            self.report("warning", {"message": warning})
+            self.report("message", {"message": f"warning: {warning}"})
         needed = split.read(config)
         targets = self.examples.targets(self.folder / "soft_targets")
         missing = targets.missing(needed)
