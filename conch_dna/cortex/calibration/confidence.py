@@ -105,6 +105,7 @@ class Calibration:
         raw, calibrated = ([knot[side] for knot in self.knots] for side in (0, 1))
         sound = (
             all(0 <= share <= 1 for share in shares)
+            and (self.threshold is None or self.risk is not None)
             and raw == sorted(set(raw))
             and calibrated == sorted(calibrated)
             and bool(self.knots) == (self.method == "isotonic")
