@@ -269,6 +269,11 @@ class ModelSource:
         """Most positions the model was made for; None when its config does not say."""
         text = self.config.get("text_config")
         value = (text if isinstance(text, dict) else self.config).get("max_position_embeddings")
+        if not (value is None or (isinstance(value, int | float) and 0 <= value < 2**53)):
+            raise ConchError(
+                f"max_position_embeddings of {self.model_id} is {value!r}, which is no number of "
+                "positions: mend its config.json"
+            )
         return int(value) if value else None
 
     @cached_property

@@ -140,7 +140,8 @@ TARGETS = [
     Target("calibration.json", json_bytes([CALIBRATION]), models.read_calibration),
     Target("answers.jsonl", json_line_bytes(models.EXPERIENCE), models.read_answers_file),
     Target("experience", json_line_bytes(models.experience_lines()), models.read_buffer),
-    Target("structured answers", json_bytes([models.SHAPED]), models.read_answer),
+    # 100 kB take the schema's library over 4 s; a model's answer ends at its --max-tokens.
+    Target("structured answers", json_bytes([models.SHAPED]), models.read_answer, seconds=15.0),
     Target("HTTP bodies", json_bytes([models.BODY, models.STREAMED]), models.read_body, 2_000),
     Target("HTTP requests", models.requests(), models.ask_server, 1_500),
     Target("config.json", json_bytes([models.CONFIG]), models.read_model_config),

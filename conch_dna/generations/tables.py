@@ -120,6 +120,11 @@ def line_tree(title: str, nodes: Sequence[Node], head: str) -> "Tree":
     for node in nodes:
         mark = " ← HEAD" if node.name == head else ""
         text = f"{node.name}{mark}  {node.created}  {node.note}".rstrip()
+        if node.parent not in branches:
+            raise NotWholeError(
+                f"{node.name} says that its parent is {node.parent!r}, and there is no such "
+                "generation before it: its manifest was altered"
+            )
         branches[node.name] = branches[node.parent].add(text)
     return tree
 

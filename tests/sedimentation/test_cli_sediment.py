@@ -411,11 +411,11 @@ def test_the_example_shows_both_verdicts_and_a_rollback() -> None:
     assert done.returncode == 0, done.stderr
     order = [
         "12 added, 0 were there",
-        "ridge_strength 0.01: refused",
-        "0 added, 12 were there",
-        "ridge_strength 30: activated",
-        "[v0002]",
+        "ridge_strength 300: activated",
+        "[v0001]",
         "rollback: raw is active again",
+        "0 added, 12 were there",
+        "ridge_strength 0.01: refused",
     ]
     places = [done.stdout.find(text) for text in order]
     assert -1 not in places and places == sorted(places), done.stdout

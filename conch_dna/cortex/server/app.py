@@ -329,7 +329,7 @@ async def read_body(request: "Request", most: int) -> bytes:
         raise ApiError(415, f"the content type is {kind!r}: send application/json")
     too_large = ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > _DRAINED * most:
+    if declared.isdecimal() and (len(declared) > 20 or int(declared) > _DRAINED * most):
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
