@@ -27,6 +27,7 @@ from conch_dna.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import (
     FORMATS,
+    MOST_DIGITS,
     count_lines,
     embedded_text,
     read_document_files,
@@ -51,8 +52,6 @@ from conch_dna.sedimentation.store_options import (
 )
 
 ERRORS_SHOWN = 5
-# Of an integer that a store keeps, with its sign.
-MOST_DIGITS = 20
 REPORT_EVERY = 100
 # Fields of ChelationConfig that are options of a learning command.
 OF_CYCLE = ("threshold", "learning_rate", "epochs")

@@ -8,12 +8,9 @@ from collections.abc import Sequence
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
-from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.documents import MOST_DIGITS, DocumentId
 from conch_dna.sedimentation.results import DeleteResult
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
-
-# A number that is an id has no more digits, with its sign.
-LONGEST_NUMBER = 20
 
 
 def recovered(store: VectorStore, log: ChelationLog) -> list[str]:
@@ -51,5 +48,5 @@ def named(store: VectorStore, names: Sequence[str]) -> list[DocumentId]:
 
 
 def _is_number(name: str) -> bool:
-    plain = name.isascii() and name.removeprefix("-").isdigit() and len(name) <= LONGEST_NUMBER
+    plain = name.isascii() and name.removeprefix("-").isdigit() and len(name) <= MOST_DIGITS
     return plain and str(int(name)) == name

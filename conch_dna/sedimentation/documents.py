@@ -21,6 +21,8 @@ from conch_dna.errors import ConchError
 FIELDS = ("id", "_id", "title", "text", "payload")
 TITLE, TEXT = "title", "text"
 DocumentId = str | int
+# Of an integer that a store keeps, with its sign.
+MOST_DIGITS = 20
 
 AUTO, JSONL, LINES = "auto", "jsonl", "lines"
 FORMATS = (AUTO, JSONL, LINES)

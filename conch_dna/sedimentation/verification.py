@@ -54,22 +54,17 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         raise ConchError(f"{place.location} holds no store yet: ingest documents first")
     with FolderLock(folder, elsewhere="give another location or --state"):
         look("chelation log", lambda: _log(folder / LOG))
-        look("gate history", lambda: f"{len(read_history(folder))} decisions")
         adapters = sorted(path for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
         names = [path.name for path in adapters]
-        allowed = _allowed(folder)
         try:
             store = _opened(place)
         except NotWholeError as error:
+            look("gate history", lambda: _history(folder, RAW))
             parts.append(VerifiedPart("store", False, one_line(error)))
         else:
             with store:
+                look("gate history", lambda: _history(folder, store.active))
                 look("store", lambda: _settled(store, folder / LOG))
-                if allowed is not None and store.active not in (RAW, *allowed):
-                    told = (
-                        f"{folder / GATE_HISTORY} lacks the decision that let {store.active} pass"
-                    )
-                    parts.append(VerifiedPart("gate history", False, f"{told}: put it back"))
                 damage = store.damage()
                 for name in store.kept_contents():
                     what = "documents" if name == DOCUMENTS else f"vectors of version {name}"
@@ -84,12 +79,13 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
     return parts
 
 
-def _allowed(folder: Path) -> set[str] | None:
-    """The versions that the gate let pass; None where its history cannot be read."""
-    try:
-        return {entry["candidate"] for entry in read_history(folder) if entry["passed"]}
-    except NotWholeError:
-        return None
+def _history(folder: Path, active: str) -> str:
+    history = read_history(folder)
+    if active not in (RAW, *(entry["candidate"] for entry in history if entry["passed"])):
+        raise NotWholeError(
+            f"{GATE_HISTORY} lacks the decision that let {active} pass: put it back"
+        )
+    return f"{len(history)} decisions"
 
 
 def _opened(place: StorePlace) -> VectorStore:

@@ -280,7 +280,7 @@ def data_warnings(train: int, heldout: int, config: KDConfig) -> list[str]:
         heldout: Examples held out.
         config: How many of them are read.
     """
-    drawn = config.num_iters * config.batch_size * config.accumulation_steps
+    drawn = config.examples_read
     warnings = []
     if heldout < FEWEST_EXAMPLES:
         warnings.append(

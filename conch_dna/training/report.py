@@ -97,8 +97,7 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
 def advice(result: "KDResult", config: "KDConfig") -> str:
     """What to try where a student did not become better, in one line."""
     metadata, found = result.metadata, result.evaluation["verdict"]
-    seen = config.num_iters * config.batch_size * config.accumulation_steps
-    times = seen / max(1, metadata["train_examples"])
+    times = config.examples_read / max(1, metadata["train_examples"])
     data = f"{metadata['train_examples']} examples were each read {times:.1f} times"
     slower = f"a lower --learning-rate than {config.learning_rate:g}"
     longer = f"more --iters than {config.num_iters}"

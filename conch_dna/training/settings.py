@@ -192,6 +192,11 @@ class KDConfig:
         named = named_settings(values, known, source=source, aliases={"iters": "num_iters"})
         return cls(**{**named, **(overriding or {})})
 
+    @property
+    def examples_read(self) -> int:
+        """How many examples all steps read together, each as often as it is read."""
+        return self.num_iters * self.batch_size * self.accumulation_steps
+
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)

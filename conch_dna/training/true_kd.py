@@ -289,7 +289,6 @@ def plan_domain(
         )
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)
-    drawn = config.num_iters * config.batch_size * config.accumulation_steps
     chunk = config.head_chunk or config.batch_size * longest
     return {
         "domain": domain,
@@ -301,7 +300,7 @@ def plan_domain(
         "counted_tokens": tokens,
         "counted_tokens_exact": data is not None,
         "longest_example": longest,
-        "epochs": drawn / max(1, count - heldout_count),
+        "epochs": config.examples_read / max(1, count - heldout_count),
         "disk_bytes": tokens * identity.bytes_per_token,
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,

@@ -4,6 +4,7 @@ Knows aligned examples, the teacher's cache and the loss of its kinds; nothing o
 To add a kind: a class with `name`, `arrays` and `soft_loss`, and its entry in `examples.KINDS`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -100,7 +101,7 @@ class AlignedRows:
         return ids, kept, self.stored["log_rest"][rows, column]
 
 
-class AlignedTargets:
+class AlignedTargets(ABC):
     """The cached targets of a teacher, laid over a student's tokens; its kinds say how.
 
     The cache holds what the teacher said at its own tokens, so it serves every kind that keeps
@@ -187,13 +188,13 @@ class AlignedTargets:
         batch, part = self._read(examples)
         return replace(batch, arrays={**batch.arrays, **self.arrays(part, temperature)})
 
+    @abstractmethod
     def arrays(self, part: AlignedRows, temperature: float) -> Arrays:
         """What this kind adds to a batch; see `collate`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def soft_loss(self, config: KDConfig) -> SoftLoss | None:
         """What this kind compares of distributions; None if it does not."""
-        raise NotImplementedError
 
     def loss(self, student: LanguageModel, config: KDConfig) -> Loss:
         """The loss of a student over batches of `collate`, for the trainer."""
