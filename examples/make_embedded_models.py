@@ -24,7 +24,13 @@ from mlx_lm.utils import load
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conch_dna.errors import ConchError
-from conch_dna.training.batches import Batch, Example, ExampleBatches, collate, sequential_batches
+from conch_dna.training.batches import (
+    Batch,
+    Example,
+    ExampleBatches,
+    collate,
+    sequential_batches,
+)
 from conch_dna.training.head_loss import cross_entropy_sums
 from conch_dna.training.trainer import Trainer, TrainerSettings
 

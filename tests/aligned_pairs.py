@@ -8,7 +8,7 @@ import numpy as np
 from conch_dna.language_model import ModelSource
 from conch_dna.training.cross_tokenizer.records import AlignedExample, RecordAligner
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
-from conch_dna.training.examples import KINDS
+from conch_dna.training.data.examples import KINDS
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
 
 TEXTS = [

@@ -45,7 +45,7 @@ from conch_dna.sedimentation.embedders.teachers import VectorCache
 from conch_dna.sedimentation.stores.edge import MANIFEST as MANIFEST_OF_STORE
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.stored_documents import to_stored
-from conch_dna.training.records import (
+from conch_dna.training.data.records import (
     read_prompts,
     read_records,
     split_heldout,
@@ -216,7 +216,7 @@ RUN = {"identity": {"teacher": "a", "num_iters": 4}, "begun": "2026-11-29", "fin
 
 
 def read_run(folder: Path, content: bytes) -> None:
-    from conch_dna.training.domain_run import DomainRun
+    from conch_dna.training.runs.domain_run import DomainRun
 
     source = embedded_source()
     config = KDConfig(output_dir=str(folder))

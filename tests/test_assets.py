@@ -8,8 +8,8 @@ import pytest
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.training.batches import collate, sequential_batches
 from conch_dna.training.cross_tokenizer.vocabulary import SAME, compare_tokenizers
+from conch_dna.training.data.records import fitting, read_prompts, tokenize_records
 from conch_dna.training.head_loss import cross_entropy_sums
-from conch_dna.training.records import fitting, read_prompts, tokenize_records
 
 PAIR = ("embedded:teacher", "embedded:student")
 

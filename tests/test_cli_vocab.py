@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from conch_dna.cli import main
 from conch_dna.language_model import ModelSource
-from conch_dna.training import domain_run
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS
+from conch_dna.training.runs import domain_run
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, character_tokenizer, wordpiece_tokenizer
 

@@ -179,7 +179,11 @@ def test_the_command_line_loads_nothing_heavy():
         ("def f():\n import torch", ["torch"], []),
         ("if TYPE_CHECKING:\n import torch", ["torch"], []),
         ('if __name__ == "__main__":\n import torch', [], []),
-        ("from . import batches", ["conch_dna.training.batches"], ["conch_dna.training.batches"]),
+        (
+            "from . import batches",
+            ["conch_dna.training.batches"],
+            ["conch_dna.training.batches"],
+        ),
         ("from ..losses import kl", ["conch_dna.losses.kl"], ["conch_dna.losses.kl"]),
         ("importlib.import_module('torch.nn')", ["torch.nn"], ["torch.nn"]),
     ],

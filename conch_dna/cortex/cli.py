@@ -194,7 +194,7 @@ def calibrate(
     from conch_dna.cortex.calibration.calibrating import calibrate_domain
     from conch_dna.cortex.commands.status import calibration_table
     from conch_dna.progress import Progress
-    from conch_dna.training.records import read_prompts, read_records
+    from conch_dna.training.data.records import read_prompts, read_records
 
     texts = read_prompts(Path(prompts)) if prompts else None
     records = read_records(Path(data)) if data else None
@@ -284,7 +284,7 @@ def retrain(
     from conch_dna.generations.tables import verdict_table
     from conch_dna.progress import Progress
     from conch_dna.retraining.domain import active_adapter, settings_over
-    from conch_dna.training.records import read_records
+    from conch_dna.training.data.records import read_records
 
     manifest = read_yaml(Path(config_file)) if config_file else {}
     records = read_records(Path(old_data)) if old_data else None

@@ -18,8 +18,8 @@ from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.answers import TextStream, continuation_text
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
+from conch_dna.training.data.answers import TextStream, continuation_text
 from conch_dna.training.structured_answers import parse_answer, repair_messages
 
 

@@ -19,19 +19,19 @@ from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.training.answers import (
+from conch_dna.training.batches import Example
+from conch_dna.training.chats.conversations import Prompt, prompt_turns
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+from conch_dna.training.data.answers import (
     TextStream,
     answer_batch,
     continuation_text,
     generate_answers,
     make_sampler,
 )
-from conch_dna.training.batches import Example
-from conch_dna.training.chats.conversations import Prompt, prompt_turns
-from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+from conch_dna.training.data.records import Record, tokenize_record
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import token_scores
-from conch_dna.training.records import Record, tokenize_record
 from conch_dna.training.settings import KDConfig, validate_domain
 
 _CORRECTION = """{request}

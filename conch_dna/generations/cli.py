@@ -101,7 +101,7 @@ def _print_verdicts(name: str, verdicts: Sequence[Any]) -> None:
 def init(line: "Line", model: str, data: str, adapter: str | None) -> None:
     """Begin a line with a model as generation 0."""
     from conch_dna.generations.data import init_line
-    from conch_dna.training.records import read_records
+    from conch_dna.training.data.records import read_records
 
     records = read_records(Path(data))
     first = init_line(line, model, records, adapter=Path(adapter) if adapter else None)
@@ -161,7 +161,7 @@ def evolve(
     from conch_dna.generations.laws import read_laws
     from conch_dna.generations.line import Line
     from conch_dna.progress import Progress
-    from conch_dna.training.records import read_records
+    from conch_dna.training.data.records import read_records
 
     source = manifest_file or "the command line"
     manifest = _manifest(manifest_file)
@@ -309,8 +309,8 @@ def ensemble(
     """Let several generations answer a prompt together."""
     from conch_dna.generations.ensemble import ensemble_answer, load_generations
     from conch_dna.language_model import ModelSource
-    from conch_dna.training.answers import continuation_text
     from conch_dna.training.chats.conversations import prompt_ids
+    from conch_dna.training.data.answers import continuation_text
 
     head = line.head
     members = names.split(",") if names else [head, *line.ancestors(head)[:1]]

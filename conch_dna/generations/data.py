@@ -21,9 +21,9 @@ from conch_dna.generations.two_teachers import TwoTeacherTargets
 from conch_dna.language_model import ADAPTER_FILES, ModelSource
 from conch_dna.training.batches import Batch, Example
 from conch_dna.training.cross_tokenizer.records import AlignedExample
-from conch_dna.training.domain_run import HELDOUT_FILE
-from conch_dna.training.examples import Examples
-from conch_dna.training.records import Record, json_lines, read_records, split_heldout
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import Record, json_lines, read_records, split_heldout
+from conch_dna.training.runs.domain_run import HELDOUT_FILE
 
 DATA_FILE = "data.jsonl"
 

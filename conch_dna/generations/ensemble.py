@@ -15,7 +15,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.blending import confidence
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import log_softmax, log_sum_exp
-from conch_dna.training.answers import make_sampler
+from conch_dna.training.data.answers import make_sampler
 
 
 def load_generations(base: ModelSource, adapters: Sequence[Path | None]) -> list[LanguageModel]:

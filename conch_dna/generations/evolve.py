@@ -64,10 +64,10 @@ from conch_dna.training.adapters import (
     require_trainable,
     save_adapter,
 )
-from conch_dna.training.answers import openings
 from conch_dna.training.chats.templates import dated
-from conch_dna.training.examples import Examples
-from conch_dna.training.records import Record
+from conch_dna.training.data.answers import openings
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import Record
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
 SAMPLES_FILE = "samples.json"

@@ -19,8 +19,8 @@ from conch_dna.generations.settings import PAIRED, GateSettings
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import paired_interval
-from conch_dna.training.answers import sample_texts
 from conch_dna.training.batches import Example
+from conch_dna.training.data.answers import sample_texts
 from conch_dna.training.evaluation import token_scores
 from conch_dna.training.settings import KDConfig
 

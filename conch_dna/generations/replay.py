@@ -11,7 +11,7 @@ import numpy as np
 from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import Example, ExampleBatches, bucketed_batches
-from conch_dna.training.records import Record
+from conch_dna.training.data.records import Record
 
 
 def create_replay_buffer(

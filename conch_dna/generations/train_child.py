@@ -23,7 +23,7 @@ from conch_dna.progress import Report
 from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.cross_tokenizer.alignments import INDEX, SHARED_TOKENS
-from conch_dna.training.examples import Examples
+from conch_dna.training.data.examples import Examples
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.trainer import Trainer, TrainingResult, trainer_settings
 

@@ -41,8 +41,8 @@ from conch_dna.option_fields import named_settings
 from conch_dna.progress import Report
 from conch_dna.retraining.lessons import EXPERIENCE, Lessons
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
-from conch_dna.training.domain_run import DATA_FILE as TRAINING_DATA
-from conch_dna.training.records import Record, read_records
+from conch_dna.training.data.records import Record, read_records
+from conch_dna.training.runs.domain_run import DATA_FILE as TRAINING_DATA
 from conch_dna.training.settings import KDConfig, get_kd_adapter_path, validate_domain
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from conch_dna.retraining.experience import Experience, Message
 from conch_dna.training.chats.conversations import prompt_messages
-from conch_dna.training.records import Record
+from conch_dna.training.data.records import Record
 
 EXPERIENCE = "experience"
 """The key of a record that holds the ids of the experience it was made of."""
@@ -23,7 +23,7 @@ class Lessons:
     """What can be learned now.
 
     Attributes:
-        records: To train on, in the form of `training.records`, with the ids of the experience
+        records: To train on, in the form of `training.data.records`, with the ids of the experience
             behind each under EXPERIENCE.
         used: Those ids, all of them.
         left_out: For the id of each other new experience, why.

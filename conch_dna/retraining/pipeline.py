@@ -26,8 +26,8 @@ from conch_dna.retraining.domain import (
 )
 from conch_dna.retraining.experience import Experience, Message
 from conch_dna.retraining.lessons import Lessons, lessons_of
+from conch_dna.training.data.records import Record
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import Record
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 
 

@@ -183,9 +183,9 @@ def vocab(
     from conch_dna.language_model import open_tokenizer
     from conch_dna.training.cross_tokenizer.records import text_coverage
     from conch_dna.training.cross_tokenizer.vocabulary import DIFFERENT, compare_tokenizers
-    from conch_dna.training.examples import resolve_alignment
-    from conch_dna.training.records import read_lines
-    from conch_dna.training.report import comparison_table
+    from conch_dna.training.data.examples import resolve_alignment
+    from conch_dna.training.data.records import read_lines
+    from conch_dna.training.runs.report import comparison_table
 
     texts = read_lines(Path(text_file), "--text") if text_file else []
     (first, first_rows), (second, second_rows) = (
@@ -211,7 +211,7 @@ def vocab(
 
 
 def _read_source(named: dict[str, str]) -> dict[str, Any]:
-    from conch_dna.training.records import read_prompts, read_records
+    from conch_dna.training.data.records import read_prompts, read_records
 
     if "data" in named:
         return {"data": read_records(Path(named["data"]))}
@@ -266,7 +266,7 @@ def _print_plan(
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from conch_dna.training.report import advice, evaluation_table, verdict_text
+    from conch_dna.training.runs.report import advice, evaluation_table, verdict_text
 
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]

@@ -20,10 +20,10 @@ from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
+from conch_dna.training.data.examples import Examples, data_warnings
+from conch_dna.training.data.records import Record, split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.domain_run import DomainRun, RunData
-from conch_dna.training.examples import Examples, data_warnings
-from conch_dna.training.records import Record, split_heldout
+from conch_dna.training.runs.domain_run import DomainRun, RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,

@@ -21,7 +21,7 @@ from conch_dna.training.cross_tokenizer.targets import (
     chunk_arrays,
 )
 from conch_dna.training.cross_tokenizer.vocabulary import build_vocab_projection
-from conch_dna.training.examples import KINDS
+from conch_dna.training.data.examples import KINDS
 from conch_dna.training.head_loss import Sums
 from conch_dna.training.settings import KDConfig
 

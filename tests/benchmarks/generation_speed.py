@@ -7,9 +7,9 @@ import time
 from _setting import print_setting, spread
 
 from conch_dna.language_model import ASSETS, ModelSource
-from conch_dna.training.answers import answer_batch
 from conch_dna.training.chats.conversations import prompt_ids
-from conch_dna.training.records import read_prompts
+from conch_dna.training.data.answers import answer_batch
+from conch_dna.training.data.records import read_prompts
 
 ROUNDS = 3
 PROMPTS = 16

@@ -34,7 +34,7 @@ from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.settings import BlendSettings, EvolveConfig, GateSettings
 from conch_dna.language_model import ModelSource
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
-from conch_dna.training.records import tokenize_records
+from conch_dna.training.data.records import tokenize_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import keep_layers

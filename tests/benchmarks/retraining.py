@@ -26,13 +26,13 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import Retraining
 from conch_dna.retraining.pipeline import TrainingPipeline
-from conch_dna.training.answers import answer_batch, generate_answers
-from conch_dna.training.answers import texts_of as answers_of
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.chats.conversations import prompt_ids
+from conch_dna.training.data.answers import answer_batch, generate_answers
+from conch_dna.training.data.answers import texts_of as answers_of
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import read_records
 from conch_dna.training.evaluation import heldout_metrics
-from conch_dna.training.examples import Examples
-from conch_dna.training.records import read_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from generations import settings_of, texts_of

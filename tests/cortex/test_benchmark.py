@@ -22,8 +22,8 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.data import init_line
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.retraining.domain import line_of
+from conch_dna.training.data.records import split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import split_heldout
 from cortex_models import train_adapter
 from models import make_model_folder
 from suites import STUDENT, TEACHER, answering, tales

@@ -37,8 +37,8 @@ from conch_dna.generations.evolve import EvolveConfig
 from conch_dna.generations.line import MANIFEST_FILE
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import line_of
+from conch_dna.training.data.records import json_lines, split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import json_lines, split_heldout
 from cortex_models import write_adapter
 from models import ASSETS, make_model_folder
 from suites import STUDENT, TEACHER, answering, tales

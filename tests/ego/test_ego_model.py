@@ -15,17 +15,17 @@ import pytest
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.answers import (
+from conch_dna.training.chats.conversations import prompt_ids
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
+from conch_dna.training.data.answers import (
     TextStream,
     answer_batch,
     continuation_text,
     generate_answers,
     texts_of,
 )
-from conch_dna.training.chats.conversations import prompt_ids
-from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
+from conch_dna.training.data.records import tokenize_record
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.records import tokenize_record
 from conch_dna.training.settings import DEFAULT_TEACHER, KDConfig
 from models import make_model_folder
 

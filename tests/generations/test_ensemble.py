@@ -16,7 +16,7 @@ from conch_dna.generations.ensemble import (
 )
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors, attach_lora, save_adapter
-from conch_dna.training.answers import answer_batch
+from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.settings import KDConfig
 from models import make_model_folder
 

@@ -19,7 +19,7 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ADAPTER_FILES, LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import adapter_tensors
 from conch_dna.training.chats import templates
-from conch_dna.training.records import json_lines
+from conch_dna.training.data.records import json_lines
 from lines import config_of, copied, garbage, quick_config, stories, sums
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, character_tokenizer

@@ -23,7 +23,7 @@ from conch_dna.generations.two_teachers import (
 )
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
-from conch_dna.training.records import tokenize_records
+from conch_dna.training.data.records import tokenize_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
 from models import make_model_folder

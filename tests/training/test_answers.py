@@ -15,8 +15,10 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.training import answers
-from conch_dna.training.answers import (
+from conch_dna.training.batches import Example
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
+from conch_dna.training.data import answers
+from conch_dna.training.data.answers import (
     answer_batch,
     cached_answer_batch,
     continuation_text,
@@ -28,9 +30,7 @@ from conch_dna.training.answers import (
     takes_unequal_rows,
     texts_of,
 )
-from conch_dna.training.batches import Example
-from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.records import tokenize_record
+from conch_dna.training.data.records import tokenize_record
 from conch_dna.training.settings import KDConfig
 from models import make_gemma2_folder, make_model_folder
 

@@ -24,7 +24,7 @@ from conch_dna.training.chats.conversations import (
     turn_problem,
 )
 from conch_dna.training.chats.templates import dated
-from conch_dna.training.records import record_texts, tokenize_record
+from conch_dna.training.data.records import record_texts, tokenize_record
 
 
 def turns(*texts: str, system: str = "") -> list[dict[str, Any]]:

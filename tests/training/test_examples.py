@@ -18,8 +18,8 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.cross_tokenizer.targets import ChunkTargets
-from conch_dna.training.examples import Examples, resolve_alignment
-from conch_dna.training.records import Record
+from conch_dna.training.data.examples import Examples, resolve_alignment
+from conch_dna.training.data.records import Record
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
 from models import make_model_folder

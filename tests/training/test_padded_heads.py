@@ -20,15 +20,15 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from conch_dna.language_model import ASSETS, LanguageModel, ModelSource, open_tokenizer
-from conch_dna.training import domain_run
 from conch_dna.training.cross_tokenizer.vocabulary import (
     SAME,
     SAME_UP_TO_PADDING,
     compare_tokenizers,
 )
-from conch_dna.training.examples import Examples
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import split_heldout
 from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.records import split_heldout
+from conch_dna.training.runs import domain_run
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 from models import make_model_folder

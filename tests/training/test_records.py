@@ -21,7 +21,7 @@ from conch_dna.language_model import load_tokenizer
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import plain_prompt, prompt_ids, prompt_messages
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.records import (
+from conch_dna.training.data.records import (
     fitting,
     plain_text,
     read_prompts,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conch_dna.training import report
-from conch_dna.training.report import (
+from conch_dna.training.runs import report
+from conch_dna.training.runs.report import (
     advice,
     draw_curve,
     evaluation_table,

@@ -23,11 +23,11 @@ from conch_dna.checkpoints import file_digest
 from conch_dna.errors import ConchError, NonFiniteLossError
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.losses import LOSSES
-from conch_dna.training import domain_run
 from conch_dna.training.batches import ExampleBatches
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.examples import Examples
-from conch_dna.training.records import split_heldout
+from conch_dna.training.runs import domain_run
 from conch_dna.training.true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
 from models import make_model_folder
 

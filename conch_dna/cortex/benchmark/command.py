@@ -28,7 +28,7 @@ from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.presentation import print_tables, report_path, write_report
 from conch_dna.progress import Progress, Report, silent
-from conch_dna.training.records import Record, read_records
+from conch_dna.training.data.records import Record, read_records
 from conch_dna.training.settings import DEFAULT_TEACHER
 
 FORMAT = "cortex benchmark 1"

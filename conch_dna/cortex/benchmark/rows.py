@@ -32,9 +32,9 @@ from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.domain import distillation_settings
 from conch_dna.training.batches import sequential_batches
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.records import Record
 from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
-from conch_dna.training.examples import Examples
-from conch_dna.training.records import Record
 from conch_dna.training.structured_answers import parse_answer
 
 STUDENT, ADAPTER, EGO = "student", "adapter", "EGO"

@@ -37,9 +37,9 @@ from conch_dna.generations.promotion import text_scores
 from conch_dna.metrics import reliability
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.lessons import conversation, record_of
-from conch_dna.training.answers import continuation_text
 from conch_dna.training.chats.conversations import Prompt
-from conch_dna.training.records import Record, tokenize_record
+from conch_dna.training.data.answers import continuation_text
+from conch_dna.training.data.records import Record, tokenize_record
 from conch_dna.training.structured_answers import parse_answer
 
 PICTURE_FILE = "risk_coverage.png"

@@ -17,9 +17,9 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.data import DATA_FILE, HELDOUT_FILE, earlier_records
 from conch_dna.generations.line import Line
 from conch_dna.retraining.domain import distillation_folder, line_of
-from conch_dna.training.answers import openings
 from conch_dna.training.chats.conversations import Prompt, plain_turns
-from conch_dna.training.records import (
+from conch_dna.training.data.answers import openings
+from conch_dna.training.data.records import (
     Record,
     question_of,
     read_records,

@@ -22,7 +22,7 @@ from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
 from conch_dna.cortex.options import MAX_BATCH, DrawOptions
 from conch_dna.errors import ConchError
-from conch_dna.training.answers import make_sampler, takes_unequal_rows
+from conch_dna.training.data.answers import make_sampler, takes_unequal_rows
 
 PREFILL_ROWS = 8
 MAX_PREFIX_BYTES = 256 * 2**20

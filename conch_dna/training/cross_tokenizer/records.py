@@ -1,7 +1,7 @@
 """Records as the tokens of two models with different tokenizers, and which belong together.
 
 Knows records, two tokenizers and bytes; nothing of distributions or weights.
-To align another form of record: `training/records.py`, which says what its answers are.
+To align another form of record: `training/data/records.py`, which says what its answers are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import (
     token_spans,
 )
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.records import (
+from conch_dna.training.data.records import (
     Record,
     counted_bytes,
     plain_text,

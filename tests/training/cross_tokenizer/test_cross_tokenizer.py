@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.training import domain_run
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS
-from conch_dna.training.records import Record, split_heldout
+from conch_dna.training.data.records import Record, split_heldout
+from conch_dna.training.runs import domain_run
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 from models import keep_layers, make_model_folder

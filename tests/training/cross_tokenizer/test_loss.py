@@ -23,7 +23,7 @@ from conch_dna.training.cross_tokenizer.loss import (
     with_reaching,
 )
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
-from conch_dna.training.examples import KINDS, resolve_alignment
+from conch_dna.training.data.examples import KINDS, resolve_alignment
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
 

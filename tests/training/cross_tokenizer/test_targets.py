@@ -18,7 +18,7 @@ from benchmarks._baseline_alignments import BASELINES, instead_of_roots, sorted_
 from conch_dna.training.cross_tokenizer.targets import merged
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import build_vocab_projection, shared_tokens
-from conch_dna.training.examples import KINDS, Examples
+from conch_dna.training.data.examples import KINDS, Examples
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
 

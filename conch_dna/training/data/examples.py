@@ -14,7 +14,6 @@ import numpy as np
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
-from conch_dna.training.answers import openings
 from conch_dna.training.batches import Example, ExampleBatches
 from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import (
@@ -31,7 +30,8 @@ from conch_dna.training.cross_tokenizer.targets import (
 )
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
-from conch_dna.training.records import Record, fitting, split_heldout, tokenize_records
+from conch_dna.training.data.answers import openings
+from conch_dna.training.data.records import Record, fitting, split_heldout, tokenize_records
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,

@@ -26,7 +26,7 @@ from conch_dna.training.chats.conversations import (
     require_room,
 )
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.records import TOKENS, Record
+from conch_dna.training.data.records import TOKENS, Record
 from conch_dna.training.settings import KDConfig
 
 FORMAT = "answers 2"

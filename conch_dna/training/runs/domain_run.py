@@ -40,15 +40,17 @@ from conch_dna.training.adapters import (
     save_adapter,
     trained_tensors,
 )
-from conch_dna.training.answers import (
+from conch_dna.training.batches import ExampleBatches, sequential_batches
+from conch_dna.training.chats.templates import dated
+from conch_dna.training.data.answers import (
     cached_answer_batch,
     generate_answers,
     sample_draw,
     sample_texts,
     texts_of,
 )
-from conch_dna.training.batches import ExampleBatches, sequential_batches
-from conch_dna.training.chats.templates import dated
+from conch_dna.training.data.examples import Examples, Split, data_warnings
+from conch_dna.training.data.records import Record, json_lines
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import (
     HeldoutFigures,
@@ -57,10 +59,8 @@ from conch_dna.training.evaluation import (
     teacher_metrics,
     with_evaluation,
 )
-from conch_dna.training.examples import Examples, Split, data_warnings
 from conch_dna.training.head_loss import make_cross_entropy_loss
-from conch_dna.training.records import Record, json_lines
-from conch_dna.training.report import draw_curve, samples_text
+from conch_dna.training.runs.report import draw_curve, samples_text
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     KDConfig,

@@ -1,0 +1,1 @@
+"""Runs of a domain in their folders: the stages, what is told of them, how they compare."""
