@@ -45,6 +45,11 @@ _WORDS = {
     "uniqueItems": "{place} holds the same item more than once",
 }
 
+# So many doubled keys are named; of more their number.
+MOST_NAMED = 8
+# An escaped half of a surrogate pair.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 TEXT: dict[str, Any] = {"type": "string", "pattern": r"\S"}
@@ -300,7 +305,10 @@ def read_json(text: str) -> Any:
         value = dict(items)
         if len(value) < len(items):
             twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
-            raise JsonError(f"the key {_quoted(twice)} stands in it more than once")
+            more = f" and {len(twice) - MOST_NAMED} more" if len(twice) > MOST_NAMED else ""
+            raise JsonError(
+                f"the key {_quoted(twice[:MOST_NAMED])}{more} stands in it more than once"
+            )
         return value
 
     def constant(name: str) -> Any:
@@ -316,7 +324,10 @@ def read_json(text: str) -> Any:
         value = json.loads(
             text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text.encode()
+        if _HALF.search(text):
+            # Two halves may be a whole one, which only the value tells.
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
             raise JsonError("it ends before its last brace is closed", len(text)) from None

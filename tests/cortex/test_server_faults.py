@@ -16,7 +16,8 @@ import openai
 import pytest
 
 from conch_dna.cortex.neuron import MOST_NOTES, CortexSuite, create_cortex_suite
-from conch_dna.cortex.server import serving
+from conch_dna.cortex.server import app, serving
+from conch_dna.cortex.server.app import ChatEndpoint
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.ego import prompts
 from conch_dna.ego.model import EgoConfig, EgoModel
@@ -194,6 +195,15 @@ def test_long_prompts_are_tokenised_beside_short_ones(served_adapters, monkeypat
         for each in waiting:
             status, _, body = each.result()
             assert status == 400 and b"the context of embedded:student ends at 512" in body
+
+
+def test_a_thread_rests_between_two_long_bodies(server):
+    chat = ChatEndpoint(server._loop, lambda request: None)
+    began = time.monotonic()
+    for _ in range(3):
+        chat._rested(time.sleep, 0.02)
+    chat.close()
+    assert time.monotonic() - began >= 0.02 * (3 + 2 * app._REST)
 
 
 # Failures of models

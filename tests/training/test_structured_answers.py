@@ -133,6 +133,10 @@ class TestWhatIsRefused:
             ),
             ('{"a": 1, "b": 2, "a": 1}', 'the key "a" stands in it more than once'),
             ('{"a": {"b": 1, "b": 1}}', 'the key "b" stands in it more than once'),
+            (
+                "{" + ",".join(f'"{n}": 1, "{n}": 2' for n in range(10)) + "}",
+                'the key "0", "1", "2", "3", "4", "5", "6", "7" and 2 more stands',
+            ),
             ('{"a": NaN}', "NaN is no JSON number"),
             ('{"a": [-Infinity]}', "-Infinity is no JSON number"),
             ('{"a": 1e999}', "the number 1e999 is too large"),

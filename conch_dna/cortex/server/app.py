@@ -45,6 +45,9 @@ _ORIGIN = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST.pattern}")
 UNKNOWN = "unknown"
 # Bodies from here on are read by another thread, so that short ones do not wait for them.
 _LARGE = 2**15
+# After a long body its thread rests so many times as long as it worked: Python's threads share one
+# lock, and long bodies of a few clients would keep it from those who answer.
+_REST = 3.0
 # What is read of a body that is too large, so that the client gets to read why.
 _DRAINED = 16
 _STREAM_HEADERS = [
@@ -226,6 +229,7 @@ class ChatEndpoint:
         self._places: set[Request] = set()
         self._short_bodies = ThreadPoolExecutor(2, "short bodies")
         self._long_bodies = ThreadPoolExecutor(1, "long bodies")
+        self._rest_until = 0.0
         self._loop = loop
         self._check = check
 
@@ -279,13 +283,25 @@ class ChatEndpoint:
 
     async def _read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
         """Do what takes longer the longer a body is, away from the connections' thread."""
-        pool = self._long_bodies if len(body) > _LARGE else self._short_bodies
+        pool = self._short_bodies
+        if len(body) > _LARGE:
+            pool, arguments, work = self._long_bodies, (work, *arguments), self._rested
         longest = self._loop.settings.request_timeout_s
         try:
             async with asyncio.timeout(longest):
                 return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
         except TimeoutError as error:
             raise ApiError(504, f"the request waited for longer than {longest:g} s") from error
+
+    def _rested(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something with a long body, when there was rest enough after the last one."""
+        time.sleep(max(0.0, self._rest_until - time.monotonic()))
+        began = time.monotonic()
+        try:
+            return work(*arguments)
+        finally:
+            ended = time.monotonic()
+            self._rest_until = ended + _REST * (ended - began)
 
     def _check_room(self, places: int) -> None:
         if self._loop.stopping:

@@ -6,6 +6,7 @@ loop.py. More to listen to than one socket: `CortexServer.__init__`.
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,9 @@ from conch_dna.errors import ConchError, one_line
 
 # For connections that stay open when all answers are sent.
 _CLOSING_S = 2
+# The longest that a thread which reads a long body keeps the others waiting; Python's 5 ms are as
+# long as a step of a small model, which waits several times a step.
+_SWITCH_S = 0.0005
 # Connections beside those that wait for an answer: between two requests, or sending one.
 _SPARE_CONNECTIONS = 256
 
@@ -85,6 +89,8 @@ class CortexServer:
     def run(self) -> None:
         """Answer until `stop`, and then until those who wait have their answers."""
         thread = threading.Thread(target=self._connect, name="connections")
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
         thread.start()
         self._report(f"{', '.join(self._loop.models)} answer at {self.url}")
         try:
@@ -93,6 +99,7 @@ class CortexServer:
             self._connections.should_exit = True
             thread.join()
             self._chat.close()
+            sys.setswitchinterval(interval)
 
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse new requests and end when those under way are done; from any thread.
