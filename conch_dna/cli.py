@@ -1,7 +1,7 @@
 """Puts the groups of commands together, nothing else.
 
 It knows names; what a command does stands in the cli.py of its part.
-To add a command: a line here, and one in README.md.
+To add a command: a line here, and one in README.md or docs/.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The commands of CORTEX: ask, chat, serve, status, and those by which neurons learn.
 
 Parses, calls, prints; decides nothing. To add a command: a function with help, an example, a line
-in README.md, and its name at the end.
+in docs/cortex.md, and its name at the end.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The commands of model lines: begin, evolve, look, go back, and answer together.
 
 Parses, calls, prints; decides nothing. To add a command: a function here under `generations`, with
-help, an example, and a line in README.md.
+help, an example, and a line in docs/generations.md.
 """
 
 import os

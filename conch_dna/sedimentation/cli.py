@@ -1,7 +1,7 @@
 """The commands of stores that learn: documents in, answers out, changes judged by a gate.
 
 Parses, calls, prints; decides nothing. To add a command: a function here under `sediment`, with
-help, an example, and a line in README.md.
+help, an example, and a line in docs/sedimentation.md.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The settings of an embedding store that learns.
 
-Defaults and ranges stand only here; the command line and the tables of the README are made from
-or compared with these fields. Knows nothing of how they are used. To add a setting: a field with
-its help and range.
+Defaults and ranges stand only here; the command line and the tables of docs/sedimentation.md are
+made from or compared with these fields. Knows nothing of how they are used. To add a setting: a
+field with its help and range.
 """
 
 import warnings

@@ -150,15 +150,15 @@ def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
 def test_the_manifest_in_the_readme_is_one(tmp_path: Path) -> None:
     from conch_dna.command_parts import read_yaml
 
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/generations.md").read_text(encoding="utf-8")
     block = text.split("```yaml\nevolution_request")[1].split("```")[0]
     path = tmp_path / "evolution.yaml"
     path.write_text("evolution_request" + block)
     manifest = read_yaml(path)
-    config = EvolveConfig.from_manifest(manifest, source="README.md")
+    config = EvolveConfig.from_manifest(manifest, source="docs/generations.md")
     assert (config.first_teacher, config.second_teacher) == ("", "organisation/critic")
     assert config.gates.by_lower_bound == ("generalize",)
-    assert requested(manifest, "README.md", line=None, data=None)["line"] == "tales"
+    assert requested(manifest, "docs/generations.md", line=None, data=None)["line"] == "tales"
 
 
 def test_a_second_evolution_at_once_is_told_of_the_first(line: Path) -> None:
