@@ -47,7 +47,37 @@ def _one_line_usage(ctx: click.Context | None = None) -> Iterator[None]:
 
 
 class OneLineUsage(click.Command):
-    """A command or group that tells in one line how it was called wrongly."""
+    """A command or group that tells in one line how it was called wrongly.
+
+    Args:
+        headings: For its help, the first option of each group of options by the group's heading.
+    """
+
+    def __init__(
+        self, *args: Any, headings: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.headings = {first: heading for heading, first in (headings or {}).items()}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, in groups where there are headings."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        heading = "Options"
+        for parameter in self.get_params(ctx):
+            heading = self.headings.get(parameter.name or "", heading)
+            heading = "Options" if parameter.name == "help" else heading
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, click.Option):
+                groups.setdefault(heading, []).append(record)
+        for each, records in groups.items():
+            with formatter.section(each):
+                formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole."""
+        return super().get_short_help_str(max(limit, 200))
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the command line."""
@@ -88,6 +118,32 @@ class OneLineErrors(OneLineUsage):
             more = "; the same command with --resume goes on" if resumes else ""
             click.echo(f"stopped{more}", err=True)
             sys.exit(INTERRUPTED_EXIT)
+
+
+def command(
+    *lines: str, name: str | None = None, headings: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a command whose help ends with an example.
+
+    Args:
+        *lines: The example.
+        name: Of the command; the function's by default.
+        headings: The first option of each group of options by the group's heading.
+    """
+    return click.command(
+        name, cls=OneLineErrors, context_settings=HELP, headings=headings, epilog=example(*lines)
+    )
+
+
+json_option = click.option("--json", "json_file", metavar="FILE", help="Write the figures there.")
+
+
+def write_figures(json_file: str | None, document: Any) -> None:
+    """Write what a command found where `--json` says, if it says."""
+    if json_file:
+        from conch_dna.checkpoints import write_json
+
+        write_json(Path(json_file).expanduser(), document)
 
 
 def options_of(

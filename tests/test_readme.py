@@ -340,6 +340,12 @@ def test_every_command_has_help_and_an_example_and_stands_in_the_documents(path)
     assert any(full_name in read(each) for each in DOCUMENTS), f"no document shows {full_name}"
     unexplained = [p.opts[0] for p in command.params if not getattr(p, "help", None)]
     assert not unexplained, f"{full_name}: no help for {unexplained}"
+    unclear = [p.opts[0] for p in command.params if str(p.help).startswith(("Of ", "Likewise"))]
+    assert not unclear, f"{full_name}: the help of {unclear} says nothing alone"
+    headings = getattr(command, "headings", {})
+    assert set(headings) <= {p.name for p in command.params}, f"{full_name}: an option is gone"
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert len(options) <= 14 or headings, f"{full_name} has {len(options)} options in one list"
     examples = re.findall(r"^\s+((?:python -m|conch-dna) (?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert examples, f"the help of {full_name} shows no command line"
     for example in examples:

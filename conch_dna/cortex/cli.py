@@ -13,15 +13,22 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineGroup, example, options_of, read_yaml
+from conch_dna.command_parts import (
+    HELP,
+    OneLineGroup,
+    command,
+    example,
+    json_option,
+    options_of,
+    read_yaml,
+    write_figures,
+)
 from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.commands.shared_options import (
     adapters_option,
     answer_options,
     ask_options,
-    command,
     domain_argument,
-    json_option,
     model_options,
     opened_suite,
     pipeline_of,
@@ -29,7 +36,6 @@ from conch_dna.cortex.commands.shared_options import (
     remember_option,
     settings_of,
     trust_option,
-    write_figures,
 )
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.errors import ConchError, Interrupted
@@ -51,6 +57,7 @@ def cortex() -> None:
 @command(
     'conch-dna cortex ask thinking "Should we rent or buy a printer?"',
     "conch-dna cortex ask task - --ego http://127.0.0.1:8080/v1 --ego-name qwen < plan.txt",
+    headings={"Models": "adapters", "Answer": "system", "Experience": "remember"},
 )
 @domain_argument
 @click.argument("prompt", help="The question; - reads it from standard input.")
@@ -93,6 +100,7 @@ def _question(prompt: str) -> str:
 @command(
     "conch-dna cortex chat thinking",
     "conch-dna cortex chat --ego mlx-community/Qwen2.5-7B-Instruct-4bit --redact",
+    headings={"Models": "adapters", "Answers": "system", "Experience": "remember"},
 )
 @click.argument("domain", required=False, help="Who answers first. [default: the first neuron]")
 @model_options()
@@ -117,6 +125,7 @@ def chat(domain: str | None, **values: Any) -> None:
 @command(
     "conch-dna cortex serve --ego mlx-community/Qwen2.5-7B-Instruct-4bit",
     "conch-dna cortex serve --port 8000 --api-key-env CONCH_DNA_KEY",
+    headings={"Models": "adapters", "Server": "host", "Experience": "remember"},
 )
 @model_options()
 @options_of(ServerSettings)
@@ -156,8 +165,9 @@ def status(min_new: int, json_file: str | None, **values: Any) -> None:
 @command(
     "conch-dna cortex calibrate thinking --ego mlx-community/Qwen2.5-7B-Instruct-4bit",
     "conch-dna cortex calibrate --all --ego embedded:teacher --max-risk 0.2",
+    headings={"Neurons": "all_domains", "Models": "adapters", "Calibration": "prompts"},
 )
-@click.argument("domain", required=False, help="Whose confidence.")
+@click.argument("domain", required=False, help="The neuron whose confidence is calibrated.")
 @click.option("--all", "all_domains", is_flag=True, help="Every neuron, one after the other.")
 @model_options()
 @click.option(

@@ -34,11 +34,13 @@ class DrawOptions:
     """
 
     max_tokens: int = option(256, "Longest answer in tokens.", low=1)
-    temperature: float = option(0.0, "Of the draw; 0 takes the likeliest token.", low=0)
+    temperature: float = option(
+        0.0, "Temperature at which tokens are drawn; 0 takes the likeliest one.", low=0
+    )
     top_p: float = option(
         1.0, "Draw only from the likeliest tokens with this probability.", above=0, high=1
     )
-    seed: int = option(0, "Of the draw.")
+    seed: int = option(0, "Seed of the random draw of tokens.")
 
     def __post_init__(self) -> None:
         if problems := _problems(self):

@@ -44,13 +44,17 @@ class EgoConfig:
     max_tokens: int = option(512, "Longest answer in tokens.", low=1)
     temperature: float = option(
         0.0,
-        "Of the draw; 0 takes the likeliest token.",
+        "Temperature at which tokens are drawn; 0 takes the likeliest one.",
         low=0,
         high=10,
         between="between {low:g} and {high:g}",
     )
     seed: int = option(
-        0, "Of the draw.", low=0, high=_LAST_SEED, between="between {low:g} and {high:g}"
+        0,
+        "Seed of the random draw of tokens.",
+        low=0,
+        high=_LAST_SEED,
+        between="between {low:g} and {high:g}",
     )
     batch_size: int = option(
         16, "Prompts answered or texts scored at once; requests to a URL under way at once.", low=1

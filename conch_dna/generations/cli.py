@@ -6,7 +6,7 @@ help, an example, and a line in docs/generations.md.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial, wraps
 from pathlib import Path
@@ -16,11 +16,13 @@ import click
 
 from conch_dna.command_parts import (
     HELP,
-    OneLineErrors,
     OneLineGroup,
+    command,
     example,
+    json_option,
     options_of,
     read_yaml,
+    write_figures,
 )
 from conch_dna.errors import ConchError
 from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
@@ -43,13 +45,16 @@ def generations() -> None:
     """Grow a line of models, in which a child must earn its place."""
 
 
-def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+def _command(
+    *lines: str, named: bool = True, headings: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], click.Command]:
     """Make a function a command of the group whose first argument is a line.
 
     Args:
         *lines: The example with which its help ends.
         named: Whether the line's name must be given; else the function gets the name, which may be
             None, and the folder of all lines instead.
+        headings: As of `command_parts.command`.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -74,11 +79,11 @@ def _command(*lines: str, named: bool = True) -> Callable[[Callable[..., None]],
         add_name = click.argument(
             "name",
             required=named,
-            help="The line's." if named else "The line's; else the manifest says it.",
+            help="Name of the line." if named else "Name of the line; else the manifest says it.",
         )
-        add = generations.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
-        command: click.Command = add(add_name(add_root(on_line)))
-        return command
+        made = command(*lines, headings=headings)(add_name(add_root(on_line)))
+        generations.add_command(made)
+        return made
 
     return decorate
 
@@ -117,6 +122,18 @@ def _manifest(path: str | None) -> dict[str, Any]:
     "conch-dna generations evolve tales --data sums.jsonl --iters 200",
     "conch-dna generations evolve --manifest evolution.yaml --resume",
     named=False,
+    headings={
+        "What to learn": "data",
+        "Loss and stability": "alpha",
+        "Teachers": "critic",
+        "How to run": "json_file",
+        "Targets": "temperature",
+        "What is trained": "lora_rank",
+        "Steps": "learning_rate",
+        "Held-out data": "val_fraction",
+        "Examples and answers": "max_seq_length",
+        "Memory and seed": "head_chunk",
+    },
 )
 @click.option("--data", metavar="FILE", help="JSONL of the new data; else the manifest says it.")
 @click.option(
@@ -131,7 +148,7 @@ def _manifest(path: str | None) -> dict[str, Any]:
     "--taboo", "taboo_words", multiple=True, metavar="WORD", help="Taught by nobody; repeatable."
 )
 @options_of(EvolveConfig, leave_out=("replay_size", "measured", "answers"))
-@click.option("--json", "json_file", metavar="FILE", help="Write the verdicts there too.")
+@json_option
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
 @options_of(
@@ -156,7 +173,6 @@ def evolve(
     """
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
-    from conch_dna.checkpoints import write_json
     from conch_dna.generations.evolve import train_generation_with_teachers
     from conch_dna.generations.laws import read_laws
     from conch_dna.generations.line import Line
@@ -179,8 +195,7 @@ def evolve(
             line, records, config, report=progress, resume=resume, overwrite=overwrite
         )
     _print_verdicts(outcome.name, outcome.verdicts)
-    if json_file:
-        write_json(Path(json_file), asdict(outcome))
+    write_figures(json_file, asdict(outcome))
     click.echo(f"HEAD of {line.name} is {line.head}; the child is in {line.path(outcome.name)}")
     if not outcome.promoted:
         sys.exit(1)
@@ -272,29 +287,33 @@ def rollback(line: "Line", to: str | None) -> None:
 
 
 @_command('conch-dna generations ensemble tales --prompt "Once upon a time"')
-@click.option("--prompt", required=True, help="What to answer.")
+@click.option("--prompt", required=True, help="The prompt to answer.")
 @click.option(
     "--use",
     "names",
     metavar="G001,G002",
     help="Which generations. [default: the current one and its parent]",
 )
-@click.option("--weights", metavar="W,W", help="Of each. [default: each token's confidence]")
+@click.option(
+    "--weights", metavar="W,W", help="Weight of each of them. [default: each token's confidence]"
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Longest answer.",
+    help="Longest answer in tokens.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(0),
     default=0.0,
     show_default=True,
-    help="Of the draw; 0 takes the likeliest token.",
+    help="Temperature at which tokens are drawn; 0 takes the likeliest one.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random draw of tokens."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 def ensemble(
     line: "Line",

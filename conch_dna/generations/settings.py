@@ -117,9 +117,11 @@ class GateSettings:
         0.05, "How much further than the parent's its words may lie from the reference."
     )
     max_law_violations: int = option(0, "Answers that may break a law.")
-    confidence: float = option(0.95, "Of the intervals of differences.", above=0, below=1)
+    confidence: float = option(
+        0.95, "Confidence of the intervals of differences.", above=0, below=1
+    )
     by_lower_bound: tuple[str, ...] = ()
-    seed: int = option(0, "Of the resampling.", low=0)
+    seed: int = option(0, "Seed of the resampling.", low=0)
 
     def __post_init__(self) -> None:
         problems = option_problems(self)
@@ -173,7 +175,9 @@ class EvolveConfig:
     first_teacher: str = option(
         "", "Hub id or folder of a model that teaches in the parent's place, with any tokenizer."
     )
-    second_teacher: str = option("", "The same in the grandparent's place.")
+    second_teacher: str = option(
+        "", "Hub id or folder of a model that teaches in the grandparent's place."
+    )
     taboo_words: tuple[str, ...] = ()
     taboo_ids: tuple[int, ...] = ()
     laws: tuple[Law, ...] = ()

@@ -113,7 +113,12 @@ def run_benchmark(
     help="YAML with any settings of the stores; the command line wins.",
 )
 @click.option("--sweep", is_flag=True, help="Also run every teacher weight from 0.1 to 1.")
-@click.option("--split", default="test", show_default=True, help="Whose judgements.")
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    help="Split whose judgements are used, such as test.",
+)
 @click.option(
     "--cycle-split",
     help="Take the cycles' queries from this split of the folder, such as train, so that all of "
@@ -124,7 +129,7 @@ def run_benchmark(
     metavar="FOLDER",
     help="Keep the teacher's vectors there for another run. [default: for this run only]",
 )
-@click.option("--device", help="Of the models: cpu, cuda or mps. [default: chosen]")
+@click.option("--device", help="Device of the models: cpu, cuda or mps. [default: chosen]")
 @click.option("--trust-remote-code", is_flag=True, help="Let code that comes with a model run.")
 @click.option(
     "--output",

@@ -16,11 +16,13 @@ import click
 
 from conch_dna.command_parts import (
     HELP,
-    OneLineErrors,
     OneLineGroup,
+    command,
     example,
+    json_option,
     options_of,
     passed_on,
+    write_figures,
 )
 from conch_dna.errors import ConchError
 from conch_dna.presentation import print_tables
@@ -51,6 +53,8 @@ from conch_dna.sedimentation.store_options import (
     settings,
 )
 
+# The groups of options that all commands which open models have.
+OF_STORE = {"Store": "collection", "Models": "model"}
 ERRORS_SHOWN = 5
 REPORT_EVERY = 100
 # Fields of ChelationConfig that are options of a learning command.
@@ -79,21 +83,6 @@ def sediment() -> None:
     """
 
 
-def _command(*lines: str, name: str | None = None) -> Callable[[Callable[..., None]], Any]:
-    """Make a function a command of the group, whose help ends with an example."""
-    return sediment.command(name, cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
-
-
-def _write_json(json_file: str | None, document: Any) -> None:
-    if json_file:
-        from conch_dna.checkpoints import write_json
-
-        write_json(Path(json_file).expanduser(), document)
-
-
-_json_option = click.option("--json", "json_file", metavar="FILE", help="Write the figures there.")
-
-
 def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     """Judged queries for the gate, in place of those made from the documents."""
     for decorate in (
@@ -111,9 +100,10 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@_command(
+@command(
     "conch-dna sediment ingest papers corpus.jsonl",
     "conch-dna sediment ingest papers notes.txt --model models/student",
+    headings={**OF_STORE, "Documents": "batch_size"},
 )
 @place_options
 @click.argument(
@@ -132,10 +122,10 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar=f"[{'|'.join(FORMATS)}]",
     default=FORMATS[0],
     show_default=True,
-    help="Of the files; auto takes a file for JSONL that is named so or begins with a brace.",
+    help="Format of the files; auto takes a file for JSONL that is named so or begins with a brace.",
 )
 @click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
-@_json_option
+@json_option
 def ingest(
     files: tuple[str, ...],
     form: str,
@@ -156,7 +146,7 @@ def ingest(
         progress("phase", {"name": "documents", "total": total, "unit": "documents"})
         result = engine.ingest(_counted(documents, progress), replace_changed=replace)
     print_tables(ingest_table(result))
-    _write_json(json_file, asdict(result))
+    write_figures(json_file, asdict(result))
     for name, reason in list(result.errors.items())[:ERRORS_SHOWN]:
         click.echo(f"not embedded: {name}: {reason}", err=True)
     if len(result.errors) > ERRORS_SHOWN:
@@ -178,9 +168,10 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
     report("advance", {"by": waiting})
 
 
-@_command(
+@command(
     'conch-dna sediment query papers "how do cells divide" --top-k 5',
     'conch-dna sediment query papers "how do cells divide" --fusion rrf --where year=1999',
+    headings={**OF_STORE, "Answers": "fusion"},
 )
 @place_options
 @click.argument(
@@ -196,7 +187,7 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
     help="What a payload must have; repeatable, and of one field any value will do. Numbers, true "
     "and false are taken as such, '\"1999\"' as text.",
 )
-@_json_option
+@json_option
 def query(
     queries: tuple[str, ...],
     conditions: tuple[str, ...],
@@ -211,7 +202,7 @@ def query(
         results = engine.run_inferences(list(queries), top_k, where=where)
     answers = list(zip(queries, results, strict=True))
     print_tables(*(hits_table(text, hits) for text, hits in answers))
-    _write_json(json_file, [{"query": text, **asdict(hits)} for text, hits in answers])
+    write_figures(json_file, [{"query": text, **asdict(hits)} for text, hits in answers])
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
@@ -235,15 +226,21 @@ def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
     return where or None
 
 
-@_command(
+@command(
     "conch-dna sediment cycle papers",
     "conch-dna sediment cycle papers --mode hybrid --teacher all-MiniLM-L6-v2 --threshold 2",
+    headings={
+        "Store": "collection",
+        "Models": "model",
+        "Learning": "threshold",
+        "Gate": "judgements",
+    },
 )
 @place_options
 @model_options
 @options_of(ChelationConfig, only=OF_CYCLE)
 @_judgement_options
-@_json_option
+@json_option
 def cycle(json_file: str | None, **options: Any) -> None:
     """Learn from the documents that collapsed neighbourhoods were logged with.
 
@@ -252,15 +249,21 @@ def cycle(json_file: str | None, **options: Any) -> None:
     _change("cycle", settings(options), json_file, options)
 
 
-@_command(
+@command(
     "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2",
     "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2 --space asymmetric",
+    headings={
+        "Store": "collection",
+        "Models": "model",
+        "Learning": "batch_size",
+        "Gate": "judgements",
+    },
 )
 @place_options
 @model_options
 @options_of(ChelationConfig, only=OF_DISTILLATION, names=OFFLINE_NAMES)
 @_judgement_options
-@_json_option
+@json_option
 def distill(json_file: str | None, **options: Any) -> None:
     """Learn from a teacher's vectors of all documents; the mode is offline unless named.
 
@@ -289,7 +292,7 @@ def _change(
         else:
             result = engine.run_offline_distillation()
     _show_change(result)
-    _write_json(json_file, asdict(result))
+    write_figures(json_file, asdict(result))
     if result.candidate and not result.activated:
         sys.exit(1)
 
@@ -307,9 +310,9 @@ def _show_change(result: ChangeResult) -> None:
     click.echo(f"active: {result.version}")
 
 
-@_command("conch-dna sediment status papers")
+@command("conch-dna sediment status papers")
 @place_options
-@_json_option
+@json_option
 def status(json_file: str | None, **options: Any) -> None:
     """Show a store's documents, versions, log and gate history; loads no model."""
     with opened_without_models(options) as opened:
@@ -319,10 +322,10 @@ def status(json_file: str | None, **options: Any) -> None:
         print_tables(history_table(document["gate_history"]))
     else:
         click.echo("the gate has judged nothing yet")
-    _write_json(json_file, document)
+    write_figures(json_file, document)
 
 
-@_command("conch-dna sediment rollback papers")
+@command("conch-dna sediment rollback papers")
 @place_options
 def rollback(**options: Any) -> None:
     """Let the version before the active one answer again; loads no model."""
@@ -332,7 +335,7 @@ def rollback(**options: Any) -> None:
     click.echo(f"active was {before} and is {after}")
 
 
-@_command("conch-dna sediment delete papers doc-17 doc-18")
+@command("conch-dna sediment delete papers doc-17 doc-18")
 @place_options
 @click.argument(
     "ids",
@@ -341,7 +344,7 @@ def rollback(**options: Any) -> None:
     metavar="IDS...",
     help="As given at ingest; a number means the number where no text is so called.",
 )
-@_json_option
+@json_option
 def delete(ids: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Forget documents in every version and in the log; loads no model.
 
@@ -352,12 +355,12 @@ def delete(ids: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     with opened_without_models(options) as opened:
         result = deletion.delete(opened.store, opened.log, deletion.named(opened.store, ids))
     print_tables(delete_table(result))
-    _write_json(json_file, asdict(result))
+    write_figures(json_file, asdict(result))
 
 
-@_command("conch-dna sediment verify papers")
+@command("conch-dna sediment verify papers")
 @place_options
-@_json_option
+@json_option
 def verify(json_file: str | None, **options: Any) -> None:
     """Compare everything that a store keeps with its digest; loads no model.
 
@@ -369,7 +372,7 @@ def verify(json_file: str | None, **options: Any) -> None:
     print_tables(verify_table(options["location"], parts))
     whole = all(each.whole for each in parts)
     document = {"location": options["location"], "whole": whole}
-    _write_json(json_file, {**document, "parts": [asdict(each) for each in parts]})
+    write_figures(json_file, {**document, "parts": [asdict(each) for each in parts]})
     for each in parts:
         if not each.whole:
             click.echo(f"not whole: {each.name}: {each.detail}", err=True)
@@ -377,7 +380,7 @@ def verify(json_file: str | None, **options: Any) -> None:
         sys.exit(1)
 
 
-@_command("conch-dna sediment export papers models/papers")
+@command("conch-dna sediment export papers models/papers")
 @place_options
 @click.argument("folder", help="Where to; it must not exist.")
 @click.option("--version", metavar="NAME", help="Default: the active one.")
@@ -411,7 +414,7 @@ def export(folder: str, version: str | None, **options: Any) -> None:
         click.echo(f"it embeds queries; the documents' vectors are those of {origin['teacher']}")
 
 
-@_command(
+@command(
     "conch-dna sediment make-student all-MiniLM-L6-v2 models/student",
     "conch-dna sediment make-student all-MiniLM-L6-v2 models/student \\",
     "  --vocabulary-from corpus.jsonl",
@@ -419,7 +422,9 @@ def export(folder: str, version: str | None, **options: Any) -> None:
 )
 @click.argument("teacher", help="Hub id or folder of a sentence-transformers model.")
 @click.argument("folder", help="Where to; a folder that stands there is replaced.")
-@click.option("--dimension", default=256, show_default=True, help="Of the student's vectors.")
+@click.option(
+    "--dimension", default=256, show_default=True, help="Dimensions of the student's vectors."
+)
 @click.option(
     "--vocabulary-from",
     "vocabulary_files",
@@ -428,10 +433,15 @@ def export(folder: str, version: str | None, **options: Any) -> None:
     help="Texts or JSONL whose frequent words get a vector of their own; repeatable.",
 )
 @click.option("--least-count", default=2, show_default=True, help="How often such a word occurs.")
-@click.option("--most-words", default=20_000, show_default=True, help="How many such words.")
+@click.option(
+    "--most-words",
+    default=20_000,
+    show_default=True,
+    help="Most words that the student's vocabulary has.",
+)
 @click.option("--device", metavar="NAME", help="cpu or cuda; else chosen.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the teacher.")
-@_json_option
+@json_option
 def make_student_command(
     teacher: str,
     folder: str,
@@ -453,7 +463,7 @@ def make_student_command(
         f"{student.teacher}, {student.words_added:,} of {student.words_found:,} words added, "
         f"{student.seconds:.1f} s"
     )
-    _write_json(json_file, {**asdict(student), "folder": str(student.folder)})
+    write_figures(json_file, {**asdict(student), "folder": str(student.folder)})
 
 
 @passed_on(
@@ -467,3 +477,8 @@ def benchmark(arguments: tuple[str, ...]) -> None:
     from conch_dna.sedimentation.benchmark_distillation import main
 
     main.main(list(arguments), prog_name="conch-dna sediment benchmark", standalone_mode=False)
+
+
+_COMMANDS = (ingest, query, cycle, distill, status, rollback, delete, verify, export)
+for each in (*_COMMANDS, make_student_command):
+    sediment.add_command(each)

@@ -78,10 +78,10 @@ class ChelationConfig:
     threshold: int = option(
         3, "Collapsed neighbourhoods a document must be in before a cycle takes it.", low=1
     )
-    learning_rate: float = option(0.001, "Of a sedimentation cycle.", above=0)
-    epochs: int = option(10, "Of a sedimentation cycle.", low=1)
-    offline_learning_rate: float = option(0.005, "Of offline distillation.", above=0)
-    offline_epochs: int = option(15, "Of offline distillation.", low=1)
+    learning_rate: float = option(0.001, "Learning rate of a sedimentation cycle.", above=0)
+    epochs: int = option(10, "Most epochs of a sedimentation cycle.", low=1)
+    offline_learning_rate: float = option(0.005, "Learning rate of offline distillation.", above=0)
+    offline_epochs: int = option(15, "Most epochs of offline distillation.", low=1)
     homeostatic_push: float = option(
         0.1, "m: how far a document is pushed from its noise centre.", above=0, high=1
     )
@@ -102,9 +102,9 @@ class ChelationConfig:
         low=0,
         high=1,
     )
-    gate_confidence: float = option(0.95, "Of that interval.", above=0, below=1)
+    gate_confidence: float = option(0.95, "Confidence of the gate's interval.", above=0, below=1)
     gate_queries: int = option(500, "Most pseudo-queries, where there are no judgements.", low=2)
-    seed: int = option(0, "Of samples, splits, order and networks.", low=0, high=10**9)
+    seed: int = option(0, "Seed of samples, splits, order and networks.", low=0, high=10**9)
 
     def __post_init__(self) -> None:
         checked = [option_problem(each, getattr(self, each.name)) for each in fields(self)]

@@ -37,7 +37,7 @@ def place_options(command: F) -> F:
             metavar="NAME",
             default="documents",
             show_default=True,
-            help="Of a server.",
+            help="Collection of a Qdrant server.",
         ),
         click.argument(
             "location",

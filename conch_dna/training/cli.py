@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
+from conch_dna.command_parts import command, json_option, options_of, read_yaml, write_figures
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import pairs_table, print_tables
@@ -30,14 +30,21 @@ if TYPE_CHECKING:
 RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
 
 
-@click.command(
-    cls=OneLineErrors,
-    context_settings=HELP,
-    epilog=example(
-        "python -m conch_dna.training.true_kd --domain thinking",
-        "python -m conch_dna.training.true_kd --domain stories \\",
-        "  --teacher embedded:teacher --student embedded:student --prompts openings.txt",
-    ),
+@command(
+    "python -m conch_dna.training.true_kd --domain thinking",
+    "python -m conch_dna.training.true_kd --domain stories \\",
+    "  --teacher embedded:teacher --student embedded:student --prompts openings.txt",
+    headings={
+        "What to distil": "domain",
+        "How to run": "config_file",
+        "Loss": "temperature",
+        "Another tokenizer": "alignment",
+        "What is trained": "lora_rank",
+        "Steps": "learning_rate",
+        "Held-out data and reports": "val_fraction",
+        "Examples and the teacher's answers": "max_seq_length",
+        "Memory, seed and folders": "head_chunk",
+    },
 )
 @click.option(
     "--domain",
@@ -151,13 +158,9 @@ def distill(
         sys.exit(1)
 
 
-@click.command(
-    cls=OneLineErrors,
-    context_settings=HELP,
-    epilog=example(
-        "conch-dna vocab Qwen/Qwen2.5-7B-Instruct HuggingFaceTB/SmolLM2-360M-Instruct",
-        "conch-dna vocab embedded:teacher embedded:student --text answers.txt",
-    ),
+@command(
+    "conch-dna vocab Qwen/Qwen2.5-7B-Instruct HuggingFaceTB/SmolLM2-360M-Instruct",
+    "conch-dna vocab embedded:teacher embedded:student --text answers.txt",
 )
 @click.argument("teacher", help="Hub id, folder (a tokenizer alone will do) or embedded name.")
 @click.argument("student", help="Hub id, folder (a tokenizer alone will do) or embedded name.")
@@ -167,7 +170,7 @@ def distill(
     metavar="FILE",
     help="UTF-8 texts, one a line: also show how much of them could be aligned.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the figures there too.")
+@json_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a tokenizer.")
 def vocab(
     teacher: str,
@@ -204,10 +207,7 @@ def vocab(
             f"{covered[name]:.1%} {name.replace('_', ' ')}" for name in covered
         )
     print_tables(comparison_table(teacher, student, comparison, rows))
-    if json_file:
-        from conch_dna.checkpoints import write_json
-
-        write_json(Path(json_file), figures)
+    write_figures(json_file, figures)
 
 
 def _read_source(named: dict[str, str]) -> dict[str, Any]:

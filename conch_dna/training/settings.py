@@ -134,7 +134,7 @@ class KDConfig:
         False, "Recompute activations in the backward pass: less memory, more time."
     )
     train_on_prompt: bool = _option(False, "Prompt tokens count as targets too.")
-    seed: int = _option(0, "Of sampling, data order, LoRA and dropout.", low=0, high=10**9)
+    seed: int = _option(0, "Seed of sampling, data order, LoRA and dropout.", low=0, high=10**9)
     output_dir: str = _option("models/distilled_neurons", "Folder of all domains' folders.")
     adapter_subdir: str = _option("adapters_kd", "Adapter's folder in its domain's folder.")
     trust_remote_code: bool = _option(

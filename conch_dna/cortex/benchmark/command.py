@@ -14,12 +14,11 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import provenance
-from conch_dna.command_parts import options_of
+from conch_dna.command_parts import command, options_of
 from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
 from conch_dna.cortex.benchmark.rows import DomainBenchmark
 from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
 from conch_dna.cortex.commands.shared_options import (
-    command,
     model_options,
     opened_suite,
     settings_of,
@@ -119,7 +118,7 @@ def _write(output: Path, document: dict[str, Any]) -> None:
     "python -m conch_dna.training.benchmark --domain thinking",
     "python -m conch_dna.training.benchmark --all --ego embedded:teacher --samples 50",
 )
-@click.option("--domain", metavar="NAME", help="Which neuron.")
+@click.option("--domain", metavar="NAME", help="The neuron that is measured.")
 @click.option("--all", "all_domains", is_flag=True, help="Every domain that has an adapter.")
 @model_options(ego=DEFAULT_TEACHER)
 @click.option(

@@ -33,7 +33,7 @@ class CalibrationSettings:
         low=0,
         high=1,
     )
-    seed: int = option(0, "Of the draw of prompts and of their halves.", low=0)
+    seed: int = option(0, "Seed of the draw of prompts and of their halves.", low=0)
 
     def __post_init__(self) -> None:
         problems = (option_problem(each, getattr(self, each.name)) for each in fields(self))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
+from conch_dna.command_parts import options_of
 from conch_dna.cortex.options import AskOptions
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.training.settings import KDConfig
@@ -28,17 +28,7 @@ S = TypeVar("S")
 ANSWERING = ("max_tokens", "temperature", "top_p", "seed", "hand_over")
 
 
-def command(*lines: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function a command whose help ends with an example.
-
-    Args:
-        *lines: The example.
-    """
-    return click.command(cls=OneLineErrors, context_settings=HELP, epilog=example(*lines))
-
-
 domain_argument = click.argument("domain", help="Whose neuron, such as thinking.")
-json_option = click.option("--json", "json_file", metavar="FILE", help="Write it there too.")
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run code that comes with a model."
 )
@@ -60,14 +50,6 @@ remember_option = click.option(
     show_default=True,
     help="Record what was handed over to EGO, to learn from it.",
 )
-
-
-def write_figures(json_file: str | None, document: Any) -> None:
-    """Write what `--json` asks for, if it was given."""
-    if json_file:
-        from conch_dna.checkpoints import write_json
-
-        write_json(Path(json_file).expanduser(), document)
 
 
 def model_options(*, ego: str | None = None) -> Callable[[F], F]:
