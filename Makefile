@@ -30,13 +30,15 @@ DEMO_OPTIONS := \
 # it Python compiles what is used, when it is first used, unless this variable forbids that.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-slow bench house clean
+.PHONY: help demo test test-slow bench real house clean
 
 help:
 	@echo 'make demo    distil the embedded teacher into the embedded student and measure it'
 	@echo 'make test    ruff, mypy and the tests that guard every behaviour'
 	@echo 'make test-slow  the long tests: kills, whole runs, processes; with make test, coverage'
-	@echo 'make bench   run every script in tests/benchmarks'
+	@echo 'make bench   run every script in tests/benchmarks but that of make real'
+	@echo 'make real    fetch SmolLM2-135M, leave out layers, distil it; 45 minutes, goes on where it'
+	@echo '             stopped; REAL_MODEL=FOLDER|FILE.gguf REAL_QUESTIONS=FILE REAL_OPTIONS="--minutes 90"'
 	@echo 'make house   draw the house into CONTRIBUTING.md, and print its size'
 	@echo 'make clean   remove .venv, caches and the output of the demo; other models stay'
 	@echo 'PYTHON=...   the interpreter that makes .venv (3.11 or newer), now: $(PYTHON)'
@@ -56,11 +58,15 @@ test-slow: .venv/stamp
 	$(PYTEST) -m slow --cov-append --cov-report=term --cov-fail-under=$(COVERAGE)
 
 bench: .venv/stamp
-	@for script in tests/benchmarks/[a-z]*.py; do \
+	@for script in $(filter-out %/real_model.py,$(wildcard tests/benchmarks/[a-z]*.py)); do \
 		test -f "$$script" || { echo 'tests/benchmarks holds no script'; continue; }; \
 		echo "== $$script"; \
 		$(BIN)/python "$$script" || exit 1; \
 	done
+
+real: .venv/stamp
+	REAL_MODEL='$(REAL_MODEL)' REAL_QUESTIONS='$(REAL_QUESTIONS)' \
+		$(BIN)/python tests/benchmarks/real_model.py $(REAL_OPTIONS)
 
 house: .venv/stamp
 	$(BIN)/python tests/house.py

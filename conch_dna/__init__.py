@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.blas import BLAS
+from conch_dna.loading.blas import BLAS
 
 if TYPE_CHECKING:
     from conch_dna.training.distillation import DOMAIN_PROMPTS as DOMAIN_PROMPTS

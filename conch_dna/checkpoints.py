@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conch_dna import __version__
-from conch_dna.blas import blas_state
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
+from conch_dna.loading.blas import blas_state
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -10,13 +10,14 @@ from importlib.metadata import version
 import click
 
 from conch_dna import __version__
-from conch_dna.blas import blas_state
 from conch_dna.command_parts import HELP, OneLineGroup, example, passed_on
 from conch_dna.cortex.cli import cortex
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
+from conch_dna.loading.blas import blas_state
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
+from conch_dna.training.students.command import student
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 
 
-for command in (distill, vocab, cortex, generations, sediment):
+for command in (distill, vocab, cortex, generations, sediment, student):
     main.add_command(command)
 
 

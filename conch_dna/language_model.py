@@ -18,6 +18,9 @@ from mlx.utils import tree_flatten
 
 from conch_dna.checkpoints import content_digest, file_digest, read_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.loading.full_precision import for_this_device, log_once
+from conch_dna.loading.gguf_model import SUFFIX, model_folder
+from conch_dna.progress import Report
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
@@ -59,11 +62,11 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
     """The local folder of a model, downloaded from the hub when it is not here.
 
     Args:
-        model_id: `embedded:<name>`, a folder, or a hub id such as `organisation/name`.
+        model_id: `embedded:<name>`, a folder, a GGUF file, or a hub id (`organisation/name`).
         weights: Download the weights too, not only configuration and tokenizer.
 
     Raises:
-        ConchError: There is no such embedded model or folder, or the hub has or gives none.
+        ConchError: There is no such model, it cannot be read, or the hub has or gives none.
     """
     if model_id.startswith(EMBEDDED):
         name = model_id.removeprefix(EMBEDDED)
@@ -79,10 +82,12 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
         if not (path / "config.json").is_file():
             raise ConchError(f"{model_id} has no config.json: it is not a model folder")
         return path
+    if path.is_file() and path.suffix.lower() == SUFFIX:
+        return model_folder(path)
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") != 1:
         raise ConchError(
-            f"model folder {model_id} does not exist: give an existing folder, a hub id such as "
-            f"organisation/name, or an embedded name ({EMBEDDED_HINT})"
+            f"model folder {model_id} does not exist: give an existing folder or .gguf file, a hub "
+            f"id such as organisation/name, or an embedded name ({EMBEDDED_HINT})"
         )
     return _download(model_id, weights=weights)
 
@@ -194,10 +199,11 @@ class ModelSource:
     """A model's folder: all that can be told without its weights, and the way to load them.
 
     Args:
-        model_id: `embedded:<name>`, a folder, or a hub id such as `organisation/name`.
+        model_id: `embedded:<name>`, a folder, a GGUF file, or a hub id (`organisation/name`).
         trust_remote_code: Let Python code that comes with the model run.
         weights: Download the weights too, where the model comes from the hub.
         adapter: Folder of an adapter that belongs to it and is applied whenever it is loaded.
+        report: Gets what is to be said of its weights, as a `message`; by default it is logged.
 
     Attributes:
         model_id: What the user called it.
@@ -214,8 +220,10 @@ class ModelSource:
         trust_remote_code: bool = False,
         weights: bool = True,
         adapter: Path | None = None,
+        report: Report | None = None,
     ) -> None:
         self.model_id = model_id
+        self.report = report
         self.adapter = adapter
         self.trust_remote_code = trust_remote_code
         self.folder = resolve_model(model_id, weights=weights)
@@ -320,15 +328,23 @@ class ModelSource:
             )
         with self.load_errors():
             model = self.modules(lazy=share is not None)
+            model = for_this_device(model, self.model_id, say=self._say)
             if share is not None:
                 model.update(share.model.parameters())
+            mx.eval(model.parameters())
             if adapter := adapter_path or self.adapter:
                 model = load_adapters(model, str(adapter))
         model.eval()
         return LanguageModel(self, model)
 
+    def _say(self, text: str) -> None:
+        if self.report is None:
+            log_once(text)
+        else:
+            self.report("message", {"message": text})
+
     def modules(self, *, lazy: bool) -> nn.Module:
-        """Its modules with its weights, without an adapter; `lazy` computes none of them."""
+        """Its modules with its weights as its files hold them; `lazy` computes none of them."""
         from mlx_lm.utils import load_model
 
         model, _ = load_model(self.folder, lazy=lazy, trust_remote_code=self.trust_remote_code)

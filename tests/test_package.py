@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import conch_dna
-from conch_dna.blas import BlasBeforeMlx
 from conch_dna.errors import ConchError
+from conch_dna.loading.blas import BlasBeforeMlx
 
 LINUX = sys.platform == "linux"
 
@@ -67,7 +67,7 @@ def test_importing_the_package_loads_no_third_party_package():
     assert printed(code) == "conch_dna"
 
 
-STATE = "import conch_dna.blas, mlx.core; print(conch_dna.blas.blas_state())"
+STATE = "import conch_dna.loading.blas, mlx.core; print(conch_dna.loading.blas.blas_state())"
 
 
 @pytest.mark.skipif(not LINUX, reason="a BLAS is loaded on Linux only")
@@ -88,7 +88,7 @@ class TestBLAS:
         assert state == "the wheel's own: CONCH_DNA_BLAS is none"
 
     def test_commands_without_mlx_load_none(self):
-        state = printed("import conch_dna.blas; print(conch_dna.blas.blas_state())")
+        state = printed("import conch_dna.loading.blas; print(conch_dna.loading.blas.blas_state())")
         assert state == "not loaded yet: mlx was not imported"
 
     @pytest.mark.parametrize("command", ["--help", "distill --help", "cortex serve --help"])
@@ -102,7 +102,9 @@ class TestBLAS:
 
     def test_says_when_mlx_came_first(self):
         """Silent failure: mlx has bound its slow BLAS and no later load changes that."""
-        state = printed("import mlx.core, conch_dna.blas; print(conch_dna.blas.blas_state())")
+        state = printed(
+            "import mlx.core, conch_dna.loading.blas; print(conch_dna.loading.blas.blas_state())"
+        )
         assert state == "the wheel's own: mlx was imported before conch_dna"
 
     def test_an_unknown_choice_is_refused(self):

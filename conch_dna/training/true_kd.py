@@ -84,8 +84,10 @@ class TrueKnowledgeDistiller:
     @cached_property
     def _models(self) -> tuple[ModelSource, ModelSource]:
         trust = self.config.trust_remote_code
-        teacher = ModelSource(self.teacher_model_id, trust_remote_code=trust)
-        student = ModelSource(self.student_model_id, trust_remote_code=trust)
+        names = (self.teacher_model_id, self.student_model_id)
+        teacher, student = (
+            ModelSource(name, trust_remote_code=trust, report=self.report) for name in names
+        )
         return teacher, student
 
     def generate_training_data(self, prompts: Sequence[str], domain: str) -> list[Record]:

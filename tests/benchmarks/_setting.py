@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from conch_dna.blas import blas_state  # noqa: E402
+from conch_dna.loading.blas import blas_state  # noqa: E402
 
 LONGEST = 240
 SHARED = TESTS.parents[1] / "shared" / "data"

@@ -1,0 +1,1 @@
+"""Students made from a teacher: which of its parts stay."""
