@@ -12,7 +12,11 @@ import click
 from conch_dna.command_parts import HELP, OneLineErrors, OneLineGroup, example
 
 
-@click.group(cls=OneLineGroup, context_settings=HELP)
+@click.group(
+    cls=OneLineGroup,
+    context_settings=HELP,
+    epilog=example("conch-dna student make MODEL models/student --layers 24 --text texts.txt"),
+)
 def student() -> None:
     """Make a student out of a teacher."""
 
