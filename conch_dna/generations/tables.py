@@ -165,7 +165,11 @@ def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> No
             shown = 140 if node.name == head else 60
             axes.scatter([x], [y], marker=marker, color=color, s=shown, zorder=2)
             named, judged = texts[node.name]
-            where = {"xytext": (12, 0), "textcoords": "offset points", "fontsize": "small"}
+            where: dict[str, Any] = {
+                "xytext": (12, 0),
+                "textcoords": "offset points",
+                "fontsize": "small",
+            }
             bold = "bold" if node.name == head else "normal"
             grey = "tab:red" if node.failed else "0.3"
             axes.annotate(named, (x, y), va="bottom", weight=bold, **where)
