@@ -32,8 +32,23 @@ def evaluation_table(
     """
     from rich.table import Table
 
+    table = Table(title=f"{domain}: {gap_text(evaluation)}", caption=caption_of(evaluation))
+    add_figures(table, ROWS, figure_columns(evaluation), width=width)
+    return table
+
+
+# The rows of the evaluation table; `figure_columns` gives a figure for each.
+ROWS = ("student before", "student after", "teacher")
+
+
+def gap_text(evaluation: dict[str, Any]) -> str:
+    """How much of the KL to the teacher training took away, in words."""
     closed = evaluation["gap_closed"]
-    share = "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
+    return "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
+
+
+def caption_of(evaluation: dict[str, Any]) -> str:
+    """On how many tokens the figures stand, and on which of them each."""
     before = evaluation["before"]
     caption = f"on {before['tokens']:,} held-out tokens"
     if evaluation.get("alignment", INDEX) != INDEX:
@@ -42,6 +57,11 @@ def evaluation_table(
             f"teacher too, chunk KL on {before['chunks']:,} chunks; the teacher's cross-entropy "
             "is of its own tokens"
         )
+    return caption
+
+
+def figure_columns(evaluation: dict[str, Any]) -> dict[str, tuple[str, list[float | None]]]:
+    """By heading the format of a figure, and one for each of ROWS (None where not measured)."""
     figures = {
         "KL to teacher (nats)": ("kl_nats", ".4f"),
         "chunk KL (nats)": ("chunk_kl_nats", ".4f"),
@@ -57,13 +77,10 @@ def evaluation_table(
         # The perplexities of two tokenizers cannot be compared.
         del figures["perplexity"]
     rows = [evaluation[name] for name in ("before", "after", "teacher")]
-    columns = {
+    return {
         heading: (form, [row.get(name) for row in rows])
         for heading, (name, form) in figures.items()
     }
-    table = Table(title=f"{domain}: {share}", caption=caption)
-    add_figures(table, ("student before", "student after", "teacher"), columns, width=width)
-    return table
 
 
 # How the figures of a verdict are called, and their unit.
@@ -283,6 +300,35 @@ def samples_text(
         for label, texts in columns.items():
             lines += [f"**{label}**", "", _quoted(texts[number]), ""]
     return "\n".join(lines)
+
+
+def read_samples(text: str) -> tuple[str, list[dict[str, str]]]:
+    """What `samples_text` wrote: how they were drawn, and each prompt with every model's text.
+
+    Args:
+        text: Of samples.md.
+
+    Returns:
+        The line that says how they were drawn, and for each sample its texts by label, the prompt
+        under `prompt`.
+    """
+    draw, label = "", ""
+    samples: list[dict[str, str]] = []
+    for line in text.splitlines():
+        # Whatever a model wrote stands behind a quotation mark, so nothing else is taken for it.
+        if line.startswith(">"):
+            quoted = line[2:]
+            samples[-1][label] = (
+                f"{samples[-1][label]}\n{quoted}" if label in samples[-1] else quoted
+            )
+        elif line.startswith("## "):
+            samples.append({})
+            label = "prompt"
+        elif line.startswith("**"):
+            label = line.strip("*")
+        elif line.startswith("Drawn with"):
+            draw = line
+    return draw, samples
 
 
 def _quoted(text: str) -> str:
