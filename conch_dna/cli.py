@@ -17,6 +17,7 @@ from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
+from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 
 
-for command in (distill, vocab, cortex, generations, sediment, student):
+for command in (distill, vocab, student, report, cortex, generations, sediment):
     main.add_command(command)
 
 

@@ -4,10 +4,12 @@ Knows figures and texts, rich and matplotlib; nothing of what the figures mean. 
 kind of table: a function here that gives rich's.
 """
 
+import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.errors import ConchError
@@ -100,14 +102,14 @@ def print_tables(*tables: Any) -> None:
 
 @contextmanager
 def drawing(
-    path: Path, size: tuple[float, float], *, dpi: int = 120, form: str | None = "png"
+    path: Path | IO[str], size: tuple[float, float], *, dpi: int = 120, form: str | None = "png"
 ) -> Iterator["Figure"]:
     """A new figure, written to a file at the end.
 
     It needs no screen, and nothing of it stays in matplotlib's list of open figures.
 
     Args:
-        path: The file to write.
+        path: The file to write, or an open one.
         size: Width and height in inches.
         dpi: Dots per inch.
         form: Of the file; where None, the path's ending decides.
@@ -119,6 +121,37 @@ def drawing(
     FigureCanvasAgg(figure)
     yield figure
     figure.savefig(path, format=form)
+
+
+# Stands for the colour of the text around a picture, which a page in the dark has another one of.
+_INK = "#010203"
+
+
+def svg_text(size: tuple[float, float], draw: Callable[["Figure"], None]) -> str:
+    """A picture as an SVG element of an HTML page, in the colours of the text around it.
+
+    It has no background, refers to nothing outside of itself, and its texts are texts.
+
+    Args:
+        size: Width and height in inches.
+        draw: Draws into a new figure.
+    """
+    from matplotlib import rc_context
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    clear = {"axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False}
+    # With a salt of its own the same picture gets the same names of its parts.
+    plain = {"svg.fonttype": "none", "svg.hashsalt": "conch_dna", "text.parse_math": False}
+    file = io.StringIO()
+    with (
+        rc_context({**dict.fromkeys(inked, _INK), **clear, **plain}),
+        drawing(file, size, form="svg") as figure,
+    ):
+        draw(figure)
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (xmlns(:\w+)?="[^"]*"|id="\w+_\d+")', "", svg[svg.index("<svg") :])
+    return svg.replace(_INK, "currentColor")
 
 
 def report_path(output: str | Path) -> Path:

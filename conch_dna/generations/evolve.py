@@ -370,6 +370,7 @@ class Evolution:
             history=training.history,
             title=f"{self.parent}'s child: what taught it",
             best=training.best_step,
+            teachers=len(self.teachers),
         )
         write_folder(
             self.line.candidate,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from conch_dna.errors import NotWholeError
 from conch_dna.generations.line import FAILED, Line
 from conch_dna.presentation import drawing, pairs_table, text_table
-from conch_dna.training.runs.report import draw_losses
+from conch_dna.training.runs.report import draw_losses, step_legend
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,12 +80,13 @@ def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A generation or a refused child, as the tree shows it."""
+    """A generation or a refused child, as the tree shows it; `gates` says which of them passed."""
 
     name: str
     parent: str | None
     created: str
     note: str
+    gates: tuple[tuple[str, bool], ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -106,7 +107,13 @@ def nodes_of(line: Line) -> list[Node]:
                 gained = next(each for each in verdicts if each["gate"] == "generalize")
                 note = f"generalize {gained['figures'].get('difference', 0):+.3f}"
             nodes.append(
-                Node(name=name, parent=manifest["parent"], created=manifest["created"], note=note)
+                Node(
+                    name=name,
+                    parent=manifest["parent"],
+                    created=manifest["created"],
+                    note=note,
+                    gates=tuple((str(each["gate"]), bool(each["passed"])) for each in verdicts),
+                )
             )
     return nodes
 
@@ -130,7 +137,7 @@ def line_tree(title: str, nodes: Sequence[Node], head: str) -> "Tree":
 
 
 def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> None:
-    """Draw a line as a tree, oldest left; refused children are crosses.
+    """Draw a line as a tree, oldest above, with dates and gates; refused children are crosses.
 
     Args:
         path: Where to; its ending decides the format.
@@ -142,27 +149,50 @@ def draw_line(path: Path, *, title: str, nodes: Sequence[Node], head: str) -> No
     for node in nodes:
         depth[node.name] = depth[node.parent] + 1
     places = {node.name: (depth[node.name], -row) for row, node in enumerate(nodes)}
-    height = max(2.0, 0.6 * len(nodes) + 1)
-    with drawing(path, (2.5 + 2 * max(depth.values()), height), dpi=150, form=None) as figure:
+    texts = {node.name: _node_text(node, head) for node in nodes}
+    # Inches; a letter of the small font takes about 0.085 at most.
+    tree = 0.5 * (max(depth.values()) + 1)
+    words = 0.085 * max(len(line) for pair in texts.values() for line in pair)
+    size = (tree + max(words, 0.11 * len(title) + 2), 0.55 * len(nodes) + 0.7)
+    with drawing(path, size, dpi=150, form=None) as figure:
         axes = figure.subplots()
         for node in nodes:
             x, y = places[node.name]
             if node.parent is not None:
-                axes.plot(*zip(places[node.parent], (x, y), strict=True), color="0.7", zorder=1)
+                parent_x, parent_y = places[node.parent]
+                axes.plot([parent_x, parent_x, x], [parent_y, y, y], color="0.7", zorder=1)
             marker, color = ("x", "tab:red") if node.failed else ("o", "tab:blue")
-            size = 140 if node.name == head else 60
-            axes.scatter([x], [y], marker=marker, color=color, s=size, zorder=2)
-            label = f"{node.name.rsplit('-', 1)[0] if node.failed else node.name}  {node.note}"
+            shown = 140 if node.name == head else 60
+            axes.scatter([x], [y], marker=marker, color=color, s=shown, zorder=2)
+            named, judged = texts[node.name]
+            where: dict[str, Any] = {
+                "xytext": (12, 0),
+                "textcoords": "offset points",
+                "fontsize": "small",
+            }
             bold = "bold" if node.name == head else "normal"
-            axes.annotate(
-                label.rstrip(), (x, y), xytext=(9, -3), textcoords="offset points", weight=bold
-            )
-        axes.set_title(f"{title} (HEAD is {head})")
-        axes.margins(x=0.25, y=0.15)
+            grey = "tab:red" if node.failed else "0.3"
+            axes.annotate(named, (x, y), va="bottom", weight=bold, **where)
+            axes.annotate(judged, (x, y), va="top", color=grey, **where)
+        axes.set_title(f"{title} (HEAD is {head})", loc="left")
+        axes.set(xlim=(-0.5, 2 * size[0] - 0.5), ylim=(-len(nodes) + 0.4, 0.6))
         axes.axis("off")
 
 
-def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, best: int) -> None:
+def _node_text(node: Node, head: str) -> tuple[str, str]:
+    """Two lines for the picture: its name and date, and what the gates said."""
+    name = node.name.rsplit("-", 1)[0] if node.failed else node.name
+    gates = "   ".join(f"{'✓' if passed else '✗'} {gate}" for gate, passed in node.gates)
+    gained = "" if node.failed else node.note
+    mark = "  ← HEAD" if node.name == head else ""
+    judged = "   ".join(part for part in (gates, gained) if part)
+    # Its time to the minute.
+    return f"{name}{mark}  {node.created[:16].replace('T', ' ')}", judged or "the first: not judged"
+
+
+def draw_learning(
+    path: Path, *, history: Sequence[dict[str, Any]], title: str, best: int, teachers: int = 2
+) -> None:
     """Draw a generation's losses, and by which strategy its tokens were taught, by step.
 
     Args:
@@ -170,32 +200,38 @@ def draw_learning(path: Path, *, history: Sequence[dict[str, Any]], title: str, 
         history: The trainer's rows, with the sums `two_teachers.COUNTS`.
         title: Above the picture.
         best: The step that is kept; marked.
+        teachers: How many there were; how two of them share the tokens is drawn for two only.
     """
     rows = [row for row in history if row["split"] == "train"]
     steps = [row["step"] for row in rows]
+    names = {
+        "blended": "both teachers" if teachers > 1 else "the teacher",
+        "t1_only": "the first alone",
+        "gold_fallback": "the text",
+        "skipped": "skipped",
+    }
     shares = {
         label: [row[name] / row["tokens"] for row in rows]
-        for name, label in (
-            ("blended", "both teachers"),
-            ("t1_only", "the first alone"),
-            ("gold_fallback", "the text"),
-            ("skipped", "skipped"),
-        )
+        for name, label in names.items()
+        if any(row[name] for row in rows)
     }
-    with drawing(path, (8, 8)) as figure:
-        losses, strategies, teachers = figure.subplots(3, sharex=True)
-        draw_losses(
-            losses, history, {"loss": "combined", "kd": "KD (t² KL)", "hard": "the text's part"}
-        )
+    losses = {"loss": "combined", "kd": "KD (t² KL)", "hard": "the text's part"}
+    count = len(losses) + teachers
+    with drawing(path, (8, 1 + 1.9 * count)) as figure:
+        panels = list(figure.subplots(count, sharex=True))
+        draw_losses(panels, history, losses)
+        strategies, *between = panels[len(losses) :]
         strategies.stackplot(steps, list(shares.values()), labels=list(shares), alpha=0.8)
         strategies.set(ylabel="share of tokens", ylim=(0, 1))
-        for name, label in (
-            ("js", "disagreement (JS)"),
-            ("first_weight", "first teacher's weight"),
-        ):
-            teachers.plot(steps, [row[name] / row["tokens"] for row in rows], label=label)
-        teachers.set(ylabel="mean over tokens", ylim=(0, 1.02), xlabel="optimiser step")
-        for axes in (losses, strategies, teachers):
-            axes.axvline(best, color="grey", linewidth=0.8)
-            axes.legend(fontsize="small")
-        figure.suptitle(f"{title} (kept: step {best})")
+        for axes in between:
+            for name, label in (
+                ("js", "disagreement (JS)"),
+                ("first_weight", "first teacher's weight"),
+            ):
+                axes.plot(steps, [row[name] / row["tokens"] for row in rows], label=label)
+            axes.set(ylabel="mean over tokens", ylim=(0, 1.02))
+        for axes in (strategies, *between):
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        panels[-1].set(xlabel="optimiser step")
+        step_legend(figure, panels, best)
+        figure.suptitle(title)

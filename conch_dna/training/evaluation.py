@@ -1,11 +1,11 @@
 """What a model makes of given texts: held-out figures against a teacher, scores of tokens.
 
 Knows loaded models, batches and examples; nothing of training or files. To add a held-out figure:
-a sum in `heldout_metrics` and a field of `metrics.TokenMetrics`; one of tokens: `TokenScores`.
+a sum in `heldout_figures` and a field of `metrics.TokenMetrics`; one of tokens: `TokenFigures`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +32,35 @@ _AT_ONE = "at temperature 1: "
 
 
 @dataclass(frozen=True, eq=False)
+class TokenFigures:
+    """Figures of every counted token of held-out examples, one example after the other.
+
+    Attributes:
+        place: Which of its example's counted tokens it is, from 1 `[n]`.
+        kl: KL(teacher‖model) at temperature 1 in nats, or the chunk's that begins with this token
+            where no token can be compared `[n]`; 0 where nothing is.
+        compared: Whether something is `[n]`, 1 or 0.
+        entropy: The teacher's, over the kept tokens and the rest, so a lower bound; in nats
+            `[n]`, NaN where no distributions are compared.
+        confidence: The probability that the model gives its likeliest token `[n]`.
+        right: Whether that is the text's own `[n]`.
+    """
+
+    place: np.ndarray
+    kl: np.ndarray
+    compared: np.ndarray
+    entropy: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenFigures"]) -> "TokenFigures":
+        """Those of several batches behind each other."""
+        names = [each.name for each in fields(cls)]
+        return cls(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
+
+
+@dataclass(frozen=True, eq=False)
 class HeldoutFigures:
     """What a model makes of held-out examples.
 
@@ -39,10 +68,12 @@ class HeldoutFigures:
         metrics: Over all of them.
         by_example: A figure's name in the metrics to its sum over each example, and what the sum
             is to be divided by, in nats and counts `[2, examples]`.
+        by_token: Of each of their tokens.
     """
 
     metrics: TokenMetrics
     by_example: dict[str, np.ndarray]
+    by_token: TokenFigures
 
 
 def heldout_metrics(
@@ -66,22 +97,26 @@ def heldout_figures(
     """
     examples: dict[str, list[np.ndarray]] = {name: [] for name in COMPARABLE}
     totals = dict.fromkeys(("kl", "agreeing", "compared", "gold", "chunk_kl", "chunks"), 0.0)
+    by_token: list[TokenFigures] = []
     tokens = text_bytes = 0
     for batch in batches:
         tokens += batch.count
         text_bytes += batch.text_bytes
         arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-        gold, kl = [], []
+        gold, kl, sure, right = [], [], [], []
         for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
             rows = {name: arrays[name][part] for name in _ROWS if name in arrays}
             gold.append(gold_log_probs(logits, rows["labels"]))
+            likeliest = mx.argmax(logits, axis=-1)
+            sure.append(mx.exp(gold_log_probs(logits, likeliest)))
+            right.append(likeliest == rows["labels"])
             sums = {"gold": (gold[-1] * rows["weights"]).sum()}
             if "kept_ids" in rows:
                 kl.append(weighted_kl(logits, rows, nothing=model.source.token_count))
-                best = mx.argmax(logits, axis=-1) == rows["best_ids"]
+                best = likeliest == rows["best_ids"]
                 sums["kl"], sums["compared"] = kl[-1].sum(), rows["soft_weights"].sum()
                 sums["agreeing"] = (best * rows["soft_weights"]).sum()
-            mx.eval(sums, gold[-1], kl[-1:])
+            mx.eval(sums, gold[-1], kl[-1:], sure[-1], right[-1])
             for name, value in sums.items():
                 totals[name] += float(value)
         student = chunk_log_probs(mx.concatenate(gold), arrays)
@@ -90,6 +125,7 @@ def heldout_figures(
         totals["chunks"] += float(arrays["chunk_weights"].sum())
         for name, pair in _by_example(batch, kl, gold, distances).items():
             examples[name].append(pair)
+        by_token.append(_by_token(batch, kl, distances, sure, right))
     metrics = token_metrics(
         kl_sum=totals["kl"],
         cross_entropy_sum=-totals["gold"],
@@ -100,7 +136,8 @@ def heldout_figures(
         tokens=tokens,
         text_bytes=text_bytes,
     )
-    return HeldoutFigures(metrics, {n: np.concatenate(parts, 1) for n, parts in examples.items()})
+    by_example = {name: np.concatenate(parts, 1) for name, parts in examples.items()}
+    return HeldoutFigures(metrics, by_example, TokenFigures.joined(by_token))
 
 
 def weighted_kl(logits: mx.array, rows: dict[str, mx.array], *, nothing: int) -> mx.array:
@@ -131,6 +168,41 @@ def _by_example(
         "chunk_kl_nats": sums(chunks[:-1], distances, arrays["chunk_weights"]),
         "cross_entropy": sums(owner, -np.asarray(mx.concatenate(gold)) * weights, weights),
     }
+
+
+def _by_token(
+    batch: Batch,
+    kl: list[mx.array],
+    distances: mx.array,
+    sure: list[mx.array],
+    right: list[mx.array],
+) -> TokenFigures:
+    """The figures of a batch's counted tokens, without its padding."""
+    arrays, count = batch.arrays, batch.count
+    owner = arrays["positions"][:count] // arrays["inputs"].shape[1]
+    _, first, of = np.unique(owner, return_index=True, return_inverse=True)
+    entropy = np.full(count, np.nan)
+    if kl:
+        per_token, compared = np.asarray(mx.concatenate(kl)), arrays["soft_weights"]
+        log_probs = arrays["teacher_log_probs"][:count].astype(np.float64)
+        probs = np.exp(log_probs)
+        # An outcome that cannot be adds nothing.
+        entropy = -np.sum(np.where(probs > 0, probs * np.maximum(log_probs, -1e9), 0), axis=1)
+        entropy[compared[:count] == 0] = np.nan
+    else:
+        per_token, compared = np.zeros((2, count))
+        chunks, begins = np.unique(arrays["chunk_index"][:count], return_index=True)
+        real = chunks < len(arrays["chunk_weights"])
+        per_token[begins[real]] = np.asarray(distances)[chunks[real]]
+        compared[begins[real]] = arrays["chunk_weights"][chunks[real]]
+    return TokenFigures(
+        place=np.arange(count) - first[of] + 1,
+        kl=per_token[:count],
+        compared=compared[:count],
+        entropy=entropy,
+        confidence=np.asarray(mx.concatenate(sure))[:count],
+        right=np.asarray(mx.concatenate(right))[:count],
+    )
 
 
 def with_evaluation(batch: Batch, evaluation: Batch) -> Batch:
@@ -193,6 +265,27 @@ def teacher_metrics(examples: Iterable[Example], targets: Targets) -> TokenMetri
         chunks=tokens,
         text_bytes=text_bytes,
     )
+
+
+def teacher_confidence(
+    examples: Iterable[Any], targets: Targets
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """How sure the teacher is of its likeliest token, and whether that is the text's own.
+
+    Args:
+        examples: Whose stored targets are read.
+        targets: Of them.
+
+    Returns:
+        Probabilities and bools of the teacher's own counted tokens `[n]`; None where no
+        distributions are stored.
+    """
+    if not targets.identity.top_k:
+        return None
+    stored = [targets.read(example) for example in examples]
+    likeliest = np.concatenate([rows["kept_log_probs"][:, 0] for rows in stored])
+    gold = np.concatenate([rows["gold_log_prob"] for rows in stored])
+    return np.exp(likeliest), likeliest == gold
 
 
 @dataclass(frozen=True, eq=False)

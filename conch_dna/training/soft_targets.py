@@ -437,6 +437,9 @@ class Targets(Protocol):
     def evaluation_batch(self, examples: Sequence[Any]) -> Batch:
         """A batch for `evaluation.heldout_metrics`."""
 
+    def read(self, example: Any) -> dict[str, np.ndarray]:
+        """What is stored of a text: rows of the teacher's own tokens, see `compress`."""
+
     def gold(self, example: Any) -> np.ndarray:
         """The teacher's log-probabilities of its own tokens of a text."""
 

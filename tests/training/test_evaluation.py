@@ -13,7 +13,12 @@ import oracle
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.training.batches import Batch, Example, sequential_batches
-from conch_dna.training.evaluation import heldout_metrics, teacher_metrics
+from conch_dna.training.evaluation import (
+    heldout_figures,
+    heldout_metrics,
+    teacher_confidence,
+    teacher_metrics,
+)
 from conch_dna.training.soft_targets import SoftTargetCache, target_identity
 from models import random_examples
 
@@ -128,6 +133,38 @@ def test_the_teacher_measured_as_a_student_is_the_teacher(
     assert measured.to_json() == pytest.approx(own.to_json(), rel=1e-5, abs=1e-6)
     expected = expected_metrics(teacher.resident(), teacher.resident(), examples)
     assert own.to_json() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 17])
+def test_figures_of_each_token_are_those_of_dense_logits(
+    student: LanguageModel,
+    teacher: ModelSource,
+    examples: list[Example],
+    batches: list[Batch],
+    cache: SoftTargetCache,
+    chunk: int,
+) -> None:
+    found = heldout_figures(student, batches, chunk=chunk).by_token
+    ordered = [examples[i] for part in sequential_batches(examples, 3) for i in part]
+    own, of_teacher = (dense_logits(m, ordered) for m in (student, teacher.resident()))
+    labels = np.concatenate([example.ids[example.counted] for example in ordered])
+    places = np.concatenate([np.arange(example.count) + 1 for example in ordered])
+    kept = oracle.likeliest(of_teacher, TOP_K)
+    p, q = oracle.outcomes(of_teacher, kept), oracle.outcomes(own, kept)
+    assert found.place.tolist() == places.tolist()
+    assert found.kl == pytest.approx(oracle.kl(p, q), abs=1e-5)
+    assert found.compared.tolist() == [1] * len(labels)
+    assert found.entropy == pytest.approx(-(p * np.log(p)).sum(axis=-1), abs=1e-5)
+    likeliest = own.argmax(axis=-1)
+    sure = np.exp(-oracle.cross_entropy(own, likeliest))
+    assert found.confidence == pytest.approx(sure, abs=1e-6)
+    assert found.right.tolist() == (likeliest == labels).tolist()
+    confidence = teacher_confidence(ordered, cache)
+    assert confidence is not None
+    likeliest = of_teacher.argmax(axis=-1)
+    sure = np.exp(-oracle.cross_entropy(of_teacher, likeliest))
+    assert confidence[0] == pytest.approx(sure, abs=1e-6)
+    assert confidence[1].tolist() == (likeliest == labels).tolist()
 
 
 def test_padding_of_a_batch_does_not_count(student: LanguageModel, batches: list[Batch]) -> None:

@@ -120,21 +120,50 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return saved
 
 
-def test_the_curve_holds_every_loss_of_both_splits(tmp_path, drawn):
+def test_the_curve_holds_every_loss_of_both_splits_on_axes_of_its_own(tmp_path, drawn):
+    """On shared axes a cross-entropy of 3 nats presses a KD loss of 0.2 flat."""
     path = tmp_path / "training_curve.png"
     draw_curve(path, history(kd=True), title="thinking: losses", best=20)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    (axes,) = drawn[0].axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    assert list(panels) == ["KD (t² KL)", "cross-entropy", "combined"]
+    lines = {line.get_label(): line for axes in drawn[0].axes for line in axes.get_lines()}
     held = lines["KD (t² KL), held out"]
     assert list(held.get_xdata()) == [0, 10, 20]
     assert list(held.get_ydata()) == pytest.approx([2.0, 1.8, 1.6])
     assert list(lines["combined, training"].get_xdata()) == [5, 15, 25]
     assert list(lines["combined, held out"].get_ydata()) == pytest.approx([2.5, 2.4, 2.3])
     assert list(lines["cross-entropy, training"].get_ydata()) == [3.0] * 3
-    assert list(lines["kept: step 20"].get_xdata()) == [20, 20]
-    assert axes.get_title() == "thinking: losses"
-    assert axes.get_xlabel() == "optimiser step" and axes.get_ylabel() == "nats per token"
+    assert drawn[0].get_suptitle() == "thinking: losses"
+    for axes in panels.values():
+        assert axes.get_xlabel() == "optimiser step" and axes.get_ylabel() == "nats per token"
+        assert list(axes.get_lines()[-1].get_xdata()) == [20, 20]
+    low, high = panels["KD (t² KL)"].get_ylim()
+    assert high - low < 1
+
+
+def test_no_legend_covers_a_curve_and_steps_are_whole(tmp_path, drawn):
+    short = [{"split": "heldout", "step": step, "loss": 2 - step / 9} for step in range(6)]
+    draw_curve(tmp_path / "a.png", short, title="a", best=5)
+    draw_curve(tmp_path / "b.png", history(kd=True), title="b", best=5)
+    for figure in drawn:
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()][-1] == "kept: step 5"
+        for axes in figure.axes:
+            assert axes.get_legend() is None
+            assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
+            assert all(step == int(step) for step in axes.get_xticks())
+
+
+def test_no_panel_is_empty_or_there_twice(tmp_path, drawn):
+    """With alpha 1 the combined loss is the KD loss; the KL stands where it chose the step."""
+    rows = [{**row, "loss": row["kd"]} for row in history(kd=True)]
+    draw_curve(tmp_path / "a.png", rows, title="a", best=0)
+    held = [{**row, "kl": 0.5} if row["split"] == "heldout" else row for row in history(kd=True)]
+    draw_curve(tmp_path / "b.png", held, title="b", best=0)
+    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    assert titles[0] == ["KD (t² KL)", "cross-entropy"]
+    assert titles[1] == ["KL to the teacher", "KD (t² KL)", "cross-entropy", "combined"]
 
 
 def test_a_figure_that_was_not_measured_is_no_fault(tmp_path):

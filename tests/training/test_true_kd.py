@@ -283,7 +283,7 @@ class TestFinishedRun:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
         colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
-        # The first three colours of matplotlib's cycle: combined, KD, cross-entropy.
+        # The first three colours of matplotlib's cycle: KL, KD, cross-entropy.
         assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
 
     def test_samples_show_three_models_on_three_held_out_prompts(self, finished):

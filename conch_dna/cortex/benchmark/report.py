@@ -45,6 +45,9 @@ class Figure(NamedTuple):
 
 
 ERRORS = "calibration error"
+CALIBRATED = f"{ADAPTER}, calibrated"
+# The bars of each row and its curves have the same colour.
+STYLES = {STUDENT: "C0", ADAPTER: "C1", CALIBRATED: "C1--"}
 FIGURES = (
     Figure("KL nats", "heldout.kl_nats", ".3f", "held-out KL to EGO, nats"),
     Figure("chunk KL", "heldout.chunk_kl_nats", ".3f"),
@@ -91,6 +94,8 @@ def draw_benchmark(path: Path, document: Mapping[str, Any]) -> None:
         path: The file to write.
         document: What `run_benchmark` gives, with at least one domain.
     """
+    from matplotlib.lines import Line2D
+
     rows_of = {name: figures["rows"] for name, figures in document["domains"].items()}
     panels = [each for each in FIGURES if each.title and _values(rows_of, each)]
     curves = {name: lines for name, rows in rows_of.items() if (lines := _curves(rows))}
@@ -103,12 +108,17 @@ def draw_benchmark(path: Path, document: Mapping[str, Any]) -> None:
             _draw_bars(places.pop(0), rows_of, each)
         for name, lines in curves.items():
             axes = places.pop(0)
-            draw_curves(axes, lines)
-            axes.set_title(f"{name}: risk over coverage", fontsize="medium")
+            draw_curves(axes, lines, STYLES)
+            areas = "; ".join(f"{each} {curve.area:.3f}" for each, curve in lines.items())
+            axes.set_title(f"{name}: risk over coverage\narea: {areas}", fontsize="small")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
         for axes in places:
             axes.axis("off")
+        # One for all, below them: within a panel it would cover bars and curves.
+        handles = [Line2D([], [], color=f"C{i}", lw=6, label=row) for i, row in enumerate(ROWS)]
+        if curves:
+            handles.append(Line2D([], [], color="C1", ls="--", label=f"{CALIBRATED} (curves)"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         student, ego = (document[key].rstrip("/").rsplit("/", 1)[-1] for key in ("student", "ego"))
         figure.suptitle(f"{student} and its adapters beside EGO, {ego}")
 
@@ -125,7 +135,7 @@ def _curves(rows: Rows) -> dict[str, RiskCoverage]:
         if recorded := rows[name]["risk_coverage"]:
             curves[name] = RiskCoverage(**recorded["raw"])
             if name == ADAPTER:
-                curves[f"{name}, calibrated"] = RiskCoverage(**recorded["calibrated"])
+                curves[CALIBRATED] = RiskCoverage(**recorded["calibrated"])
     return curves
 
 
@@ -140,11 +150,10 @@ def _draw_bars(axes: Any, rows_of: Mapping[str, Rows], figure: Figure) -> None:
         ]
         if bars:
             places, heights = zip(*bars, strict=True)
-            axes.bar(places, heights, share, label=row, color=f"C{number}")
+            axes.bar(places, heights, share, color=f"C{number}")
     axes.set_xticks(range(len(rows_of)), list(rows_of), fontsize="small")
     axes.set_title(figure.title, fontsize="medium")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
     if figure.title.startswith(ERRORS):
         # Before and after are for the same eyes.
         both = [each for each in FIGURES if each.title.startswith(ERRORS)]

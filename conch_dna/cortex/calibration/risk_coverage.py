@@ -97,14 +97,24 @@ def draw_risk_coverage(
             axes.set_aspect("equal")
         for axes in (left, *more):
             axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize="small")
+        # Both panels have the same names in the same colours; a legend within would cover them.
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
         figure.suptitle(title, fontsize="medium")
 
 
-def draw_curves(axes: Any, curves: Mapping[str, RiskCoverage]) -> None:
-    """Draw risk over coverage, a line for each curve, on matplotlib's axes."""
-    for name, curve in curves.items():
-        axes.plot(curve.coverage, curve.risk, label=f"{name} (area {curve.area:.3f})")
+def draw_curves(
+    axes: Any, curves: Mapping[str, RiskCoverage], styles: Mapping[str, str] | None = None
+) -> None:
+    """Draw risk over coverage, a line for each curve, on matplotlib's axes.
+
+    Args:
+        axes: matplotlib's.
+        curves: What to draw, by the name it gets.
+        styles: Colour and dashes by the same names, such as C1--; by default a colour for each.
+    """
+    for number, (name, curve) in enumerate(curves.items()):
+        style = (styles or {}).get(name, f"C{number}")
+        axes.plot(curve.coverage, curve.risk, style, label=f"{name} (area {curve.area:.3f})")
     axes.set(xlabel="coverage: share that the neuron answers", ylabel="risk: disagreement with EGO")
     axes.set(xlim=(0, 1.02), ylim=(0, None))

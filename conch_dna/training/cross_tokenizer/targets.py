@@ -144,6 +144,10 @@ class AlignedTargets(ABC):
         """Compute what is missing; returns the number of the teacher's examples computed."""
         return self.cache.fill(teacher, [e.teacher for e in examples], batch_size=batch_size)
 
+    def read(self, example: AlignedExample) -> dict[str, np.ndarray]:
+        """What is stored of the teacher's own tokens of the text; see `soft_targets.compress`."""
+        return self.cache.read(example.teacher)
+
     def gold(self, example: AlignedExample) -> np.ndarray:
         """The teacher's log-probabilities of its own tokens of the text, at temperature 1."""
         return self.cache.gold(example.teacher)

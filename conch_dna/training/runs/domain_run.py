@@ -56,10 +56,12 @@ from conch_dna.training.evaluation import (
     HeldoutFigures,
     and_kl,
     heldout_figures,
+    teacher_confidence,
     teacher_metrics,
     with_evaluation,
 )
 from conch_dna.training.head_loss import make_cross_entropy_loss
+from conch_dna.training.runs.breakdown import breakdown
 from conch_dna.training.runs.report import draw_curve, samples_text
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
@@ -369,6 +371,7 @@ class DomainRun:
         before_metrics, after_metrics = trained.before.metrics.to_json(), after.metrics.to_json()
         figure = self._figure(trained.before)
         pair = (trained.before.by_example[figure], after.by_example[figure])
+        sure = teacher_confidence(data.split.heldout, data.targets)
         evaluation = {
             "before": before_metrics,
             "after": after_metrics,
@@ -376,6 +379,7 @@ class DomainRun:
             "gap_closed": closed_gap(before_metrics, after_metrics),
             "verdict": {"figure": figure, **verdict(*pair, seed=self.config.seed)},
             "alignment": self.examples.alignment,
+            "breakdown": breakdown(trained.before.by_token, after.by_token, sure),
         }
         result = self._result(data, trained, evaluation, provenance)
         columns = {

@@ -1,7 +1,7 @@
 """What people look at after a run: the evaluation table, the training curve, the samples.
 
 Knows figures and texts, not how they came about; draws and formats, decides nothing.
-To show another figure: a column in `evaluation_table` or a line in `draw_curve`.
+To show another figure: a column in `evaluation_table` or an entry in CURVES.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,23 @@ def evaluation_table(
     """
     from rich.table import Table
 
+    table = Table(title=f"{domain}: {gap_text(evaluation)}", caption=caption_of(evaluation))
+    add_figures(table, ROWS, figure_columns(evaluation), width=width)
+    return table
+
+
+# The rows of the evaluation table; `figure_columns` gives a figure for each.
+ROWS = ("student before", "student after", "teacher")
+
+
+def gap_text(evaluation: dict[str, Any]) -> str:
+    """How much of the KL to the teacher training took away, in words."""
     closed = evaluation["gap_closed"]
-    share = "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
+    return "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
+
+
+def caption_of(evaluation: dict[str, Any]) -> str:
+    """On how many tokens the figures stand, and on which of them each."""
     before = evaluation["before"]
     caption = f"on {before['tokens']:,} held-out tokens"
     if evaluation.get("alignment", INDEX) != INDEX:
@@ -42,6 +57,11 @@ def evaluation_table(
             f"teacher too, chunk KL on {before['chunks']:,} chunks; the teacher's cross-entropy "
             "is of its own tokens"
         )
+    return caption
+
+
+def figure_columns(evaluation: dict[str, Any]) -> dict[str, tuple[str, list[float | None]]]:
+    """By heading the format of a figure, and one for each of ROWS (None where not measured)."""
     figures = {
         "KL to teacher (nats)": ("kl_nats", ".4f"),
         "chunk KL (nats)": ("chunk_kl_nats", ".4f"),
@@ -57,13 +77,10 @@ def evaluation_table(
         # The perplexities of two tokenizers cannot be compared.
         del figures["perplexity"]
     rows = [evaluation[name] for name in ("before", "after", "teacher")]
-    columns = {
+    return {
         heading: (form, [row.get(name) for row in rows])
         for heading, (name, form) in figures.items()
     }
-    table = Table(title=f"{domain}: {share}", caption=caption)
-    add_figures(table, ("student before", "student after", "teacher"), columns, width=width)
-    return table
 
 
 # How the figures of a verdict are called, and their unit.
@@ -162,8 +179,17 @@ def comparison_table(
     )
 
 
+# The figures of the trainer's rows that are drawn, and what they are called.
+CURVES = {
+    "kl": "KL to the teacher",
+    "kd": "KD (t² KL)",
+    "ce": "cross-entropy",
+    "loss": "combined",
+}
+
+
 def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, best: int) -> None:
-    """Draw training and held-out losses by step into a PNG.
+    """Draw training and held-out losses by step into a PNG, each on axes of its own.
 
     Args:
         path: The file to write.
@@ -171,35 +197,90 @@ def draw_curve(path: Path, history: Sequence[dict[str, Any]], *, title: str, bes
         title: Above the picture.
         best: The step whose adapter is kept; marked.
     """
-    with drawing(path, (8, 4.5)) as figure:
-        axes = figure.subplots()
-        draw_losses(axes, history, {"loss": "combined", "kd": "KD (t² KL)", "ce": "cross-entropy"})
-        axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
-        axes.set(xlabel="optimiser step", title=title)
-        axes.legend(fontsize="small")
+    with drawing(path, curves_size(history)) as figure:
+        draw_curves(figure, history, best=best)
+        figure.suptitle(title)
 
 
-def draw_losses(axes: Any, history: Sequence[dict[str, Any]], names: Mapping[str, str]) -> None:
+def curves_of(history: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The figures that were measured and what they are called; a loss that is the KD loss once."""
+    names = {name: label for name, label in CURVES.items() if any(name in row for row in history)}
+    if all(row.get("loss") in (row.get("kd"), row.get("ce")) for row in history) and len(names) > 1:
+        del names["loss"]
+    return names
+
+
+def curves_size(history: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Width and height in inches of what `draw_curves` draws."""
+    rows, columns = _grid(len(curves_of(history)))
+    return 2 + 3.3 * columns, 0.9 + 2.5 * rows
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns in which no place is empty."""
+    return (1, panels or 1) if panels != 4 else (2, 2)
+
+
+def draw_curves(figure: Any, history: Sequence[dict[str, Any]], *, best: int) -> None:
+    """Draw training and held-out losses by step, each on axes of its own.
+
+    Args:
+        figure: matplotlib's, of `curves_size`.
+        history: The trainer's rows.
+        best: The step whose adapter is kept; marked.
+    """
+    names = curves_of(history)
+    panels = list(figure.subplots(*_grid(len(names)), squeeze=False).ravel())
+    draw_losses(panels, history, names)
+    if not names:
+        panels[0].text(0.5, 0.5, "no step was measured", ha="center", va="center")
+        panels[0].axis("off")
+        return
+    for axes in panels:
+        axes.set(xlabel="optimiser step")
+    step_legend(figure, panels, best)
+
+
+def step_legend(figure: Any, panels: Sequence[Any], best: int) -> None:
+    """Mark the step that is kept, and say below all panels how lines of `draw_losses` are read."""
+    from matplotlib.lines import Line2D
+
+    for axes in panels:
+        kept = axes.axvline(best, color="grey", linewidth=0.8, label=f"kept: step {best}")
+    lines = [
+        Line2D([], [], color="grey", marker=".", label="held out"),
+        Line2D([], [], color="grey", linestyle=":", label="training"),
+        kept,
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
+
+
+def draw_losses(
+    panels: Sequence[Any], history: Sequence[dict[str, Any]], names: Mapping[str, str]
+) -> None:
     """Draw some of the trainer's figures by step, those in training and those held out.
 
     Args:
-        axes: matplotlib's.
+        panels: matplotlib's axes, one for each figure: on shared ones a large figure would
+            press a small one flat.
         history: The trainer's rows.
         names: Figures, in nats per token, and what they are called.
     """
-    for (name, label), colour in zip(names.items(), ("C0", "C1", "C2"), strict=False):
+    for number, (axes, (name, label)) in enumerate(zip(panels, names.items(), strict=False)):
         for split, style in (("train", ":"), ("heldout", "-")):
             rows = [row for row in history if row["split"] == split and name in row]
             axes.plot(
                 [row["step"] for row in rows],
                 [row[name] for row in rows],
                 style,
-                color=colour,
-                marker="." if split == "heldout" else None,
+                color=f"C{number}",
+                marker="." if split == "heldout" or len(rows) == 1 else None,
                 label=f"{label}, {'held out' if split == 'heldout' else 'training'}",
             )
-    axes.set(ylabel="nats per token")
-    axes.grid(alpha=0.3)
+        axes.set_title(label, fontsize="medium")
+        axes.set(ylabel="nats per token")
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
 
 
 def samples_text(
@@ -219,6 +300,35 @@ def samples_text(
         for label, texts in columns.items():
             lines += [f"**{label}**", "", _quoted(texts[number]), ""]
     return "\n".join(lines)
+
+
+def read_samples(text: str) -> tuple[str, list[dict[str, str]]]:
+    """What `samples_text` wrote: how they were drawn, and each prompt with every model's text.
+
+    Args:
+        text: Of samples.md.
+
+    Returns:
+        The line that says how they were drawn, and for each sample its texts by label, the prompt
+        under `prompt`.
+    """
+    draw, label = "", ""
+    samples: list[dict[str, str]] = []
+    for line in text.splitlines():
+        # Whatever a model wrote stands behind a quotation mark, so nothing else is taken for it.
+        if line.startswith(">"):
+            quoted = line[2:]
+            samples[-1][label] = (
+                f"{samples[-1][label]}\n{quoted}" if label in samples[-1] else quoted
+            )
+        elif line.startswith("## "):
+            samples.append({})
+            label = "prompt"
+        elif line.startswith("**"):
+            label = line.strip("*")
+        elif line.startswith("Drawn with"):
+            draw = line
+    return draw, samples
 
 
 def _quoted(text: str) -> str:

@@ -1,0 +1,52 @@
+"""The command that writes a page over finished runs: parse, call, print.
+
+Knows options and lines; the page stands in html_report.py. To add an option: here, with help.
+"""
+
+from pathlib import Path
+
+import click
+
+from conch_dna.command_parts import HELP, OneLineErrors, example
+
+
+@click.command(
+    cls=OneLineErrors,
+    context_settings=HELP,
+    epilog=example(
+        "conch-dna report models/distilled_neurons/thinking",
+        "conch-dna report runs/a runs/b --output both.html",
+    ),
+)
+@click.argument(
+    "folders",
+    metavar="FOLDER…",
+    nargs=-1,
+    required=True,
+    help="Of a domain, of its adapter, or of several domains.",
+)
+@click.option(
+    "--output",
+    metavar="FILE",
+    help="Write the page there; a page that is there is replaced. [default: report.html in the "
+    "first FOLDER, or beside it if it is an adapter's]",
+)
+def report(folders: tuple[str, ...], output: str | None) -> None:
+    """Write one HTML page over finished runs: verdicts, curves, where they fail, samples."""
+    from rich.console import Console
+
+    from conch_dna.metrics import BETTER
+    from conch_dna.training.runs.html_report import default_output, headline, write_report
+
+    path = Path(output) if output else default_output(Path(folders[0]))
+    runs = write_report([Path(folder) for folder in folders], path)
+    console = Console(highlight=False)
+    for run in runs:
+        better = run.verdict is not None and run.verdict["verdict"] == BETTER
+        console.print(
+            f"{run.folder}: {headline(run)}",
+            style=None if better else "bold red",
+            soft_wrap=True,
+            markup=False,
+        )
+    console.print(f"written: {path}", soft_wrap=True, markup=False)
