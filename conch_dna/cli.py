@@ -19,6 +19,7 @@ from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
 from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student
+from conch_dna.training.sweeps.command import sweep
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 
 
-for command in (distill, vocab, student, report, cortex, generations, sediment):
+for command in (distill, sweep, report, vocab, student, cortex, generations, sediment):
     main.add_command(command)
 
 

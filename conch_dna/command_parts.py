@@ -152,6 +152,7 @@ def options_of(
     only: Sequence[str] | None = None,
     leave_out: Sequence[str] = (),
     names: Mapping[str, Sequence[str]] | None = None,
+    several: Sequence[str] = (),
 ) -> Callable[[F], F]:
     """Give a command one option per field of a settings class; those not given are None.
 
@@ -160,6 +161,7 @@ def options_of(
         only: The fields that become options; all by default.
         leave_out: Fields that mean nothing to the command.
         names: Other names on the command line, by field.
+        several: Fields that take several values with commas, as a tuple.
     """
 
     def decorate(command: F) -> F:
@@ -168,19 +170,46 @@ def options_of(
                 continue
             if only is not None and each.name not in only:
                 continue
-            command = field_option(each, *(names or {}).get(each.name, ()))(command)
+            many = each.name in several
+            command = field_option(each, *(names or {}).get(each.name, ()), many=many)(command)
         return command
 
     return decorate
 
 
-def field_option(each: Any, *names: str, metavar: str | None = None) -> Callable[[F], F]:
+class Several(click.ParamType):
+    """Values of one type with commas between them, as a tuple.
+
+    Args:
+        single: The type of each.
+    """
+
+    name = "several"
+
+    def __init__(self, single: click.ParamType) -> None:
+        self.single = single
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What the help shows for a value."""
+        shown = self.single.get_metavar(param, ctx) or self.single.name.upper()
+        return f"{shown}[,…]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        """Each value by its own type."""
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(self.single.convert(part.strip(), param, ctx) for part in parts)
+
+
+def field_option(
+    each: Any, *names: str, metavar: str | None = None, many: bool = False
+) -> Callable[[F], F]:
     """An option from a field of settings, told with its default and range; None where not given.
 
     Args:
         each: The field, made by `option_fields.option`.
         *names: On the command line; by default the field's own, and its aliases.
         metavar: What the help shows for a value; None for click's own.
+        many: Take several values with commas.
     """
     dashed = each.name.replace("_", "-")
     if not names and kind_of(each) == "bool":
@@ -189,11 +218,12 @@ def field_option(each: Any, *names: str, metavar: str | None = None) -> Callable
     default = each.default if each.default != "" else "none"
     limits = f"; {range_text(each)}" if is_limited(each) else ""
     described = f"{each.metadata['help']} [default: {str(default).lower()}{limits}]"
-    types: dict[str, Any] = {"float": float, "int": int, "str": str, "bool": None}
+    types: dict[str, Any] = {"float": click.FLOAT, "int": click.INT, "str": str, "bool": None}
+    single = click.Choice(choices) if choices else types[kind_of(each)]
     return click.option(
         *(names or (f"--{dashed}",)),
         each.name,
-        type=click.Choice(choices) if choices else types[kind_of(each)],
+        type=Several(single) if many else single,
         metavar=metavar,
         default=None,
         help=described,

@@ -25,6 +25,7 @@ from conch_dna import cli
 from conch_dna.errors import ConchError
 from conch_dna.training import cli as training_cli
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
+from conch_dna.training.sweeps.grid import grid_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = "README.md"
@@ -327,7 +328,11 @@ def test_settings_files_shown_are_valid(document):
         values = yaml.safe_load(block.text) if block.language in ("yaml", "yml") else None
         if isinstance(values, dict) and set(values) & set(FIELDS):
             assert set(values) <= names, f"line {block.line}: not known: {set(values) - names}"
-            KDConfig(**{name: value for name, value in values.items() if name in FIELDS})
+            fields_of = {name: value for name, value in values.items() if name in FIELDS}
+            if any(isinstance(value, list) for value in fields_of.values()):
+                grid_runs("s", fields_of, most=32)
+            else:
+                KDConfig(**fields_of)
 
 
 @pytest.mark.parametrize("path", sorted(all_commands()))

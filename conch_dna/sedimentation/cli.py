@@ -122,7 +122,7 @@ def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
     metavar=f"[{'|'.join(FORMATS)}]",
     default=FORMATS[0],
     show_default=True,
-    help="Format of the files; auto takes a file for JSONL that is named so or begins with a brace.",
+    help="Format of the files; auto: JSONL where a file is named so or begins with a brace.",
 )
 @click.option("--replace", is_flag=True, help="A known id with another text replaces the old one.")
 @json_option

@@ -24,6 +24,7 @@ from conch_dna.training.head_loss import (
     make_logit_loss,
     with_nothing,
 )
+from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import Loss
 
@@ -138,6 +139,28 @@ def heldout_figures(
     )
     by_example = {name: np.concatenate(parts, 1) for name, parts in examples.items()}
     return HeldoutFigures(metrics, by_example, TokenFigures.joined(by_token))
+
+
+def figures_on(
+    model: LanguageModel, examples: Sequence[Example], targets: Targets, config: KDConfig
+) -> HeldoutFigures:
+    """The figures of `heldout_figures` on examples whose targets are there, in batches.
+
+    Args:
+        model: A student, with or without an adapter.
+        examples: Of `Examples.make`.
+        targets: The teacher's.
+        config: How many examples and logits exist at once.
+
+    Returns:
+        Their sums by example stand in the order of `sequential_batches`, which is by length.
+    """
+    chosen = (
+        [examples[index] for index in indices]
+        for indices in sequential_batches(examples, config.batch_size)
+    )
+    batches = map(targets.evaluation_batch, chosen)
+    return heldout_figures(model, batches, chunk=config.head_chunk)
 
 
 def weighted_kl(logits: mx.array, rows: dict[str, mx.array], *, nothing: int) -> mx.array:

@@ -5,7 +5,7 @@ figure per position: an array in `compute_targets`, its line in TARGET_ARRAYS, a
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +86,7 @@ def target_identity(
     *,
     top_k: int,
     temperature: float,
+    also_at: Iterable[float] = (),
     student: ModelSource | None = None,
     with_digests: bool = True,
 ) -> TargetIdentity:
@@ -95,6 +96,7 @@ def target_identity(
         teacher: The model's source.
         top_k: Kept tokens per position, or 0.
         temperature: Of the loss.
+        also_at: Other temperatures, where several runs share the targets.
         student: The one whose ids these are to be, where both have the same tokenizer.
         with_digests: Read the weight files for their digest; without, only sizes are right.
 
@@ -119,7 +121,7 @@ def target_identity(
         vocabulary_size=size,
         kept_below=kept_below,
         top_k=top_k,
-        temperatures=tuple(sorted({1.0, float(temperature)})) if top_k else (),
+        temperatures=tuple(sorted({1.0, *map(float, (temperature, *also_at))})) if top_k else (),
     )
 
 

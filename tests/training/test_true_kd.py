@@ -207,6 +207,7 @@ class TestFinishedRun:
             "digests.json",
             "evaluation.json",
             "heldout.jsonl",
+            "heldout_figures.json",
             "kd_result.json",
             "samples.md",
             "training_curve.png",

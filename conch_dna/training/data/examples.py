@@ -4,7 +4,7 @@ Knows which of the two cases it is, and what fits the models' contexts; nothing 
 A third case would be a third class with the methods of `SameTokenizer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,20 +237,28 @@ class Examples:
     def _message(self, text: str) -> None:
         self.report("message", {"message": text})
 
-    def identity(self, *, with_digests: bool = True) -> TargetIdentity:
+    def identity(
+        self, *, with_digests: bool = True, also_at: Iterable[float] = ()
+    ) -> TargetIdentity:
         """What is stored of the teacher; see `soft_targets.target_identity`."""
         soft = self.alignment == INDEX or KINDS[self.alignment].keeps_outcomes
         return target_identity(
             self.teacher,
             top_k=self.config.top_k if soft else 0,
             temperature=self.config.temperature,
+            also_at=also_at,
             student=self.student if self.alignment == INDEX else None,
             with_digests=with_digests,
         )
 
-    def targets(self, folder: Path) -> Targets:
-        """The teacher's targets, cached in a folder, for examples that `make` made."""
-        cache = SoftTargetCache(folder, self.identity(), report=self.report)
+    def targets(self, folder: Path, *, also_at: Iterable[float] = ()) -> Targets:
+        """The teacher's targets, cached in a folder, for examples that `make` made.
+
+        Args:
+            folder: Of the cache.
+            also_at: Other temperatures than the configuration's at which they are to be exact.
+        """
+        cache = SoftTargetCache(folder, self.identity(also_at=also_at), report=self.report)
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)

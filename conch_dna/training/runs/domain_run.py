@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import (
     HeldoutFigures,
     and_kl,
-    heldout_figures,
+    figures_on,
     teacher_confidence,
     teacher_metrics,
     with_evaluation,
@@ -82,6 +83,7 @@ RESULT_FILE = "kd_result.json"
 EVALUATION_FILE = "evaluation.json"
 DATA_FILE = "training_data.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
+FIGURES_FILE = "heldout_figures.json"
 CANDIDATE = "candidate"
 # Where a run lies and whether code may run do not change what it computes.
 _NOT_IDENTITY = ("output_dir", "adapter_subdir", "trust_remote_code")
@@ -136,6 +138,7 @@ class DomainRun:
         config: Everything else that shapes the run.
         domain: A checked name.
         report: Gets the run's progress.
+        begun: The day that chat templates are told, in ISO 8601; today's without any.
     """
 
     def __init__(
@@ -145,6 +148,8 @@ class DomainRun:
         config: KDConfig,
         domain: str,
         report: Report,
+        *,
+        begun: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
@@ -154,7 +159,7 @@ class DomainRun:
         self.folder = domain_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
         self.examples = Examples(teacher, student, config, report=report)
-        self._record: dict[str, Any] = {"begun": date.today().isoformat()}
+        self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
 
     def lock(self) -> FolderLock:
@@ -257,18 +262,24 @@ class DomainRun:
         """Write down what the domain learns from: a later retraining replays it."""
         write_atomically(self.folder / DATA_FILE, json_lines(records))
 
-    def prepare(self, records: Sequence[Record]) -> RunData:
+    def prepare(self, records: Sequence[Record], *, shared_by: Sequence[KDConfig] = ()) -> RunData:
         """Tokenize, split, and compute what is missing of the teacher's targets and samples.
 
         The teacher is loaded only if something is missing; the caller releases it.
+
+        Args:
+            records: What the domain learns from.
+            shared_by: Settings of the runs that will read the same targets instead of this one.
         """
         config = self.config
         with dated(self._record["begun"]):
             split = self.examples.split(records)
         for warning in data_warnings(len(split.train), len(split.heldout), config):
             self.report("message", {"message": f"warning: {warning}"})
-        needed = split.read(config)
-        targets = self.examples.targets(self.folder / "soft_targets")
+        readers = shared_by or [config]
+        needed = list(dict.fromkeys(chain.from_iterable(map(split.read, readers))))
+        also_at = [reader.temperature for reader in readers]
+        targets = self.examples.targets(self.folder / "soft_targets", also_at=also_at)
         missing = targets.missing(needed)
         if missing:
             tokens = sum(example.count for example in missing)
@@ -350,8 +361,7 @@ class DomainRun:
             yield [heldout[index] for index in indices]
 
     def _figures(self, student: LanguageModel, data: RunData) -> HeldoutFigures:
-        batches = map(data.targets.evaluation_batch, self._heldout(data))
-        return heldout_figures(student, batches, chunk=self.config.head_chunk)
+        return figures_on(student, data.split.heldout, data.targets, self.config)
 
     def finish(self, data: RunData, trained: Trained) -> KDResult:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
@@ -395,6 +405,7 @@ class DomainRun:
             documents={
                 EVALUATION_FILE: evaluation,
                 RESULT_FILE: result.to_json(),
+                FIGURES_FILE: {n: pair.tolist() for n, pair in after.by_example.items()},
                 "training_log.json": history,
                 "samples.md": self._samples(data, columns),
             },

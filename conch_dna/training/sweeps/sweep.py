@@ -1,0 +1,327 @@
+"""A sweep: every run of a grid over one cache of answers and targets, and what they come to.
+
+Knows when the teacher goes, which runs are finished, and how runs are compared; a run itself is
+`runs.domain_run`'s. To compare runs by something else: `_comparison`.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conch_dna.checkpoints import (
+    FolderLock,
+    content_digest,
+    provenance,
+    read_json,
+    remove_folder,
+    write_atomically,
+    write_json,
+)
+from conch_dna.errors import ConchError, Interrupted, NotWholeError
+from conch_dna.language_model import ModelSource
+from conch_dna.metrics import COMPARABLE, verdict
+from conch_dna.progress import Report, silent
+from conch_dna.training.adapters import require_trainable
+from conch_dna.training.cross_tokenizer.alignments import INDEX
+from conch_dna.training.data.records import Record, json_lines
+from conch_dna.training.evaluation import HeldoutFigures, figures_on
+from conch_dna.training.runs.domain_run import (
+    FIGURES_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    DomainRun,
+    RunData,
+)
+from conch_dna.training.settings import KDConfig, KDResult, get_kd_adapter_path, validate_domain
+from conch_dna.training.sweeps.grid import GridRun, settings_text
+from conch_dna.training.sweeps.report import draw_sweep
+
+SWEEP_FILE = "sweep.json"
+PICTURE_FILE = "sweep.png"
+
+
+class Sweep:
+    """Every run of a grid, one after the other, over one cache; the teacher is loaded once at most.
+
+    Args:
+        teacher: Whose distributions are learned.
+        student: Whose adapters are trained.
+        shared: Settings of what the runs share; see `grid.grid_runs`.
+        runs: What to train.
+        domain: A name, as a single run's.
+        report: Gets the progress of all runs.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelSource,
+        student: ModelSource,
+        shared: KDConfig,
+        runs: Sequence[GridRun],
+        domain: str,
+        *,
+        report: Report = silent,
+    ) -> None:
+        self.teacher = teacher
+        self.student = student
+        self.shared = shared
+        self.runs = list(runs)
+        self.domain = domain
+        self.report = report
+        self.folder = Path(shared.output_dir).parent
+
+    def run(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        data: Sequence[Record] | None = None,
+        test: Sequence[Record] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Train what is not finished, compare all runs, and measure the best one on the test data.
+
+        Args:
+            prompts: For the teacher to answer, instead of the domain's examples.
+            data: Records to train on, instead of the teacher's answers.
+            test: Records that no run learns from or is chosen by.
+            resume: Go on with a sweep that lies in the folder, or add runs to it.
+            overwrite: Train all of its runs again; answers and targets are kept.
+
+        Returns:
+            What sweep.json holds; see `_comparison`, and `failures` by run.
+
+        Raises:
+            ConchError: A run cannot be made so, the data are of no use, a sweep lies there that is
+                neither to be resumed nor overwritten, or every run failed.
+            Interrupted: Ctrl-C in training; its state was saved.
+        """
+        validate_domain(self.domain, with_own_data=prompts is not None or data is not None)
+        with FolderLock(self.folder):
+            begun = self._begin(resume=resume, overwrite=overwrite)
+            shared = DomainRun(
+                self.teacher, self.student, self.shared, self.domain, self.report, begun=begun
+            )
+            self._require_effect(shared.examples.alignment)
+            for each in self.runs:
+                require_trainable(self.student, each.config)
+            records = shared.generate(prompts) if data is None else list(data)
+            configs = [each.config for each in self.runs]
+            run_data = shared.prepare(records, shared_by=configs)
+            tested = self._tested(shared, run_data, test)
+            self.teacher.release()
+            source = [list(prompts or []), list(data or [])]
+            results, failures = self._train(source, records, run_data)
+            if not results:
+                raise ConchError(f"every run failed; {self.runs[0].name}: {failures.popitem()[1]}")
+            document = {
+                "domain": self.domain,
+                "teacher": self.teacher.model_id,
+                "student": self.student.model_id,
+                "begun": begun,
+                "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+                **self._comparison(results),
+                "failures": failures,
+                **provenance(),
+            }
+            confirmed = read_json(self.folder / SWEEP_FILE, needs={}).get("confirmed", [])
+            document["confirmed"] = confirmed
+            if tested:
+                self._confirm(document, run_data, tested, digest=_digest(test or []))
+            write_atomically(self.folder / PICTURE_FILE, lambda path: draw_sweep(path, document))
+            write_json(self.folder / SWEEP_FILE, document)
+            return document
+
+    def _begin(self, *, resume: bool, overwrite: bool) -> str:
+        """The day on which the sweep began, once it is clear that it may go on."""
+        path = self.folder / SWEEP_FILE
+        if path.exists() and not (resume or overwrite):
+            raise ConchError(
+                f"{self.folder} holds a sweep: add --resume to go on with it or to add runs, "
+                "--overwrite to train all again, or choose another --output-dir"
+            )
+        if overwrite:
+            for run in self.folder.glob(f"*/{self.domain}/{RUN_FILE}"):
+                remove_folder(run.parent.parent)
+        begun = date.today().isoformat()
+        before: dict[str, Any] = {}
+        with suppress(NotWholeError, ValueError):
+            before = read_json(path, needs={"begun": str})
+            begun = date.fromisoformat(before["begun"]).isoformat()
+        write_json(path, {**({} if overwrite else before), "begun": begun})
+        return begun
+
+    def _require_effect(self, alignment: str) -> None:
+        """Refuse values that change nothing for this pair of models: runs would be equal."""
+        across = ("soft_weight", "chunk_weight", "chunk_scale")
+        without = {"roots": ("temperature",), INDEX: across}
+        swept = self.runs[0].settings
+        for name in without.get(alignment, ()):
+            if name in swept:
+                why = "with one tokenizer" if alignment == INDEX else f"with alignment {alignment}"
+                raise ConchError(f"{name} changes nothing {why}: its runs would be equal; leave it")
+
+    def _tested(self, shared: DomainRun, data: RunData, test: Sequence[Record] | None) -> list[Any]:
+        """The test data as examples whose targets are there."""
+        if test is None:
+            return []
+        _, examples = shared.examples.make(test)
+        known = {each.digest for each in (*data.split.train, *data.split.heldout)}
+        if seen := sum(each.digest in known for each in examples):
+            raise ConchError(
+                f"{seen} of {len(examples)} test examples are among the others too, so they would "
+                "confirm nothing: take them out of --test-data"
+            )
+        data.targets.fill(self.teacher, examples, batch_size=self.shared.batch_size)
+        return examples
+
+    def _train(
+        self, source: object, records: Sequence[Record], data: RunData
+    ) -> tuple[dict[str, KDResult], dict[str, str]]:
+        results: dict[str, KDResult] = {}
+        failures: dict[str, str] = {}
+        seconds: list[float] = []
+        for number, each in enumerate(self.runs, 1):
+            left = ""
+            if seconds:
+                minutes = sum(seconds) / len(seconds) * (len(self.runs) - number + 1) / 60
+                left = f", about {minutes:.1f} minutes left"
+            message = f"run {number} of {len(self.runs)}: {settings_text(each.settings)}{left}"
+            self.report("message", {"message": message})
+            began = time.monotonic()
+            try:
+                run = DomainRun(
+                    self.teacher, self.student, each.config, self.domain, self._report_of(each)
+                )
+                with run.lock():
+                    result = run.begin(source, resume=True, overwrite=False)
+                    if result is None:
+                        trained = run.train(data)
+                        run.keep(records)
+                        result = run.finish(data, trained)
+                        seconds.append(time.monotonic() - began)
+                results[each.name] = result
+            except Interrupted:
+                raise
+            except (ConchError, OSError, RuntimeError, MemoryError) as error:
+                failures[each.name] = str(error) or type(error).__name__
+                self.report("warning", {"message": f"{each.name} failed: {failures[each.name]}"})
+        return results, failures
+
+    def _report_of(self, run: GridRun) -> Report:
+        """The report under a run's name, instead of the domain's."""
+
+        def report(event: str, row: dict[str, Any]) -> None:
+            if event == "phase":
+                row = {
+                    **row,
+                    "name": row["name"].replace(self.domain, settings_text(run.settings), 1),
+                }
+            self.report(event, row)
+
+        return report
+
+    def _comparison(self, results: dict[str, KDResult]) -> dict[str, Any]:
+        """What runs came to beside each other, the best first.
+
+        Returns:
+            `figure`, the one by which they are compared: the nearest to KL that any of them is
+            judged by; `before`, the student's; `heldout_examples`; `best`, the run whose figure is
+            lowest; and of each of `runs` its `settings`, `after`, `verdict` against the student
+            before, and `against_best`, as `metrics.verdict` gives it, of the best run and itself.
+        """
+        judged = {result.evaluation["verdict"]["figure"] for result in results.values()}
+        figure = min(judged, key=COMPARABLE.index)
+        order = sorted(results, key=lambda name: results[name].evaluation["after"][figure])
+        pairs = {name: _pair(results[name], figure) for name in order}
+        settings = {each.name: each.settings for each in self.runs}
+        best = results[order[0]]
+        rows = [
+            {
+                "name": name,
+                "settings": settings[name],
+                "adapter": results[name].adapter_path,
+                "best_step": results[name].metadata["best_step"],
+                "seconds": results[name].training_time_seconds,
+                "after": results[name].evaluation["after"],
+                "verdict": results[name].evaluation["verdict"],
+                "against_best": verdict(pairs[order[0]], pairs[name], seed=self.shared.seed),
+            }
+            for name in order
+        ]
+        return {
+            "figure": figure,
+            "before": best.evaluation["before"],
+            "heldout_examples": best.metadata["heldout_examples"],
+            "best": order[0],
+            "runs": rows,
+        }
+
+    def _confirm(
+        self, document: dict[str, Any], data: RunData, examples: list[Any], *, digest: str
+    ) -> None:
+        """Measure the best run on the test data, unless that was done; added to `confirmed`."""
+        best = document["runs"][0]
+        adapter = {"run": best["name"], "test_data": digest}
+        if any(adapter.items() <= done.items() for done in document["confirmed"]):
+            return
+        self.report("phase", {"name": f"{self.domain}: the best on the test data"})
+        figures = {}
+        for moment, path in {"before": None, "after": Path(best["adapter"])}.items():
+            student = self.student.load(adapter_path=path)
+            figures[moment] = figures_on(student, examples, data.targets, self.shared)
+            student.release()
+        document["confirmed"].append(
+            {**adapter, "examples": len(examples), **_change(figures, document["figure"])}
+        )
+
+
+def _change(figures: dict[str, HeldoutFigures], figure: str) -> dict[str, Any]:
+    pair = (figures[moment].by_example[figure] for moment in ("before", "after"))
+    metrics = {moment: each.metrics.to_json() for moment, each in figures.items()}
+    return {**metrics, "verdict": {"figure": figure, **verdict(*pair)}}
+
+
+def _pair(result: KDResult, figure: str) -> np.ndarray:
+    """Each held-out example's sum and count of a figure `[2, n]`, as a run wrote them down."""
+    stored = read_json(Path(result.adapter_path) / FIGURES_FILE, needs={figure: list})
+    return np.array(stored[figure], dtype=np.float64)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    return content_digest(json_lines(records))[:16]
+
+
+def plan_sweep(runs: Sequence[GridRun], domain: str) -> dict[str, Any]:
+    """What is left to do of a grid, told from its folders.
+
+    Args:
+        runs: Of the grid.
+        domain: The name.
+
+    Returns:
+        `runs`, `finished`, `steps` that are left, and `seconds` that they take by the finished
+        runs; None where there are none.
+    """
+    seconds, steps, left = 0.0, 0, 0
+    finished = 0
+    for each in runs:
+        path = get_kd_adapter_path(domain, each.config) / RESULT_FILE
+        with suppress(NotWholeError):
+            result = read_json(path, needs={"training_time_seconds": float})
+            seconds += result["training_time_seconds"]
+            steps += each.config.num_iters
+            finished += 1
+            continue
+        left += each.config.num_iters
+    return {
+        "runs": len(runs),
+        "finished": finished,
+        "steps": left,
+        "seconds": seconds / steps * left if finished else None,
+    }
