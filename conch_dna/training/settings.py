@@ -168,8 +168,8 @@ class KDConfig:
         plain = plain.isascii() and plain.isalnum() and len(value) <= 64
         if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
             return (
-                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 letters, "
-                "digits, -, _ and dots that does not begin with "
+                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 of a to z, "
+                "A to Z, digits, -, _ and dots that does not begin with "
                 f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
             )
         return None
@@ -215,7 +215,8 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
     plain = domain.replace("_", "").replace("-", "")
     if not (plain.isascii() and plain.isalnum() and len(domain) <= 64):
         raise ConchError(
-            f"domain {domain!r} becomes a folder's name: use up to 64 letters, digits, - and _"
+            f"domain {domain!r} becomes a folder's name: use up to 64 of a to z, A to Z, digits, "
+            "- and _"
         )
     if domain not in DOMAIN_PROMPTS and not with_own_data:
         raise ConchError(

@@ -272,3 +272,9 @@ def test_the_divergences_are_those_of_the_losses():
 def test_numbers_that_float32_does_not_have_are_refused(name, value):
     with pytest.raises(ConchError, match=f"{name} is .*: it must be "):
         KDConfig(**{name: value})
+
+
+def test_a_letter_that_folders_do_not_take_is_not_called_none():
+    """Letters such as ö are letters, so the message says which ones are meant."""
+    with pytest.raises(ConchError, match=r"'größe' becomes .*: use up to 64 of a to z, A to Z"):
+        validate_domain("größe", with_own_data=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conch_dna.errors import number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
@@ -70,7 +71,7 @@ class Split:
         Cross-entropy alone needs the teacher for what is held out only.
 
         Raises:
-            ConchError: The training examples do not fill one batch.
+            ConchError: The training examples cannot fill one batch.
         """
         stream = ExampleBatches(self.train, config.batch_size, seed=config.seed)
         batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
@@ -284,12 +285,12 @@ def data_warnings(train: int, heldout: int, config: KDConfig) -> list[str]:
     warnings = []
     if heldout < FEWEST_EXAMPLES:
         warnings.append(
-            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
-            "more data, or a higher --val-fraction"
+            f"{number_of(heldout, 'held-out example')} cannot show a gain, it takes "
+            f"{FEWEST_EXAMPLES}: give more data, or a higher --val-fraction"
         )
     if drawn > MOST_EPOCHS * train:
         warnings.append(
-            f"each of {train} examples is read {drawn / max(1, train):.1f} times, which often "
-            "makes a student worse: give more data, or fewer --iters"
+            f"each of {number_of(train, 'example')} is read {drawn / max(1, train):.1f} times, "
+            "which often makes a student worse: give more data, or fewer --iters"
         )
     return warnings

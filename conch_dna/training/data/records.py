@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import require_plain
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, decoded, number_of
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import (
     answer_text,
@@ -32,10 +32,10 @@ TOKENS = "tokens"
 
 def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     try:
-        # -sig: a byte-order mark in front is no part of the first line.
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
         raise ConchError(f"cannot read {option} {path}: {error}") from error
+    text = decoded(content, f"cannot read {option} {path}")
     # Not str.splitlines, which would also cut at characters that JSON allows inside strings.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -44,7 +44,7 @@ def read_lines(path: Path, option: str) -> list[str]:
     """The lines of a text file that are not blank.
 
     Args:
-        path: The file, UTF-8.
+        path: The file; see `decoded`.
         option: Which option named it, for the message.
 
     Raises:
@@ -337,8 +337,9 @@ def split_heldout(
         groups.setdefault(question_of(record), []).append(index)
     if len(groups) < 2:
         raise ConchError(
-            f"{len(records)} examples with {len(groups)} different prompts cannot be split into "
-            "training and held-out data: give at least two"
+            f"{number_of(len(records), 'example')} with "
+            f"{number_of(len(groups), 'different prompt')} cannot be split into training and "
+            "held-out data: give at least two"
         )
     keys = list(groups)
     wanted = max(1, round(fraction * len(records)))
