@@ -225,7 +225,7 @@ class TestRefused:
     def test_one_source_for_all_domains(self, source, pair, tmp_path):
         given = {"domain": None, "prompts": None, source: pair.prompts}
         message = refused("--all", *pair.options(tmp_path / "out", **given))
-        assert message == "--data and --prompts go with one --domain, not with --all"
+        assert message == f"--{source} cannot go with --all, only with one --domain"
 
     def test_one_domain_and_all_of_them(self, pair, tmp_path):
         message = refused("--all", *pair.options(tmp_path / "out"))
@@ -399,7 +399,10 @@ class TestYaml:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("alfa: 0.5\nbeta: 1", "run.yaml names unknown settings: alfa, beta; known are "),
+            (
+                "alfa: 0.5\nbeta: 1",
+                "run.yaml names unknown settings: alfa (alpha?), beta; ",
+            ),
             ("alpha: 1.5", "alpha is 1.5: it must be between 0 and 1"),
             ("alpha: lots", "alpha is 'lots': it must be a number"),
             ("iters: 2.5", "num_iters is 2.5: it must be a whole number"),

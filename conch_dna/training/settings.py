@@ -84,7 +84,8 @@ class KDConfig:
     lora_keys: str = _option(
         "attention",
         "Which layers get LoRA: 'attention' (q and v), 'all' linear ones, experts too, or names "
-        "such as 'self_attn.q_proj'; several with commas, such as 'all,model.embed_tokens'.",
+        "such as 'self_attn.q_proj' or their ends, such as 'q_proj'; several with commas, such as "
+        "'all,model.embed_tokens'.",
     )
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")

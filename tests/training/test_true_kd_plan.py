@@ -174,7 +174,7 @@ def unfit(planned: bool, teacher: ModelSource, folder: Path, out: Path, settings
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_keys": "q_proj,v_proj"}, "names no layers of {}: q_proj, v_proj. It has mlp.down_"),
+        ({"lora_keys": "q_proj,w_proj"}, "names no layers of {}: w_proj. It has mlp.down_"),
         ({"lora_layers": 50}, "lora_layers is 50, but {} has 2 layers: use 1 to 2, or -1 for all"),
         ({"lora_keys": "all,model.embed_tokens", "dora": True}, "a quantized embedding (1 such"),
         ({"full": True}, "are quantized, such as"),

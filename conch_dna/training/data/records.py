@@ -310,20 +310,30 @@ def tokenize_records(
     records: Sequence[Record],
     tokenizer: Any,
     *,
+    names: Sequence[str] | None = None,
     train_on_prompt: bool = False,
     vocabulary: str = "",
 ) -> list[Example]:
-    """Tokenize records, in their order; see `tokenize_record`."""
+    """Tokenize records, in their order; see `tokenize_record`.
+
+    Args:
+        records: In one of the three forms.
+        tokenizer: The student's.
+        names: What messages call them; "example 1" and so on by default.
+        train_on_prompt: See `tokenize_record`.
+        vocabulary: See `tokenize_record`.
+    """
     return [
         tokenize_record(
-            record,
-            tokenizer,
-            name=f"example {number}",
-            train_on_prompt=train_on_prompt,
-            vocabulary=vocabulary,
+            record, tokenizer, name=name, train_on_prompt=train_on_prompt, vocabulary=vocabulary
         )
-        for number, record in enumerate(records, 1)
+        for record, name in zip(records, names or numbered(records), strict=True)
     ]
+
+
+def numbered(records: Sequence[Record], noun: str = "example") -> list[str]:
+    """What messages call records: by their number, counted from 1."""
+    return [f"{noun} {number}" for number in range(1, len(records) + 1)]
 
 
 def fitting(examples: Sequence[Example], longest: int, *, skip: bool = False) -> list[int]:

@@ -67,6 +67,16 @@ def evaluation_table(
     return table
 
 
+def judged_sets(domain: str, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sets that a run was measured on: what was held out, and the test set if there is one.
+
+    Returns:
+        What evaluation.json says of each, by what tables and lines call it.
+    """
+    sets = {domain: evaluation}
+    return sets | ({f"{domain}, test set": evaluation["test"]} if "test" in evaluation else {})
+
+
 # How the figures of a verdict are called, and their unit.
 _FIGURE_WORDS = {
     "kl_nats": ("KL to the teacher", "nats a token"),
@@ -107,6 +117,7 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     longer = f"more --iters than {config.num_iters}"
     if found["interval"] is None:
         tries = ["more data", f"a higher --val-fraction than {config.val_fraction:g}"]
+        tries = ["more --valid-data"] if metadata.get("own_heldout") else tries
     elif times < 1:
         tries = [f"{longer} ({data})"]
     elif metadata["best_step"] == config.num_iters and found["difference"] < 0:
