@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from conch_dna.errors import ConchError, Interrupted, one_line
+from conch_dna.errors import ConchError, Interrupted, decoded, one_line
 from conch_dna.option_fields import is_limited, kind_of, range_text
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -304,10 +304,7 @@ def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     if len(content) > MOST_YAML:
         raise ConchError(f"{source} has more than {MOST_YAML:,} bytes: settings are shorter")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ConchError(f"cannot read {option} {source}: {error}") from error
+    text = decoded(content, f"cannot read {option} {source}")
     try:
         level = 0
         for event in yaml.parse(text, Loader):

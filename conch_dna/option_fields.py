@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from conch_dna.errors import ConchError
@@ -129,6 +130,7 @@ def named_settings(
     *,
     source: str,
     aliases: Mapping[str, str] | None = None,
+    also: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Values by the names of fields, as a file gives them.
 
@@ -137,6 +139,7 @@ def named_settings(
         known: The names that exist.
         source: Where they come from, for the message.
         aliases: Other names that stand for one of them.
+        also: Names that are taken too, but not told of.
 
     Raises:
         ConchError: A name is unknown or given twice.
@@ -145,24 +148,29 @@ def named_settings(
     names = [(aliases or {}).get(name, name) for name in names]
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConchError(f"{source} gives {', '.join(twice)} twice: leave one of each")
-    refuse_unknown(names, known, source=source)
+    refuse_unknown(names, known, source=source, also=also)
     return dict(zip(names, values.values(), strict=True))
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], *, source: str) -> None:
-    """Refuse names of settings that do not exist.
+def refuse_unknown(
+    names: Iterable[str], known: Iterable[str], *, source: str, also: Iterable[str] = ()
+) -> None:
+    """Refuse names of settings that do not exist, with the nearest that does.
 
     Args:
         names: As they were given.
         known: Those that exist.
         source: Where the names come from, for the message.
+        also: Names that are taken too, but not told of.
 
     Raises:
         ConchError: Some do not; all of them are named.
     """
-    known = set(known)
-    if unknown := sorted(set(names) - known):
+    known, also = set(known), set(also)
+    if unknown := sorted(set(names) - known - also):
+        near = {name: get_close_matches(name, [*known, *also], 1) for name in unknown}
+        shown = (f"{name} ({near[name][0]}?)" if near[name] else name for name in unknown)
         raise ConchError(
-            f"{source} names unknown settings: {', '.join(unknown)}; known are "
+            f"{source} names unknown settings: {', '.join(shown)}; known are "
             f"{', '.join(sorted(known))}"
         )

@@ -226,7 +226,7 @@ def test_a_text_file_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_bytes(b"caf\xe9")
     message = refused("vocab", *PAIR, "--text", file)
-    assert message.startswith(f"cannot read --text {file}: ") and "utf-8" in message
+    assert message.startswith(f"cannot read --text {file}, line 1: ") and "is not UTF-8" in message
 
 
 def truncated(text: str) -> str:

@@ -33,6 +33,7 @@ from house import (
 HEAVY = {
     "Stemmer",
     "bm25s",
+    "datasets",
     "jsonschema",
     "matplotlib",
     "mlx_lm",
@@ -47,9 +48,12 @@ HEAVY = {
     "scipy",
     "sentence_transformers",
     "starlette",
+    "swanlab",
+    "tensorboardX",
     "torch",
     "transformers",
     "uvicorn",
+    "wandb",
 }
 MAX_LINES = 500
 MAX_ENTRIES = 20

@@ -24,6 +24,7 @@ import yaml
 from conch_dna import cli
 from conch_dna.errors import ConchError
 from conch_dna.training import cli as training_cli
+from conch_dna.training.runs.request import RUN_KEYS
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
 from conch_dna.training.sweeps.grid import grid_runs
 
@@ -323,7 +324,7 @@ def test_the_guide_states_every_option_with_its_default():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_files_shown_are_valid(document):
     """A ```yaml block of settings is one that --config takes, with values in their range."""
-    names = {*training_cli.RUN_KEYS, *FIELDS}
+    names = {*RUN_KEYS, *FIELDS}
     for block in blocks(read(document)):
         values = yaml.safe_load(block.text) if block.language in ("yaml", "yml") else None
         if isinstance(values, dict) and set(values) & set(FIELDS):

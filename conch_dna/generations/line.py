@@ -99,7 +99,8 @@ class Line:
         plain = name.replace("_", "").replace("-", "")
         if not (plain.isascii() and plain.isalnum() and len(name) <= 64):
             raise ConchError(
-                f"line {name!r} becomes a folder's name: use up to 64 letters, digits, - and _"
+                f"line {name!r} becomes a folder's name: use up to 64 of a to z, A to Z, digits, "
+                "- and _"
             )
         self.name = name
         self.folder = root / name

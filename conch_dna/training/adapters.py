@@ -47,7 +47,8 @@ def outer_names(model: nn.Module) -> list[str]:
     )
 
 
-def _chosen_keys(choice: str, available: list[str]) -> list[str]:
+def _chosen_keys(choice: str, available: list[str], outer: list[str]) -> list[str]:
+    """The full names of chosen layers; what is no such name stays as it is."""
     keys: dict[str, None] = {}
     for part in (name.strip() for name in choice.split(",")):
         if part == "all":
@@ -56,8 +57,12 @@ def _chosen_keys(choice: str, available: list[str]) -> list[str]:
             names = [name for name in available if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj")]
             # Some models have one matrix for query, key and value.
             names = names or [n for n in available if "qkv" in n.rsplit(".", 1)[-1].lower()]
+        elif part in available or part in outer:
+            names = [part]
         else:
-            names = [part] if part else []
+            # The end of names, such as q_proj, wherever it lies; inside of layers if it does.
+            ends = [[n for n in group if n.endswith(f".{part}")] for group in (available, outer)]
+            names = (ends[0] or ends[1] or [part]) if part else []
         keys |= dict.fromkeys(names)
     return list(keys)
 
@@ -235,8 +240,8 @@ def attach_lora(
             "pristine model; load it anew"
         )
     available = linear_names(model)
-    keys = _chosen_keys(config.lora_keys, available)
     outer = outer_names(model)
+    keys = _chosen_keys(config.lora_keys, available, outer)
     unknown = [key for key in keys if key not in available and key not in outer]
     if unknown or not keys:
         raise ConchError(

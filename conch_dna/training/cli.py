@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import command, json_option, options_of, read_yaml, write_figures
+from conch_dna.command_parts import command, json_option, options_of, write_figures
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import pairs_table, print_tables
@@ -26,8 +26,6 @@ from conch_dna.training.settings import (
 
 if TYPE_CHECKING:
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
-
-RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
 
 
 @command(
@@ -64,20 +62,52 @@ RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
 )
 @click.option(
     "--data",
-    metavar="FILE",
-    help="JSONL of messages, prompt and completion, or text, instead of the teacher's answers.",
+    metavar="SOURCE",
+    help="Records to train on, instead of the teacher's answers: a JSONL file, a folder with "
+    "train.jsonl (and valid.jsonl, test.jsonl), a data set of the hub (OWNER/NAME or "
+    "OWNER/NAME:CONFIG), or - for standard input.",
+)
+@click.option(
+    "--valid-data",
+    metavar="SOURCE",
+    help="Records to hold out and choose the best step by, instead of a share of the data.",
+)
+@click.option(
+    "--test-data",
+    metavar="SOURCE",
+    help="Records to measure once, at the end, with a verdict of their own.",
+)
+@click.option(
+    "--data-split",
+    metavar="SPLIT",
+    help="What of a hub data set to train on, such as 'train[:1000]'. [default: train]",
+)
+@click.option(
+    "--map",
+    "mapped",
+    multiple=True,
+    metavar="KEY=FIELD",
+    help="Which field of the records is which, such as --map prompt=question --map "
+    "completion=answer. The fields of Alpaca and ShareGPT need none.",
 )
 @click.option(
     "--prompts",
     metavar="FILE",
-    help="Prompts for the teacher to answer, one a line (or JSONL), instead of the domain's own.",
+    help="Prompts for the teacher to answer, one a line (or JSONL), instead of the domain's own; - "
+    "for standard input.",
 )
 @click.option(
     "--config",
     "config_file",
     metavar="FILE",
-    help="YAML with any of these options; the command line wins.",
+    help="YAML with any of these options, or with those of mlx_lm.lora; the command line wins.",
 )
+@click.option(
+    "--report-to",
+    metavar="NAMES",
+    help="Also send the figures to tensorboard, wandb or swanlab; several with commas.",
+)
+@click.option("--project-name", metavar="NAME", help="Name of the project there. [default: conch_dna]")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
 @click.option(
@@ -96,8 +126,14 @@ def distill(
     teacher: str | None,
     student: str | None,
     data: str | None,
+    valid_data: str | None,
+    test_data: str | None,
+    data_split: str | None,
+    mapped: tuple[str, ...],
     prompts: str | None,
     config_file: str | None,
+    report_to: str | None,
+    project_name: str | None,
     resume: bool,
     overwrite: bool,
     require_gain: bool,
@@ -106,54 +142,63 @@ def distill(
 ) -> None:
     """Distil a teacher's distributions into a LoRA adapter of a student."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.training.runs.request import requested
+
     named = {
-        name: value
-        for name, value in zip(RUN_KEYS, (domain, teacher, student, data, prompts), strict=True)
-        if value is not None
+        "domain": domain,
+        "teacher": teacher,
+        "student": student,
+        "data": data,
+        "valid_data": valid_data,
+        "test_data": test_data,
+        "data_split": data_split,
+        "map": mapped or None,
+        "prompts": prompts,
+        "report_to": report_to,
+        "project_name": project_name,
     }
-    values = {name: value for name, value in given.items() if value is not None}
-    if config_file:
-        in_file = read_yaml(Path(config_file))
-        run_keys = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file}
-        wrong = [
-            f"{k} is {v!r}: it must be text" for k, v in run_keys.items() if type(v) is not str
-        ]
-        if wrong:
-            raise ConchError(f"{config_file}: {'; '.join(wrong)}")
-        named = run_keys | named
-        config = KDConfig.from_json(in_file, source=config_file, overriding=values)
-    else:
-        config = KDConfig(**values)
-    if all_domains == ("domain" in named):
-        raise ConchError("give either --domain NAME or --all")
-    if all_domains and ("data" in named or "prompts" in named):
-        raise ConchError("--data and --prompts go with one --domain, not with --all")
+    request = requested(
+        {name: value for name, value in named.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None},
+        config_file=config_file,
+        all_domains=all_domains,
+    )
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
-    if "data" in named and "prompts" in named:
-        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
-    models = (named.get("teacher", DEFAULT_TEACHER), named.get("student", DEFAULT_STUDENT))
-    source = _read_source(named)
+    from conch_dna.training.data.sources import read_given
+
+    for note in request.notes:
+        click.echo(f"note: {note}", err=True)
+    source = read_given(request.given, lambda note: click.echo(f"note: {note}", err=True))
+    config = request.config
     if dry_run:
-        _print_plan(models, config, named.get("domain"), source)
+        _print_plan(request.models, config, request.domain, source)
         return
     from conch_dna.progress import Progress
+    from conch_dna.training.runs.reporters import Reporting
     from conch_dna.training.settings import validate_domain
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
-    if not all_domains:
-        validate_domain(named["domain"], with_own_data=bool(source))
-    with Progress() as progress:
-        distiller = TrueKnowledgeDistiller(*models, config, report=progress)
-        if all_domains:
+    if request.domain:
+        validate_domain(request.domain, with_own_data="data" in source or "prompts" in source)
+    with (
+        Progress() as progress,
+        Reporting(progress, request.reporters, request.project) as report,
+    ):
+        distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
+        if request.domain is None:
             summary = distiller.distill_all(resume=resume, overwrite=overwrite)
         else:
             result = distiller.distill_domain(
-                named["domain"], **source, resume=resume, overwrite=overwrite
+                request.domain, **source, resume=resume, overwrite=overwrite
             )
             summary = {"results": {result.domain: result}, "failures": {}}
     _print_summary(distiller, summary)
-    gained = all(r.evaluation["verdict"]["verdict"] == BETTER for r in summary["results"].values())
+    gained = all(
+        judged["verdict"]["verdict"] == BETTER
+        for result in summary["results"].values()
+        for judged in (result.evaluation, result.evaluation.get("test", result.evaluation))
+    )
     if summary["failures"] or (require_gain and not gained):
         sys.exit(1)
 
@@ -210,16 +255,6 @@ def vocab(
     write_figures(json_file, figures)
 
 
-def _read_source(named: dict[str, str]) -> dict[str, Any]:
-    from conch_dna.training.data.records import read_prompts, read_records
-
-    if "data" in named:
-        return {"data": read_records(Path(named["data"]))}
-    if "prompts" in named:
-        return {"prompts": read_prompts(Path(named["prompts"]))}
-    return {}
-
-
 def _size(count: int | None) -> str:
     if count is None:
         return "not here yet"
@@ -249,7 +284,8 @@ def _print_plan(
             "teacher": f"{plan['teacher']} ({_size(plan['teacher_bytes'])})",
             "student": f"{plan['student']} ({_size(plan['student_bytes'])})",
             "data": plan["data"],
-            "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out",
+            "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out"
+            + (f"; {plan['test_examples']} to test" if plan["test_examples"] else ""),
             "alignment": aligned,
             "teacher's tokens to compute": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
@@ -266,12 +302,13 @@ def _print_plan(
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from conch_dna.training.runs.report import advice, evaluation_table, verdict_text
+    from conch_dna.training.runs.report import advice, evaluation_table, judged_sets, verdict_text
 
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]
     for name, result in results.items():
-        console.print(evaluation_table(name, result.evaluation, width=console.width))
+        for title, judged in judged_sets(name, result.evaluation).items():
+            console.print(evaluation_table(title, judged, width=console.width))
     for result in results.values():
         console.print(
             f"adapter: {result.adapter_path} (kept: step {result.metadata['best_step']} of "
@@ -279,13 +316,14 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
             soft_wrap=True,
             markup=False,
         )
+        for title, judged in judged_sets(result.domain, result.evaluation).items():
+            console.print(
+                f"{title}: {verdict_text(judged)}",
+                style=None if judged["verdict"]["verdict"] == BETTER else "bold red",
+                soft_wrap=True,
+                markup=False,
+            )
         word = result.evaluation["verdict"]["verdict"]
-        console.print(
-            f"{result.domain}: {verdict_text(result.evaluation)}",
-            style=None if word == BETTER else "bold red",
-            soft_wrap=True,
-            markup=False,
-        )
         if word != BETTER:
             console.print(advice(result, distiller.config), soft_wrap=True, markup=False)
     better = [r for r in results.values() if r.evaluation["verdict"]["verdict"] == BETTER]

@@ -14,7 +14,7 @@ import numpy as np
 
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl
-from conch_dna.metrics import COMPARABLE, TokenMetrics, token_metrics
+from conch_dna.metrics import COMPARABLE, TokenMetrics, closed_gap, token_metrics, verdict
 from conch_dna.training.batches import Batch, Example, collate, sequential_batches
 from conch_dna.training.head_loss import (
     Sums,
@@ -161,6 +161,29 @@ def figures_on(
     )
     batches = map(targets.evaluation_batch, chosen)
     return heldout_figures(model, batches, chunk=config.head_chunk)
+
+
+def judged(
+    before: HeldoutFigures, after: HeldoutFigures, teacher: TokenMetrics, *, figure: str, seed: int
+) -> dict[str, Any]:
+    """What evaluation.json says of a set of examples: both figures, the teacher's, the verdict.
+
+    Args:
+        before: Of the student without its adapter.
+        after: Of the student with it, on the same batches.
+        teacher: Its own figures on them.
+        figure: One of `COMPARABLE`, by which the verdict is found.
+        seed: Of its bootstrap.
+    """
+    pair = (before.by_example[figure], after.by_example[figure])
+    before_metrics, after_metrics = before.metrics.to_json(), after.metrics.to_json()
+    return {
+        "before": before_metrics,
+        "after": after_metrics,
+        "teacher": teacher.to_json(),
+        "gap_closed": closed_gap(before_metrics, after_metrics),
+        "verdict": {"figure": figure, **verdict(*pair, seed=seed)},
+    }
 
 
 def weighted_kl(logits: mx.array, rows: dict[str, mx.array], *, nothing: int) -> mx.array:

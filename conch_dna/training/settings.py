@@ -84,7 +84,8 @@ class KDConfig:
     lora_keys: str = _option(
         "attention",
         "Which layers get LoRA: 'attention' (q and v), 'all' linear ones, experts too, or names "
-        "such as 'self_attn.q_proj'; several with commas, such as 'all,model.embed_tokens'.",
+        "such as 'self_attn.q_proj' or their ends, such as 'q_proj'; several with commas, such as "
+        "'all,model.embed_tokens'.",
     )
     lora_layers: int = _option(-1, "How many of the last layers get LoRA; -1 is all.", low=-1)
     dora: bool = _option(False, "Weight-decomposed LoRA (DoRA).")
@@ -168,8 +169,8 @@ class KDConfig:
         plain = plain.isascii() and plain.isalnum() and len(value) <= 64
         if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
             return (
-                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 letters, "
-                "digits, -, _ and dots that does not begin with "
+                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 of a to z, "
+                "A to Z, digits, -, _ and dots that does not begin with "
                 f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
             )
         return None
@@ -215,7 +216,8 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
     plain = domain.replace("_", "").replace("-", "")
     if not (plain.isascii() and plain.isalnum() and len(domain) <= 64):
         raise ConchError(
-            f"domain {domain!r} becomes a folder's name: use up to 64 letters, digits, - and _"
+            f"domain {domain!r} becomes a folder's name: use up to 64 of a to z, A to Z, digits, "
+            "- and _"
         )
     if domain not in DOMAIN_PROMPTS and not with_own_data:
         raise ConchError(

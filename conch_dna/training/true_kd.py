@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.checkpoints import write_json
-from conch_dna.errors import ConchError, Interrupted
+from conch_dna.errors import ConchError, Interrupted, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
@@ -22,6 +22,7 @@ from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, split_heldout
+from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.runs.domain_run import DomainRun, RunData
 from conch_dna.training.settings import (
@@ -114,6 +115,8 @@ class TrueKnowledgeDistiller:
         train_data: Sequence[Record],
         domain: str,
         *,
+        valid_data: Sequence[Record] = (),
+        test_data: Sequence[Record] = (),
         resume: bool = False,
         overwrite: bool = False,
     ) -> KDResult:
@@ -122,6 +125,8 @@ class TrueKnowledgeDistiller:
         Args:
             train_data: Records in one of mlx-lm's forms; a share is held out.
             domain: Names the folder.
+            valid_data: Held out, instead of a share of the others.
+            test_data: Measured once, at the end.
             resume: Go on from the newest whole checkpoint.
             overwrite: Start again although an unfinished run lies in the folder.
 
@@ -129,7 +134,14 @@ class TrueKnowledgeDistiller:
             ConchError: Bad data, other settings than the run to resume, a full disk, a loss that
                 is not finite; see the message.
         """
-        return self.distill_domain(domain, data=train_data, resume=resume, overwrite=overwrite)
+        return self.distill_domain(
+            domain,
+            data=train_data,
+            valid_data=valid_data,
+            test_data=test_data,
+            resume=resume,
+            overwrite=overwrite,
+        )
 
     def distill_domain(
         self,
@@ -137,6 +149,8 @@ class TrueKnowledgeDistiller:
         *,
         prompts: Sequence[str] | None = None,
         data: Sequence[Record] | None = None,
+        valid_data: Sequence[Record] = (),
+        test_data: Sequence[Record] = (),
         resume: bool = False,
         overwrite: bool = False,
     ) -> KDResult:
@@ -147,16 +161,21 @@ class TrueKnowledgeDistiller:
             prompts: For the teacher to answer, instead of the domain's examples.
             data: Records to train on, instead of the teacher's answers; kept in the domain's
                 folder, since a later retraining replays them.
+            valid_data: Records to hold out, instead of a share of the others.
+            test_data: Records to measure once, at the end.
             resume: Go on from the newest whole checkpoint.
             overwrite: Start again although an unfinished run lies in the folder.
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
             source = [list(prompts or []), list(data or [])]
+            if valid_data or test_data:
+                source += [list(valid_data), list(test_data)]
             finished = run.begin(source, resume=resume, overwrite=overwrite)
             if finished:
                 return finished
-            run_data = run.prepare(run.generate(prompts) if data is None else data)
+            records = run.generate(prompts) if data is None else data
+            run_data = run.prepare(records, valid=valid_data, test=test_data)
             self.teacher.release()
             trained = run.train(run_data)
             if data is not None:
@@ -239,12 +258,15 @@ def plan_domain(
     *,
     prompts: Sequence[str] | None = None,
     data: Sequence[Record] | None = None,
+    valid_data: Sequence[Record] = (),
+    test_data: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """Work out what `distill_domain` would do with the same arguments.
 
     Returns:
-        `examples`, `heldout_examples`, `counted_tokens` of the teacher (or an upper bound where it
-        has yet to answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
+        `examples`, `heldout_examples`, `test_examples` (those of a test set are none of the
+        `examples`), `counted_tokens` of the teacher (or an upper bound where it has yet to
+        answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
         `warnings` of too little data, `disk_bytes` of the soft targets, `teacher_bytes` and
         `student_bytes` of the weights
         (None where they are still on the hub and their size is unknown) and
@@ -260,7 +282,7 @@ def plan_domain(
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
-        split = pair.split(data)
+        split = pair.split(data, valid=valid_data, test=test_data)
         examples = [*split.train, *split.heldout]
         count, heldout_count = len(examples), len(split.heldout)
         read = (getattr(example, "teacher", example) for example in split.read(config))
@@ -279,14 +301,21 @@ def plan_domain(
         longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
         require_room(encoded, answer=config.max_tokens, longest=longest)
         wanted = [{"text": prompt} for prompt in prompts for _ in range(config.samples_per_prompt)]
-        _, heldout = split_heldout(wanted, config.val_fraction, seed=config.seed)
-        count, heldout_count = len(wanted), len(heldout)
+        judging = [*valid_data, *test_data]
+        made = pair.make(judging)[1] if judging else []
+        tokens = sum(getattr(example, "teacher", example).count for example in made)
+        if valid_data:
+            count, heldout_count = len(wanted) + len(valid_data), len(valid_data)
+        else:
+            _, heldout = split_heldout(wanted, config.val_fraction, seed=config.seed)
+            count, heldout_count = len(wanted), len(heldout)
+            tokens += heldout_count * config.max_tokens
         longest = max(len(ids) for ids in encoded) + config.max_tokens
         drawn = min(count - heldout_count, batches * config.batch_size)
-        tokens = (heldout_count + drawn) * config.max_tokens
+        tokens += drawn * config.max_tokens
     if count - heldout_count < config.batch_size:
         raise ConchError(
-            f"{count - heldout_count} training examples do not fill one batch of "
+            f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
     # The digests are not needed for the size, so no weights have to be there.
@@ -307,7 +336,13 @@ def plan_domain(
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
         "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
-        "warnings": data_warnings(count - heldout_count, heldout_count, config),
+        "test_examples": len(test_data),
+        "warnings": [
+            *data_warnings(
+                count - heldout_count, heldout_count, config, own_heldout=bool(valid_data)
+            ),
+            *leak_warnings(data or [], {"validation": valid_data, "test": test_data}),
+        ],
         **aligned,
     }
 

@@ -80,6 +80,8 @@ def test_all_linear_layers_of_a_layer_are_found(student):
         ("all", LINEAR),
         ("mlp.up_proj", ["mlp.up_proj"]),
         (" mlp.up_proj , self_attn.o_proj,", ["mlp.up_proj", "self_attn.o_proj"]),
+        ("q_proj,v_proj", ["self_attn.q_proj", "self_attn.v_proj"]),
+        ("up_proj,attention", ["mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"]),
     ],
 )
 def test_keys_choose_the_modules_of_every_layer(student, keys, expected):
@@ -91,7 +93,12 @@ def test_keys_choose_the_modules_of_every_layer(student, keys, expected):
         assert (value.shape[1] if name.endswith("lora_a") else value.shape[0]) == 3
 
 
-@pytest.mark.parametrize("keys", ["self_attn.w_pack", "q_proj", "mlp.up_proj,lm_head", "", " , "])
+def test_the_end_of_an_outer_name_will_do(student):
+    config = attach_lora(student, KDConfig(lora_keys="embed_tokens"))
+    assert config["lora_parameters"]["keys"] == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize("keys", ["self_attn.w_pack", "proj", "mlp.up_proj,lm_head", "", " , "])
 def test_unknown_keys_are_refused_with_what_there_is(student, keys):
     with pytest.raises(ConchError) as caught:
         attach_lora(student, KDConfig(lora_keys=keys))

@@ -191,6 +191,20 @@ def test_a_file_that_cannot_be_read_names_the_option(tmp_path):
                 read(path)
 
 
+def test_other_encodings_are_read_or_refused_with_line_and_remedy(tmp_path):
+    lines = '{"text": "a"}\n{"text": "größe"}\n'
+    for coding in ("utf-16", "utf-32", "utf-8-sig"):
+        path = write(tmp_path, lines.encode(coding))
+        assert read_records(path) == [{"text": "a"}, {"text": "größe"}]
+    for content, said in (
+        (lines.encode("latin-1"), "line 2: byte 0xf6 is not UTF-8; it is ö if .*: iconv -f LATIN1"),
+        (lines.encode("utf-16-le"), "line 1: zero bytes, as in UTF-16 .*: iconv -f UTF-16LE"),
+        (lines.encode("utf-16")[:-1], r"not the UTF-16 that it says it is \(truncated data\)"),
+    ):
+        with pytest.raises(ConchError, match=rf"data\.jsonl, .*{said}"):
+            read_records(write(tmp_path, content))
+
+
 def test_prompts_come_one_a_line_or_as_jsonl(tmp_path):
     text = "Tell me a story.\n\n  Two spaces, and {braces}\r\nOne\u2028line\n"
     assert read_prompts(write(tmp_path, text, "prompts.txt")) == [

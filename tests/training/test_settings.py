@@ -176,7 +176,7 @@ def test_iters_and_dashes_stand_for_the_fields():
 
 
 def test_unknown_names_are_refused_with_their_source_and_the_known():
-    with pytest.raises(ConchError, match=r"run\.yaml names unknown settings: alhpa, lr; known are"):
+    with pytest.raises(ConchError, match=r"run\.yaml names .*: alhpa \(alpha\?\), lr; known are"):
         KDConfig.from_json({"lr": 1.0, "alhpa": 0.5, "alpha": 0.5}, source="run.yaml")
 
 
@@ -272,3 +272,9 @@ def test_the_divergences_are_those_of_the_losses():
 def test_numbers_that_float32_does_not_have_are_refused(name, value):
     with pytest.raises(ConchError, match=f"{name} is .*: it must be "):
         KDConfig(**{name: value})
+
+
+def test_a_letter_that_folders_do_not_take_is_not_called_none():
+    """Letters such as ö are letters, so the message says which ones are meant."""
+    with pytest.raises(ConchError, match=r"'größe' becomes .*: use up to 64 of a to z, A to Z"):
+        validate_domain("größe", with_own_data=True)

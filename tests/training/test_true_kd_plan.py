@@ -109,11 +109,11 @@ def test_no_weights_have_to_be_there_and_nothing_is_written(tmp_path, tiny_teach
     [
         ({"domain": "../birds", "data": DATA}, "becomes a folder's name"),
         ({"domain": "birds"}, "is unknown"),
-        ({"data": DATA[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"data": DATA[:4]}, "3 training examples cannot fill one batch of 4"),
         ({"data": DATA[:1]}, "give at least two"),
         ({"data": DATA, "config": {"max_seq_length": 30}}, "longer than 30 tokens"),
         ({"data": DATA, "config": {"top_k": 1600}}, "top_k is 1600"),
-        ({"prompts": OPENINGS[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"prompts": OPENINGS[:4]}, "3 training examples cannot fill one batch of 4"),
         ({"prompts": OPENINGS[:1] * 9}, "give at least two"),
         ({"prompts": []}, "give at least two"),
         (
@@ -174,7 +174,7 @@ def unfit(planned: bool, teacher: ModelSource, folder: Path, out: Path, settings
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_keys": "q_proj,v_proj"}, "names no layers of {}: q_proj, v_proj. It has mlp.down_"),
+        ({"lora_keys": "q_proj,w_proj"}, "names no layers of {}: w_proj. It has mlp.down_"),
         ({"lora_layers": 50}, "lora_layers is 50, but {} has 2 layers: use 1 to 2, or -1 for all"),
         ({"lora_keys": "all,model.embed_tokens", "dora": True}, "a quantized embedding (1 such"),
         ({"full": True}, "are quantized, such as"),

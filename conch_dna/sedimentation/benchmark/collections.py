@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, decoded
 from conch_dna.sedimentation.retrieval import Judgements, with_relevant
 
 LAYOUT = "a folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels/test.tsv)"
@@ -142,9 +142,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise ConchError(f"cannot read {path}: {error}. Give {LAYOUT}") from error
+    return decoded(content, f"cannot read {path}").split("\n")
 
 
 def _judgements(path: Path) -> Judgements:

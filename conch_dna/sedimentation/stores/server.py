@@ -107,8 +107,8 @@ class ServerStore(VectorStore):
 
         if not VERSION_NAME.fullmatch(collection.lower()):
             raise ConchError(
-                f"{collection!r} is no name of a collection: use up to 64 letters, digits, '.', "
-                "'_' and '-', beginning with a letter or digit"
+                f"{collection!r} is no name of a collection: use up to 64 of a to z, A to Z, "
+                "digits, '.', '_' and '-', beginning with a letter or digit"
             )
         self._models: Any = models
         self._in_memory = url == MEMORY

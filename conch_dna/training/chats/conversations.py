@@ -36,7 +36,9 @@ def turn_problem(turn: Any) -> str | None:
     """
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
         return "a turn is an object with a role and content"
-    content, calls = turn.get("content"), turn.get("tool_calls")
+    content, calls, weight = turn.get("content"), turn.get("tool_calls"), turn.get("weight", 1)
+    if weight not in (0, 1):
+        return f"weight of {turn['role']} is {weight!r}: use 0 or 1"
     if calls is not None and not (
         isinstance(calls, list)
         and all(
@@ -99,6 +101,16 @@ def answer_text(turn: Turn) -> str:
     (plain,) = plain_turns([turn])
     calls = [json.dumps(call, ensure_ascii=False) for call in plain.get("tool_calls", [])]
     return "".join([plain["content"], *calls])
+
+
+def counts(turn: Turn) -> bool:
+    """Whether a turn is an answer to learn from: an assistant's whose `weight` is not 0."""
+    return turn["role"] == "assistant" and bool(turn.get("weight", 1))
+
+
+def last_answer(messages: Sequence[Turn]) -> int:
+    """Index of the last answer to learn from; -1 where there is none."""
+    return max((i for i, turn in enumerate(messages) if counts(turn)), default=-1)
 
 
 def are_turns(turns: Any) -> bool:
@@ -266,7 +278,8 @@ def conversation_ids(
     """
     if messages[0]["role"] == "assistant":
         raise ConchError(f"{name} begins with an assistant turn: put what it answers before it")
-    last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
+    if (last := last_answer(messages)) < 0:
+        raise ConchError(f"{name} has no assistant turn that counts, nothing could be learned")
     weights = [turn.get("weight", 1) for turn in messages[: last + 1]]
     turns = _with_system(tokenizer, plain_turns(messages[: last + 1]))
     left_out = last + 1 - len(turns)

@@ -5,12 +5,13 @@ A third case would be a third class with the methods of `SameTokenizer`.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conch_dna.errors import ConchError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
@@ -31,7 +32,13 @@ from conch_dna.training.cross_tokenizer.targets import (
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.data.answers import openings
-from conch_dna.training.data.records import Record, fitting, split_heldout, tokenize_records
+from conch_dna.training.data.records import (
+    Record,
+    fitting,
+    numbered,
+    split_heldout,
+    tokenize_records,
+)
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,
@@ -57,12 +64,16 @@ class Split:
         heldout: Held-out examples.
         train_records: What the training examples were made of.
         heldout_records: What the held-out ones were made of.
+        test: Examples of a test set, which are measured once, at the end.
+        own_heldout: What is held out was given, and is no share of the records.
     """
 
     train: list[Any]
     heldout: list[Any]
     train_records: list[Record]
     heldout_records: list[Record]
+    test: list[Any] = field(default_factory=list)
+    own_heldout: bool = False
 
     def read(self, config: KDConfig) -> list[Any]:
         """The examples whose targets a run will read, each once, in the order of their use.
@@ -70,11 +81,11 @@ class Split:
         Cross-entropy alone needs the teacher for what is held out only.
 
         Raises:
-            ConchError: The training examples do not fill one batch.
+            ConchError: The training examples cannot fill one batch.
         """
         stream = ExampleBatches(self.train, config.batch_size, seed=config.seed)
         batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
-        return [*self.heldout, *stream.drawn(batches)]
+        return [*self.heldout, *self.test, *stream.drawn(batches)]
 
 
 class Examples:
@@ -113,8 +124,14 @@ class Examples:
                 f"--alignment {config.alignment} comes to"
             )
 
-    def make(self, records: Sequence[Record]) -> tuple[list[int], list[Any]]:
+    def make(
+        self, records: Sequence[Record], names: Sequence[str] | None = None
+    ) -> tuple[list[int], list[Any]]:
         """Tokenize records, and align them where the tokenizers differ.
+
+        Args:
+            records: In one of the three forms.
+            names: What messages call them; "example 1" and so on by default.
 
         Returns:
             Indices of the records that are kept, and their examples.
@@ -127,6 +144,7 @@ class Examples:
             examples = tokenize_records(
                 records,
                 self.student.tokenizer,
+                names=names,
                 train_on_prompt=self.config.train_on_prompt,
                 vocabulary=vocabulary_digest(self.student.tokenizer),
             )
@@ -139,7 +157,8 @@ class Examples:
         aligner = RecordAligner(
             self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
         )
-        aligned = [aligner.align(r, f"example {number}") for number, r in enumerate(records, 1)]
+        named = zip(records, names or numbered(records), strict=True)
+        aligned = [aligner.align(record, name) for record, name in named]
         for each in aligned:
             self.student.require_rows(each.ids, each.name)
             self.teacher.require_rows(each.teacher.ids, each.name)
@@ -148,20 +167,47 @@ class Examples:
         kept = [kept[i] for i in self._fitting(of_teacher, (self.teacher.context_length,))]
         return self._covered(kept, aligned)
 
-    def split(self, records: Sequence[Record]) -> Split:
-        """Tokenize records and hold a share of them out.
+    def split(
+        self,
+        records: Sequence[Record],
+        *,
+        valid: Sequence[Record] = (),
+        test: Sequence[Record] = (),
+    ) -> Split:
+        """Tokenize records and hold a share of them out, or take others to judge by.
+
+        Args:
+            records: To train on.
+            valid: Held out, instead of a share of the others.
+            test: To be measured once, at the end.
 
         Raises:
-            ConchError: See `make` and `records.split_heldout`.
+            ConchError: See `make` and `records.split_heldout`; or no validation or test example is
+                short enough.
         """
-        indices, examples = self.make(records)
-        kept = [records[index] for index in indices]
-        train, heldout = split_heldout(kept, self.config.val_fraction, seed=self.config.seed)
+        sets = {"example": records, "validation example": valid, "test example": test}
+        names = [name for noun, rows in sets.items() for name in numbered(rows, noun)]
+        everything = [record for rows in sets.values() for record in rows]
+        indices, examples = self.make(everything, names)
+        made: dict[str, list[tuple[Any, Record]]] = {noun: [] for noun in sets}
+        for index, example in zip(indices, examples, strict=True):
+            noun = names[index].rpartition(" ")[0]
+            made[noun].append((example, everything[index]))
+        for noun, rows in sets.items():
+            if rows and not made[noun]:
+                raise ConchError(f"all of {number_of(len(rows), noun)} were left out: shorten them")
+        train, heldout = made["example"], made["validation example"]
+        if not valid:
+            kept = [record for _, record in train]
+            parts = split_heldout(kept, self.config.val_fraction, seed=self.config.seed)
+            train, heldout = ([made["example"][index] for index in part] for part in parts)
         return Split(
-            [examples[index] for index in train],
-            [examples[index] for index in heldout],
-            [kept[index] for index in train],
-            [kept[index] for index in heldout],
+            [example for example, _ in train],
+            [example for example, _ in heldout],
+            [record for _, record in train],
+            [record for _, record in heldout],
+            [example for example, _ in made["test example"]],
+            own_heldout=bool(valid),
         )
 
     def _covered(
@@ -280,24 +326,28 @@ def resolve_alignment(alignment: str, *, same: bool) -> str:
     return AUTO_ALIGNMENT if alignment == AUTO else alignment
 
 
-def data_warnings(train: int, heldout: int, config: KDConfig) -> list[str]:
+def data_warnings(
+    train: int, heldout: int, config: KDConfig, *, own_heldout: bool = False
+) -> list[str]:
     """What is to be feared of so few examples, a sentence each.
 
     Args:
         train: Examples to train on.
         heldout: Examples held out.
         config: How many of them are read.
+        own_heldout: They were given, and are no share of the data.
     """
     drawn = config.examples_read
     warnings = []
     if heldout < FEWEST_EXAMPLES:
         warnings.append(
-            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
-            "more data, or a higher --val-fraction"
+            f"{number_of(heldout, 'held-out example')} cannot show a gain, it takes "
+            f"{FEWEST_EXAMPLES}: give "
+            + ("more --valid-data" if own_heldout else "more data, or a higher --val-fraction")
         )
     if drawn > MOST_EPOCHS * train:
         warnings.append(
-            f"each of {train} examples is read {drawn / max(1, train):.1f} times, which often "
-            "makes a student worse: give more data, or fewer --iters"
+            f"each of {number_of(train, 'example')} is read {drawn / max(1, train):.1f} times, "
+            "which often makes a student worse: give more data, or fewer --iters"
         )
     return warnings

@@ -1,41 +1,50 @@
 """Training records: JSONL and prompt files in, tokenized examples out.
 
-Knows mlx-lm's three record forms (`messages`, `prompt`/`completion`, `text`); how a conversation
-is rendered stands in chats.py. To add a form: a branch in `record_tokens` and its test.
+Knows mlx-lm's three record forms (`messages`, `prompt`/`completion`, `text`); other forms become
+these in forms.py, and how a conversation is rendered stands in chats/.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conch_dna.checkpoints import require_plain
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, decoded, number_of
 from conch_dna.training.batches import Example
 from conch_dna.training.chats.conversations import (
     answer_text,
     common_prefix,
     conversation_ids,
+    counts,
     ended_ids,
+    last_answer,
     plain_turns,
     prompt_messages,
     text_ids,
     turn_problem,
 )
 from conch_dna.training.chats.templates import Turn
+from conch_dna.training.data.forms import canonical
 
 Record = dict[str, Any]
 TOKENS = "tokens"
+STANDARD_INPUT = Path("-")
+
+
+def _shown(path: Path) -> str:
+    return "standard input" if path == STANDARD_INPUT else str(path)
 
 
 def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     try:
-        # -sig: a byte-order mark in front is no part of the first line.
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
+    except (OSError, ValueError) as error:
         raise ConchError(f"cannot read {option} {path}: {error}") from error
+    text = decoded(content, f"cannot read {option} {path}")
     # Not str.splitlines, which would also cut at characters that JSON allows inside strings.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -44,7 +53,7 @@ def read_lines(path: Path, option: str) -> list[str]:
     """The lines of a text file that are not blank.
 
     Args:
-        path: The file, UTF-8.
+        path: The file; see `decoded`.
         option: Which option named it, for the message.
 
     Raises:
@@ -53,7 +62,7 @@ def read_lines(path: Path, option: str) -> list[str]:
     lines = [line.rstrip("\r") for _, line in _lines(path, option)]
     if not lines:
         kind = "prompt" if option == "--prompts" else "text"
-        raise ConchError(f"{path} is empty: give one {kind} a line")
+        raise ConchError(f"{_shown(path)} is empty: give one {kind} a line")
     return lines
 
 
@@ -63,7 +72,7 @@ def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
     Yields:
         Where it stands, for messages, and the value.
     """
-    array = path.suffix == ".json"
+    array, shown = path.suffix == ".json", _shown(path)
     lines = _lines(path, option)
     if array:
         lines = [(1, "\n".join(line for _, line in lines))] if lines else []
@@ -72,56 +81,79 @@ def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
             value = json.loads(line)
             require_plain(value)
         except (ValueError, RecursionError) as error:
-            where = str(path) if array else f"{path}, line {number}"
+            where = shown if array else f"{shown}, line {number}"
             raise ConchError(f"{where}: not JSON ({error})") from error
         if not array:
-            yield f"{path}, line {number}", value
+            yield f"{shown}, line {number}", value
         elif not isinstance(value, list):
             raise ConchError(
-                f"{path} is no array: give a list of objects, or .jsonl with one a line"
+                f"{shown} is no array: give a list of objects, or .jsonl with one a line"
             )
         else:
-            yield from ((f"{path}, item {place}", item) for place, item in enumerate(value, 1))
+            yield from ((f"{shown}, item {place}", item) for place, item in enumerate(value, 1))
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read training records: JSONL, or a .json file with an array of them.
+def read_records(
+    path: Path, *, mapping: Mapping[str, str] | None = None, option: str = "--data"
+) -> list[Record]:
+    """Read training records of any form that `forms` knows: JSONL, or a .json file with an array.
+
+    Args:
+        path: The file, or `-` for standard input.
+        mapping: Of `forms.parse_mapping`.
+        option: Which option named it, for the message.
+
+    Returns:
+        Records as `messages`, `prompt` and `completion`, or `text`.
 
     Raises:
         ConchError: The file cannot be read, is empty, or a line is not a record; names the line.
     """
-    records = []
-    for where, record in _values(path, "--data"):
-        _check_record(record, where)
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ConchError(
-                f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character"
-            ) from error
-        records.append(record)
+    records = [checked(value, where, mapping) for where, value in _values(path, option)]
     if not records:
-        raise ConchError(f"{path} is empty: give one JSON object a line")
+        raise ConchError(f"{_shown(path)} is empty: give one JSON object a line")
     return records
 
 
-def _check_record(record: Any, where: str) -> None:
-    forms = "messages, prompt and completion, or text"
-    if not isinstance(record, dict):
-        raise ConchError(f"{where}: a record is a JSON object with {forms}")
+def checked(value: Any, where: str, mapping: Mapping[str, str] | None = None) -> Record:
+    """A record from which something can be learned, in one of mlx-lm's three forms.
+
+    Args:
+        value: What a file holds; see `forms.canonical`.
+        where: What messages call it.
+        mapping: Of `forms.parse_mapping`.
+
+    Raises:
+        ConchError: It is no record, or nothing could be learned from it.
+    """
+    record = canonical(value, where, mapping)
+    _check_record(record, where)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConchError(
+            f"{where}: half a surrogate pair (\\ud800 to \\udfff) is no character"
+        ) from error
+    return record
+
+
+def _check_record(record: Record, where: str) -> None:
     if "messages" in record:
         turns = record["messages"]
-        if not isinstance(turns, list):
-            raise ConchError(f"{where}: messages is a list of objects with role and content")
         if problem := next(filter(None, map(turn_problem, turns)), None):
             raise ConchError(f"{where}: messages: {problem}")
-        if not any(turn["role"] == "assistant" for turn in turns):
+        answers = [turn for turn in turns if counts(turn)]
+        if not answers:
             raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
+        if empty := next((turn for turn in answers if not answer_text(turn)), None):
+            number = next(number for number, turn in enumerate(turns, 1) if turn is empty)
+            raise ConchError(
+                f"{where}: assistant turn {number} is empty, nothing could be learned: leave it "
+                'out, or give it "weight": 0'
+            )
         return
     names = ("prompt", "completion") if "completion" in record else ("text",)
     for name in names:
-        if name not in record:
-            raise ConchError(f"{where}: a record needs {forms}; it has {', '.join(record)}")
         if not isinstance(record[name], str):
             raise ConchError(f"{where}: {name} is not text")
     if not record[names[-1]]:
@@ -150,7 +182,7 @@ def read_prompts(path: Path) -> list[str]:
             raise ConchError(f"{where}: no prompt; give a string or a prompt object")
         prompts.append(prompt)
     if not prompts:
-        raise ConchError(f"{path} is empty: give one prompt a line")
+        raise ConchError(f"{_shown(path)} is empty: give one prompt a line")
     return prompts
 
 
@@ -195,11 +227,7 @@ def record_tokens(
 def record_texts(record: Record) -> list[str]:
     """The texts of a record's answers; see `record_tokens`."""
     if "messages" in record:
-        return [
-            answer_text(turn)
-            for turn in record["messages"]
-            if turn["role"] == "assistant" and turn.get("weight", 1)
-        ]
+        return [answer_text(turn) for turn in record["messages"] if counts(turn)]
     return [str(record["completion"] if "completion" in record else record["text"])]
 
 
@@ -208,7 +236,7 @@ def counted_bytes(record: Record, *, train_on_prompt: bool) -> int:
     texts = record_texts(record)
     if train_on_prompt and "messages" in record:
         turns = record["messages"]
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        last = last_answer(turns)
         texts = [answer_text(turn) for turn in turns[: last + 1]]
     elif train_on_prompt and "completion" in record:
         texts = [record["prompt"], *texts]
@@ -282,20 +310,30 @@ def tokenize_records(
     records: Sequence[Record],
     tokenizer: Any,
     *,
+    names: Sequence[str] | None = None,
     train_on_prompt: bool = False,
     vocabulary: str = "",
 ) -> list[Example]:
-    """Tokenize records, in their order; see `tokenize_record`."""
+    """Tokenize records, in their order; see `tokenize_record`.
+
+    Args:
+        records: In one of the three forms.
+        tokenizer: The student's.
+        names: What messages call them; "example 1" and so on by default.
+        train_on_prompt: See `tokenize_record`.
+        vocabulary: See `tokenize_record`.
+    """
     return [
         tokenize_record(
-            record,
-            tokenizer,
-            name=f"example {number}",
-            train_on_prompt=train_on_prompt,
-            vocabulary=vocabulary,
+            record, tokenizer, name=name, train_on_prompt=train_on_prompt, vocabulary=vocabulary
         )
-        for number, record in enumerate(records, 1)
+        for record, name in zip(records, names or numbered(records), strict=True)
     ]
+
+
+def numbered(records: Sequence[Record], noun: str = "example") -> list[str]:
+    """What messages call records: by their number, counted from 1."""
+    return [f"{noun} {number}" for number in range(1, len(records) + 1)]
 
 
 def fitting(examples: Sequence[Example], longest: int, *, skip: bool = False) -> list[int]:
@@ -337,8 +375,9 @@ def split_heldout(
         groups.setdefault(question_of(record), []).append(index)
     if len(groups) < 2:
         raise ConchError(
-            f"{len(records)} examples with {len(groups)} different prompts cannot be split into "
-            "training and held-out data: give at least two"
+            f"{number_of(len(records), 'example')} with "
+            f"{number_of(len(groups), 'different prompt')} cannot be split into training and "
+            "held-out data: give at least two"
         )
     keys = list(groups)
     wanted = max(1, round(fraction * len(records)))

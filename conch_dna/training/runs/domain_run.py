@@ -31,7 +31,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.metrics import COMPARABLE, closed_gap, verdict
+from conch_dna.metrics import COMPARABLE
 from conch_dna.progress import Report
 from conch_dna.training.adapters import (
     checkpoint_layers,
@@ -52,11 +52,13 @@ from conch_dna.training.data.answers import (
 )
 from conch_dna.training.data.examples import Examples, Split, data_warnings
 from conch_dna.training.data.records import Record, json_lines
+from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import (
     HeldoutFigures,
     and_kl,
     figures_on,
+    judged,
     teacher_confidence,
     teacher_metrics,
     with_evaluation,
@@ -94,7 +96,7 @@ class RunData:
     """All that training needs once the teacher has gone.
 
     Attributes:
-        split: The examples.
+        split: The examples, those of a test set among them.
         targets: The teacher's, for those of them that are read.
         prompts: The student's token ids of a few held-out prompts.
         teacher_texts: What the teacher made of them.
@@ -114,6 +116,7 @@ class Trained:
 
     Attributes:
         before: Its held-out figures without the adapter.
+        before_test: The same on the test set, if there is one.
         before_texts: What it made of the held-out prompts.
         adapter_config: What adapter_config.json says of its layers.
         training: What the loop came to.
@@ -122,6 +125,7 @@ class Trained:
     """
 
     before: HeldoutFigures
+    before_test: HeldoutFigures | None
     before_texts: list[str]
     adapter_config: dict[str, Any]
     training: TrainingResult
@@ -262,19 +266,31 @@ class DomainRun:
         """Write down what the domain learns from: a later retraining replays it."""
         write_atomically(self.folder / DATA_FILE, json_lines(records))
 
-    def prepare(self, records: Sequence[Record], *, shared_by: Sequence[KDConfig] = ()) -> RunData:
+    def prepare(
+        self,
+        records: Sequence[Record],
+        *,
+        valid: Sequence[Record] = (),
+        test: Sequence[Record] = (),
+        shared_by: Sequence[KDConfig] = (),
+    ) -> RunData:
         """Tokenize, split, and compute what is missing of the teacher's targets and samples.
 
         The teacher is loaded only if something is missing; the caller releases it.
 
         Args:
-            records: What the domain learns from.
+            records: To train on; a share of them is held out where nothing else is.
+            valid: To be held out.
+            test: To be measured once, at the end.
             shared_by: Settings of the runs that will read the same targets instead of this one.
         """
         config = self.config
         with dated(self._record["begun"]):
-            split = self.examples.split(records)
-        for warning in data_warnings(len(split.train), len(split.heldout), config):
+            split = self.examples.split(records, valid=valid, test=test)
+        sizes = len(split.train), len(split.heldout)
+        warnings = data_warnings(*sizes, config, own_heldout=split.own_heldout)
+        warnings += leak_warnings(records, {"validation": valid, "test": test})
+        for warning in warnings:
             self.report("message", {"message": f"warning: {warning}"})
         readers = shared_by or [config]
         needed = list(dict.fromkeys(chain.from_iterable(map(split.read, readers))))
@@ -296,9 +312,13 @@ class DomainRun:
 
     def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
+        described = {"domain": self.domain, "teacher": self.teacher.model_id}
+        described |= {"student": self.student.model_id, **self.config.to_json()}
+        self.report("run", {"folder": str(self.folder), "config": described})
         self._phase("evaluating the student")
         student = self.student.load()
-        before = self._figures(student, data)
+        before = self._figures(student, data.split.heldout, data)
+        before_test = self._figures(student, data.split.test, data) if data.split.test else None
         before_texts = sample_texts(student, data.prompts, self.config)
         adapter_config = make_trainable(student, self.config)
         if self.config.grad_checkpoint:
@@ -308,7 +328,7 @@ class DomainRun:
         tensors = trained_tensors(student)
         student.release()
         peak = mx.get_peak_memory()
-        return Trained(before, before_texts, adapter_config, training, tensors, peak)
+        return Trained(before, before_test, before_texts, adapter_config, training, tensors, peak)
 
     def _figure(self, before: HeldoutFigures) -> str:
         """The held-out figure that the run is judged by: the nearest to KL that there is."""
@@ -331,7 +351,7 @@ class DomainRun:
             # No step needs the teacher; what is held out is still compared with it.
             loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
             stream = ExampleBatches(train, config.batch_size, seed=config.seed)
-        parts = list(self._heldout(data, config.val_batches))
+        parts = list(self._batches(data.split.heldout, config.val_batches))
         heldout = [targets.collate(part, temperature) for part in parts]
         select_by = config.select_by
         if select_by in ("auto", "kl", "cross_entropy"):
@@ -355,13 +375,14 @@ class DomainRun:
         )
         return trainer.run(resume=self._resume)
 
-    def _heldout(self, data: RunData, limit: int = -1) -> Iterator[list[Any]]:
-        heldout = data.split.heldout
-        for indices in sequential_batches(heldout, self.config.batch_size, limit):
-            yield [heldout[index] for index in indices]
+    def _batches(self, examples: Sequence[Any], limit: int = -1) -> Iterator[list[Any]]:
+        for indices in sequential_batches(examples, self.config.batch_size, limit):
+            yield [examples[index] for index in indices]
 
-    def _figures(self, student: LanguageModel, data: RunData) -> HeldoutFigures:
-        return figures_on(student, data.split.heldout, data.targets, self.config)
+    def _figures(
+        self, student: LanguageModel, examples: Sequence[Any], data: RunData
+    ) -> HeldoutFigures:
+        return figures_on(student, examples, data.targets, self.config)
 
     def finish(self, data: RunData, trained: Trained) -> KDResult:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
@@ -375,22 +396,16 @@ class DomainRun:
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
-        after = self._figures(student, data)
+        heldout, test = data.split.heldout, data.split.test
+        after = self._figures(student, heldout, data)
+        evaluation = self._judged(heldout, trained.before, after, data)
+        if trained.before_test:
+            after_test = self._figures(student, test, data)
+            evaluation["test"] = self._judged(test, trained.before_test, after_test, data)
         after_texts = sample_texts(student, data.prompts, self.config)
         student.release()
-        before_metrics, after_metrics = trained.before.metrics.to_json(), after.metrics.to_json()
-        figure = self._figure(trained.before)
-        pair = (trained.before.by_example[figure], after.by_example[figure])
-        sure = teacher_confidence(data.split.heldout, data.targets)
-        evaluation = {
-            "before": before_metrics,
-            "after": after_metrics,
-            "teacher": teacher_metrics(data.split.heldout, data.targets).to_json(),
-            "gap_closed": closed_gap(before_metrics, after_metrics),
-            "verdict": {"figure": figure, **verdict(*pair, seed=self.config.seed)},
-            "alignment": self.examples.alignment,
-            "breakdown": breakdown(trained.before.by_token, after.by_token, sure),
-        }
+        sure = teacher_confidence(heldout, data.targets)
+        evaluation["breakdown"] = breakdown(trained.before.by_token, after.by_token, sure)
         result = self._result(data, trained, evaluation, provenance)
         columns = {
             "teacher": data.teacher_texts,
@@ -420,7 +435,19 @@ class DomainRun:
         )
         shutil.rmtree(candidate, ignore_errors=True)
         write_json(self.folder / RUN_FILE, {**self._record, "finished": True})
+        self.report("result", {"step": self.config.num_iters, "evaluation": evaluation})
         return result
+
+    def _judged(
+        self,
+        examples: Sequence[Any],
+        before: HeldoutFigures,
+        after: HeldoutFigures,
+        data: RunData,
+    ) -> dict[str, Any]:
+        teacher = teacher_metrics(examples, data.targets)
+        figures = judged(before, after, teacher, figure=self._figure(before), seed=self.config.seed)
+        return {**figures, "alignment": self.examples.alignment}
 
     def _result(
         self,
@@ -440,6 +467,8 @@ class DomainRun:
             "best_step": training.best_step,
             "train_examples": len(train),
             "heldout_examples": len(heldout),
+            "test_examples": len(data.split.test),
+            "own_heldout": data.split.own_heldout,
             "train_tokens": sum(example.count for example in train),
             "heldout_tokens": sum(example.count for example in heldout),
             "data_digest": content_digest(*(example.digest for example in train)),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.errors import number_of
 from conch_dna.metrics import BETTER, FEWEST_EXAMPLES
 from conch_dna.presentation import add_figures, drawing, text_table
 from conch_dna.training.cross_tokenizer.alignments import INDEX
@@ -83,6 +84,16 @@ def figure_columns(evaluation: dict[str, Any]) -> dict[str, tuple[str, list[floa
     }
 
 
+def judged_sets(domain: str, evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sets that a run was measured on: what was held out, and the test set if there is one.
+
+    Returns:
+        What evaluation.json says of each, by what tables and lines call it.
+    """
+    sets = {domain: evaluation}
+    return sets | ({f"{domain}, test set": evaluation["test"]} if "test" in evaluation else {})
+
+
 # How the figures of a verdict are called, and their unit.
 _FIGURE_WORDS = {
     "kl_nats": ("KL to the teacher", "nats a token"),
@@ -97,7 +108,10 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
     name, unit = _FIGURE_WORDS[found["figure"]]
     before, after = (evaluation[row][found["figure"]] for row in ("before", "after"))
     if found["interval"] is None:
-        sure = f"on {found['examples']} held-out examples, and an interval needs {FEWEST_EXAMPLES}"
+        sure = (
+            f"on {number_of(found['examples'], 'held-out example')}, and an interval needs "
+            f"{FEWEST_EXAMPLES}"
+        )
     else:
         low, high = found["interval"]
         sure = (
@@ -115,11 +129,12 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     """What to try where a student did not become better, in one line."""
     metadata, found = result.metadata, result.evaluation["verdict"]
     times = config.examples_read / max(1, metadata["train_examples"])
-    data = f"{metadata['train_examples']} examples were each read {times:.1f} times"
+    data = f"{number_of(metadata['train_examples'], 'example')}, each read {times:.1f} times"
     slower = f"a lower --learning-rate than {config.learning_rate:g}"
     longer = f"more --iters than {config.num_iters}"
     if found["interval"] is None:
         tries = ["more data", f"a higher --val-fraction than {config.val_fraction:g}"]
+        tries = ["more --valid-data"] if metadata.get("own_heldout") else tries
     elif times < 1:
         tries = [f"{longer} ({data})"]
     elif metadata["best_step"] == config.num_iters and found["difference"] < 0:

@@ -1,0 +1,115 @@
+"""What a run was asked for, by the command line and by a settings file, before anything is read.
+
+Knows names and which of them go together; no models. To add one that is no setting of `KDConfig`:
+its name in `RUN_KEYS`, its option in training/cli.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from conch_dna.command_parts import read_yaml
+from conch_dna.errors import ConchError
+from conch_dna.option_fields import named_settings
+from conch_dna.training.data.forms import parse_mapping
+from conch_dna.training.data.sources import Given
+from conch_dna.training.runs.mlx_lm_names import NAMES, understood
+from conch_dna.training.runs.reporters import parse_names
+from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
+
+SOURCES = ("data", "prompts", "valid_data", "test_data", "data_split")
+RUN_KEYS = ("domain", "teacher", "student", *SOURCES, "map", "test", "report_to", "project_name")
+
+
+MAY_BE_NULL = ("report_to", "project_name", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run as it was asked for.
+
+    Attributes:
+        domain: Its name; None for all.
+        models: Teacher and student.
+        given: What it learns from and is judged by.
+        config: Everything else that shapes it.
+        reporters: Where its figures are sent, besides.
+        project: What they are called there.
+        notes: What a user should know of how the settings file was understood.
+    """
+
+    domain: str | None
+    models: tuple[str, str]
+    given: Given
+    config: KDConfig
+    reporters: tuple[str, ...] = ()
+    project: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def requested(
+    named: Mapping[str, Any],
+    values: Mapping[str, Any],
+    *,
+    config_file: str | None,
+    all_domains: bool,
+) -> Request:
+    """Put together what was asked for; the command line wins over the file.
+
+    Args:
+        named: Those of RUN_KEYS that the command line gave.
+        values: Those of KDConfig's fields that it gave.
+        config_file: A YAML file with either, or with the names of `mlx_lm.lora`.
+        all_domains: Whether it asks for all domains.
+
+    Raises:
+        ConchError: A name is unknown, a value is none, or two do not go together.
+    """
+    in_file, notes = _settings(Path(config_file)) if config_file else ({}, [])
+    asked = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file} | dict(named)
+    config = KDConfig.from_json(in_file, source=str(config_file), overriding=dict(values))
+    if all_domains == ("domain" in asked):
+        raise ConchError("give either --domain NAME or --all")
+    if all_domains and any(key in asked for key in SOURCES):
+        shown = " and ".join(f"--{key.replace('_', '-')}" for key in SOURCES if key in asked)
+        raise ConchError(f"{shown} cannot go with --all, only with one --domain")
+    if "data" in asked and "prompts" in asked:
+        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
+    sources = {key: asked[key] for key in SOURCES if key in asked}
+    mapping = parse_mapping(asked.get("map", []))
+    return Request(
+        domain=asked.get("domain"),
+        models=(asked.get("teacher", DEFAULT_TEACHER), asked.get("student", DEFAULT_STUDENT)),
+        given=Given(**sources, mapping=mapping, with_test=asked.get("test")),
+        config=config,
+        reporters=parse_names(asked.get("report_to", "")),
+        project=asked.get("project_name"),
+        notes=notes,
+    )
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file by their own names, and how mlx-lm's were understood."""
+    own = [*RUN_KEYS, *(each.name for each in fields(KDConfig))]
+    values = named_settings(read_yaml(path), own, source=str(path), also=NAMES)
+    values, notes = understood(values, source=str(path))
+    # mlx-lm writes null for what there is not.
+    values = {k: v for k, v in values.items() if v is not None or k not in MAY_BE_NULL}
+    mapping = values.get("map")
+    if isinstance(mapping, dict):
+        values["map"] = [f"{key}={name}" for key, name in mapping.items()]
+    if isinstance(values.get("report_to"), list):
+        values["report_to"] = ",".join(map(str, values["report_to"]))
+    wrong = [
+        f"{key} is {values[key]!r}: it must be text"
+        for key in RUN_KEYS
+        if key not in ("map", "test") and key in values and type(values[key]) is not str
+    ]
+    if not isinstance(values.get("map", []), list):
+        wrong.append(f"map is {mapping!r}: it must be a mapping such as prompt: question")
+    if not isinstance(values.get("test", True), bool):
+        wrong.append(f"test is {values['test']!r}: it must be true or false")
+    if wrong:
+        raise ConchError(f"{path}: {'; '.join(wrong)}")
+    return values, notes
