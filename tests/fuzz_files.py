@@ -43,6 +43,7 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import read_document_files, read_documents
 from conch_dna.sedimentation.embedders.teachers import VectorCache
 from conch_dna.sedimentation.stores.edge import MANIFEST as MANIFEST_OF_STORE
+from conch_dna.sedimentation.stores.ledger import LEDGER
 from conch_dna.sedimentation.stores.open_store import open_store
 from conch_dna.sedimentation.stores.stored_documents import to_stored
 from conch_dna.training.data.records import (
@@ -413,7 +414,7 @@ ADAPTER_DOCUMENT = {
 def log_content() -> bytes:
     """A log as it is written."""
     with TemporaryDirectory() as folder:
-        log = ChelationLog(Path(folder))
+        log = ChelationLog(Path(folder) / "log")
         for number in range(3):
             log.append(
                 query=f"q{number}",
@@ -431,10 +432,12 @@ EVENTS = [json.loads(line) for line in LOG.splitlines()]
 
 
 def read_log(folder: Path, content: bytes) -> None:
-    (folder / EVENTS_FILE).write_bytes(content)
-    for path in folder.glob("*.half-*"):
-        path.unlink()
-    ChelationLog(folder).documents_logged(at_least=1)
+    place = folder / "log"
+    shutil.rmtree(place, ignore_errors=True)
+    (folder / LEDGER).unlink(missing_ok=True)
+    place.mkdir()
+    (place / EVENTS_FILE).write_bytes(content)
+    ChelationLog(place).documents_logged(at_least=1)
 
 
 DECISION = {
@@ -448,6 +451,7 @@ DECISION = {
 
 
 def read_gate_history(folder: Path, content: bytes) -> None:
+    (folder / LEDGER).unlink(missing_ok=True)
     (folder / GATE_HISTORY).write_bytes(content)
     if read_history(folder):
         add_to_history(folder, {"candidate": "v0002"})

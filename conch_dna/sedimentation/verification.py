@@ -12,15 +12,18 @@ from pathlib import Path
 from conch_dna.checkpoints import FolderLock, verify_folder
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
-from conch_dna.sedimentation.changes.chelation_log import ChelationLog, read_events
+from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files, read_events
+from conch_dna.sedimentation.changes.collapse import NULL, CollapseNull
 from conch_dna.sedimentation.changes.gate import GATE_HISTORY, read_history
 from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document
+from conch_dna.sedimentation.embedders.teachers import count_cached
 from conch_dna.sedimentation.results import VerifiedPart
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.edge import MANIFEST, SHARD
-from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS
+from conch_dna.sedimentation.stores.ledger import LEDGER
+from conch_dna.sedimentation.stores.open_store import LOG, TEACHER_VECTORS, VECTORS, VERSIONS
 from conch_dna.sedimentation.stores.state import DOCUMENTS
 from conch_dna.sedimentation.stores.stored_documents import coarse
 
@@ -54,6 +57,13 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         raise ConchError(f"{place.location} holds no store yet: ingest documents first")
     with FolderLock(folder, elsewhere="give another location or --state"):
         look("chelation log", lambda: _log(folder / LOG))
+        growing = [*log_files(folder / LOG), *folder.glob(GATE_HISTORY)]
+        if growing and not (folder / LEDGER).is_file():
+            look("ledger", lambda: _no_ledger(folder))
+        for path in sorted(folder.glob(f"{NULL}*.json")):
+            look(f"null of version {path.stem.removeprefix(NULL)}", partial(_null, path))
+        if (folder / TEACHER_VECTORS).is_dir():
+            look("teacher vectors", lambda: f"{count_cached(folder / TEACHER_VECTORS):,}")
         adapters = sorted(path for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
         names = [path.name for path in adapters]
         try:
@@ -86,6 +96,18 @@ def _history(folder: Path, active: str) -> str:
             f"{GATE_HISTORY} lacks the decision that let {active} pass: put it back"
         )
     return f"{len(history)} decisions"
+
+
+def _no_ledger(folder: Path) -> str:
+    raise NotWholeError(
+        f"{folder / LEDGER} is missing, so that nobody knows whether log and history have their "
+        "ends: put it back, or use the store once where an earlier version made it"
+    )
+
+
+def _null(path: Path) -> str:
+    kept = CollapseNull.read(path)
+    return f"threshold {kept[0].threshold:.4f}" if kept else "of an earlier version, made anew"
 
 
 def _opened(place: StorePlace) -> VectorStore:

@@ -12,6 +12,7 @@ import pytest
 
 from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.sedimentation.changes import chelation_log
 from conch_dna.sedimentation.changes.chelation_log import (
     EVENTS_FILE,
     ChelationLog,
@@ -19,6 +20,15 @@ from conch_dna.sedimentation.changes.chelation_log import (
     log_files,
     read_events,
 )
+from conch_dna.sedimentation.stores.ledger import LEDGER
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder within, as the ledger lies beside the log's."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    return folder
 
 
 def log_one(log, *neighbourhood, query="what is coral", version="raw", dispersion=0.1):
@@ -106,7 +116,9 @@ def test_killed_between_rotation_and_the_first_line_of_the_next_file(tmp_path):
 def test_a_half_written_last_line_is_kept_aside_and_reported(share, tmp_path):
     log = ChelationLog(tmp_path)
     first = log_one(log, "a")
+    ledger = (tmp_path.parent / LEDGER).read_text()
     line = log_one(log, "b").line
+    (tmp_path.parent / LEDGER).write_text(ledger)
     kept = max(1, int(share * (len(line) - 1)))
     path = tmp_path / EVENTS_FILE
     os.truncate(path, path.stat().st_size - len(line) + kept)
@@ -190,6 +202,42 @@ def test_a_missing_file_of_the_history_is_found(tmp_path):
     (tmp_path / "chelation_events.000002.jsonl").unlink()
     with pytest.raises(NotWholeError, match="is event 3 and does not follow event 1: lines or a"):
         ChelationLog(tmp_path)
+
+
+def test_a_missing_end_is_found_and_one_too_many_is_none(tmp_path):
+    log = ChelationLog(tmp_path)
+    log_one(log)
+    ledger = (tmp_path.parent / LEDGER).read_text()
+    log_one(log)
+    lines = (tmp_path / EVENTS_FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / EVENTS_FILE).write_bytes(lines[0])
+    with pytest.raises(NotWholeError, match="1 entries, but 2 were acknowledged: the end is miss"):
+        ChelationLog(tmp_path)
+    # Killed between the line and its entry in the ledger: what more there is counts from now on.
+    (tmp_path / EVENTS_FILE).write_bytes(b"".join(lines))
+    (tmp_path.parent / LEDGER).write_text(ledger)
+    assert len(list(read_events(tmp_path))) == 2 and len(ChelationLog(tmp_path)) == 2
+    (tmp_path / EVENTS_FILE).unlink()
+    with pytest.raises(NotWholeError, match="0 entries, but 2 were acknowledged"):
+        list(read_events(tmp_path))
+    (tmp_path.parent / LEDGER).write_text(ledger.replace('"count": 1', '"count": 0'))
+    with pytest.raises(NotWholeError, match=r"ledger.json was altered.*Restore"):
+        ChelationLog(tmp_path)
+
+
+def test_what_the_ledger_cannot_count_is_not_logged(tmp_path, monkeypatch):
+    log = ChelationLog(tmp_path)
+    first = log_one(log)
+
+    def full(*_):
+        raise ConchError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chelation_log, "acknowledge", full)
+        with pytest.raises(ConchError, match="the disk is full"):
+            log_one(log)
+    assert (tmp_path / EVENTS_FILE).read_bytes() == first.line
+    assert log_one(log).number == 2 and len(ChelationLog(tmp_path)) == 2
 
 
 def test_a_full_disk_leaves_the_log_as_it_was(tmp_path):

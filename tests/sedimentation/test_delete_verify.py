@@ -23,6 +23,7 @@ from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.retrieval import WordFusion
 from conch_dna.sedimentation.stores import server as server_store
 from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore
+from conch_dna.sedimentation.stores.ledger import LEDGER
 from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, open_store
 from conch_dna.sedimentation.stores.state import sealed
 from conch_dna.sedimentation.stores.stored_documents import key_of
@@ -314,6 +315,8 @@ def test_a_whole_store_verifies(db: Path, tmp_path: Path) -> None:
     assert found["whole"]
     assert [each["name"] for each in found["parts"]] == [
         "chelation log",
+        "null of version v0001",
+        "teacher vectors",
         "gate history",
         "store",
         "documents",
@@ -366,6 +369,30 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def without_last_line(content: bytes) -> bytes:
+    return b"".join(content.splitlines(keepends=True)[:-1])
+
+
+def other_log(folder: Path, length: int) -> bytes:
+    log = ChelationLog(folder)
+    for number in range(length):
+        log.append(
+            query=f"query {number}",
+            version=RAW,
+            student_digest="s",
+            dispersion=0.1,
+            threshold=0.2,
+            neighbourhood=[number],
+        )
+    return log.path.read_bytes()
+
+
+def as_format_1(content: bytes) -> bytes:
+    manifest = json.loads(content)
+    del manifest["digest"], manifest["versions"]["contents"], manifest["versions"]["writing"]
+    return json.dumps({**manifest, "format": 1}).encode()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "active vectors": (lambda db: alter_vectors(db, "v0001"), "vectors of version v0001"),
     "raw vectors": (lambda db: alter_vectors(db, RAW), "vectors of version raw"),
@@ -404,6 +431,45 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "gate history",
     ),
     "decisions gone": (lambda db: (db / "gate_history.jsonl").unlink(), "gate history"),
+    "log cut": (lambda db: rewrite(db / LOG / EVENTS_FILE, without_last_line), "chelation log"),
+    "log gone": (lambda db: shutil.rmtree(db / LOG), "chelation log"),
+    "log of another store": (
+        lambda db: rewrite(
+            db / LOG / EVENTS_FILE, lambda b: other_log(db.parent / "other", b.count(b"\n"))
+        ),
+        "chelation log",
+    ),
+    "decision cut": (
+        lambda db: rewrite(db / "gate_history.jsonl", without_last_line),
+        "gate history",
+    ),
+    "decisions without digests": (
+        lambda db: rewrite(
+            db / "gate_history.jsonl",
+            lambda b: b"".join(
+                json.dumps({**json.loads(line), "digest": None, "reason": "other"}).encode() + b"\n"
+                for line in b.splitlines()
+            ).replace(b', "digest": null', b""),
+        ),
+        "gate history",
+    ),
+    "format 1": (
+        lambda db: rewrite(db / VECTORS / "manifest.json", as_format_1),
+        "store",
+    ),
+    "null": (
+        lambda db: rewrite(
+            db / "null-v0001.json", lambda b: b.replace(b'"threshold": 0.', b'"threshold": 1.')
+        ),
+        "null of version v0001",
+    ),
+    "teacher vectors": (
+        lambda db: rewrite(
+            next((db / "teacher_vectors").rglob("*.safetensors")), lambda b: b[:-1] + b"\x01"
+        ),
+        "teacher vectors",
+    ),
+    "no ledger": (lambda db: (db / LEDGER).unlink(), "ledger"),
 }
 
 

@@ -168,7 +168,7 @@ def test_a_history_of_another_form_is_refused_in_one_line(line, message, tmp_pat
         file.write(f"{line}\n")
     with pytest.raises(ConchError, match=message) as caught:
         read_history(tmp_path)
-    assert "move it away to begin a new history" in str(caught.value)
+    assert "move it and ledger.json away to begin a new history" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

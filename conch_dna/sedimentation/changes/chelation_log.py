@@ -1,8 +1,9 @@
 """The chelation log: queries that found a collapsed neighbourhood, in files that only grow.
 
 Knows events and files; nothing of vectors, models or what is done about collapse. Each line holds
-its own digest and that of the line before, so damage is found. To record another fact: a field of
-`Event`, documented there; older lines then lack it, so give it a default.
+its own digest and that of the line before, and the ledger how many there are, so damage is found.
+To record another fact: a field of `Event`, documented there; older lines then lack it, so give it a
+default.
 """
 
 import json
@@ -24,8 +25,12 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.stores.ledger import LEDGER, Least, acknowledge, least_of
 
 EVENTS_FILE = "chelation_events.jsonl"
+# In the ledger, which lies beside the log's folder.
+CHELATION_LOG = "chelation log"
+_REMEDY = f": restore it, or move all of the log's files and {LEDGER} away to begin a new log"
 _ROTATED = re.compile(r"chelation_events\.(\d{6})\.jsonl")
 
 
@@ -85,6 +90,8 @@ def read_events(folder: Path) -> Iterator[Event]:
         NotWholeError: A line was altered, or lines or a file are missing; the message names where.
     """
     previous, number = "", 0
+    # Before the log, which another process may be adding to.
+    least = least_of(folder.parent, CHELATION_LOG)
     for path in log_files(folder):
         with open(path, "rb") as file:
             for row, line in enumerate(file, start=1):
@@ -94,23 +101,24 @@ def read_events(folder: Path) -> Iterator[Event]:
                 if (event.number, event.previous) != (number + 1, previous):
                     raise NotWholeError(
                         f"{path}, line {row} is event {event.number} and does not follow event "
-                        f"{number}: lines or a file of the log are missing; restore them, or move "
-                        "all of its files away to begin a new log"
+                        f"{number}: lines or a file of the log are missing{_REMEDY}"
                     )
                 previous, number = event.digest, event.number
+                least.require(str(path), number, previous, remedy=_REMEDY)
                 yield event
+    what = f"the chelation log in {folder}"
+    least.require(what, number, previous, remedy=_REMEDY, ended=True)
 
 
 def _parsed(line: bytes, where: str) -> Event:
-    remedy = "restore the file, or move all of the log's files away to begin a new one"
     try:
         document = json.loads(line)
         written = document.pop("digest")
         event = Event(**document)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise NotWholeError(f"{where} is no event of the log: {remedy}") from error
+        raise NotWholeError(f"{where} is no event of the log{_REMEDY}") from error
     if event.digest != written:
-        raise NotWholeError(f"{where} was altered, its digest is another: {remedy}")
+        raise NotWholeError(f"{where} was altered, its digest is another{_REMEDY}")
     return event
 
 
@@ -153,6 +161,7 @@ class ChelationLog:
         for event in read_events(folder):
             self._last = event
         self._set_half_line_aside()
+        self._acknowledge()
 
     @property
     def path(self) -> Path:
@@ -196,12 +205,19 @@ class ChelationLog:
             neighbourhood=list(neighbourhood),
             previous=self._last.digest if self._last else "",
         )
+        before = self._last
         try:
             self._rotate()
-            self._write(event.line)
+            size = self._write(event.line)
         except OSError as error:
             raise _unwritable(self.path, error) from error
-        self._last = event
+        try:
+            self._last = event
+            self._acknowledge()
+        except ConchError as error:
+            self._last = before
+            self._cut(size)
+            raise _unwritable(self.folder.parent / LEDGER, error) from error
         return event
 
     def events(self, *, version: str | None = None) -> Iterator[Event]:
@@ -257,6 +273,8 @@ class ChelationLog:
         if not left_out:
             return 0
         last: Event | None = None
+        # A kill may leave the old log or the new one, of which neither is shorter than nothing.
+        acknowledge(self.folder.parent, CHELATION_LOG, Least())
         with replaced_folder(self.folder) as folder:
             for path in log_files(self.folder):
                 with open(folder / path.name, "wb") as file:
@@ -268,7 +286,12 @@ class ChelationLog:
                         last = replace(event, number=number + 1, previous=previous)
                         file.write(last.line)
         self._last = last
+        self._acknowledge()
         return left_out
+
+    def _acknowledge(self) -> None:
+        least = Least(len(self), self._last.digest if self._last else "")
+        acknowledge(self.folder.parent, CHELATION_LOG, least)
 
     def _set_half_line_aside(self) -> None:
         """Cut a last line without its end off the file that grows, keeping what there is of it."""
@@ -297,7 +320,8 @@ class ChelationLog:
         self.path.rename(self.folder / f"chelation_events.{number:06d}.jsonl")
         sync(self.folder)
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes) -> int:
+        """Add a line; returns how long the file was before."""
         is_new = not self.path.exists()
         size = 0 if is_new else self.path.stat().st_size
         try:
@@ -309,13 +333,14 @@ class ChelationLog:
             raise
         if is_new:
             sync(self.folder)
+        return size
 
     def _cut(self, size: int) -> None:
         os.truncate(self.path, size)
         sync(self.path)
 
 
-def _unwritable(path: Path, error: OSError) -> ConchError:
+def _unwritable(path: Path, error: Exception) -> ConchError:
     return ConchError(
         f"cannot write the chelation log {path}: {error}. Free some disk space or choose another "
         "folder; what was logged before is whole"

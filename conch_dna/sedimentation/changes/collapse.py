@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, read_json, require_keys, write_json
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.embedders.contract import unit
 from conch_dna.sedimentation.stores.contract import RAW, Hits, Page, VectorStore
+from conch_dna.sedimentation.stores.state import sealed
 
 # Sampled documents whose neighbourhoods are searched and fetched at once.
 QUERIES_AT_ONCE = 64
+# How the files of nulls begin, each that of one version.
+NULL = "null-"
 
 
 def dispersions(neighbourhoods: Any) -> np.ndarray:
@@ -144,6 +147,28 @@ class CollapseNull:
         return asdict(self)
 
     @classmethod
+    def read(cls, path: Path) -> "tuple[CollapseNull, Any] | None":
+        """What `write` was given; None where the file has no digest, as those of earlier versions.
+
+        Raises:
+            ConchError: It cannot be read, or was altered.
+        """
+        document = read_json(path, needs={"null": dict})
+        null = cls.from_json(document["null"], source=str(path))
+        if "digest" not in document:
+            return None
+        made_of = document.get("made_of")
+        if document != sealed({"null": null.to_json(), "made_of": made_of}):
+            raise NotWholeError(
+                f"{path} was altered, its digest is another: delete it, and it is made anew"
+            )
+        return null, made_of
+
+    def write(self, path: Path, made_of: Any) -> None:
+        """Keep it in a file, with what it depends on and a digest."""
+        write_json(path, sealed({"null": self.to_json(), "made_of": made_of}))
+
+    @classmethod
     def from_json(cls, document: Mapping[str, Any], *, source: str) -> "CollapseNull":
         """Read back what `to_json` gave.
 
@@ -227,17 +252,15 @@ class Neighbourhoods:
         }
         if store.count(RAW) < config.top_k + 1:
             return None
-        path = self.folder / f"null-{version}.json"
+        path = self.folder / f"{NULL}{version}.json"
         if self._null is None or self._null.version != version:
             self._null, self._made_of = None, {}
-            if path.is_file():
-                document = read_json(path, needs={"null": dict})
-                self._null = CollapseNull.from_json(document["null"], source=str(path))
-                self._made_of = document.get("made_of")
+            if path.is_file() and (kept := CollapseNull.read(path)):
+                self._null, self._made_of = kept
         if self._null is None or self._made_of != made_of:
             self._null = CollapseNull.fit(store, config, version=version)
             self._made_of = made_of
-            write_json(path, {"null": self._null.to_json(), "made_of": made_of})
+            self._null.write(path, made_of)
         return self._null
 
 

@@ -89,6 +89,6 @@ def _draws(history: History, source: str) -> list[Mapping[str, Any]]:
     if not sound:
         raise NotWholeError(
             "the gate's history does not say which queries were asked: restore its file, or move "
-            "it away to begin a new history"
+            "it and ledger.json away to begin a new history"
         )
     return draws

@@ -31,6 +31,7 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.metrics import RESAMPLES, paired_interval
 from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.stores.ledger import LEDGER, Least, acknowledge, least_of
 
 NO_EVIDENCE = "nothing is activated on no evidence"
 GATE_HISTORY = "gate_history.jsonl"
@@ -156,11 +157,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         NotWholeError: The file is not as it was written.
     """
     path = folder / GATE_HISTORY
-    if not path.is_file():
-        return []
     entries = []
     try:
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        least = least_of(folder, GATE_HISTORY)
+        lines = read_text(path).splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             source = f"line {number} of {path}"
             entries.append(parse_json(line, source))
             require_keys(entries[-1], source, needs=_NEEDS)
@@ -168,16 +169,18 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
                 # Where there was no evidence, there are no figures.
                 if figures != {}:
                     require_keys(figures, f"{name} in {source}", needs={"difference": float})
-        digested = False
+        digested, number, digest = False, 0, ""
         for number, (entry, digest) in enumerate(_chained(entries), 1):
             written = entry.pop("digest", None)
             digested |= written is not None
             # Those of earlier versions had none, until another was added.
             if digested and written != digest:
                 raise NotWholeError(f"line {number} of {path} was altered, or one before it")
+            least.require(str(path), number, digest)
+        least.require(str(path), number, digest, ended=True)
     except NotWholeError as error:
         raise NotWholeError(
-            f"{error}. Restore it, or move it away to begin a new history"
+            f"{error}. Restore it, or move it and {LEDGER} away to begin a new history"
         ) from error
     return entries
 
@@ -186,8 +189,10 @@ def add_to_history(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a decision, and what it was about, with the time; durable when it returns."""
     time = datetime.now(UTC).isoformat(timespec="seconds")
     entries = [*read_history(folder), {"time": time, **entry}]
-    lines = [json.dumps({**each, "digest": digest}) for each, digest in _chained(entries)]
+    chained = list(_chained(entries))
+    lines = [json.dumps({**each, "digest": digest}) for each, digest in chained]
     write_atomically(folder / GATE_HISTORY, "".join(f"{line}\n" for line in lines))
+    acknowledge(folder, GATE_HISTORY, Least(len(chained), chained[-1][1]))
 
 
 def _chained(

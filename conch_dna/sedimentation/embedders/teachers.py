@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, write_atomically
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of, unit
 
 logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 1024
+_SHARDS = "vectors-*.safetensors"
 # What lies this long was left by a process that is no more.
 _STALE_S = 3600
 
@@ -59,31 +60,23 @@ class VectorCache:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _STALE_S:
                     path.unlink()
-        for path in sorted(self.folder.glob("vectors-*.safetensors")):
+        for path in sorted(self.folder.glob(_SHARDS)):
             self._read_shard(path, places)
         return places
 
     def _read_shard(self, path: Path, places: dict[bytes, tuple[Path, int]]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         try:
-            data = path.read_bytes()
+            found = _shard_of(path)
         except FileNotFoundError:
             # Another process found it damaged and deleted it at this moment.
             return
-        try:
-            arrays = load(data) if path.name == _shard_name(data) else {}
-            keys, vectors = arrays["keys"], arrays["vectors"]
-            sound = vectors.ndim == 2 and len(keys) == len(vectors)
-        except (SafetensorError, KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
+        if found is None:
             logger.warning(
                 "%s is damaged: it is deleted, and its vectors will be computed again", path
             )
             path.unlink(missing_ok=True)
             return
+        keys, vectors = found
         self._dimension = vectors.shape[1]
         places.update((key.tobytes(), (path, row)) for row, key in enumerate(keys))
 
@@ -136,6 +129,35 @@ class VectorCache:
         write_atomically(path, data)
         self._dimension = vectors.shape[1]
         places.update((key, (path, row)) for row, key in enumerate(keys))
+
+
+def count_cached(folder: Path) -> int:
+    """How many vectors lie in all caches of a folder; nothing is deleted.
+
+    Raises:
+        NotWholeError: Some are damaged; the message names their files.
+    """
+    shards = {path: _shard_of(path) for path in sorted(folder.glob(f"*/{_SHARDS}"))}
+    if damaged := [str(path) for path, found in shards.items() if found is None]:
+        raise NotWholeError(
+            f"{', '.join(damaged)} damaged: delete what is, and its vectors are computed again"
+        )
+    return sum(len(found[0]) for found in shards.values() if found)
+
+
+def _shard_of(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Keys and vectors of a shard; None where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = path.read_bytes()
+    try:
+        arrays = load(data) if path.name == _shard_name(data) else {}
+        keys, vectors = arrays["keys"], arrays["vectors"]
+        sound = vectors.ndim == 2 and len(keys) == len(vectors)
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return (keys, vectors) if sound else None
 
 
 def _shard_name(data: bytes) -> str:

@@ -24,6 +24,7 @@ from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.sedimentation.stores.accounts import no_contents
 from conch_dna.sedimentation.stores.contract import EXACT_BELOW, RAW, VectorStore
 from conch_dna.sedimentation.stores.filters import Conditions, qdrant_filter
+from conch_dna.sedimentation.stores.ledger import require_format
 from conch_dna.sedimentation.stores.state import (
     FORMAT,
     OLDEST_FORMAT,
@@ -365,6 +366,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], VersionState]:
                 f"{path} has format {manifest['format']}, but only {OLDEST_FORMAT} and {FORMAT} "
                 "are known: open the store with the version of conch_dna that made it"
             )
+        # Beside the store's folder, where an engine keeps it.
+        require_format(path.parent.parent, manifest["format"], path)
         manifest = unsealed(manifest, str(path))
         identity, state = dict(manifest["identity"]), VersionState(**manifest["versions"])
         require_sound(identity, state)
