@@ -140,6 +140,12 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     assert read_prompts(write(tmp_path, "\ufeffTell me.\n", "prompts.txt")) == ["Tell me."]
 
 
+def chat_line(*between):
+    """A conversation as JSON with turns between a question and its answer."""
+    ask, answer = '{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b"}'
+    return f'{{"messages": [{ask}, {"".join(between)}{answer}]}}'
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -164,6 +170,22 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
         ('{"messages": [{"role": "user"}]}', "user has no content"),
         ('{"messages": [{"role": 1, "content": "a"}]}', "a turn is an object with a role"),
         ('{"messages": [{"role": "assistant", "content": null}]}', "assistant has no content"),
+        (
+            chat_line('{"role": "assistant", "content": ""}, '),
+            "messages: an assistant turn is empty",
+        ),
+        (
+            chat_line('{"role": "assistant", "content": " \\n"}, '),
+            "an assistant turn is empty, nothing",
+        ),
+        (
+            chat_line('{"role": "assistant", "content": [{"type": "text", "text": ""}]}, '),
+            "an assistant turn is empty",
+        ),
+        (
+            chat_line('{"role": "assistant", "content": "", "tool_calls": []}, '),
+            "an assistant turn is empty",
+        ),
         ('{"messages": []}', "no assistant turn"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
         (r'{"text": "half \ud83d"}', "surrogate"),
@@ -174,6 +196,12 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, line, message):
     path = write(tmp_path, f'{{"text": "good"}}\n\n{line}\n')
     with pytest.raises(ConchError, match=rf"data\.jsonl, line 3: .*{message}"):
         read_records(path)
+
+
+def test_an_empty_turn_that_calls_or_does_not_count_is_kept(tmp_path):
+    call = '{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}, '
+    unlearned = '{"role": "assistant", "content": "", "weight": 0}, '
+    assert len(read_records(write(tmp_path, f"{chat_line(call)}\n{chat_line(unlearned)}\n"))) == 2
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "  \n\t\n"])

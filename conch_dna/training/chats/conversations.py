@@ -53,11 +53,18 @@ def turn_problem(turn: Any) -> str | None:
             and isinstance(part.get("text"), str)
             for part in content
         ):
-            return None
+            return _empty_problem(turn)
         return f"content of {turn['role']} has a part that is not text; only text can be learned"
     if isinstance(content, str) or (content is None and calls):
-        return None
+        return _empty_problem(turn)
     return f"{turn['role']} has no content: give text, parts of type text, or tool_calls"
+
+
+def _empty_problem(turn: Turn) -> str | None:
+    is_learned = turn["role"] == "assistant" and turn.get("weight", 1)
+    if is_learned and not answer_text(turn).strip():
+        return 'an assistant turn is empty, nothing could be learned: leave it out, or "weight": 0'
+    return None
 
 
 def plain_turns(messages: Sequence[Turn]) -> list[Turn]:
