@@ -23,9 +23,9 @@ from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.settings import EGO
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
-EGO = "ego"
 MOST_NOTES = 100
 
 # Time of change and size of a file; None where there is none.
@@ -128,7 +128,7 @@ class CortexSuite:
         """
         changed, problems = [], []
         for name, mark in self.marks().items():
-            if name == EGO and self.ego is not None:
+            if name == EGO:
                 problems.append(
                     f"a domain is called {EGO!r}, as the big teacher is: rename its folder in "
                     f"{self.adapters_dir}"
@@ -158,7 +158,9 @@ class CortexSuite:
         """
         marks = {}
         for name in known_domains(self.adapters_dir) if self._wanted is None else self._wanted:
-            folder = active_adapter(self.adapters_dir, name)
+            # A folder of EGO's name is told of by `reload`, which goes on with the others.
+            is_ego = name == EGO
+            folder = self.adapters_dir / name if is_ego else active_adapter(self.adapters_dir, name)
             calibration = self.adapters_dir / name / CALIBRATION_FILE
             marks[name] = Mark(folder, _stamp(folder / ADAPTER_FILE), _stamp(calibration))
         return marks

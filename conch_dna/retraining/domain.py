@@ -43,11 +43,15 @@ from conch_dna.retraining.lessons import EXPERIENCE, Lessons
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.data.records import Record, read_records
 from conch_dna.training.runs.domain_run import DATA_FILE as TRAINING_DATA
-from conch_dna.training.settings import KDConfig, get_kd_adapter_path, validate_domain
+from conch_dna.training.settings import (
+    EXPERIENCE_FOLDER,
+    LINES,
+    KDConfig,
+    get_kd_adapter_path,
+    validate_domain,
+)
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
-LINES = "lines"
-EXPERIENCE_FOLDER = "experience"
 RETRAINING = "retraining"
 BATCH_FILE = "batch.json"
 LEFT_OUT_FILE = "left_out.json"
@@ -58,11 +62,9 @@ def line_of(adapters_dir: Path, domain: str) -> Line:
     """The versions of a domain's adapter, whether or not there are any yet.
 
     Raises:
-        ConchError: The name is not a plain one, or a folder has it already.
+        ConchError: The name is not a plain one, or reserved.
     """
     validate_domain(domain, with_own_data=True)
-    if domain in (LINES, EXPERIENCE_FOLDER):
-        raise ConchError(f"a domain cannot be called {domain}: that folder is taken")
     return Line(adapters_dir / LINES, domain)
 
 

@@ -17,17 +17,12 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.buffer import ExperienceBuffer
-from conch_dna.retraining.domain import (
-    EXPERIENCE_FOLDER,
-    LINES,
-    Retraining,
-    RetrainResult,
-    line_of,
-)
+from conch_dna.retraining.domain import Retraining, RetrainResult, line_of
 from conch_dna.retraining.experience import Experience, Message
 from conch_dna.retraining.lessons import Lessons, lessons_of
 from conch_dna.training.data.records import Record
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.settings import EXPERIENCE_FOLDER, LINES
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 
 

@@ -203,6 +203,15 @@ class KDConfig:
         return asdict(self)
 
 
+# What means something else beside domains, in the output folder or to CORTEX.
+LINES, EXPERIENCE_FOLDER, EGO = "lines", "experience", "ego"
+RESERVED = {
+    LINES: "the folder of retrained adapters' versions",
+    EXPERIENCE_FOLDER: "the folder of the answers that retraining learns from",
+    EGO: "the name of the big teacher in CORTEX",
+}
+
+
 def validate_domain(domain: str, *, with_own_data: bool) -> None:
     """Check a domain's name, which becomes a folder.
 
@@ -211,13 +220,19 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
         with_own_data: Whether the user does.
 
     Raises:
-        ConchError: The name is not a plain one, or unknown.
+        ConchError: The name is not a plain one, or reserved, or unknown.
     """
     plain = domain.replace("_", "").replace("-", "")
     if not (plain.isascii() and plain.isalnum() and len(domain) <= 64):
         raise ConchError(
             f"domain {domain!r} becomes a folder's name: use up to 64 of a to z, A to Z, digits, "
             "- and _"
+        )
+    # Some file systems do not tell capitals from small letters.
+    if domain.lower() in RESERVED:
+        raise ConchError(
+            f"a domain cannot be called {domain}: that is {RESERVED[domain.lower()]}; choose "
+            "another name"
         )
     if domain not in DOMAIN_PROMPTS and not with_own_data:
         raise ConchError(

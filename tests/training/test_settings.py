@@ -219,6 +219,19 @@ def test_an_unknown_domain_lists_the_known_and_is_fine_with_data():
 
 
 @pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("lines", "the folder of retrained adapters' versions"),
+        ("Experience", "the folder of the answers that retraining learns from"),
+        ("EGO", "the name of the big teacher in CORTEX"),
+    ],
+)
+def test_a_name_that_means_something_else_is_no_domain(name, what):
+    with pytest.raises(ConchError, match=f"a domain cannot be called {name}: that is {what}; cho"):
+        validate_domain(name, with_own_data=True)
+
+
+@pytest.mark.parametrize(
     "domain",
     [
         "",

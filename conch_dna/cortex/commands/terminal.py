@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from conch_dna.cortex.commands.status import who_answered
-from conch_dna.cortex.neuron import EGO, Chat, CortexSuite, Delta
+from conch_dna.cortex.neuron import Chat, CortexSuite, Delta
 from conch_dna.cortex.options import AskOptions
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.retraining.pipeline import TrainingPipeline
+from conch_dna.training.settings import EGO
 
 # What could move the cursor, recolour the screen or ring: an answer is text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
