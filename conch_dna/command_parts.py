@@ -37,13 +37,18 @@ class OneLineUsageError(click.UsageError):
 
 @contextmanager
 def _one_line_usage(ctx: click.Context | None = None) -> Iterator[None]:
-    """Turns click's errors of usage, which take four lines, into one; exit code 2 stays."""
+    """Turns click's errors of usage, which take four lines, and Ctrl-C into one line each."""
     try:
         yield
     except (OneLineUsageError, NoArgsIsHelpError):
         raise
     except click.UsageError as error:
         raise OneLineUsageError(error.format_message(), error.ctx or ctx) from error
+    except KeyboardInterrupt:
+        resumes = ctx and any(option.name == "resume" for option in ctx.command.params)
+        more = "; the same command with --resume goes on" if resumes else ""
+        click.echo(f"stopped{more}", err=True)
+        sys.exit(INTERRUPTED_EXIT)
 
 
 class OneLineUsage(click.Command):
@@ -113,11 +118,6 @@ class OneLineErrors(OneLineUsage):
                 raise
             click.echo(f"error: {one_line(error)}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            resumes = any(option.name == "resume" for option in ctx.command.params)
-            more = "; the same command with --resume goes on" if resumes else ""
-            click.echo(f"stopped{more}", err=True)
-            sys.exit(INTERRUPTED_EXIT)
 
 
 def command(

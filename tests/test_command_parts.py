@@ -3,13 +3,16 @@
 Runs no command; what commands make of their settings is in test_cli.py.
 """
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from conch_dna.command_parts import MOST_YAML, read_yaml
+from conch_dna.command_parts import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
 from conch_dna.errors import ConchError
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
@@ -77,3 +80,44 @@ def test_how_a_command_was_called_wrongly_is_one_line(arguments, told):
     assert result.exit_code == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and told in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("module", ["conch_dna.cli", "numpy", "conch_dna.training.cli"])
+def test_ctrl_c_before_there_is_a_command_is_one_line(module: str) -> None:
+    code = f"""
+import os, signal, sys
+
+class AtImport:
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, AtImport())
+from conch_dna.__main__ import run
+sys.argv = ["conch-dna", "--help"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ([click.Option(["--resume"], is_flag=True)], "; the same command with --resume goes on"),
+        ([], ""),
+        ([click.Option(["--at-once"], callback=interrupt)], ""),
+    ],
+)
+def test_ctrl_c_in_a_command_is_one_line(options: list[click.Parameter], more: str) -> None:
+    group = OneLineGroup("group")
+    group.add_command(OneLineErrors("wait", params=options, callback=lambda **_: interrupt()))
+    result = CliRunner().invoke(group, ["wait"])
+    assert (result.exit_code, result.stderr) == (130, f"stopped{more}\n")

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -145,10 +146,10 @@ def test_modules_run_once_under_python_m(module):
 
 
 def test_console_script_is_the_same_command():
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="conch-dna")
-    from conch_dna.cli import main
-
-    assert script.load() is main
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"conch-dna": "conch_dna.__main__:run"}
+    done = python("-c", "from conch_dna.__main__ import run; run(name='conch-dna')", "--help")
+    assert done.stdout.startswith("Usage: conch-dna [OPTIONS] COMMAND")
 
 
 def test_type_information_is_in_the_package():

@@ -3,7 +3,7 @@
 It knows nothing about them; add those to ``conch_dna/cortex/cli.py``.
 """
 
-from conch_dna.cortex.cli import cortex
+from conch_dna.__main__ import run
 
 if __name__ == "__main__":
-    cortex(prog_name="python -m conch_dna.cortex")
+    run("conch_dna.cortex.cli", "cortex", name="python -m conch_dna.cortex")

@@ -3,7 +3,7 @@
 It knows nothing about them; add those to ``conch_dna/generations/cli.py``.
 """
 
-from conch_dna.generations.cli import generations
+from conch_dna.__main__ import run
 
 if __name__ == "__main__":
-    generations(prog_name="python -m conch_dna.generations")
+    run("conch_dna.generations.cli", "generations", name="python -m conch_dna.generations")

@@ -3,7 +3,7 @@
 It knows nothing about them; add those to ``conch_dna/sedimentation/cli.py``.
 """
 
-from conch_dna.sedimentation.cli import sediment
+from conch_dna.__main__ import run
 
 if __name__ == "__main__":
-    sediment(prog_name="python -m conch_dna.sedimentation")
+    run("conch_dna.sedimentation.cli", "sediment", name="python -m conch_dna.sedimentation")

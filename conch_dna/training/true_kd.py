@@ -348,6 +348,6 @@ def plan_domain(
 
 
 if __name__ == "__main__":
-    from conch_dna.training.cli import distill
+    from conch_dna.__main__ import run
 
-    distill(prog_name="python -m conch_dna.training.true_kd")
+    run("conch_dna.training.cli", "distill", name="python -m conch_dna.training.true_kd")
