@@ -200,9 +200,20 @@ def query(
     where = _where(conditions)
     with opened_engine(config, options) as engine:
         results = engine.run_inferences(list(queries), top_k, where=where)
+        if where and not any(hits.ids for hits in results):
+            _refuse_unknown(*engine.store.fields_missing(where))
     answers = list(zip(queries, results, strict=True))
     print_tables(*(hits_table(text, hits) for text, hits in answers))
     write_figures(json_file, [{"query": text, **asdict(hits)} for text, hits in answers])
+
+
+def _refuse_unknown(missing: list[str], known: list[str]) -> None:
+    """A filter that finds nothing since nobody has its field is a slip, not an answer."""
+    if missing:
+        raise ConchError(
+            f"no document has a field {' or '.join(missing)}: correct --where; fields of the first "
+            f"documents: {', '.join(known) or 'none'}"
+        )
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:

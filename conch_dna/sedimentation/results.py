@@ -181,21 +181,30 @@ def change_table(result: ChangeResult) -> "Table":
     rows: list[Sequence[object]] = []
     for name, each in result.figures.items():
         if not each:
-            rows.append((name, "", "", "", "", "", "", "too few"))
+            rows.append((name, "", "too few queries", "REFUSED"))
             continue
-        low, high = each["interval"]
-        levels = (f"{each[moment]:.4f}" for moment in ("before", "after"))
-        changes = (f"{value:+.4f}" for value in (each["difference"], low, high))
-        compared = (each["measure"], each["against"])
-        rows.append((*compared, *levels, *changes, f"{each['queries']:,}"))
+        rows.append(
+            (
+                f"{each['measure']} against {each['against']}, {each['queries']:,} queries",
+                f"{each['before']:.4f} → {each['after']:.4f}",
+                _difference(each),
+                "passed" if each["passed"] else "REFUSED",
+            )
+        )
     decision = "activated" if result.activated else "refused"
-    numbers = ("before", "after", "difference", "low", "high", "queries")
+    numbers = ("before → after", "difference [bounds]")
     return text_table(
         f"{result.kind} ({result.mode}): {result.candidate} {decision}",
-        ("measure", "against", *numbers),
+        ("measure", *numbers, ""),
         rows,
-        numbers=numbers,
+        numbers=(*numbers, ""),
     )
+
+
+def _difference(figures: Mapping[str, Any]) -> str:
+    """How much better, and the bounds of the interval where they are known."""
+    bounds = ", ".join(f"{bound:+.4f}" for bound in figures.get("interval", ()))
+    return f"{figures['difference']:+.4f}" + (f" [{bounds}]" if bounds else "")
 
 
 def status_table(status: Mapping[str, Any]) -> "Table":
@@ -243,7 +252,10 @@ def history_table(history: list[dict[str, Any]]) -> "Table":
     for each in history:
         # A measure without evidence has no figures.
         measured = {name: figures for name, figures in each["figures"].items() if figures}
-        gains = [f"{name} {figures['difference']:+.4f}" for name, figures in measured.items()]
+        gains = [
+            f"{name} {_difference(figures)}{'' if figures.get('passed', True) else ' REFUSED'}"
+            for name, figures in measured.items()
+        ]
         rows.append(
             (
                 each["time"][:16].replace("T", " "),

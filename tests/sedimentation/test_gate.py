@@ -1,11 +1,15 @@
+import io
 import json
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.gate import add_to_history, decide, read_history
 from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.results import ChangeResult, change_table, history_table
 
 DEFAULTS = ChelationConfig()
 
@@ -182,3 +186,37 @@ def test_a_history_of_another_form_is_refused_in_one_line(line, message, tmp_pat
 def test_refusals(make, message):
     with pytest.raises(ConchError, match=message):
         make()
+
+
+def test_the_tables_of_changes_fit_80_columns_and_say_which_measure_failed():
+    draws = np.random.default_rng(0).normal(size=(2, 200)) / 50
+    raw = np.full(200, 0.5)
+    measures = {
+        "nDCG@10": ([raw, raw + 0.001], raw + 0.1 + draws[0]),
+        "teacher agreement": ([raw, raw], raw - 0.1 + draws[1]),
+    }
+    figures = {name: [*before, after] for name, (before, after) in measures.items()}
+    decision = decide(figures, ChelationConfig(), against=["v0001", "raw"])
+    result = ChangeResult(
+        kind="distillation",
+        mode="offline",
+        activated=False,
+        version="v0001",
+        candidate="v0002",
+        reason=decision.reason,
+        figures=decision.figures,
+    )
+    change = {"kind": "distillation", "mode": "offline", "candidate": "v0002", "against": "v0001"}
+    entries = [{**change, **decision.to_json(), "time": "2026-11-29T10:00"}]
+    shown = {}
+    for name, table in (("change", change_table(result)), ("history", history_table(entries))):
+        console = Console(width=80, file=io.StringIO())
+        console.print(table)
+        shown[name] = console.file.getvalue()
+        assert max(map(len, shown[name].splitlines())) <= 80
+    first, second, third, fourth = re.findall(r"(passed|REFUSED)", shown["change"])
+    assert (first, second, third, fourth) == ("passed", "passed", "REFUSED", "REFUSED")
+    assert "0.5000 → 0.6" in shown["change"] and "-0.1" in shown["change"]
+    assert len(re.findall(r"[-+]0\.\d{4} \[[-+]0\.\d{4}, [-+]0\.\d{4}\]", shown["change"])) == 4
+    flat = re.sub(r"[│\s]+", " ", shown["history"])
+    assert "[" in flat and flat.count("REFUSED") == 3

@@ -131,6 +131,7 @@ def _decide_by(
     figures = {
         "measure": measure,
         "against": against,
+        "passed": passed,
         "before": float(other.mean()),
         "after": float(own.mean()),
         "difference": difference,
@@ -169,6 +170,9 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
                 # Where there was no evidence, there are no figures.
                 if figures != {}:
                     require_keys(figures, f"{name} in {source}", needs={"difference": float})
+                    bounds = figures.get("interval", [])
+                    if not (isinstance(bounds, list) and [*map(type, bounds)] in ([], [float] * 2)):
+                        raise NotWholeError(f"{name} in {source} has no interval as it should")
         digested, number, digest = False, 0, ""
         for number, (entry, digest) in enumerate(_chained(entries), 1):
             written = entry.pop("digest", None)

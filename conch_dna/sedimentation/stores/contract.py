@@ -6,7 +6,7 @@ To add a store: subclass `VectorStore`, give what is abstract there, choose it i
 it to the contract tests.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -145,6 +145,22 @@ class VectorStore(StoreAccounts):
         if keys:
             self._begin(ids, keys, deletes=True)
             self.recover()
+
+    def fields_missing(self, fields: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Those of payload fields that no document has, and some that documents have.
+
+        Reads documents until all fields are found.
+        """
+        self._need(RAW)
+        missing, known = dict.fromkeys(fields), dict[str, None]()
+        for records in self._scan(RAW, 1000, payload=True):
+            _, payloads = as_given(records)
+            known = known or dict.fromkeys(name for payload in payloads for name in payload)
+            for name in [name for name in missing if any(name in each for each in payloads)]:
+                del missing[name]
+            if not missing:
+                break
+        return list(missing), list(known)
 
     def pages(self, version: str = RAW, *, size: int = 1000) -> Iterator[Page]:
         """Every document of a version once, in an order that is the same each time."""
