@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 import fuzz_files as files
 import fuzz_models as models
 from conch_dna.errors import ConchError
-from conch_dna.training.chats.templates import TRIAL_SECONDS
 from hostile import json_bytes, json_line_bytes, text_bytes, yaml_bytes
 from suites import calibration
 
@@ -140,8 +139,7 @@ TARGETS = [
     Target("calibration.json", json_bytes([CALIBRATION]), models.read_calibration),
     Target("answers.jsonl", json_line_bytes(models.EXPERIENCE), models.read_answers_file),
     Target("experience", json_line_bytes(models.experience_lines()), models.read_buffer),
-    # 100 kB take the schema's library over 4 s; a model's answer ends at its --max-tokens.
-    Target("structured answers", json_bytes([models.SHAPED]), models.read_answer, seconds=15.0),
+    Target("structured answers", json_bytes([models.SHAPED]), models.read_answer),
     Target("HTTP bodies", json_bytes([models.BODY, models.STREAMED]), models.read_body, 2_000),
     Target("HTTP requests", models.requests(), models.ask_server, 1_500),
     Target("config.json", json_bytes([models.CONFIG]), models.read_model_config),
@@ -153,14 +151,7 @@ TARGETS = [
     ),
     Target("model folder", models.model_changes(), models.load_model, 400),
     Target("adapter folder", models.adapter_changes(), models.read_lora, 500),
-    # The trial's processor time, in a process of its own that has to start first.
-    Target(
-        "chat template",
-        text_bytes(models.TEMPLATES),
-        models.render_it,
-        150,
-        4 * TRIAL_SECONDS + SECONDS,
-    ),
+    Target("chat template", text_bytes(models.TEMPLATES), models.render_it, 150),
 ]
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.errors import ConchError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 # So many problems stand in the message that asks for a repair; of more their number.
 MAX_PROBLEMS = 8
+# Of more of them no more is found out than that: each takes the schema's library some 50 us.
+MOST_FOUND = 1_000
 THOUGHT_END = "</think>"
 NO_OBJECT = "there is no JSON object in the answer"
 
@@ -217,10 +220,15 @@ def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
     objects: list[dict[str, Any]] = []
     problems: list[str] = []
     prose = ""
+    places = _Places(text)
     for begin, end, depth in _regions(text, start):
+        if len(objects) > MOST_FOUND:
+            break
         region = text[begin:end]
-        place = _line_and_column(text, begin)
+        place = places.at(begin)
         like_object = re.match(r'\{\s*["}]', region) is not None
+        if prose and not like_object:
+            continue
         try:
             if depth > MAX_DEPTH:
                 raise JsonError(f"it is nested more than {MAX_DEPTH} deep")
@@ -228,19 +236,25 @@ def _read(text: str) -> tuple[dict[str, Any] | None, list[str]]:
         except JsonError as error:
             why = str(error)
             if error.offset is not None:
-                why += f", at {_line_and_column(text, begin + error.offset)}"
+                why += f", at {places.at(begin + error.offset)}"
             if like_object:
                 problems.append(f"the object at {place} cannot be read: {why}")
             elif not prose:
                 prose = f"; the braces at {place} hold none: {why}"
             continue
-        if text[:begin].rstrip().endswith("["):
+        before = begin - 1
+        while before >= 0 and text[before].isspace():
+            before -= 1
+        if before >= 0 and text[before] == "[":
             problems.append(f"the object at {place} stands in a list; it must stand alone")
         objects.append(value)
     if not objects and not problems:
         problems.append(NO_OBJECT + prose)
     elif len(objects) > 1:
-        problems.append(f"there are {len(objects)} JSON objects in the answer instead of one")
+        many = (
+            f"{'more than ' if len(objects) > MOST_FOUND else ''}{min(len(objects), MOST_FOUND):,}"
+        )
+        problems.append(f"there are {many} JSON objects in the answer instead of one")
     return (objects[0] if len(objects) == 1 else None), problems
 
 
@@ -340,9 +354,19 @@ def read_json(text: str) -> Any:
     return value
 
 
-def _line_and_column(text: str, offset: int) -> str:
-    line = text.count("\n", 0, offset) + 1
-    return f"line {line}, column {offset - (text.rfind(chr(10), 0, offset) + 1) + 1}"
+class _Places:
+    """Lines and columns of a text, of which those asked for one after the other take no time."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._offset, self._line, self._start = 0, 1, 0
+
+    def at(self, offset: int) -> str:
+        """Where something stands that is not before what was asked for last."""
+        self._line += self._text.count("\n", self._offset, offset)
+        self._start = max(self._start, self._text.rfind("\n", self._offset, offset) + 1)
+        self._offset = offset
+        return f"line {self._line}, column {offset - self._start + 1}"
 
 
 @lru_cache(maxsize=64)
@@ -373,13 +397,17 @@ def _schema_problems(value: dict[str, Any], validator: Any) -> list[str]:
     from referencing.exceptions import Unresolvable
 
     try:
-        errors = list(validator.iter_errors(value))
+        errors = list(islice(validator.iter_errors(value), MOST_FOUND + 1))
     except Unresolvable as error:
         raise ConchError(
             f"the answers' JSON schema refers to {error.ref!r}, which it does not hold: write that "
             "part into the schema"
         ) from error
-    return list(dict.fromkeys(_in_words(error) for error in errors))
+    problems = list(dict.fromkeys(_in_words(error) for error in errors[:MOST_FOUND]))
+    return [
+        *problems,
+        *([f"there are more than {MOST_FOUND:,}"] if len(errors) > MOST_FOUND else []),
+    ]
 
 
 def _in_words(error: "ValidationError") -> str:

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -111,6 +112,30 @@ class TestWhatIsFound:
         cut = data.draw(st.integers(1, len(whole) - 1))
         parsed = parse_answer(whole[:cut], ANY)
         assert parsed.value is None and not parsed.valid
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("{}" * 50_000, "there are more than 1,000 JSON objects in the answer instead of one"),
+        ("{x}" * 33_000, "there is no JSON object in the answer; the braces at line 1, column 1"),
+        ('{"\n' * 20_000, "the object at line 1, column 1 cannot be read"),
+        (json.dumps({"reasons": [*range(15_000)]}), "there are more than 1,000"),
+    ],
+)
+def test_a_long_answer_is_read_in_no_time(answer, problem):
+    begun = time.process_time()
+    parsed = parse_answer(answer, DOMAIN_SCHEMAS["thinking"])
+    assert time.process_time() - begun < 2
+    assert any(each.startswith(problem) for each in parsed.problems)
+
+
+def test_places_are_told_by_line_and_column():
+    problems = parse_answer('one\n\ntwo {"a" 1}\n {"b" 1}', ANY).problems
+    assert [re.findall(r"at (line \d+, column \d+)", each) for each in problems] == [
+        ["line 3, column 5", "line 3, column 10"],
+        ["line 4, column 2", "line 4, column 7"],
+    ]
 
 
 class TestWhatIsRefused:
