@@ -6,6 +6,8 @@ To add one: subclass `ConchError` only where a caller must tell it from the othe
 """
 
 import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Longer messages are cut in their middle: what they quote may be a whole file.
 MOST_CHARACTERS = 4_000
@@ -108,6 +110,21 @@ def decoded(content: bytes, source: object) -> str:
 def number_of(count: int, noun: str) -> str:
     """A count and its noun: "1 example", "2 examples"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+@contextmanager
+def told(words: str) -> Iterator[None]:
+    """Whatever a library raises within becomes one line that begins with these words.
+
+    Raises:
+        ConchError: The library raised something.
+    """
+    try:
+        yield
+    except ConchError:
+        raise
+    except Exception as error:
+        raise ConchError(f"{words}: {one_line(error)}") from error
 
 
 class EgoUnavailableError(ConchError):

@@ -104,7 +104,9 @@ def _described_modules(config: dict[str, Any]) -> nn.Module:
 
 
 def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | None = None) -> None:
-    """Refuse, before any work, what `make_trainable` would refuse; no weights are computed.
+    """Refuse, before any work, what `make_trainable` would refuse, and weights that are broken.
+
+    The weights are read once, an array at a time; nothing is computed with them.
 
     Args:
         student: The model's source.
@@ -112,8 +114,10 @@ def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | N
         start: Folder of the adapter that training begins from; None for a new one.
 
     Raises:
-        ConchError: See `make_trainable`; or mlx_lm has no such model, or none that can be trained.
+        ConchError: See `make_trainable`; or mlx_lm has no such model, or none that can be trained;
+            or a weight is NaN or infinite.
     """
+    _require_finite(student)
     if (outlined := outline(student)) is None:
         return
     try:
@@ -126,6 +130,29 @@ def require_trainable(student: ModelSource, config: KDConfig, *, start: Path | N
             f"student {student.model_id} is of the kind {student.config.get('model_type')}, which "
             f"mlx_lm {version('mlx-lm')} cannot train ({one_line(error)}): use one of another kind"
         ) from error
+
+
+def _require_finite(student: ModelSource) -> None:
+    for path in weight_files(student.folder):
+        try:
+            arrays = mx.load(str(path))
+        except Exception as error:
+            # Loading the model would say no more.
+            raise ConchError(f"student {path} cannot be read: {one_line(error)}") from error
+        assert isinstance(arrays, dict)
+        while arrays:
+            name, value = arrays.popitem()
+            if not mx.issubdtype(value.dtype, mx.inexact):
+                continue
+            # Buffers, such as a mask, may hold infinities.
+            is_bad = mx.isnan(value)
+            if name.endswith(("weight", "scales", "biases")):
+                is_bad = is_bad | mx.isinf(value)
+            if is_bad.any():
+                raise ConchError(
+                    f"weight {name} of student {student.model_id} has numbers that are NaN or "
+                    f"infinite, in {path.name}: use a model that is whole"
+                )
 
 
 def make_trainable(

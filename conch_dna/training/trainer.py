@@ -7,6 +7,7 @@ counted tokens, and a seeded stream of batches. To train something new, pass ano
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from conch_dna.checkpoints import (
     require_keys,
     write_folder,
 )
-from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
+from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError, told
 from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
@@ -209,6 +210,9 @@ class Trainer:
         self._unreported: dict[str, Any] = {"sums": {}, "tokens": 0, "seconds": 0.0}
         self._stop = False
         self._compiled_step = self._compile_step()
+        self._stepped = False
+        kind = getattr(model, "model_type", type(model).__name__)
+        self._no_gradient = f"a model of the kind {kind} cannot take a training step here"
         self._compiled_loss = self._compile_evaluation()
 
     def _compile_step(self) -> Callable[..., Any]:
@@ -332,9 +336,12 @@ class Trainer:
         for micro, batch in enumerate(batches):
             arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
             last = micro == accumulation - 1
-            sums, gradients, norm = self._compiled_step(arrays, scale, gradients, last)
-            # One evaluation per batch: it bounds the memory of a step to that of one batch.
-            mx.eval(self._state, sums, gradients, norm)
+            # What has no gradient is only found out by the first step.
+            with nullcontext() if self._stepped else told(self._no_gradient):
+                sums, gradients, norm = self._compiled_step(arrays, scale, gradients, last)
+                # One evaluation per batch: it bounds the memory of a step to that of one batch.
+                mx.eval(self._state, sums, gradients, norm)
+            self._stepped = True
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         if not (math.isfinite(totals["loss"]) and math.isfinite(norm.item())):

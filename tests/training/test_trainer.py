@@ -663,6 +663,16 @@ def test_before_the_first_step_no_learning_rate_is_to_blame(tmp_path):
         trainer.run()
 
 
+def test_a_kind_of_model_without_a_gradient_is_told_in_one_line(tmp_path):
+    def loss(model, arrays):
+        raise ValueError("[Primitive::vjp] Not implemented\nfor Scan.")
+
+    trainer = toy(tmp_path)
+    trainer.loss = loss
+    with pytest.raises(ConchError, match=r"of the kind \w+ cannot take a training step here: \[P"):
+        trainer.run()
+
+
 # Processes that are stopped for real
 
 SCRIPT = """
