@@ -7,6 +7,7 @@ test_fuzz.py, which has the list of them.
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -391,24 +392,18 @@ def read_null(folder: Path, content: bytes) -> None:
     CollapseNull.from_json(document["null"], source=str(path)).is_collapsed(0.1)
 
 
+def make_store_adapter(path: Path) -> None:
+    EmbeddingAdapter.identity(4).save(path, {"documents": "adapted"})
+
+
 def read_adapter_of_store(folder: Path, change: tuple[str, bytes]) -> None:
     path = folder / "v0001"
     shutil.rmtree(path, ignore_errors=True)
-    EmbeddingAdapter.identity(4).save(path, {"documents": "adapted"})
+    make_store_adapter(path)
     name, content = change
     (path / name).write_bytes(content)
     seal(path)
     EmbeddingAdapter.load(path).apply(np.eye(4, dtype=np.float32))
-
-
-ADAPTER_DOCUMENT = {
-    "kind": "identity",
-    "in_dimension": 4,
-    "out_dimension": 4,
-    "figures": {},
-    "digest": "0" * 64,
-    "origin": {},
-}
 
 
 def log_content() -> bytes:
@@ -478,11 +473,26 @@ def read_vectors(folder: Path, content: bytes) -> None:
     VectorCache(folder, digest).find([bytes(32)])
 
 
+def folder_changes(
+    made: Callable[[Path], object], document: str, arrays: str
+) -> st.SearchStrategy[tuple[str, bytes]]:
+    """A file's name, and what is almost what it has in a folder that is made when first needed."""
+
+    def changes() -> st.SearchStrategy[tuple[str, bytes]]:
+        with TemporaryDirectory() as folder:
+            made(place := Path(folder) / "made")
+            value = json.loads((place / document).read_text())
+            content = (place / arrays).read_bytes()
+        return st.one_of(
+            st.tuples(st.just(document), json_bytes([value])),
+            st.tuples(st.just(arrays), st.one_of(broken(content), safetensors_bytes())),
+        )
+
+    return st.deferred(changes)
+
+
 def store_adapter_changes() -> st.SearchStrategy[tuple[str, bytes]]:
-    return st.one_of(
-        st.tuples(st.just("adapter.json"), json_bytes([ADAPTER_DOCUMENT])),
-        st.tuples(st.just("adapter.safetensors"), safetensors_bytes()),
-    )
+    return folder_changes(make_store_adapter, "adapter.json", "adapter.safetensors")
 
 
 def log_bytes() -> st.SearchStrategy[bytes]:

@@ -32,7 +32,7 @@ from conch_dna.retraining.experience import Experience, read_experiences
 from conch_dna.training.chats.templates import render
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 from cortex_models import write_adapter
-from fuzz_files import chat_tokenizer
+from fuzz_files import chat_tokenizer, folder_changes
 from hostile import json_bytes, safetensors_bytes
 from models import make_model_folder
 
@@ -302,25 +302,21 @@ def model_changes(draw: st.DrawFn) -> tuple[str, bytes]:
     return "model.safetensors", draw(safetensors_bytes())
 
 
-ADAPTER = {
-    "model": "embedded:student",
-    "fine_tune_type": "lora",
-    "num_layers": 1,
-    "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]},
-}
-
-
 @functools.cache
 def adapted_base() -> tuple[Any, Any]:
     base = ModelSource("embedded:student").load()
     return base, SharedTree(base)
 
 
+def make_lora(folder: Path) -> None:
+    write_adapter(folder, "embedded:student", lora_layers=1, lora_rank=2)
+
+
 def read_lora(folder: Path, change: tuple[str, bytes]) -> None:
     base, shared = adapted_base()
     place, copy = folder / "adapter", folder / "copy"
     if not place.is_dir():
-        write_adapter(place, "embedded:student")
+        make_lora(place)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(place, copy)
     (copy / change[0]).write_bytes(change[1])
@@ -329,7 +325,4 @@ def read_lora(folder: Path, change: tuple[str, bytes]) -> None:
 
 
 def adapter_changes() -> st.SearchStrategy[tuple[str, bytes]]:
-    return st.one_of(
-        st.tuples(st.just("adapter_config.json"), json_bytes([ADAPTER])),
-        st.tuples(st.just("adapters.safetensors"), safetensors_bytes()),
-    )
+    return folder_changes(make_lora, "adapter_config.json", "adapters.safetensors")

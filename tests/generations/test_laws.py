@@ -63,7 +63,7 @@ def test_no_pattern_takes_longer_than_in_proportion_to_the_answer(pattern: str) 
             times.append(time.process_time() - began)
         return min(times)
 
-    assert seconds(41) < 0.1
+    assert seconds(41) < 1
     # Eight times the text; quadratic time would be 64 times as much.
     assert seconds(2**18) < 24 * max(seconds(2**15), 1e-3)
 
