@@ -123,11 +123,15 @@ def cost_of(
         compiled: Whether the function will run through `mx.compile`.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
-    given: Any = arrays
-    mx.export_function(lambda row: rows.setdefault(row["type"], []).append(row), function, **given)
+
+    def by_place(*given: mx.array) -> Sequence[mx.array]:
+        return function(**dict(zip(arrays, given, strict=True)))
+
+    # By place, since Python's binding takes at most 1,024 names.
+    values: Any = tuple(arrays.values())
+    mx.export_function(lambda row: rows.setdefault(row["type"], []).append(row), by_place, values)
     nodes = [_Node(row["name"], row["inputs"], row["outputs"]) for row in rows["primitive"]]
-    shapes = {name: (name, shape, dtype) for name, shape, dtype in rows["inputs"][0]["inputs"]}
-    names = {keyword: shapes[name] for keyword, name in rows["keyword_inputs"][0]["keywords"]}
+    names = dict(zip(arrays, map(tuple, rows["inputs"][0]["inputs"]), strict=True))
     wanted = [name for name, _, _ in rows["outputs"][0]["outputs"]]
     if compiled:
         nodes = _fused(nodes, wanted)
