@@ -107,7 +107,9 @@ if TYPE_CHECKING:
     metavar="NAMES",
     help="Also send the figures to tensorboard, wandb or swanlab; several with commas.",
 )
-@click.option("--project-name", metavar="NAME", help="Name of the project there. [default: conch_dna]")
+@click.option(
+    "--project-name", metavar="NAME", help="Name of the project there. [default: conch_dna]"
+)
 @click.option("--resume", is_flag=True, help="Go on with a stopped run.")
 @click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
 @click.option(
@@ -265,14 +267,16 @@ def _print_plan(
     models: tuple[str, str], config: KDConfig, domain: str | None, source: dict[str, Any]
 ) -> None:
     from conch_dna.language_model import ModelSource
+    from conch_dna.training.fit.shown import fit_table
     from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code
     teacher, student = (
         ModelSource(name, trust_remote_code=trust, weights=False) for name in models
     )
+    plans = {}
     for name in [domain] if domain else DOMAIN_PROMPTS:
-        plan = plan_domain(teacher, student, config, name, **source)
+        plan = plans[name] = plan_domain(teacher, student, config, name, **source)
         bound = "" if plan["counted_tokens_exact"] else "at most "
         aligned, counted = "by index, the tokenizers are the same", ""
         if plan["alignment"] != INDEX:
@@ -297,6 +301,8 @@ def _print_plan(
         print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
         for warning in plan["warnings"]:
             click.echo(f"warning: {warning}", err=True)
+    longest = max(plans, key=lambda name: plans[name]["longest_example"])
+    print_tables(fit_table(longest, teacher, student, config, plans[longest]["workload"]))
 
 
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:

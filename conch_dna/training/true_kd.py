@@ -24,6 +24,7 @@ from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, split_heldout
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DomainRun, RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -270,8 +271,8 @@ def plan_domain(
         `warnings` of too little data, `disk_bytes` of the soft targets, `teacher_bytes` and
         `student_bytes` of the weights
         (None where they are still on the hub and their size is unknown) and
-        `logits_bytes` of one chunk of the loss; `alignment` and, with another tokenizer and
-        given data, its `coverage`.
+        `logits_bytes` of one chunk of the loss; `workload`, from which memory and time follow;
+        `alignment` and, with another tokenizer and given data, its `coverage`.
 
     Raises:
         ConchError: As the run itself would.
@@ -289,6 +290,7 @@ def plan_domain(
         tokens = sum({example.digest: example.count for example in read}.values())
         aligned = pair.described(examples)
         longest = max(len(example.ids) for example in examples)
+        work = given_examples(split, config)
     else:
         known = DOMAIN_PROMPTS.get(domain)
         if prompts is None:
@@ -313,6 +315,7 @@ def plan_domain(
         longest = max(len(ids) for ids in encoded) + config.max_tokens
         drawn = min(count - heldout_count, batches * config.batch_size)
         tokens += drawn * config.max_tokens
+        work = answers_to_come(encoded, heldout_count + len(test_data), drawn, config)
     if count - heldout_count < config.batch_size:
         raise ConchError(
             f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "
@@ -336,6 +339,7 @@ def plan_domain(
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
         "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
+        "workload": work,
         "test_examples": len(test_data),
         "warnings": [
             *data_warnings(
