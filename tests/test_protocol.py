@@ -1,4 +1,4 @@
-"""docs/protocol.md tells how to repeat what was measured; no script of tests/benchmarks is left out."""
+"""docs/protocol.md tells how to repeat what was measured: it names every script that measures."""
 
 import re
 from pathlib import Path
