@@ -95,7 +95,7 @@ def comparison(folder: Path) -> None:
         sweep = Sweep(
             distiller.teacher, distiller.student, shared, runs, "stories", report=progress
         )
-        document = sweep.run(prompts=openings, test=test)
+        document = sweep.run(prompts=openings, test_data=test)
     print_tables(sweep_table(document))
     click.echo("\n".join(choice_text(document)))
 

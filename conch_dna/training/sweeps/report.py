@@ -125,7 +125,7 @@ def draw_sweep(path: Path, document: dict[str, Any]) -> None:
         axes.grid(alpha=0.3, axis="x")
         # Of the whole picture, since long names of runs leave the axes little room.
         picture.suptitle(
-            f"{document['domain']}: {len(runs)} runs, each with the 95% interval of what it is above "
+            f"{document['domain']}: {len(runs)} runs, each with the 95% interval of its way above "
             f"the best\n(student before: {document['before'][figure]:.4f})",
             fontsize="medium",
         )
