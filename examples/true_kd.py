@@ -85,8 +85,9 @@ def own_prompts(folder: Path) -> None:
 def comparison(folder: Path) -> None:
     """Temperatures and alphas beside each other: one cache, a table, the choice on test data."""
     openings = (ASSETS / "story_openings.txt").read_text().splitlines()
-    compared = {"temperature": (1.0, 2.0), "alpha": (0.5, 1.0), "num_iters": 20}
-    values = {**SETTINGS, **compared, "output_dir": str(folder)}
+    compared = {"temperature": (1.0, 2.0), "alpha": (0.5, 1.0)}
+    quick = {"num_iters": 20, "samples_per_prompt": 1, "output_dir": str(folder)}
+    values = {**SETTINGS, **quick, **compared}
     shared, runs = grid_runs("stories", values, most=4)
     with Progress() as progress:
         distiller = TrueKnowledgeDistiller(TEACHER, STUDENT, shared, report=progress)
@@ -94,7 +95,7 @@ def comparison(folder: Path) -> None:
         sweep = Sweep(
             distiller.teacher, distiller.student, shared, runs, "stories", report=progress
         )
-        document = sweep.run(prompts=openings, test=test)
+        document = sweep.run(prompts=openings, test_data=test)
     print_tables(sweep_table(document))
     click.echo("\n".join(choice_text(document)))
 

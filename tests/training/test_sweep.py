@@ -85,7 +85,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def swept(pair, tmp_path_factory) -> tuple[Sweep, dict[str, Any]]:
     """A finished sweep of four with test data; nobody may change its folder."""
     sweep = made(pair, tmp_path_factory.mktemp("sweep"), **SWEPT)
-    return sweep, sweep.run(prompts=PROMPTS, test=TEST)
+    return sweep, sweep.run(prompts=PROMPTS, test_data=TEST)
 
 
 class TestGrid:
@@ -152,7 +152,7 @@ class TestFinished:
             assert logs[0] == logs[1]
 
     def test_the_teacher_is_loaded_once(self, pair, tmp_path, loads):
-        made(pair, tmp_path, alpha=(0.5, 1.0)).run(prompts=PROMPTS, test=TEST)
+        made(pair, tmp_path, alpha=(0.5, 1.0)).run(prompts=PROMPTS, test_data=TEST)
         assert loads.count(str(pair[0])) == 1
         assert loads[0] == str(pair[0])
 
@@ -227,7 +227,7 @@ class TestAgain:
             sweep.run(prompts=PROMPTS)
 
     def test_finished_runs_are_skipped_and_new_ones_added(self, pair, tmp_path, loads, monkeypatch):
-        first = made(pair, tmp_path, alpha=(0.5, 1.0)).run(prompts=PROMPTS, test=TEST)
+        first = made(pair, tmp_path, alpha=(0.5, 1.0)).run(prompts=PROMPTS, test_data=TEST)
         trained: list[str] = []
         run = Trainer.run
         monkeypatch.setattr(
@@ -237,11 +237,11 @@ class TestAgain:
         )
         wider = made(pair, tmp_path, alpha=(0.5, 0.7, 1.0))
         assert plan_sweep(wider.runs, "s")["finished"] == 2
-        second = wider.run(prompts=PROMPTS, resume=True, test=TEST)
+        second = wider.run(prompts=PROMPTS, resume=True, test_data=TEST)
         assert trained == ["alpha-0.7"]
         assert {row["name"] for row in first["runs"]} < {row["name"] for row in second["runs"]}
         loads.clear()
-        third = wider.run(prompts=PROMPTS, resume=True, test=TEST)
+        third = wider.run(prompts=PROMPTS, resume=True, test_data=TEST)
         assert not loads
         assert third["runs"] == second["runs"]
         # The test data are asked once for each choice.
@@ -288,7 +288,9 @@ class TestRefused:
     def test_test_data_that_are_learned_from(self, pair, tmp_path):
         records = [{"text": f"{prompt} ran."} for prompt in PROMPTS]
         with pytest.raises(ConchError, match="2 of 3 test examples are among the others too"):
-            made(pair, tmp_path, alpha=(0.5, 1.0)).run(data=records, test=[*records[:2], TEST[0]])
+            made(pair, tmp_path, alpha=(0.5, 1.0)).run(
+                data=records, test_data=[*records[:2], TEST[0]]
+            )
 
     def test_values_that_change_nothing(self, pair, tmp_path):
         sweep = made(pair, tmp_path, chunk_weight=(0.5, 1.0))
@@ -319,6 +321,22 @@ class TestCommand:
         assert "s: 2 runs" in done.stdout
         assert "the best of 2 is alpha" in done.stdout
         assert "sweep.png" in done.stdout
+
+    @pytest.mark.slow
+    def test_takes_a_folder_of_data_as_distill_does(self, pair, tmp_path):
+        (tmp_path / "data").mkdir()
+        texts = [f"{prompt} ran away and was happy." for prompt in PROMPTS]
+        parts = {"train": texts[:16], "valid": texts[16:], "test": [each["text"] for each in TEST]}
+        for name, part in parts.items():
+            lines = "\n".join(json.dumps({"text": text}) for text in part)
+            (tmp_path / "data" / f"{name}.jsonl").write_text(lines)
+        options = self.options(pair, tmp_path, "--alpha", "0.5,1", "--data", str(tmp_path / "data"))
+        at = options.index("--prompts")
+        done = CliRunner().invoke(main, options[:at] + options[at + 2 :], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert "on 12 test examples the student is" in done.stdout
+        document = json.loads((tmp_path / "s-sweep" / "sweep.json").read_text())
+        assert document["heldout_examples"] == 8
 
     def test_a_dry_run_does_nothing(self, pair, tmp_path, loads):
         done = CliRunner().invoke(

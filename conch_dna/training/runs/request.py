@@ -66,7 +66,7 @@ def requested(
     Raises:
         ConchError: A name is unknown, a value is none, or two do not go together.
     """
-    in_file, notes = _settings(Path(config_file)) if config_file else ({}, [])
+    in_file, notes = settings_in(Path(config_file)) if config_file else ({}, [])
     asked = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file} | dict(named)
     config = KDConfig.from_json(in_file, source=str(config_file), overriding=dict(values))
     if all_domains == ("domain" in asked):
@@ -74,14 +74,10 @@ def requested(
     if all_domains and any(key in asked for key in SOURCES):
         shown = " and ".join(f"--{key.replace('_', '-')}" for key in SOURCES if key in asked)
         raise ConchError(f"{shown} cannot go with --all, only with one --domain")
-    if "data" in asked and "prompts" in asked:
-        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
-    sources = {key: asked[key] for key in SOURCES if key in asked}
-    mapping = parse_mapping(asked.get("map", []))
     return Request(
         domain=asked.get("domain"),
         models=(asked.get("teacher", DEFAULT_TEACHER), asked.get("student", DEFAULT_STUDENT)),
-        given=Given(**sources, mapping=mapping, with_test=asked.get("test")),
+        given=given_in(asked),
         config=config,
         reporters=parse_names(asked.get("report_to", "")),
         project=asked.get("project_name"),
@@ -89,8 +85,25 @@ def requested(
     )
 
 
-def _settings(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings in a file by their own names, and how mlx-lm's were understood."""
+def given_in(asked: Mapping[str, Any]) -> Given:
+    """What is learned from and judged by, of what was asked for by its RUN_KEYS.
+
+    Raises:
+        ConchError: There are data and prompts, or a mapping is none.
+    """
+    if "data" in asked and "prompts" in asked:
+        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
+    sources = {key: asked[key] for key in SOURCES if key in asked}
+    mapping = parse_mapping(asked.get("map", []))
+    return Given(**sources, mapping=mapping, with_test=asked.get("test"))
+
+
+def settings_in(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file by their own names, and how mlx-lm's were understood.
+
+    Raises:
+        ConchError: It cannot be read, or has an unknown name, or a value of another kind.
+    """
     own = [*RUN_KEYS, *(each.name for each in fields(KDConfig))]
     values = named_settings(read_yaml(path), own, source=str(path), also=NAMES)
     values, notes = understood(values, source=str(path))

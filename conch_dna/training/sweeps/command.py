@@ -7,19 +7,34 @@ To add an option: to the command, or a field of KDConfig.
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of, read_yaml
+from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
-from conch_dna.option_fields import named_settings
 from conch_dna.presentation import pairs_table, print_tables
+from conch_dna.training.cli import distill
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
-from conch_dna.training.sweeps.grid import SWEEPABLE, grid_runs, settings_text
+from conch_dna.training.sweeps.grid import SWEEPABLE, GridRun, grid_runs, settings_text
 
-RUN_KEYS = ("domain", "teacher", "student", "data", "prompts", "test_data")
+if TYPE_CHECKING:
+    from conch_dna.language_model import ModelSource
+
+SHARED_OPTIONS = (
+    "domain",
+    "teacher",
+    "student",
+    "data",
+    "valid_data",
+    "test_data",
+    "data_split",
+    "mapped",
+    "prompts",
+    "config_file",
+)
+"""Options of `distill` that mean the same to a sweep."""
 MOST_RUNS = 32
 
 
@@ -31,32 +46,6 @@ MOST_RUNS = 32
         "conch-dna sweep --domain stories --teacher embedded:teacher --student embedded:student \\",
         "  --prompts openings.txt --alpha 0.5,1 --lora-rank 8,16 --test-data test.jsonl",
     ),
-)
-@click.option("--domain", metavar="NAME", help="What to distil, as in distill.")
-@click.option(
-    "--teacher",
-    metavar="MODEL",
-    help=f"Hub id, folder, or embedded:teacher. [default: {DEFAULT_TEACHER}]",
-)
-@click.option(
-    "--student",
-    metavar="MODEL",
-    help=f"Hub id, folder, or embedded:student. [default: {DEFAULT_STUDENT}]",
-)
-@click.option("--data", metavar="FILE", help="JSONL to train on, instead of the teacher's answers.")
-@click.option(
-    "--prompts", metavar="FILE", help="Prompts for the teacher to answer, one a line or JSONL."
-)
-@click.option(
-    "--test-data",
-    metavar="FILE",
-    help="JSONL on which the best run is measured once, when it is chosen.",
-)
-@click.option(
-    "--config",
-    "config_file",
-    metavar="FILE",
-    help="YAML with any of these options, lists for several values; the command line wins.",
 )
 @click.option("--resume", is_flag=True, help="Go on with a stopped sweep, or add runs to one.")
 @click.option("--overwrite", is_flag=True, help="Train every run of an earlier sweep again.")
@@ -74,7 +63,9 @@ MOST_RUNS = 32
     several=SWEEPABLE,
 )
 def sweep(
+    domain: str | None,
     config_file: str | None,
+    mapped: tuple[str, ...],
     resume: bool,
     overwrite: bool,
     max_runs: int,
@@ -83,68 +74,51 @@ def sweep(
 ) -> None:
     """Distil with many settings over one cache, and compare.
 
-    Options whose value is shown with [,…] take several with commas; every combination is a run.
+    Options whose value is shown with [,…] take several with commas, or a list in --config; every
+    combination is a run. The best is measured once on --test-data.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    values = {name: value for name, value in given.items() if value is not None}
-    if config_file:
-        known = [*RUN_KEYS, *KDConfig.__dataclass_fields__]
-        aliases = {"iters": "num_iters", "lr": "learning_rate"}
-        in_file = named_settings(
-            read_yaml(Path(config_file)), known, source=config_file, aliases=aliases
-        )
-        values = in_file | values
-    named = {key: values.pop(key) for key in RUN_KEYS if key in values}
-    if wrong := [f"{k} is {v!r}: it must be text" for k, v in named.items() if type(v) is not str]:
-        raise ConchError(f"{config_file}: {'; '.join(wrong)}")
-    if "domain" not in named:
+    from conch_dna.training.runs.request import RUN_KEYS, given_in, settings_in
+
+    values, notes = settings_in(Path(config_file)) if config_file else ({}, [])
+    values |= {name: value for name, value in given.items() if value is not None}
+    values |= {"domain": domain} if domain else {}
+    values |= {"map": mapped} if mapped else {}
+    asked = {key: values.pop(key) for key in RUN_KEYS if key in values}
+    if "domain" not in asked:
         raise ConchError("give --domain NAME")
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
-    if "data" in named and "prompts" in named:
-        raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
-    shared, runs = grid_runs(named["domain"], values, most=max_runs)
-    source = _read_source(named)
+    name = asked["domain"]
+    shared, runs = grid_runs(name, values, most=max_runs)
+    from conch_dna.training.data.sources import read_given
+
+    def note(text: str) -> None:
+        click.echo(f"note: {text}", err=True)
+
+    for text in notes:
+        note(text)
+    source = read_given(given_in(asked), note)
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
-    from conch_dna.training.adapters import require_trainable
     from conch_dna.training.sweeps.report import choice_text, sweep_table
     from conch_dna.training.sweeps.sweep import PICTURE_FILE, SWEEP_FILE, Sweep, plan_sweep
-    from conch_dna.training.true_kd import plan_domain
 
-    plan = plan_sweep(runs, named["domain"])
-    click.echo(_plan_text(plan), err=True)
+    click.echo(_plan_text(plan_sweep(runs, name)), err=True)
     teacher, student = (
         ModelSource(
-            named.get(role, default),
+            asked.get(role, default),
             trust_remote_code=shared.trust_remote_code,
             weights=not dry_run,
         )
         for role, default in (("teacher", DEFAULT_TEACHER), ("student", DEFAULT_STUDENT))
     )
     if dry_run:
-        most = max((each.config for each in runs), key=lambda config: config.num_iters)
-        for each in runs:
-            require_trainable(student, each.config)
-        source.pop("test", None)
-        domain = plan_domain(teacher, student, most, named["domain"], **source)
-        rows = {
-            "teacher": domain["teacher"],
-            "student": domain["student"],
-            "data": domain["data"],
-            "examples": f"{domain['examples']}, of which {domain['heldout_examples']} held out",
-            **{
-                f"run {number}": settings_text(each.settings) for number, each in enumerate(runs, 1)
-            },
-            "folder": str(Path(shared.output_dir).parent),
-        }
-        print_tables(pairs_table(f"{named['domain']}: dry run, nothing was done", rows))
-        for warning in domain["warnings"]:
-            click.echo(f"warning: {warning}", err=True)
+        _print_plan((teacher, student), name, runs, source)
         return
     with Progress() as progress:
-        work = Sweep(teacher, student, shared, runs, named["domain"], report=progress)
+        work = Sweep(teacher, student, shared, runs, name, report=progress)
         document = work.run(**source, resume=resume, overwrite=overwrite)
     print_tables(sweep_table(document))
     gained = document["runs"][0]["verdict"]["verdict"] == BETTER
@@ -166,14 +140,30 @@ def _plan_text(plan: dict[str, Any]) -> str:
     return f"{text}, about {plan['seconds'] / 60:.1f} minutes" if left else text
 
 
-def _read_source(named: dict[str, str]) -> dict[str, Any]:
-    from conch_dna.training.data.records import read_prompts, read_records
+def _print_plan(
+    models: "tuple[ModelSource, ModelSource]",
+    name: str,
+    runs: list[GridRun],
+    source: dict[str, Any],
+) -> None:
+    from conch_dna.training.adapters import require_trainable
+    from conch_dna.training.true_kd import plan_domain
 
-    source: dict[str, Any] = {}
-    if "data" in named:
-        source["data"] = read_records(Path(named["data"]))
-    if "prompts" in named:
-        source["prompts"] = read_prompts(Path(named["prompts"]))
-    if "test_data" in named:
-        source["test"] = read_records(Path(named["test_data"]))
-    return source
+    for each in runs:
+        require_trainable(models[1], each.config)
+    longest = max((each.config for each in runs), key=lambda config: config.num_iters)
+    plan = plan_domain(*models, longest, name, **source)
+    rows = {
+        "teacher": plan["teacher"],
+        "student": plan["student"],
+        "data": plan["data"],
+        "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out",
+        **{f"run {n}": settings_text(each.settings) for n, each in enumerate(runs, 1)},
+        "folder": str(Path(runs[0].config.output_dir).parent),
+    }
+    print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
+    for warning in plan["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+
+
+sweep.params[:0] = [option for option in distill.params if option.name in SHARED_OPTIONS]

@@ -78,7 +78,8 @@ def choice_text(document: dict[str, Any]) -> list[str]:
     ]
     near = sum(run["against_best"]["verdict"] != WORSE for run in document["runs"][1:])
     if near:
-        lines.append(f"{near} of the other {count - 1} runs are not shown to be worse than it")
+        verb = "is" if near == 1 else "are"
+        lines.append(f"{near} of the other {count - 1} runs {verb} not shown to be worse than it")
     optimistic = (
         f"the best of {count} on the examples that chose it is optimistic: each run's figure has "
         "its luck, and the luckiest is taken"
@@ -120,12 +121,14 @@ def draw_sweep(path: Path, document: dict[str, Any]) -> None:
         axes.axvline(best, color="C0", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(runs)), labels)
         axes.invert_yaxis()
-        axes.set(
-            xlabel=f"held-out {_FIGURES[figure]}, {_UNITS[figure]}",
-            title=f"{document['domain']}: {len(runs)} runs, with the 95% interval of what each is "
-            f"above the best\n(student before: {document['before'][figure]:.4f})",
-        )
+        axes.set(xlabel=f"held-out {_FIGURES[figure]}, {_UNITS[figure]}")
         axes.grid(alpha=0.3, axis="x")
+        # Of the whole picture, since long names of runs leave the axes little room.
+        picture.suptitle(
+            f"{document['domain']}: {len(runs)} runs, each with the 95% interval of its way above "
+            f"the best\n(student before: {document['before'][figure]:.4f})",
+            fontsize="medium",
+        )
         handles = [
             axes.plot([], [], marker, color=colour, label=label)[0]
             for marker, colour, label in (

@@ -28,7 +28,8 @@ from conch_dna.metrics import COMPARABLE, verdict
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.cross_tokenizer.alignments import INDEX
-from conch_dna.training.data.records import Record, json_lines
+from conch_dna.training.data.records import Record, json_lines, numbered
+from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.evaluation import HeldoutFigures, figures_on
 from conch_dna.training.runs.domain_run import (
     FIGURES_FILE,
@@ -80,7 +81,8 @@ class Sweep:
         *,
         prompts: Sequence[str] | None = None,
         data: Sequence[Record] | None = None,
-        test: Sequence[Record] | None = None,
+        valid_data: Sequence[Record] = (),
+        test_data: Sequence[Record] = (),
         resume: bool = False,
         overwrite: bool = False,
     ) -> dict[str, Any]:
@@ -89,7 +91,8 @@ class Sweep:
         Args:
             prompts: For the teacher to answer, instead of the domain's examples.
             data: Records to train on, instead of the teacher's answers.
-            test: Records that no run learns from or is chosen by.
+            valid_data: Records to choose by, instead of a share of the others.
+            test_data: Records that no run learns from or is chosen by.
             resume: Go on with a sweep that lies in the folder, or add runs to it.
             overwrite: Train all of its runs again; answers and targets are kept.
 
@@ -112,10 +115,14 @@ class Sweep:
                 require_trainable(self.student, each.config)
             records = shared.generate(prompts) if data is None else list(data)
             configs = [each.config for each in self.runs]
-            run_data = shared.prepare(records, shared_by=configs)
-            tested = self._tested(shared, run_data, test)
+            run_data = shared.prepare(records, valid=valid_data, shared_by=configs)
+            for warning in leak_warnings(records, {"test": test_data}):
+                self.report("message", {"message": f"warning: {warning}"})
+            tested = self._tested(shared, run_data, test_data)
             self.teacher.release()
+            # As a single run puts it; no run sees the test data.
             source = [list(prompts or []), list(data or [])]
+            source += [list(valid_data), []] if valid_data else []
             results, failures = self._train(source, records, run_data)
             if not results:
                 raise ConchError(f"every run failed; {self.runs[0].name}: {failures.popitem()[1]}")
@@ -132,7 +139,7 @@ class Sweep:
             confirmed = read_json(self.folder / SWEEP_FILE, needs={}).get("confirmed", [])
             document["confirmed"] = confirmed
             if tested:
-                self._confirm(document, run_data, tested, digest=_digest(test or []))
+                self._confirm(document, run_data, tested, digest=_digest(test_data))
             write_atomically(self.folder / PICTURE_FILE, lambda path: draw_sweep(path, document))
             write_json(self.folder / SWEEP_FILE, document)
             return document
@@ -166,11 +173,11 @@ class Sweep:
                 why = "with one tokenizer" if alignment == INDEX else f"with alignment {alignment}"
                 raise ConchError(f"{name} changes nothing {why}: its runs would be equal; leave it")
 
-    def _tested(self, shared: DomainRun, data: RunData, test: Sequence[Record] | None) -> list[Any]:
+    def _tested(self, shared: DomainRun, data: RunData, test: Sequence[Record]) -> list[Any]:
         """The test data as examples whose targets are there."""
-        if test is None:
+        if not test:
             return []
-        _, examples = shared.examples.make(test)
+        _, examples = shared.examples.make(test, numbered(test, "test example"))
         known = {each.digest for each in (*data.split.train, *data.split.heldout)}
         if seen := sum(each.digest in known for each in examples):
             raise ConchError(
