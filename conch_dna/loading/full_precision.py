@@ -70,9 +70,9 @@ def for_this_device(model: nn.Module, name: str, *, say: Callable[[str], None]) 
     )
     from mlx_lm.utils import dequantize_model
 
-    model = dequantize_model(model)
+    # First, or the products of scales and numbers would be rounded to 16 bits.
     model.set_dtype(mx.float32)
-    return model
+    return dequantize_model(model)
 
 
 def _arrays(model: nn.Module) -> list[mx.array]:

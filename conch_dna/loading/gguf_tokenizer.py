@@ -189,7 +189,12 @@ def _sentence_pieces(file: GgufFile, pieces: list[str]) -> tuple[dict[str, Any],
     merges.sort(key=lambda merge: -merge[0])
     spaced = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    before = [{"type": "Prepend", "prepend": _SPACE}] if spaced else []
+    before: list[dict[str, Any]] = []
+    if file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False):
+        for pattern, content in ((" {2,}", " "), (r"\A +| +\z", "")):
+            before.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
+    if spaced:
+        before.append({"type": "Prepend", "prepend": _SPACE})
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if spaced else []
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     model = {
