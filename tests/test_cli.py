@@ -696,11 +696,10 @@ class TestHelp:
                 "benchmark": "python -m conch_dna.training.benchmark",
                 "cortex": "conch-dna cortex ask",
                 "distill": "python -m conch_dna.training.true_kd",
-                "vocab": "conch-dna vocab",
                 "generations": "conch-dna generations init",
                 "sediment": "conch-dna sediment ingest",
             }
-            start = starts[names[-1]] if names else "conch-dna distill"
+            start = starts.get(names[-1], f"conch-dna {names[-1]}") if names else "conch-dna distill"
             assert example.startswith(start)
             assert "\\b" not in result.output
 
