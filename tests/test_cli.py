@@ -699,8 +699,9 @@ class TestHelp:
                 "generations": "conch-dna generations init",
                 "sediment": "conch-dna sediment ingest",
             }
-            start = starts.get(names[-1], f"conch-dna {names[-1]}") if names else "conch-dna distill"
-            assert example.startswith(start)
+            name = names[-1] if names else ""
+            usual = f"conch-dna {name or 'distill'}"
+            assert example.startswith(starts.get(name, usual))
             assert "\\b" not in result.output
 
     def test_every_setting_is_an_option_with_its_default(self):

@@ -3,7 +3,8 @@
 From the models' configurations, as their authors published them, in mlx-community's 4-bit form. No
 Mac is needed, and none was: on a Mac MLX has kernels of its own for norms, rotary embeddings and
 attention, which keep less than the plain operations that are counted here.
-`python tests/benchmarks/mac_memory.py` prints the table; tests/training/test_mac_memory.py compares it.
+`python tests/benchmarks/mac_memory.py` prints the table; tests/training/test_mac_memory.py compares
+it.
 """
 
 import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
@@ -61,7 +62,7 @@ class Described(ModelSource):
 
 
 def work(length: int) -> Workload:
-    """A full batch of the longest examples, whose prompts are short; no answers are sampled twice."""
+    """A full batch of the longest examples with short prompts; no answers are sampled twice."""
     counted = 4 * (length - PROMPT)
     return Workload(
         longest=length,

@@ -23,7 +23,7 @@ from conch_dna.command_parts import HELP, OneLineErrors, example
     metavar="FOLDER…",
     nargs=-1,
     required=True,
-    help="Of a domain, of its adapter, or of several domains.",
+    help="Folders of domains, of their adapters, or of several domains.",
 )
 @click.option(
     "--output",
