@@ -27,22 +27,23 @@ from conch_dna.training.settings import (
 if TYPE_CHECKING:
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
+# The groups of options that KDConfig's fields are.
+OF_KD_CONFIG = {
+    "Loss": "temperature",
+    "Another tokenizer": "alignment",
+    "What is trained": "lora_rank",
+    "Steps": "learning_rate",
+    "Held-out data and reports": "val_fraction",
+    "Examples and the teacher's answers": "max_seq_length",
+    "Memory, seed and folders": "head_chunk",
+}
+
 
 @command(
     "python -m conch_dna.training.true_kd --domain thinking",
     "python -m conch_dna.training.true_kd --domain stories \\",
     "  --teacher embedded:teacher --student embedded:student --prompts openings.txt",
-    headings={
-        "What to distil": "domain",
-        "How to run": "config_file",
-        "Loss": "temperature",
-        "Another tokenizer": "alignment",
-        "What is trained": "lora_rank",
-        "Steps": "learning_rate",
-        "Held-out data and reports": "val_fraction",
-        "Examples and the teacher's answers": "max_seq_length",
-        "Memory, seed and folders": "head_chunk",
-    },
+    headings={"What to distil": "domain", "How to run": "config_file", **OF_KD_CONFIG},
 )
 @click.option(
     "--domain",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
+from conch_dna.command_parts import command, options_of
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import pairs_table, print_tables
-from conch_dna.training.cli import distill
+from conch_dna.training.cli import OF_KD_CONFIG, distill
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
 from conch_dna.training.sweeps.grid import SWEEPABLE, GridRun, grid_runs, settings_text
 
@@ -38,14 +38,11 @@ SHARED_OPTIONS = (
 MOST_RUNS = 32
 
 
-@click.command(
-    cls=OneLineErrors,
-    context_settings=HELP,
-    epilog=example(
-        "conch-dna sweep --domain thinking --temperature 1,2,4 --alpha 0.5,0.7,0.9",
-        "conch-dna sweep --domain stories --teacher embedded:teacher --student embedded:student \\",
-        "  --prompts openings.txt --alpha 0.5,1 --lora-rank 8,16 --test-data test.jsonl",
-    ),
+@command(
+    "conch-dna sweep --domain thinking --temperature 1,2,4 --alpha 0.5,0.7,0.9",
+    "conch-dna sweep --domain stories --teacher embedded:teacher --student embedded:student \\",
+    "  --prompts openings.txt --alpha 0.5,1 --lora-rank 8,16 --test-data test.jsonl",
+    headings={"What to distil": "domain", "How to run": "config_file", **OF_KD_CONFIG},
 )
 @click.option("--resume", is_flag=True, help="Go on with a stopped sweep, or add runs to one.")
 @click.option("--overwrite", is_flag=True, help="Train every run of an earlier sweep again.")
