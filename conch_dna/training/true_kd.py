@@ -279,7 +279,7 @@ def plan_domain(
     """
     batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
-    require_trainable(student, config)
+    require_trainable(student, config, weights=False)
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
