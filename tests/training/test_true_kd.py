@@ -28,6 +28,8 @@ from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.runs import domain_run
+from conch_dna.training.runs.html_report import write_report
+from conch_dna.training.runs.report import verdict_text
 from conch_dna.training.true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
 from models import make_model_folder
 
@@ -248,6 +250,22 @@ class TestFinishedRun:
         assert evaluation["teacher"]["kl_nats"] == 0
         assert evaluation["teacher"]["top1_agreement"] == 1
         assert evaluation["before"] != evaluation["after"]
+
+    def test_its_bins_hold_every_held_out_token(self, finished):
+        evaluation = finished.result.evaluation
+        for name in ("by_position", "by_teacher_entropy"):
+            bins = evaluation["breakdown"][name]
+            assert sum(bins["count"]) == evaluation["before"]["tokens"]
+            for moment in ("before", "after"):
+                mean = sum(bins[moment]) / sum(bins["count"])
+                assert mean == pytest.approx(evaluation[moment]["kl_nats"], rel=1e-5)
+        for bins in evaluation["breakdown"]["calibration"].values():
+            assert sum(bins["count"]) == evaluation["before"]["tokens"]
+
+    def test_a_page_shows_it(self, finished, tmp_path):
+        (run,) = write_report([finished.folder], tmp_path / "report.html")
+        assert run.result == finished.result
+        assert verdict_text(finished.result.evaluation) in (tmp_path / "report.html").read_text()
 
     @pytest.mark.parametrize("moment", ["before", "after", "teacher"])
     def test_the_figures_are_those_of_full_logits_in_float64(self, finished, moment):
