@@ -26,6 +26,8 @@ RUN_NAMES = (
     "training_data.jsonl",
 )
 CHECKPOINT_PREFIX = "checkpoint_"
+# What may be another when a run goes on: how far, and when it reports, evaluates and saves.
+MAY_CHANGE = ("num_iters", "steps_per_report", "steps_per_eval", "steps_per_save")
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
 # The keys of `losses.LOSSES`, which needs mlx; these settings, and so `--help`, do not.
 DIVERGENCES = (
@@ -92,7 +94,12 @@ class KDConfig:
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW (--lr is the same).", above=0)
     weight_decay: float = _option(0.01, "Weight decay of AdamW.", low=0)
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm.", above=0)
-    warmup_iters: int = _option(10, "Steps of linear warm-up; a cosine to 0 follows.", low=0)
+    warmup_iters: int = _option(10, "Steps of linear warm-up of the learning rate.", low=0)
+    schedule: str = _option(
+        "cosine",
+        "The learning rate after the warm-up: a cosine to 0 at the last step, or constant.",
+        choices=("cosine", "constant"),
+    )
     batch_size: int = _option(4, "Examples per batch.", low=1)
     accumulation_steps: int = _option(
         1, "Batches per optimiser step, weighted by their tokens.", low=1
@@ -270,3 +277,80 @@ class KDResult:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """What the loop needs to know; each default is a sensible one for LoRA.
+
+    Attributes:
+        num_iters: Optimiser steps.
+        learning_rate: Peak, after the warm-up.
+        warmup_iters: Steps of linear warm-up.
+        schedule: What follows, "cosine" (to 0 at the last step) or "constant".
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients of a larger global norm are scaled down to it.
+        accumulation_steps: Batches per optimiser step; tokens are weighted over all of them.
+        steps_per_report: Steps between reports of the training loss.
+        steps_per_eval: Steps between held-out evaluations.
+        steps_per_save: Steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        ema_decay: Of an average of the parameters (see `EMA`) that is evaluated and kept instead
+            of them; 0 for none.
+        seed: Of dropout.
+    """
+
+    num_iters: int
+    learning_rate: float
+    warmup_iters: int = 0
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1
+    steps_per_report: int = 10
+    steps_per_eval: int = 50
+    steps_per_save: int = 50
+    keep_checkpoints: int = 3
+    ema_decay: float = 0.0
+    seed: int = 0
+
+
+def trainer_settings(config: KDConfig, **more: Any) -> TrainerSettings:
+    """The settings of a run that the loop needs, by their names.
+
+    Args:
+        config: See `KDConfig`.
+        **more: Fields of TrainerSettings, which win.
+    """
+    shared = {option.name for option in fields(TrainerSettings)} & {
+        option.name for option in fields(KDConfig)
+    }
+    return TrainerSettings(**{**{name: getattr(config, name) for name in shared}, **more})
+
+
+@dataclass(kw_only=True)
+class TrainingResult:
+    """What a run of the loop came to.
+
+    Attributes:
+        best_step: The step whose parameters are now in the model.
+        best_loss: Its held-out loss per token, by the selecting figure.
+        final: Held-out figures per token after the last step.
+        last_train: The last reported training row.
+        history: Every reported and held-out row, for a plot.
+        seconds: Spent in the loop by this process.
+        steps_run: Steps taken by this process (fewer than all after a resume).
+        skipped_steps: Steps, of all, whose batches had no counted token: they moved nothing.
+        extensions: Where the run went on with another number of steps than was planned: at which
+            `step`, what was `planned`, `num_iters` since, and what that means, `told` in words.
+    """
+
+    best_step: int
+    best_loss: float
+    final: dict[str, float]
+    last_train: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps_run: int = 0
+    skipped_steps: int = 0
+    extensions: list[dict[str, Any]] = field(default_factory=list)

@@ -65,15 +65,13 @@ from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     KDConfig,
     KDResult,
+    TrainingResult,
     domain_folder,
     get_kd_adapter_path,
-)
-from conch_dna.training.soft_targets import TargetBatches, Targets
-from conch_dna.training.trainer import (
-    Trainer,
-    TrainingResult,
     trainer_settings,
 )
+from conch_dna.training.soft_targets import TargetBatches, Targets
+from conch_dna.training.trainer import Trainer
 
 RUN_FILE = "run.json"
 RESULT_FILE = "kd_result.json"
