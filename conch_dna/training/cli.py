@@ -22,6 +22,7 @@ from conch_dna.training.settings import (
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
+    domain_folder,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +72,16 @@ RUN_KEYS = ("domain", "teacher", "student", "data", "prompts")
     metavar="FILE",
     help="YAML with any of these options; the command line wins.",
 )
-@click.option("--resume", is_flag=True, help="Go on with a stopped run.")
-@click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a stopped run; with more --iters with a finished one too.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start again over an unfinished run, or replace a finished one.",
+)
 @click.option(
     "--require-gain",
     is_flag=True,
@@ -256,7 +265,7 @@ def _print_plan(
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
             "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
             "logits of a chunk in memory": _size(plan["logits_bytes"]),
-            "output folder": str(Path(config.output_dir) / name),
+            "output folder": str(domain_folder(name, config)),
         }
         print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
         for warning in plan["warnings"]:
@@ -279,6 +288,12 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
             soft_wrap=True,
             markup=False,
         )
+        for extension in result.metadata["extensions"]:
+            console.print(
+                f"from step {extension['step']} on {extension['told']}",
+                soft_wrap=True,
+                markup=False,
+            )
         word = result.evaluation["verdict"]["verdict"]
         console.print(
             f"{result.domain}: {verdict_text(result.evaluation)}",

@@ -15,6 +15,8 @@ from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+# In the output folder, where named runs lie beside each other.
+RUNS = "runs"
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
 RUN_NAMES = (
     "answers",
@@ -144,6 +146,11 @@ class KDConfig:
     seed: int = _option(0, "Of sampling, data order, LoRA and dropout.", low=0, high=10**9)
     output_dir: str = _option("models/distilled_neurons", "Folder of all domains' folders.")
     adapter_subdir: str = _option("adapters_kd", "Adapter's folder in its domain's folder.")
+    run: str = _option(
+        "",
+        "Name of this run, to keep several of a domain beside each other: it then lies in "
+        "runs/NAME of the output folder, and shares the teacher's answers and targets with them.",
+    )
     trust_remote_code: bool = _option(
         False, "Run Python code that comes with a model or tokenizer."
     )
@@ -169,17 +176,15 @@ class KDConfig:
     def _problem(self, each: Any) -> str | None:
         value = getattr(self, each.name)
         problem = option_problem(each, value, kind_words=_KIND_WORDS)
-        if problem or each.name != "adapter_subdir":
+        if problem or each.name not in ("adapter_subdir", "run"):
             return problem
-        plain = value.replace("_", "").replace("-", "").replace(".", "")
-        plain = plain.isascii() and plain.isalnum() and len(value) <= 64
-        if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
-            return (
-                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 letters, "
-                "digits, -, _ and dots that does not begin with "
-                f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
-            )
-        return None
+        if is_folder_name(value) or (each.name == "run" and not value):
+            return None
+        return (
+            f"{each.name} is {value!r}: use one plain folder name of up to 64 letters, digits, -, "
+            f"_ and dots that does not begin with a dot or {CHECKPOINT_PREFIX} and is none of "
+            f"{', '.join(RUN_NAMES)}"
+        )
 
     @classmethod
     def from_json(
@@ -209,6 +214,16 @@ class KDConfig:
         return asdict(self)
 
 
+def is_folder_name(value: object) -> bool:
+    """Whether a text can name an adapter's folder or a run: nothing else there is called so."""
+    if not isinstance(value, str):
+        return False
+    plain = value.replace("_", "").replace("-", "").replace(".", "")
+    # Case does not tell files apart on every disk.
+    taken = value.lower() in RUN_NAMES or value.lower().startswith((CHECKPOINT_PREFIX, "."))
+    return plain.isascii() and plain.isalnum() and len(value) <= 64 and not taken
+
+
 def validate_domain(domain: str, *, with_own_data: bool) -> None:
     """Check a domain's name, which becomes a folder.
 
@@ -224,6 +239,8 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
         raise ConchError(
             f"domain {domain!r} becomes a folder's name: use up to 64 letters, digits, - and _"
         )
+    if domain.lower() == RUNS:
+        raise ConchError(f"a domain cannot be called {domain}: that folder holds named runs")
     if domain not in DOMAIN_PROMPTS and not with_own_data:
         raise ConchError(
             f"domain {domain!r} is unknown: use one of {', '.join(DOMAIN_PROMPTS)}, or give a new "
@@ -232,7 +249,18 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
 
 
 def domain_folder(domain: str, config: KDConfig) -> Path:
-    """The folder that holds everything of one domain's run."""
+    """The folder that holds everything of one domain's run but what its runs share."""
+    return output_folder(config) / domain
+
+
+def output_folder(config: KDConfig) -> Path:
+    """The folder of all domains of one run, which CORTEX takes as its adapters."""
+    output = Path(config.output_dir)
+    return output / RUNS / config.run if config.run else output
+
+
+def shared_folder(domain: str, config: KDConfig) -> Path:
+    """The folder of the teacher's answers and targets, which all runs of a domain share."""
     return Path(config.output_dir) / domain
 
 
@@ -241,6 +269,8 @@ def get_kd_adapter_path(domain: str, config: KDConfig | None = None) -> Path:
 
     >>> get_kd_adapter_path("thinking").as_posix()
     'models/distilled_neurons/thinking/adapters_kd'
+    >>> get_kd_adapter_path("thinking", KDConfig(run="slow")).as_posix()
+    'models/distilled_neurons/runs/slow/thinking/adapters_kd'
     """
     config = config or KDConfig()
     return domain_folder(domain, config) / config.adapter_subdir

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import write_json
+from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
@@ -21,15 +20,16 @@ from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.examples import Examples, data_warnings
-from conch_dna.training.data.records import Record, split_heldout
+from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.runs.domain_run import DomainRun, RunData
+from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun, RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
     get_kd_adapter_path,
+    output_folder,
     validate_domain,
 )
 
@@ -105,7 +105,9 @@ class TrueKnowledgeDistiller:
         """
         run = self._run(domain, with_own_data=True)
         with run.lock():
-            return run.generate(prompts)
+            records = run.generate(prompts)
+            write_atomically(run.folder / DATA_FILE, json_lines(records))
+            return records
 
     def train_with_kd(
         self,
@@ -120,8 +122,8 @@ class TrueKnowledgeDistiller:
         Args:
             train_data: Records in one of mlx-lm's forms; a share is held out.
             domain: Names the folder.
-            resume: Go on from the newest whole checkpoint.
-            overwrite: Start again although an unfinished run lies in the folder.
+            resume: See `distill_domain`.
+            overwrite: See `distill_domain`.
 
         Raises:
             ConchError: Bad data, other settings than the run to resume, a full disk, a loss that
@@ -143,10 +145,12 @@ class TrueKnowledgeDistiller:
         Args:
             domain: One of DOMAIN_PROMPTS, or a new name with prompts or data.
             prompts: For the teacher to answer, instead of the domain's examples.
-            data: Records to train on, instead of the teacher's answers; kept in the domain's
+            data: Records to train on, instead of the teacher's answers; kept in the adapter's
                 folder, since a later retraining replays them.
-            resume: Go on from the newest whole checkpoint.
-            overwrite: Start again although an unfinished run lies in the folder.
+            resume: Go on from the newest whole checkpoint; a finished run with more `num_iters`
+                too.
+            overwrite: Start again although a run lies in the folder; a finished adapter stays
+                until the new one takes its place.
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
@@ -154,13 +158,10 @@ class TrueKnowledgeDistiller:
             finished = run.begin(source, resume=resume, overwrite=overwrite)
             if finished:
                 return finished
-            run_data = run.prepare(run.generate(prompts) if data is None else data)
-            self.teacher.release()
-            trained = run.train(run_data)
-            if data is not None:
-                # Not sooner: until now an earlier adapter may lie here, which is of other data.
-                run.keep(data)
-            return run.finish(run_data, trained)
+            with run.failure_recorded():
+                run_data = run.prepare(run.generate(prompts) if data is None else data)
+                self.teacher.release()
+                return run.finish(run_data, run.train(run_data))
 
     def distill_all(
         self,
@@ -176,7 +177,7 @@ class TrueKnowledgeDistiller:
         Args:
             domains: Names; all of DOMAIN_PROMPTS by default.
             resume: Go on with stopped runs, each from its newest whole checkpoint.
-            overwrite: Start again over unfinished runs.
+            overwrite: Start again over unfinished runs, and replace finished ones.
 
         Returns:
             `results` by domain and `failures` by domain, as written to kd_summary.json.
@@ -201,12 +202,14 @@ class TrueKnowledgeDistiller:
             finished = run.begin([[], []], resume=resume, overwrite=overwrite)
             if finished:
                 results[run.domain] = finished
-            else:
+                return
+            with run.failure_recorded():
                 ready[run.domain] = run.prepare(run.generate(None))
 
         def train(run: DomainRun) -> None:
             run_data = ready.pop(run.domain)
-            results[run.domain] = run.finish(run_data, run.train(run_data))
+            with run.failure_recorded():
+                results[run.domain] = run.finish(run_data, run.train(run_data))
 
         with ExitStack() as locks:
             for name in names:
@@ -221,7 +224,7 @@ class TrueKnowledgeDistiller:
             "results": {name: result.to_json() for name, result in results.items()},
             "failures": failures,
         }
-        write_json(Path(self.config.output_dir) / SUMMARY_FILE, summary)
+        write_json(output_folder(self.config) / SUMMARY_FILE, summary)
         return {"results": results, "failures": failures}
 
     def _run(self, domain: str, *, with_own_data: bool) -> DomainRun:
