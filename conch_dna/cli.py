@@ -17,6 +17,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
+from conch_dna.training.runs.commands import compare, runs
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 
 
-for command in (distill, vocab, cortex, generations, sediment):
+for command in (distill, runs, compare, vocab, cortex, generations, sediment):
     main.add_command(command)
 
 

@@ -44,6 +44,15 @@ class Interrupted(ConchError):
     """The run was stopped by Ctrl-C after its state was saved."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "example"), counted(2000, "example")
+    ('1 example', '2,000 examples')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def one_line(message: object, *, trust_option: str | None = None) -> str:
     """A library's message on one line of at most 300 characters.
 

@@ -305,7 +305,7 @@ class TestRefusedLater:
 
     def test_too_few_examples_for_a_batch(self, pair, tmp_path):
         message = stopped(*pair.options(tmp_path / "out", batch_size=10))
-        assert message.startswith("9 training examples do not fill one batch of 10")
+        assert message.startswith("9 training examples cannot fill one batch of 10")
         assert message.endswith("give more data or a smaller --batch-size")
 
     def test_one_example_that_cannot_be_split(self, pair, tmp_path):
@@ -589,7 +589,7 @@ class TestDryRun:
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
-            ({"batch_size": 10}, "9 training examples do not fill one batch of 10"),
+            ({"batch_size": 10}, "9 training examples cannot fill one batch of 10"),
             ({"top_k": 1537}, "top_k is 1537, but teacher"),
             ({"max_tokens": 250}, "prompt 1 has "),
             ({"domain": "a/b"}, "becomes a folder's name"),

@@ -12,7 +12,7 @@ from itertools import chain, islice
 import numpy as np
 
 from conch_dna.checkpoints import content_digest
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, counted
 
 LENGTH_MULTIPLE = 32
 COUNTED_MULTIPLE = 128
@@ -141,8 +141,8 @@ class ExampleBatches:
     def __init__(self, examples: Sequence[Example], batch_size: int, *, seed: int) -> None:
         if len(examples) < batch_size:
             raise ConchError(
-                f"{len(examples)} training examples do not fill one batch of {batch_size}: "
-                "give more data or a smaller --batch-size"
+                f"{counted(len(examples), 'training example')} cannot fill one batch of "
+                f"{batch_size}: give more data or a smaller --batch-size"
             )
         self.examples = examples
         self.batch_size = batch_size

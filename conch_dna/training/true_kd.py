@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from conch_dna.checkpoints import write_atomically, write_json
-from conch_dna.errors import ConchError, Interrupted
+from conch_dna.errors import ConchError, Interrupted, counted
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
@@ -287,7 +287,7 @@ def plan_domain(
         tokens = (heldout_count + drawn) * config.max_tokens
     if count - heldout_count < config.batch_size:
         raise ConchError(
-            f"{count - heldout_count} training examples do not fill one batch of "
+            f"{counted(count - heldout_count, 'training example')} cannot fill one batch of "
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
     # The digests are not needed for the size, so no weights have to be there.

@@ -224,7 +224,7 @@ def test_what_is_drawn_is_what_the_batches_hold_each_once(batches):
 
 def test_too_few_examples_for_a_batch_are_refused():
     with pytest.raises(
-        ConchError, match=r"3 training examples do not fill one batch of 4: .*--batch-size"
+        ConchError, match=r"3 training examples cannot fill one batch of 4: .*--batch-size"
     ):
         stream(count=3, batch_size=4)
     assert len(stream(count=4, batch_size=4).indices(9)) == 4

@@ -224,7 +224,7 @@ def test_a_verdict_is_one_line_and_bad_ones_are_loud():
         (
             50,
             [-0.1, 0.1],
-            "or more data (40 examples were each read 10.0 times), or a lower --learning-rate "
+            "or more data (40 examples, each read 10.0 times), or a lower --learning-rate "
             "than 0.001, or fewer --iters than 100",
         ),
         (0, [0, 0], "the kept step is 0, so the adapter changes nothing; try a higher --alpha "),
@@ -257,6 +257,4 @@ def test_advice_follows_from_what_happened(best_step, interval, said):
         if best_step == 100:
             assert advice(result, config).startswith("try more --iters than 100, or more data (40")
         short = replace(config, num_iters=5)
-        assert "try more --iters than 5 (40 examples were each read 0.5 times)" in advice(
-            result, short
-        )
+        assert "try more --iters than 5 (40 examples, each read 0.5 times)" in advice(result, short)

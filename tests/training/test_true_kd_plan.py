@@ -109,11 +109,11 @@ def test_no_weights_have_to_be_there_and_nothing_is_written(tmp_path, tiny_teach
     [
         ({"domain": "../birds", "data": DATA}, "becomes a folder's name"),
         ({"domain": "birds"}, "is unknown"),
-        ({"data": DATA[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"data": DATA[:4]}, "3 training examples cannot fill one batch of 4"),
         ({"data": DATA[:1]}, "give at least two"),
         ({"data": DATA, "config": {"max_seq_length": 30}}, "longer than 30 tokens"),
         ({"data": DATA, "config": {"top_k": 1600}}, "top_k is 1600"),
-        ({"prompts": OPENINGS[:4]}, "3 training examples do not fill one batch of 4"),
+        ({"prompts": OPENINGS[:4]}, "3 training examples cannot fill one batch of 4"),
         ({"prompts": OPENINGS[:1] * 9}, "give at least two"),
         ({"prompts": []}, "give at least two"),
         (

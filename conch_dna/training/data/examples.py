@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conch_dna.errors import counted
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
@@ -284,8 +285,8 @@ def data_warnings(train: int, heldout: int, config: KDConfig) -> list[str]:
     warnings = []
     if heldout < FEWEST_EXAMPLES:
         warnings.append(
-            f"{heldout} held-out examples cannot show a gain, it takes {FEWEST_EXAMPLES}: give "
-            "more data, or a higher --val-fraction"
+            f"{counted(heldout, 'held-out example')} cannot show a gain, it takes "
+            f"{FEWEST_EXAMPLES}: give more data, or a higher --val-fraction"
         )
     if drawn > MOST_EPOCHS * train:
         warnings.append(

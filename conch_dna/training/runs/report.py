@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.errors import counted
 from conch_dna.metrics import BETTER, FEWEST_EXAMPLES
 from conch_dna.presentation import add_figures, drawing, text_table
 from conch_dna.training.cross_tokenizer.alignments import INDEX
@@ -35,7 +36,7 @@ def evaluation_table(
     closed = evaluation["gap_closed"]
     share = "no gap to close" if closed is None else f"{closed:.1%} of the gap closed"
     before = evaluation["before"]
-    caption = f"on {before['tokens']:,} held-out tokens"
+    caption = f"on {counted(before['tokens'], 'held-out token')}"
     if evaluation.get("alignment", INDEX) != INDEX:
         caption += (
             f"; KL and agreement at the {before['compared_tokens']:,} that are one token of the "
@@ -80,12 +81,13 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
     name, unit = _FIGURE_WORDS[found["figure"]]
     before, after = (evaluation[row][found["figure"]] for row in ("before", "after"))
     if found["interval"] is None:
-        sure = f"on {found['examples']} held-out examples, and an interval needs {FEWEST_EXAMPLES}"
+        examples = counted(found["examples"], "held-out example")
+        sure = f"on {examples}, and an interval needs {FEWEST_EXAMPLES}"
     else:
         low, high = found["interval"]
         sure = (
             f"{found['confidence']:.0%} interval {low:+.4f} to {high:+.4f}, "
-            f"{found['examples']} held-out examples"
+            f"{counted(found['examples'], 'held-out example')}"
         )
     word = found["verdict"] if found["verdict"] == BETTER else found["verdict"].upper()
     return (
@@ -98,7 +100,7 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     """What to try where a student did not become better, in one line."""
     metadata, found = result.metadata, result.evaluation["verdict"]
     times = config.examples_read / max(1, metadata["train_examples"])
-    data = f"{metadata['train_examples']} examples were each read {times:.1f} times"
+    data = f"{counted(metadata['train_examples'], 'example')}, each read {times:.1f} times"
     slower = f"a lower --learning-rate than {config.learning_rate:g}"
     longer = f"more --iters than {config.num_iters}"
     if found["interval"] is None:
