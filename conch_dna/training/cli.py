@@ -132,11 +132,14 @@ def distill(
         return
     from conch_dna.progress import Progress
     from conch_dna.training.settings import validate_domain
-    from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
     if not all_domains:
         validate_domain(named["domain"], with_own_data=bool(source))
     with Progress() as progress:
+        # The libraries alone take seconds to load.
+        progress("loading", {"name": "loading libraries and the models' descriptions"})
+        from conch_dna.training.true_kd import TrueKnowledgeDistiller
+
         distiller = TrueKnowledgeDistiller(*models, config, report=progress)
         if all_domains:
             summary = distiller.distill_all(resume=resume, overwrite=overwrite)
