@@ -59,9 +59,11 @@ def hub_errors(model_id: str, *, otherwise: str) -> Iterator[None]:
             "model's page, then run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConchError(f"the hub has no model {model_id}: check the name") from error
+        raise ConchError(
+            f"the hub has no model {model_id}: check the name; no folder is called so either"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConchError(
-            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
-            f"check the network, {otherwise}"
+            f"the hub could not be reached for {model_id} (no folder is called so), and it is not "
+            f"in the local cache: check the network, {otherwise}"
         ) from error

@@ -189,7 +189,6 @@ def distill(
     from conch_dna.progress import Progress
     from conch_dna.training.runs.reporters import Reporting
     from conch_dna.training.settings import validate_domain
-    from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
     if request.domain:
         validate_domain(request.domain, with_own_data="data" in source or "prompts" in source)
@@ -197,6 +196,10 @@ def distill(
         Progress() as progress,
         Reporting(progress, request.reporters, request.project) as report,
     ):
+        # The libraries alone take seconds to load.
+        progress("loading", {"name": "loading libraries and the models' descriptions"})
+        from conch_dna.training.true_kd import TrueKnowledgeDistiller
+
         distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
         if request.domain is None:
             summary = distiller.distill_all(resume=resume, overwrite=overwrite)
