@@ -99,7 +99,10 @@ def option_problem(
     if isinstance(value, float | int) and kind != "bool" and not _is_inside(value, limits):
         return f"{name} is {value}: it must be {range_text(option)}"
     if kind == "float" and value and not 2.0**-126 <= abs(value) < 2.0**128:  # type: ignore[arg-type]
-        return f"{name} is {value}: it must be 0 or of a size between 1e-37 and 3e38, as float32 is"
+        zero = "0 or " if _is_inside(0, limits) else ""
+        return (
+            f"{name} is {value}: it must be {zero}of a size between 1e-37 and 3e38, as float32 is"
+        )
     return None
 
 
