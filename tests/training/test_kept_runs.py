@@ -192,7 +192,7 @@ class TestNamedRuns:
     def test_no_domain_is_called_like_their_folder(self, domain):
         config = KDConfig(output_dir="nowhere")
         distiller = TrueKnowledgeDistiller("embedded:teacher", "embedded:student", config)
-        with pytest.raises(ConchError, match="that folder holds named runs"):
+        with pytest.raises(ConchError, match="that is the folder of named runs"):
             distiller.distill_domain(domain, data=TEXTS)
 
 
