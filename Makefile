@@ -24,7 +24,8 @@ DEMO_OPTIONS := \
 	--lora-scale 4 \
 	--learning-rate 5e-3 \
 	--batch-size 8 \
-	--output-dir $(DEMO_OUTPUT)
+	--output-dir $(DEMO_OUTPUT) \
+	--overwrite
 
 # pip compiles all 12,000 installed files, which takes longer than the rest of the set-up; without
 # it Python compiles what is used, when it is first used, unless this variable forbids that.

@@ -229,6 +229,12 @@ class ModelSource:
         self.folder = resolve_model(model_id, weights=weights)
         self._resident: LanguageModel | None = None
 
+    @property
+    def openable_name(self) -> str:
+        """What mlx_lm can open it by from anywhere: a hub id, or the folder's whole path."""
+        local = self.model_id.startswith(EMBEDDED) or Path(self.model_id).expanduser().is_dir()
+        return str(self.folder.resolve()) if local else self.model_id
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Its config.json."""

@@ -436,7 +436,10 @@ class TestFolders:
         ):
             assert difference in message
         assert message.count(": was ") == 4
-        assert message.endswith("Resume with the same ones, or choose another --output-dir")
+        assert message.endswith(
+            "Resume with the same ones, or add --run NAME to keep both, or choose another "
+            "--output-dir"
+        )
 
     def test_resuming_with_another_model_says_so(self, pair, copy, tmp_path):
         student = shutil.copytree(pair.student, tmp_path / "other")
@@ -451,6 +454,10 @@ class TestFolders:
     def test_an_unfinished_run_is_not_overwritten_by_accident(self, pair, copy, clean):
         document = json.loads((copy / "s" / "run.json").read_text())
         (copy / "s" / "run.json").write_text(json.dumps(document | {"finished": False}))
+        message = refused(*pair.options(copy))
+        assert message.startswith(f"{copy}/s holds an unfinished run and an adapter with the same ")
+        assert "add --resume to go on with it, --overwrite to replace it" in message
+        shutil.rmtree(copy / "s" / "adapters_kd")
         message = refused(*pair.options(copy))
         assert message.startswith(f"{copy}/s holds an unfinished run: add --resume to go on")
         assert "--overwrite to start again" in message
@@ -468,7 +475,7 @@ class TestFolders:
     def test_a_truncated_shard_is_computed_again_with_a_warning(self, pair, copy, clean):
         (shard,) = (copy / "s" / "soft_targets").rglob("*.safetensors")
         shard.write_bytes(shard.read_bytes()[:-50])
-        result = finish(*pair.options(copy))
+        result = finish("--overwrite", *pair.options(copy))
         warning = f"warning: cache shard {shard} is truncated or unreadable; its targets are"
         assert warning in result.stderr
         assert adapter_in(copy) == adapter_in(clean)
@@ -516,7 +523,6 @@ class TestFullDisk:
         ("pattern", "stage"),
         [
             ("run.json", "run.lock.json"),
-            ("training_data.jsonl", "training_data.jsonl"),
             ("soft_targets/*/*.safetensors", "soft_targets/"),
             ("checkpoint_2/optimizer.safetensors", "checkpoint_2"),
             ("adapters_kd/training_curve.png", "adapters_kd"),

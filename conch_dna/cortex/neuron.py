@@ -18,7 +18,12 @@ from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.language_model import ModelSource
-from conch_dna.retraining.domain import active_adapter, adapter_config, known_domains
+from conch_dna.retraining.domain import (
+    active_adapter,
+    adapter_config,
+    known_domains,
+    student_name,
+)
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.chats.conversations import Prompt
@@ -468,7 +473,7 @@ def student_of(folder: Path) -> str:
     Raises:
         ConchError: It does not say.
     """
-    name = adapter_config(folder).get("model")
+    name = student_name(adapter_config(folder))
     if not isinstance(name, str) or not name:
         raise ConchError(
             f"{folder / ADAPTER_CONFIG} does not say which model the adapter is for: name the "

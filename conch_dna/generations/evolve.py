@@ -212,7 +212,7 @@ class Evolution:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        names = {"output_dir", "adapter_subdir", "trust_remote_code"}
+        names = {"output_dir", "adapter_subdir", "run", "trust_remote_code"}
         settings = self.config.to_json()
         training = {k: v for k, v in settings.pop("training").items() if k not in names}
         # As JSON gives it back, where there are no tuples.
@@ -331,7 +331,11 @@ class Evolution:
     ) -> Outcome:
         self._phase("measuring the child")
         training = trained.training
-        adapter_config = {**trained.adapter_config, "model": self.base.model_id}
+        adapter_config = {
+            **trained.adapter_config,
+            "model": self.base.openable_name,
+            "conch_dna": {"student": self.base.model_id},
+        }
         save_adapter(self.work / "candidate", trained.tensors, adapter_config)
         model = load_verified(self.base, self.work / "candidate", trained.tensors)
         child = self._measure(model, data)

@@ -32,6 +32,7 @@ UNUSED = (
     "steps_per_report",
     "output_dir",
     "adapter_subdir",
+    "run",
     "trust_remote_code",
 )
 LOSS_PARTS = ("alpha", "beta", "gamma", "blend")

@@ -24,8 +24,8 @@ from conch_dna.training.adapters import checkpoint_layers, make_trainable, train
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.cross_tokenizer.alignments import INDEX, SHARED_TOKENS
 from conch_dna.training.data.examples import Examples
-from conch_dna.training.settings import KDConfig
-from conch_dna.training.trainer import Trainer, TrainingResult, trainer_settings
+from conch_dna.training.settings import KDConfig, TrainingResult, trainer_settings
+from conch_dna.training.trainer import Trainer
 
 """The alignment that tells a teacher's tokens that are the student's too."""
 

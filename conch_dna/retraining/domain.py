@@ -36,7 +36,7 @@ from conch_dna.generations.line import HEAD_FILE, Line, now
 from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import MAPPINGS, EvolveConfig
-from conch_dna.language_model import ModelSource
+from conch_dna.language_model import EMBEDDED, ModelSource
 from conch_dna.option_fields import named_settings
 from conch_dna.progress import Report
 from conch_dna.retraining.lessons import EXPERIENCE, Lessons
@@ -380,12 +380,15 @@ class Retraining:
         recorded = _written_down(document).get("student_digest")
         if recorded and recorded != self.base.weights_digest:
             raise ConchError(
-                f"{self.distilled} was made for {document.get('model')}, not for "
+                f"{self.distilled} was made for {student_name(document)}, not for "
                 f"{self.base.model_id}, which has other weights: give the student it belongs to"
             )
 
     def _old_data(self) -> list[Record]:
-        path = self.adapters_dir / self.domain / TRAINING_DATA
+        path = self.distilled / TRAINING_DATA
+        if not path.is_file():
+            # Where distillations before this one left them.
+            path = self.distilled.parent / TRAINING_DATA
         if not path.is_file():
             raise ConchError(
                 f"{self.domain} was distilled from data that are not in {path.parent}: give "
@@ -422,6 +425,16 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         ConchError: It cannot be read.
     """
     return read_json(folder / ADAPTER_CONFIG, needs={})
+
+
+def student_name(document: dict[str, Any]) -> Any:
+    """The model that an adapter is for, by its `adapter_config.json`; None where it is silent.
+
+    An embedded one by its name: its path, which mlx_lm needs, may be another installation's.
+    """
+    called = _written_down(document).get("student")
+    embedded = isinstance(called, str) and called.startswith(EMBEDDED)
+    return called if embedded else document.get("model")
 
 
 def _written_down(document: dict[str, Any]) -> dict[str, Any]:

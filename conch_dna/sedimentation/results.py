@@ -262,7 +262,7 @@ def history_table(history: list[dict[str, Any]]) -> "Table":
                 f"{each['kind']} ({each['mode']})",
                 f"{each['candidate']} after {each['against']}",
                 "passed" if each["passed"] else "REFUSED",
-                ", ".join(gains) or each["reason"],
+                "\n".join(gains) or each["reason"],
             )
         )
     return text_table("gate history", ("time", "change", "candidate", "", "why"), rows)

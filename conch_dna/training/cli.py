@@ -22,6 +22,7 @@ from conch_dna.training.settings import (
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
+    domain_folder,
 )
 
 if TYPE_CHECKING:
@@ -111,8 +112,16 @@ OF_KD_CONFIG = {
 @click.option(
     "--project-name", metavar="NAME", help="Name of the project there. [default: conch_dna]"
 )
-@click.option("--resume", is_flag=True, help="Go on with a stopped run.")
-@click.option("--overwrite", is_flag=True, help="Start again over an unfinished run.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a stopped run; with more --iters with a finished one too.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start again over an unfinished run, or replace a finished one.",
+)
 @click.option(
     "--require-gain",
     is_flag=True,
@@ -297,7 +306,7 @@ def _print_plan(
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
             "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
             "logits of a chunk in memory": _size(plan["logits_bytes"]),
-            "output folder": str(Path(config.output_dir) / name),
+            "output folder": str(domain_folder(name, config)),
         }
         print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
         for warning in plan["warnings"]:
@@ -323,6 +332,12 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
             soft_wrap=True,
             markup=False,
         )
+        for extension in result.metadata["extensions"]:
+            console.print(
+                f"from step {extension['step']} on {extension['told']}",
+                soft_wrap=True,
+                markup=False,
+            )
         for title, judged in judged_sets(result.domain, result.evaluation).items():
             console.print(
                 f"{title}: {verdict_text(judged)}",

@@ -15,6 +15,8 @@ from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+# In the output folder, where named runs lie beside each other.
+RUNS = "runs"
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
 RUN_NAMES = (
     "answers",
@@ -26,6 +28,8 @@ RUN_NAMES = (
     "training_data.jsonl",
 )
 CHECKPOINT_PREFIX = "checkpoint_"
+# What may be another when a run goes on: how far, and when it reports, evaluates and saves.
+MAY_CHANGE = ("num_iters", "steps_per_report", "steps_per_eval", "steps_per_save")
 DEFAULT_STUDENT = "mlx-community/Qwen2.5-3B-Instruct-4bit"
 # The keys of `losses.LOSSES`, which needs mlx; these settings, and so `--help`, do not.
 DIVERGENCES = (
@@ -93,7 +97,12 @@ class KDConfig:
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW (--lr is the same).", above=0)
     weight_decay: float = _option(0.01, "Weight decay of AdamW.", low=0)
     max_grad_norm: float = _option(1.0, "Larger gradients are scaled down to this norm.", above=0)
-    warmup_iters: int = _option(10, "Steps of linear warm-up; a cosine to 0 follows.", low=0)
+    warmup_iters: int = _option(10, "Steps of linear warm-up of the learning rate.", low=0)
+    schedule: str = _option(
+        "cosine",
+        "The learning rate after the warm-up: a cosine to 0 at the last step, or constant.",
+        choices=("cosine", "constant"),
+    )
     batch_size: int = _option(4, "Examples per batch.", low=1)
     accumulation_steps: int = _option(
         1, "Batches per optimiser step, weighted by their tokens.", low=1
@@ -138,6 +147,11 @@ class KDConfig:
     seed: int = _option(0, "Seed of sampling, data order, LoRA and dropout.", low=0, high=10**9)
     output_dir: str = _option("models/distilled_neurons", "Folder of all domains' folders.")
     adapter_subdir: str = _option("adapters_kd", "Adapter's folder in its domain's folder.")
+    run: str = _option(
+        "",
+        "Name of this run, to keep several of a domain beside each other: it then lies in "
+        "runs/NAME of the output folder, and shares the teacher's answers and targets with them.",
+    )
     trust_remote_code: bool = _option(
         False, "Run Python code that comes with a model or tokenizer."
     )
@@ -163,17 +177,15 @@ class KDConfig:
     def _problem(self, each: Any) -> str | None:
         value = getattr(self, each.name)
         problem = option_problem(each, value, kind_words=_KIND_WORDS)
-        if problem or each.name != "adapter_subdir":
+        if problem or each.name not in ("adapter_subdir", "run"):
             return problem
-        plain = value.replace("_", "").replace("-", "").replace(".", "")
-        plain = plain.isascii() and plain.isalnum() and len(value) <= 64
-        if not plain or value in RUN_NAMES or value.startswith((CHECKPOINT_PREFIX, ".")):
-            return (
-                f"adapter_subdir is {value!r}: use one plain folder name of up to 64 of a to z, "
-                "A to Z, digits, -, _ and dots that does not begin with "
-                f"a dot or {CHECKPOINT_PREFIX} and is none of {', '.join(RUN_NAMES)}"
-            )
-        return None
+        if is_folder_name(value) or (each.name == "run" and not value):
+            return None
+        return (
+            f"{each.name} is {value!r}: use one plain folder name of up to 64 of a to z, A to Z, "
+            f"digits, -, _ and dots that does not begin with a dot or {CHECKPOINT_PREFIX} and is "
+            f"none of {', '.join(RUN_NAMES)}"
+        )
 
     @classmethod
     def from_json(
@@ -209,7 +221,18 @@ RESERVED = {
     LINES: "the folder of retrained adapters' versions",
     EXPERIENCE_FOLDER: "the folder of the answers that retraining learns from",
     EGO: "the name of the big teacher in CORTEX",
+    RUNS: "the folder of named runs",
 }
+
+
+def is_folder_name(value: object) -> bool:
+    """Whether a text can name an adapter's folder or a run: nothing else there is called so."""
+    if not isinstance(value, str):
+        return False
+    plain = value.replace("_", "").replace("-", "").replace(".", "")
+    # Case does not tell files apart on every disk.
+    taken = value.lower() in RUN_NAMES or value.lower().startswith((CHECKPOINT_PREFIX, "."))
+    return plain.isascii() and plain.isalnum() and len(value) <= 64 and not taken
 
 
 def validate_domain(domain: str, *, with_own_data: bool) -> None:
@@ -242,7 +265,18 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
 
 
 def domain_folder(domain: str, config: KDConfig) -> Path:
-    """The folder that holds everything of one domain's run."""
+    """The folder that holds everything of one domain's run but what its runs share."""
+    return output_folder(config) / domain
+
+
+def output_folder(config: KDConfig) -> Path:
+    """The folder of all domains of one run, which CORTEX takes as its adapters."""
+    output = Path(config.output_dir)
+    return output / RUNS / config.run if config.run else output
+
+
+def shared_folder(domain: str, config: KDConfig) -> Path:
+    """The folder of the teacher's answers and targets, which all runs of a domain share."""
     return Path(config.output_dir) / domain
 
 
@@ -251,6 +285,8 @@ def get_kd_adapter_path(domain: str, config: KDConfig | None = None) -> Path:
 
     >>> get_kd_adapter_path("thinking").as_posix()
     'models/distilled_neurons/thinking/adapters_kd'
+    >>> get_kd_adapter_path("thinking", KDConfig(run="slow")).as_posix()
+    'models/distilled_neurons/runs/slow/thinking/adapters_kd'
     """
     config = config or KDConfig()
     return domain_folder(domain, config) / config.adapter_subdir
@@ -287,3 +323,80 @@ class KDResult:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """What the loop needs to know; each default is a sensible one for LoRA.
+
+    Attributes:
+        num_iters: Optimiser steps.
+        learning_rate: Peak, after the warm-up.
+        warmup_iters: Steps of linear warm-up.
+        schedule: What follows, "cosine" (to 0 at the last step) or "constant".
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients of a larger global norm are scaled down to it.
+        accumulation_steps: Batches per optimiser step; tokens are weighted over all of them.
+        steps_per_report: Steps between reports of the training loss.
+        steps_per_eval: Steps between held-out evaluations.
+        steps_per_save: Steps between checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        ema_decay: Of an average of the parameters (see `EMA`) that is evaluated and kept instead
+            of them; 0 for none.
+        seed: Of dropout.
+    """
+
+    num_iters: int
+    learning_rate: float
+    warmup_iters: int = 0
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1
+    steps_per_report: int = 10
+    steps_per_eval: int = 50
+    steps_per_save: int = 50
+    keep_checkpoints: int = 3
+    ema_decay: float = 0.0
+    seed: int = 0
+
+
+def trainer_settings(config: KDConfig, **more: Any) -> TrainerSettings:
+    """The settings of a run that the loop needs, by their names.
+
+    Args:
+        config: See `KDConfig`.
+        **more: Fields of TrainerSettings, which win.
+    """
+    shared = {option.name for option in fields(TrainerSettings)} & {
+        option.name for option in fields(KDConfig)
+    }
+    return TrainerSettings(**{**{name: getattr(config, name) for name in shared}, **more})
+
+
+@dataclass(kw_only=True)
+class TrainingResult:
+    """What a run of the loop came to.
+
+    Attributes:
+        best_step: The step whose parameters are now in the model.
+        best_loss: Its held-out loss per token, by the selecting figure.
+        final: Held-out figures per token after the last step.
+        last_train: The last reported training row.
+        history: Every reported and held-out row, for a plot.
+        seconds: Spent in the loop by this process.
+        steps_run: Steps taken by this process (fewer than all after a resume).
+        skipped_steps: Steps, of all, whose batches had no counted token: they moved nothing.
+        extensions: Where the run went on with another number of steps than was planned: at which
+            `step`, what was `planned`, `num_iters` since, and what that means, `told` in words.
+    """
+
+    best_step: int
+    best_loss: float
+    final: dict[str, float]
+    last_train: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    steps_run: int = 0
+    skipped_steps: int = 0
+    extensions: list[dict[str, Any]] = field(default_factory=list)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,12 @@ from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
-from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
+from conch_dna.training.settings import (
+    CHECKPOINT_PREFIX,
+    MAY_CHANGE,
+    TrainerSettings,
+    TrainingResult,
+)
 
 ADAPTER_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -60,87 +65,17 @@ class BatchStream(Protocol):
         """Batch `index`, counted from 0 over all epochs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """What the loop needs to know; each default is a sensible one for LoRA.
-
-    Attributes:
-        num_iters: Optimiser steps.
-        learning_rate: Peak, after the warm-up.
-        warmup_iters: Steps of linear warm-up; a cosine to 0 follows.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients of a larger global norm are scaled down to it.
-        accumulation_steps: Batches per optimiser step; tokens are weighted over all of them.
-        steps_per_report: Steps between reports of the training loss.
-        steps_per_eval: Steps between held-out evaluations.
-        steps_per_save: Steps between checkpoints.
-        keep_checkpoints: How many of the newest checkpoints stay.
-        ema_decay: Of an average of the parameters (see `EMA`) that is evaluated and kept instead
-            of them; 0 for none.
-        seed: Of dropout.
-    """
-
-    num_iters: int
-    learning_rate: float
-    warmup_iters: int = 0
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    accumulation_steps: int = 1
-    steps_per_report: int = 10
-    steps_per_eval: int = 50
-    steps_per_save: int = 50
-    keep_checkpoints: int = 3
-    ema_decay: float = 0.0
-    seed: int = 0
-
-
-def trainer_settings(config: KDConfig, **more: Any) -> TrainerSettings:
-    """The settings of a run that the loop needs, by their names.
-
-    Args:
-        config: See `KDConfig`.
-        **more: Fields of TrainerSettings, which win.
-    """
-    shared = {option.name for option in fields(TrainerSettings)} & {
-        option.name for option in fields(KDConfig)
-    }
-    return TrainerSettings(**{**{name: getattr(config, name) for name in shared}, **more})
-
-
-@dataclass(kw_only=True)
-class TrainingResult:
-    """What a run of the loop came to.
-
-    Attributes:
-        best_step: The step whose parameters are now in the model.
-        best_loss: Its held-out loss per token, by the selecting figure.
-        final: Held-out figures per token after the last step.
-        last_train: The last reported training row.
-        history: Every reported and held-out row, for a plot.
-        seconds: Spent in the loop by this process.
-        steps_run: Steps taken by this process (fewer than all after a resume).
-        skipped_steps: Steps, of all, whose batches had no counted token: they moved nothing.
-    """
-
-    best_step: int
-    best_loss: float
-    final: dict[str, float]
-    last_train: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    steps_run: int = 0
-    skipped_steps: int = 0
-
-
 def learning_rate_schedule(settings: TrainerSettings) -> Callable[[mx.array], mx.array]:
-    """Linear warm-up to the peak, which the first step after it has; then a cosine to 0."""
+    """Linear warm-up to the peak, which the first step after it has; then as `schedule` says."""
     decay_steps = max(1, settings.num_iters - settings.warmup_iters)
-    cosine = optim.cosine_decay(settings.learning_rate, decay_steps)
+    after = optim.cosine_decay(settings.learning_rate, decay_steps)
+    if settings.schedule == "constant":
+        after = optim.linear_schedule(settings.learning_rate, settings.learning_rate, 1)
     if settings.warmup_iters == 0:
-        return cosine
+        return after
     start = settings.learning_rate / (settings.warmup_iters + 1)
     warmup = optim.linear_schedule(start, settings.learning_rate, settings.warmup_iters)
-    return optim.join_schedules([warmup, cosine], [settings.warmup_iters])
+    return optim.join_schedules([warmup, after], [settings.warmup_iters])
 
 
 def _state_of(documents: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -151,7 +86,10 @@ def _state_of(documents: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     kinds: dict[str, Any] = dict.fromkeys(("step", "best_step", "skipped_steps"), int)
     kinds |= {"best_loss": int | float, "history": list, "unreported": dict, "identity": dict}
+    kinds["extensions"] = list
     state: dict[str, Any] = documents.get(STATE_FILE, {})
+    if isinstance(state, dict):
+        state = {"extensions": [], **state}
     require_keys(state, path / STATE_FILE, needs=kinds)
     return state
 
@@ -207,6 +145,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
         self.skipped_steps = 0
+        self.extensions: list[dict[str, Any]] = []
         self._unreported: dict[str, Any] = {"sums": {}, "tokens": 0, "seconds": 0.0}
         self._stop = False
         self._compiled_step = self._compile_step()
@@ -252,12 +191,13 @@ class Trainer:
         """Train to the last step; the best parameters end up in the model.
 
         Args:
-            resume: Go on from the newest whole checkpoint in the folder, if there is one.
+            resume: Go on from the newest whole checkpoint in the folder, if there is one. Another
+                `num_iters` than it was made with makes the run longer or shorter.
 
         Raises:
             NonFiniteLossError: The loss or gradient became NaN or infinite.
             Interrupted: Ctrl-C; the state was saved first.
-            ConchError: The checkpoint was made with other settings or data.
+            ConchError: The checkpoint was made with other settings or data, or with as many steps.
         """
         started = time.perf_counter()
         remove_unfinished(self.folder)
@@ -269,6 +209,7 @@ class Trainer:
         first = self.step
         with first_interrupt(self._request_stop):
             self._train()
+        self._end()
         final = self.history[-1]
         if self.ema or self.best_step != self.settings.num_iters:
             self.model.update(tree_unflatten(list(self.best_parameters.items())))
@@ -283,6 +224,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             steps_run=self.step - first,
             skipped_steps=self.skipped_steps,
+            extensions=self.extensions,
         )
 
     def _train(self) -> None:
@@ -294,22 +236,15 @@ class Trainer:
             since = self._unreported
             since["seconds"] += time.perf_counter() - began
             since["tokens"] += count
+            since["gradient_norm"] = norm
             for name, value in sums.items():
                 since["sums"][name] = since["sums"].get(name, 0.0) + value
             if count:
                 self.report("step", {"step": self.step, "loss": sums["loss"] / count})
             last = self.step == settings.num_iters
-            if since["tokens"] and (self.step % settings.steps_per_report == 0 or last):
-                self._record(
-                    "train",
-                    {name: value / since["tokens"] for name, value in since["sums"].items()},
-                    learning_rate=self.optimizer.learning_rate.item(),
-                    gradient_norm=norm,
-                    tokens_per_second=since["tokens"] / since["seconds"],
-                    peak_memory_bytes=mx.get_peak_memory(),
-                )
-                self._unreported = {"sums": {}, "tokens": 0, "seconds": 0.0}
-            if self.step % settings.steps_per_eval == 0 or last:
+            if self.step % settings.steps_per_report == 0:
+                self._report_training()
+            if self.step % settings.steps_per_eval == 0:
                 self._evaluate()
             if self.step % settings.steps_per_save == 0 or last or self._stop:
                 self._save()
@@ -318,6 +253,31 @@ class Trainer:
                     f"stopped after step {self.step}; its state is in {self.folder}. "
                     "Add --resume to go on"
                 )
+
+    def _end(self) -> None:
+        """Report and evaluate the last step, where that was not its turn.
+
+        It is not part of the last checkpoint, so that a longer run goes on from what it would have
+        been at this step.
+        """
+        self._report_training()
+        held_out = [row for row in self.history if row["split"] == "heldout"]
+        if held_out[-1]["step"] != self.step:
+            self._evaluate()
+
+    def _report_training(self) -> None:
+        since = self._unreported
+        if not since["tokens"]:
+            return
+        self._record(
+            "train",
+            {name: value / since["tokens"] for name, value in since["sums"].items()},
+            learning_rate=self.optimizer.learning_rate.item(),
+            gradient_norm=since["gradient_norm"],
+            tokens_per_second=since["tokens"] / since["seconds"],
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+        self._unreported = {"sums": {}, "tokens": 0, "seconds": 0.0}
 
     def _take_step(self) -> tuple[dict[str, float], int, float]:
         accumulation = self.settings.accumulation_steps
@@ -432,6 +392,7 @@ class Trainer:
             "history": self.history,
             "unreported": self._unreported,
             "skipped_steps": self.skipped_steps,
+            "extensions": self.extensions,
             "identity": self._identity(),
         }
         path = self.folder / f"{CHECKPOINT_PREFIX}{self.step}"
@@ -465,12 +426,14 @@ class Trainer:
             except NotWholeError as error:
                 self.report("warning", {"message": f"{error}; trying an older checkpoint"})
                 continue
-            changed = differences(state["identity"], self._identity())
-            if changed:
+            before, now = ({**given} for given in (state["identity"], self._identity()))
+            planned, _ = ([one.pop(name, 0) for name in MAY_CHANGE] for one in (before, now))
+            if changed := differences(before, now):
                 raise ConchError(
                     f"{path} was made with other settings ({'; '.join(changed)}): resume with "
                     "the same ones, or choose another --output-dir"
                 )
+            self.extensions = [*state["extensions"], *self._extension(step, planned[0])]
             self.model.update(tree_unflatten(list(arrays[ADAPTER_FILE].items())))
             # Leaf by leaf: flattening loses the empty branches that the optimiser expects.
             moments = arrays[OPTIMIZER_FILE]
@@ -487,10 +450,32 @@ class Trainer:
             if self.ema:
                 self.ema.load(arrays[EMA_FILE], step - self.skipped_steps)
             self.report("resumed", {"step": step, "path": str(path)})
+            for extension in self.extensions[len(state["extensions"]) :]:
+                self.report("message", {"message": extension["told"]})
             # Killed between writing the newest and removing the oldest, a run has one too many.
             self._remove_checkpoints(keep=self.settings.keep_checkpoints)
             return True
         return False
+
+    def _extension(self, step: int, planned: int) -> list[dict[str, Any]]:
+        """What is to be known of a run that was planned with another number of steps, if it was."""
+        steps, constant = self.settings.num_iters, self.settings.schedule == "constant"
+        if planned == steps:
+            return []
+        if steps <= step:
+            raise ConchError(
+                f"{step} steps are taken already, and --iters is {steps}: give more to go on"
+            )
+        told = f"the run was planned with {planned} steps and now has {steps}: "
+        if constant:
+            told += "its rate is constant, so that it is what a run of so many in one go would be"
+        else:
+            rate = float(learning_rate_schedule(self.settings)(mx.array(step)))
+            told += (
+                f"the cosine is laid anew over {steps} steps, with a rate of {rate:.2g} at step "
+                f"{step + 1}; a run of so many in one go would be another"
+            )
+        return [{"step": step, "planned": planned, "num_iters": steps, "told": told}]
 
     def _request_stop(self) -> None:
         self._stop = True

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import write_json
+from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.errors import ConchError, Interrupted, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
@@ -21,17 +20,18 @@ from conch_dna.training.adapters import require_trainable
 from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.examples import Examples, data_warnings
-from conch_dna.training.data.records import Record, split_heldout
+from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.fit.workload import answers_to_come, given_examples
-from conch_dna.training.runs.domain_run import DomainRun, RunData
+from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun, RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
     get_kd_adapter_path,
+    output_folder,
     validate_domain,
 )
 
@@ -109,7 +109,9 @@ class TrueKnowledgeDistiller:
         """
         run = self._run(domain, with_own_data=True)
         with run.lock():
-            return run.generate(prompts)
+            records = run.generate(prompts)
+            write_atomically(run.folder / DATA_FILE, json_lines(records))
+            return records
 
     def train_with_kd(
         self,
@@ -128,8 +130,8 @@ class TrueKnowledgeDistiller:
             domain: Names the folder.
             valid_data: Held out, instead of a share of the others.
             test_data: Measured once, at the end.
-            resume: Go on from the newest whole checkpoint.
-            overwrite: Start again although an unfinished run lies in the folder.
+            resume: See `distill_domain`.
+            overwrite: See `distill_domain`.
 
         Raises:
             ConchError: Bad data, other settings than the run to resume, a full disk, a loss that
@@ -160,12 +162,14 @@ class TrueKnowledgeDistiller:
         Args:
             domain: One of DOMAIN_PROMPTS, or a new name with prompts or data.
             prompts: For the teacher to answer, instead of the domain's examples.
-            data: Records to train on, instead of the teacher's answers; kept in the domain's
+            data: Records to train on, instead of the teacher's answers; kept in the adapter's
                 folder, since a later retraining replays them.
             valid_data: Records to hold out, instead of a share of the others.
             test_data: Records to measure once, at the end.
-            resume: Go on from the newest whole checkpoint.
-            overwrite: Start again although an unfinished run lies in the folder.
+            resume: Go on from the newest whole checkpoint; a finished run with more `num_iters`
+                too.
+            overwrite: Start again although a run lies in the folder; a finished adapter stays
+                until the new one takes its place.
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
@@ -175,14 +179,11 @@ class TrueKnowledgeDistiller:
             finished = run.begin(source, resume=resume, overwrite=overwrite)
             if finished:
                 return finished
-            records = run.generate(prompts) if data is None else data
-            run_data = run.prepare(records, valid=valid_data, test=test_data)
-            self.teacher.release()
-            trained = run.train(run_data)
-            if data is not None:
-                # Not sooner: until now an earlier adapter may lie here, which is of other data.
-                run.keep(data)
-            return run.finish(run_data, trained)
+            with run.failure_recorded():
+                records = run.generate(prompts) if data is None else data
+                run_data = run.prepare(records, valid=valid_data, test=test_data)
+                self.teacher.release()
+                return run.finish(run_data, run.train(run_data))
 
     def distill_all(
         self,
@@ -198,7 +199,7 @@ class TrueKnowledgeDistiller:
         Args:
             domains: Names; all of DOMAIN_PROMPTS by default.
             resume: Go on with stopped runs, each from its newest whole checkpoint.
-            overwrite: Start again over unfinished runs.
+            overwrite: Start again over unfinished runs, and replace finished ones.
 
         Returns:
             `results` by domain and `failures` by domain, as written to kd_summary.json.
@@ -223,12 +224,14 @@ class TrueKnowledgeDistiller:
             finished = run.begin([[], []], resume=resume, overwrite=overwrite)
             if finished:
                 results[run.domain] = finished
-            else:
+                return
+            with run.failure_recorded():
                 ready[run.domain] = run.prepare(run.generate(None))
 
         def train(run: DomainRun) -> None:
             run_data = ready.pop(run.domain)
-            results[run.domain] = run.finish(run_data, run.train(run_data))
+            with run.failure_recorded():
+                results[run.domain] = run.finish(run_data, run.train(run_data))
 
         with ExitStack() as locks:
             for name in names:
@@ -243,7 +246,7 @@ class TrueKnowledgeDistiller:
             "results": {name: result.to_json() for name, result in results.items()},
             "failures": failures,
         }
-        write_json(Path(self.config.output_dir) / SUMMARY_FILE, summary)
+        write_json(output_folder(self.config) / SUMMARY_FILE, summary)
         return {"results": results, "failures": failures}
 
     def _run(self, domain: str, *, with_own_data: bool) -> DomainRun:
@@ -279,7 +282,7 @@ def plan_domain(
     """
     batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
-    require_trainable(student, config)
+    require_trainable(student, config, weights=False)
     pair = Examples(teacher, student, config)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:

@@ -97,7 +97,7 @@ def distilled(folder: Path) -> Facts:
         "checkpoint_*/*.safetensors",
         "answers/*",
         "soft_targets/*/*",
-        "training_data.jsonl",
+        "adapters_kd/training_data.jsonl",
         ".writing-*",
     )
 

@@ -182,7 +182,7 @@ def pruned(
     ]
 
 
-def median_time(work: Any, rounds: int = 5) -> float:
+def median_time(work: Any, rounds: int = 3) -> float:
     """Median seconds of a function that evaluates what it makes, after one round to warm up."""
     times = []
     for _ in range(rounds + 1):
@@ -209,8 +209,9 @@ def profile(
     figures: dict[str, Any] = {
         "tokens": int(arrays["inputs"].size),
         "counted": batch.count,
-        "targets": target_parts(teacher.load(), arrays),
+        "targets": target_parts(teacher.resident(), arrays),
     }
+    teacher.release()
     loaded = student.load()
     loss = targets.loss(loaded, CONFIG)
     make_trainable(loaded, CONFIG)

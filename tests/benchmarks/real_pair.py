@@ -43,7 +43,7 @@ def main() -> None:
                     steps_per_save=STEPS,
                 )
                 distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
-                result = distiller.distill_domain("stories", data=records)
+                result = distiller.distill_domain("stories", data=records, overwrite=True)
                 before, after = result.evaluation["before"], result.evaluation["after"]
                 figures[kind].append(after)
                 print(

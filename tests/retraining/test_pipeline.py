@@ -382,7 +382,12 @@ def test_what_cannot_be_retrained_is_said_in_one_line(
     other = TrainingPipeline(folder, str(tiny_student), config=QUICK)
     with pytest.raises(ConchError, match=r"was made for embedded:student, not for /.*student"):
         other.retrain(DOMAIN)
-    (folder / DOMAIN / "training_data.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    # As distillations left it that kept the data beside the adapter's folder, which is gone.
+    adapter = folder / DOMAIN / "adapters_kd"
+    (adapter / "training_data.jsonl").unlink()
+    digests = json.loads((adapter / "digests.json").read_text())
+    del digests["training_data.jsonl"]
+    (adapter / "digests.json").write_text(json.dumps(digests))
     with pytest.raises(ConchError, match="tales was distilled from data that are not in"):
         pipeline.retrain(DOMAIN)
     # A refusal is no unfinished retraining.
@@ -392,7 +397,7 @@ def test_what_cannot_be_retrained_is_said_in_one_line(
         other.retrain(DOMAIN)
     config = settings(num_iters=2, seed=3, output_dir=str(folder))
     distiller = TrueKnowledgeDistiller("embedded:teacher", "embedded:student", config)
-    distiller.distill_domain(DOMAIN, data=tales(9))
+    distiller.distill_domain(DOMAIN, data=tales(9), overwrite=True)
     with pytest.raises(ConchError, match="was distilled anew since its line began"):
         pipeline.retrain(DOMAIN)
     with pytest.raises(ConchError, match="min_new is 0"):

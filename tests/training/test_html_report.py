@@ -163,7 +163,7 @@ def test_one_run_has_all_its_parts(tmp_path: Path) -> None:
     for part in (
         "stories: better the student is better: KL to the teacher 0.5000 before, 0.3000 after",
         "95% interval -0.3000 to -0.1000, 24 held-out examples",
-        "25.0% of the gap closed; on 1,234 held-out tokens",
+        "stories: 25.0% of the gap closed; on 1,234 held-out tokens",
         "KL to teacher (nats)",
         "KL by the token's place in the answer",
         "3–4 8 1.0000 0.1250",
@@ -234,6 +234,21 @@ def test_a_run_of_before_says_what_it_does_not_hold(tmp_path: Path) -> None:
     assert "did not store figures by token" in page.text
     assert "this run is older than verdicts" in page.text
     assert ("class", "verdict unsure") in page.attributes
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_test_set_is_judged_beside_what_was_held_out(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", "worse")
+    test = json.loads((one / "kd_result.json").read_text())["evaluation"]
+    two = make_run(tmp_path / "two", evaluation={"test": test})
+    for page in (
+        page_of(two, output=tmp_path / "a.html"),
+        page_of(two, one, output=tmp_path / "a.html"),
+    ):
+        assert page.text.startswith("stories: better; stories, test set: WORSE")
+        assert "stories, test set: WORSE the student is WORSE: KL to the teacher" in page.text
+        assert "stories, test set: 25.0% of the gap closed" in page.text
+    assert "run 1: stories, test set: WORSE" in page.text and "run 2: stories: WORSE" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")

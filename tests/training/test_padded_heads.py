@@ -221,7 +221,9 @@ def test_padding_rows_are_never_drawn_nor_kept(small: Padded, tmp_path: Path) ->
     (shard,) = (tmp_path / "out" / "s" / "soft_targets").rglob("*.safetensors")
     with safe_open(str(shard), framework="numpy") as stored:
         assert stored.get_tensor("kept_ids").max() < small.tokens
-    lines = (tmp_path / "out" / "s" / "training_data.jsonl").read_text().splitlines()
+    lines = (
+        (tmp_path / "out" / "s" / "adapters_kd" / "training_data.jsonl").read_text().splitlines()
+    )
     assert max(max(json.loads(line)["tokens"]["ids"]) for line in lines) < small.tokens
 
 

@@ -610,6 +610,92 @@ def test_another_model_is_refused(tmp_path, stopped):
         llama_trainer(folder, model=tiny_llama()).run(resume=True)
 
 
+# Another number of steps
+
+
+CONSTANT: dict[str, Any] = {"schedule": "constant", "steps_per_report": 4}
+
+
+def outcome(trainer: Trainer, *, resume: bool = False) -> tuple[TrainingResult, list[Any]]:
+    result = trainer.run(resume=resume)
+    return result, [comparable(result), result.best_step, named_arrays(trainer.model.parameters())]
+
+
+def equal(one: list[Any], other: list[Any]) -> bool:
+    return one[:2] == other[:2] and all(mx.array_equal(one[2][n], other[2][n]) for n in one[2])
+
+
+@pytest.fixture(scope="module")
+def thirteen(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What 13 steps at a constant rate come to in one go."""
+    return outcome(llama_trainer(tmp_path_factory.mktemp("long"), num_iters=13, **CONSTANT))[1]
+
+
+def test_a_constant_rate_stays_after_the_warm_up(tmp_path):
+    trainer = toy(tmp_path, warmup_iters=2, steps_per_report=1, schedule="constant")
+    used = [row["learning_rate"] for row in trainer.run().history if row["split"] == "train"]
+    assert used == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("planned", [7, 5, 6])
+def test_a_finished_run_that_is_extended_is_a_longer_run_to_the_bit(tmp_path, thirteen, planned):
+    """Silent failure: its last evaluation, off the beat, chooses the step; moments are lost."""
+    outcome(llama_trainer(tmp_path, num_iters=planned, **CONSTANT))
+    events: list[Any] = []
+    longer = llama_trainer(
+        tmp_path, num_iters=13, report=lambda *event: events.append(event), **CONSTANT
+    )
+    result, found = outcome(longer, resume=True)
+    assert equal(found, thirteen)
+    assert result.steps_run == 13 - planned
+    (extension,) = result.extensions
+    told = f"planned with {planned} steps and now has 13: its rate is constant, so that it is what"
+    assert told in extension.pop("told")
+    assert extension == {"step": planned, "planned": planned, "num_iters": 13}
+    names = [event for event, _ in events]
+    assert names.index("resumed") < names.index("message")
+
+
+def test_a_stopped_run_can_be_made_longer_and_shorter(tmp_path, thirteen):
+    with pytest.raises(Interrupted):
+        llama_trainer(tmp_path, num_iters=9, report=interrupt_at(5), **CONSTANT).run()
+    longer = llama_trainer(tmp_path, num_iters=20, report=interrupt_at(11), **CONSTANT)
+    with pytest.raises(Interrupted):
+        longer.run(resume=True)
+    result, found = outcome(llama_trainer(tmp_path, num_iters=13, **CONSTANT), resume=True)
+    assert equal(found, thirteen)
+    steps = [(one["step"], one["planned"], one["num_iters"]) for one in result.extensions]
+    assert steps == [(5, 9, 20), (11, 20, 13)]
+
+
+def test_a_cosine_is_laid_anew_and_says_so(tmp_path):
+    plain = {"warmup_iters": 2, "steps_per_report": 1}
+    toy(tmp_path, num_iters=6, **plain).run()
+    result = toy(tmp_path, num_iters=12, **plain).run(resume=True)
+    used = [row["learning_rate"] for row in result.history if row["split"] == "train"]
+    schedules = [learning_rate_schedule(settings_of(num_iters=steps, **plain)) for steps in (6, 12)]
+    expected = [float(schedules[step >= 6](mx.array(step))) for step in range(12)]
+    assert used == pytest.approx(expected)
+    assert (
+        "the cosine is laid anew over 12 steps, with a rate of 0.065 at step 7"
+        in (result.extensions[0]["told"])
+    )
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_no_fewer_steps_than_are_taken(tmp_path, stopped, steps):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(ConchError, match=f"5 steps are taken already, and --iters is {steps}"):
+        llama_trainer(folder, num_iters=steps).run(resume=True)
+
+
+def test_how_often_it_reports_and_saves_may_change(tmp_path, stopped, uninterrupted):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    trainer = llama_trainer(folder, steps_per_save=1, steps_per_report=1)
+    assert not trainer.run(resume=True).extensions
+    assert same_parameters(trainer.model, uninterrupted[0].model)
+
+
 # Losses that are not finite
 
 

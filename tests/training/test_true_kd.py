@@ -28,6 +28,8 @@ from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.runs import domain_run
+from conch_dna.training.runs.html_report import write_report
+from conch_dna.training.runs.report import verdict_text
 from conch_dna.training.true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
 from models import make_model_folder
 
@@ -211,6 +213,7 @@ class TestFinishedRun:
             "kd_result.json",
             "samples.md",
             "training_curve.png",
+            "training_data.jsonl",
             "training_log.json",
         }
 
@@ -232,7 +235,8 @@ class TestFinishedRun:
         keys = ["self_attn.q_proj", "self_attn.v_proj"]
         wanted = {"rank": 16, "scale": 10.0, "dropout": 0.0, "keys": keys}
         assert config["lora_parameters"] == wanted
-        assert config["model"] == "embedded:student"
+        assert config["model"] == str(ASSETS.resolve() / "student"), "a name mlx_lm can open"
+        assert config["conch_dna"]["student"] == "embedded:student"
         assert config["conch_dna"]["teacher"] == "embedded:teacher"
 
     def test_evaluation_json_has_every_figure(self, finished):
@@ -248,6 +252,22 @@ class TestFinishedRun:
         assert evaluation["teacher"]["kl_nats"] == 0
         assert evaluation["teacher"]["top1_agreement"] == 1
         assert evaluation["before"] != evaluation["after"]
+
+    def test_its_bins_hold_every_held_out_token(self, finished):
+        evaluation = finished.result.evaluation
+        for name in ("by_position", "by_teacher_entropy"):
+            bins = evaluation["breakdown"][name]
+            assert sum(bins["count"]) == evaluation["before"]["tokens"]
+            for moment in ("before", "after"):
+                mean = sum(bins[moment]) / sum(bins["count"])
+                assert mean == pytest.approx(evaluation[moment]["kl_nats"], rel=1e-5)
+        for bins in evaluation["breakdown"]["calibration"].values():
+            assert sum(bins["count"]) == evaluation["before"]["tokens"]
+
+    def test_a_page_shows_it(self, finished, tmp_path):
+        (run,) = write_report([finished.folder], tmp_path / "report.html")
+        assert run.result == finished.result
+        assert verdict_text(finished.result.evaluation) in (tmp_path / "report.html").read_text()
 
     @pytest.mark.parametrize("moment", ["before", "after", "teacher"])
     def test_the_figures_are_those_of_full_logits_in_float64(self, finished, moment):
@@ -299,7 +319,7 @@ class TestFinishedRun:
             assert places == sorted(places)
 
     def test_training_data_are_in_mlx_lms_form_with_the_exact_tokens(self, finished):
-        lines = (finished.folder / "training_data.jsonl").read_text().splitlines()
+        lines = (finished.folder / "adapters_kd" / "training_data.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == finished.records
         tokenizer = finished.distiller.student.tokenizer
         for prompt, record in zip(PROMPTS, finished.records, strict=True):
@@ -392,7 +412,7 @@ class TestReuse:
         assert str(tiny_teacher) in loads
         loads.clear()
         other = make(tiny_teacher, tiny_student, tmp_path, learning_rate=1e-3)
-        second = other.distill_domain("s", prompts=PROMPTS)
+        second = other.distill_domain("s", prompts=PROMPTS, overwrite=True)
         assert set(loads) == {str(tiny_student)}
         assert adapter_of(trained(second)) != first_adapter
 
@@ -403,7 +423,7 @@ class TestReuse:
         make(tiny_teacher, tiny_student, tmp_path).distill_domain("s", prompts=PROMPTS)
         answers = sorted((tmp_path / "s" / "answers").iterdir())
         hot = make(tiny_teacher, tiny_student, tmp_path, temperature=4.0)
-        result = hot.distill_domain("s", prompts=PROMPTS)
+        result = hot.distill_domain("s", prompts=PROMPTS, overwrite=True)
         assert sorted((tmp_path / "s" / "answers").iterdir()) == answers
         fresh = make(tiny_teacher, tiny_student, tmp_path / "fresh", temperature=4.0)
         again = fresh.distill_domain("s", prompts=PROMPTS)
@@ -505,7 +525,7 @@ class TestResume:
         make(tiny_teacher, tiny_student, tmp_path).distill_domain("s", prompts=PROMPTS)
         with pytest.raises(Crash):
             make(tiny_teacher, tiny_student, tmp_path, alpha=0.1, report=crash).distill_domain(
-                "s", prompts=PROMPTS
+                "s", prompts=PROMPTS, overwrite=True
             )
         resumed = make(tiny_teacher, tiny_student, tmp_path, alpha=0.1).distill_domain(
             "s", prompts=PROMPTS, resume=True
@@ -586,7 +606,7 @@ class TestCacheOnDisk:
         whole = shard.read_bytes()
         damage(shard)
         events.clear()
-        again = distiller.distill_domain("s", prompts=PROMPTS)
+        again = distiller.distill_domain("s", prompts=PROMPTS, overwrite=True)
         (warning,) = events.messages("warning")
         assert str(shard) in warning
         assert warning.endswith("its targets are computed again")
@@ -954,10 +974,12 @@ def test_given_data_are_kept_with_the_adapter_that_learned_them(
 ):
     rows = [{"prompt": f"One {n}", "completion": f" is {n} cats."} for n in range(12)]
     make(tiny_teacher, tiny_student, tmp_path).distill_domain("own", data=rows)
-    kept = tmp_path / "own" / "training_data.jsonl"
+    kept = tmp_path / "own" / "adapters_kd" / "training_data.jsonl"
     assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
     with pytest.raises(ConchError, match="cannot be split"):
-        make(tiny_teacher, tiny_student, tmp_path).distill_domain("own", data=rows[:1])
+        make(tiny_teacher, tiny_student, tmp_path).distill_domain(
+            "own", data=rows[:1], overwrite=True
+        )
     assert len(kept.read_text().splitlines()) == 12, "the adapter that lies there learned these"
 
 

@@ -248,7 +248,8 @@ def require_same_base(folder: Path, config: dict[str, Any], base: LanguageModel)
     source = base.source
     made_by = config.get("conch_dna")
     digest = made_by.get("student_digest") if isinstance(made_by, dict) else None
-    name = config.get("model")
+    name = made_by.get("student") if isinstance(made_by, dict) else None
+    name = name or config.get("model")
     for manifest in () if digest else _LINE_MANIFESTS:
         recorded = _recorded_base(folder / manifest)
         digest, name = digest or recorded.get("weights"), name or recorded.get("model")

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import chain
@@ -19,17 +19,15 @@ import mlx.core as mx
 from conch_dna.checkpoints import (
     FolderLock,
     content_digest,
-    differences,
     numbered_folders,
     provenance,
     read_json,
     remove_folder,
     remove_unfinished,
     verify_folder,
-    write_atomically,
     write_json,
 )
-from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.errors import ConchError, Interrupted, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import COMPARABLE
 from conch_dna.progress import Report
@@ -66,29 +64,26 @@ from conch_dna.training.evaluation import (
 from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.runs.breakdown import breakdown
 from conch_dna.training.runs.report import draw_curve, samples_text
+from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     KDConfig,
     KDResult,
+    TrainingResult,
     domain_folder,
     get_kd_adapter_path,
-)
-from conch_dna.training.soft_targets import TargetBatches, Targets
-from conch_dna.training.trainer import (
-    Trainer,
-    TrainingResult,
+    shared_folder,
     trainer_settings,
 )
+from conch_dna.training.soft_targets import TargetBatches, Targets
+from conch_dna.training.trainer import Trainer
 
-RUN_FILE = "run.json"
 RESULT_FILE = "kd_result.json"
 EVALUATION_FILE = "evaluation.json"
 DATA_FILE = "training_data.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 FIGURES_FILE = "heldout_figures.json"
 CANDIDATE = "candidate"
-# Where a run lies and whether code may run do not change what it computes.
-_NOT_IDENTITY = ("output_dir", "adapter_subdir", "trust_remote_code")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +91,7 @@ class RunData:
     """All that training needs once the teacher has gone.
 
     Attributes:
+        records: What the domain learns from, as it was given or answered.
         split: The examples, those of a test set among them.
         targets: The teacher's, for those of them that are read.
         prompts: The student's token ids of a few held-out prompts.
@@ -103,6 +99,7 @@ class RunData:
         finish_reasons: How many records ended how.
     """
 
+    records: Sequence[Record]
     split: Split
     targets: Targets
     prompts: list[list[int]]
@@ -161,14 +158,19 @@ class DomainRun:
         self.domain = domain
         self.report = report
         self.folder = domain_folder(domain, config)
+        self.shared = shared_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
         self.examples = Examples(teacher, student, config, report=report)
         self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
 
-    def lock(self) -> FolderLock:
-        """Keeps other processes out of the folder while it is entered."""
-        return FolderLock(self.folder)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out of the folder, and out of what the domain's runs share."""
+        with ExitStack() as locks:
+            for folder in dict.fromkeys((self.shared, self.folder)):
+                locks.enter_context(FolderLock(folder))
+            yield
 
     def begin(self, source: object, *, resume: bool, overwrite: bool) -> KDResult | None:
         """Compare with what lies in the folder.
@@ -177,18 +179,18 @@ class DomainRun:
             source: The prompts or records of the run, as JSON can hold them; their digest is one
                 of the things that must not have changed.
             resume: Go on with a run of the same settings.
-            overwrite: Start again over an unfinished one.
+            overwrite: Start again over an unfinished one, or replace a finished one.
 
         Returns:
             The result, if the same run is already finished and is to be resumed.
 
         Raises:
-            ConchError: It was made with other settings, or is unfinished and neither to be
-                resumed nor overwritten; or the student cannot be trained so.
+            ConchError: It was made with other settings, or is there and neither to be resumed nor
+                overwritten; or the student cannot be trained so.
         """
         require_trainable(self.student, self.config)
         remove_unfinished(self.folder)
-        config = {k: v for k, v in self.config.to_json().items() if k not in _NOT_IDENTITY}
+        config = {k: v for k, v in self.config.to_json().items() if k not in NOT_IDENTITY}
         identity = {
             "teacher": self.teacher.model_id,
             "student": self.student.model_id,
@@ -197,42 +199,37 @@ class DomainRun:
             "data": content_digest(json.dumps(source))[:16],
             **config,
         }
-        run = None
-        with suppress(NotWholeError):
-            run = read_json(self.folder / RUN_FILE, needs={"identity": dict, "finished": bool})
-        if run and resume:
-            changed = differences(run["identity"], identity)
-            if changed:
-                raise ConchError(
-                    f"{self.folder} was made with other settings: {'; '.join(changed)}. Resume "
-                    "with the same ones, or choose another --output-dir"
-                )
-            if run["finished"] and (result := self._read_result()):
-                self.report("message", {"message": f"{self.domain} is already finished"})
-                return result
-        checkpoints = numbered_folders(self.folder, CHECKPOINT_PREFIX)
-        if resume and checkpoints and not run:
-            raise ConchError(
-                f"{self.folder} has checkpoints but no readable {RUN_FILE}, so it cannot be told "
-                "what they belong to: start again with --overwrite"
-            )
-        if run and not run["finished"] and checkpoints and not (resume or overwrite):
-            raise ConchError(
-                f"{self.folder} holds an unfinished run: add --resume to go on with it, "
-                "--overwrite to start again, or choose another --output-dir"
-            )
+        subdir = self.config.adapter_subdir
+        run = earlier_run(self.folder, subdir, identity, resume=resume, overwrite=overwrite)
+        same_length = run and run["identity"].get("num_iters") == self.config.num_iters
+        if run and resume and run["finished"] and same_length and (result := self._read_result()):
+            self.report("message", {"message": f"{self.domain} is already finished"})
+            return result
         if not resume:
             # Before the new settings are written, or a kill here would mix two runs.
-            for _, path in checkpoints:
+            for _, path in numbered_folders(self.folder, CHECKPOINT_PREFIX):
                 remove_folder(path)
         begun = date.today().isoformat()
         if resume and run:
             with suppress(KeyError, TypeError, ValueError):
                 begun = date.fromisoformat(run["begun"]).isoformat()
-        self._record = {"identity": identity, "begun": begun}
+        self._record = {"identity": identity, "adapter": subdir, "begun": begun}
         write_json(self.folder / RUN_FILE, {**self._record, "finished": False})
         self._resume = resume
         return None
+
+    @contextmanager
+    def failure_recorded(self) -> Iterator[None]:
+        """Writes down why a run that has begun ended without a result; Ctrl-C is no failure."""
+        try:
+            yield
+        except (ConchError, OSError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, Interrupted):
+                failed = {"finished": False, "failed": str(error) or type(error).__name__}
+                # What failed may be the disk.
+                with suppress(ConchError):
+                    write_json(self.folder / RUN_FILE, {**self._record, **failed})
+            raise
 
     def _read_result(self) -> KDResult | None:
         try:
@@ -251,20 +248,14 @@ class DomainRun:
         total = len(prompts) * self.config.samples_per_prompt
         self._phase("the teacher answers", total, "prompts")
         with dated(self._record["begun"]):
-            records = generate_answers(
+            return generate_answers(
                 self.teacher,
                 prompts,
                 system=known["system"] if known else "",
                 config=self.config,
-                folder=self.folder / "answers",
+                folder=self.shared / "answers",
                 report=self.report,
             )
-        self.keep(records)
-        return records
-
-    def keep(self, records: Sequence[Record]) -> None:
-        """Write down what the domain learns from: a later retraining replays it."""
-        write_atomically(self.folder / DATA_FILE, json_lines(records))
 
     def prepare(
         self,
@@ -295,7 +286,7 @@ class DomainRun:
         readers = shared_by or [config]
         needed = list(dict.fromkeys(chain.from_iterable(map(split.read, readers))))
         also_at = [reader.temperature for reader in readers]
-        targets = self.examples.targets(self.folder / "soft_targets", also_at=also_at)
+        targets = self.examples.targets(self.shared / "soft_targets", also_at=also_at)
         missing = targets.missing(needed)
         if missing:
             tokens = sum(example.count for example in missing)
@@ -303,18 +294,16 @@ class DomainRun:
         targets.fill(self.teacher, needed, batch_size=config.batch_size)
         teacher_prompts, prompts = self.examples.prompts(split.heldout)
         answers = cached_answer_batch(
-            self.teacher, self.folder / "answers", teacher_prompts, **sample_draw(config)
+            self.teacher, self.shared / "answers", teacher_prompts, **sample_draw(config)
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
-        return RunData(split, targets, prompts, texts, reasons)
+        return RunData(records, split, targets, prompts, texts, reasons)
 
     def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
-        described = {"domain": self.domain, "teacher": self.teacher.model_id}
-        described |= {"student": self.student.model_id, **self.config.to_json()}
-        self.report("run", {"folder": str(self.folder), "config": described})
+        self.report("run", {"folder": str(self.folder), "config": self._provenance()})
         self._phase("evaluating the student")
         student = self.student.load()
         before = self._figures(student, data.split.heldout, data)
@@ -388,11 +377,8 @@ class DomainRun:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
         self._phase("evaluating the adapter")
         provenance = self._provenance()
-        adapter_config = {
-            **trained.adapter_config,
-            "model": self.student.model_id,
-            "conch_dna": provenance,
-        }
+        adapter_config = {**trained.adapter_config, "model": self.student.openable_name}
+        adapter_config["conch_dna"] = provenance
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
@@ -423,11 +409,11 @@ class DomainRun:
                 FIGURES_FILE: {n: pair.tolist() for n, pair in after.by_example.items()},
                 "training_log.json": history,
                 "samples.md": self._samples(data, columns),
+                # With the adapter, so that both are replaced together.
+                DATA_FILE: json_lines(data.records),
+                HELDOUT_FILE: json_lines(data.split.heldout_records),
             },
             writers={
-                HELDOUT_FILE: lambda path: path.write_text(
-                    json_lines(data.split.heldout_records), encoding="utf-8"
-                ),
                 "training_curve.png": lambda path: draw_curve(
                     path, history, title=f"{self.domain}: losses", best=best
                 ),
@@ -439,11 +425,7 @@ class DomainRun:
         return result
 
     def _judged(
-        self,
-        examples: Sequence[Any],
-        before: HeldoutFigures,
-        after: HeldoutFigures,
-        data: RunData,
+        self, examples: Sequence[Any], before: HeldoutFigures, after: HeldoutFigures, data: RunData
     ) -> dict[str, Any]:
         teacher = teacher_metrics(examples, data.targets)
         figures = judged(before, after, teacher, figure=self._figure(before), seed=self.config.seed)
@@ -457,11 +439,8 @@ class DomainRun:
         provenance: dict[str, Any],
     ) -> KDResult:
         training, train, heldout = trained.training, data.split.train, data.split.heldout
-        kept = next(
-            row
-            for row in training.history
-            if row["split"] == "heldout" and row["step"] == training.best_step
-        )
+        best = ("heldout", training.best_step)
+        kept = next(row for row in training.history if (row["split"], row["step"]) == best)
         metadata = {
             **provenance,
             "best_step": training.best_step,
@@ -472,11 +451,13 @@ class DomainRun:
             "train_tokens": sum(example.count for example in train),
             "heldout_tokens": sum(example.count for example in heldout),
             "data_digest": content_digest(*(example.digest for example in train)),
+            "heldout_digest": content_digest(*(example.digest for example in heldout)),
             "finish_reasons": data.finish_reasons,
             "cache_bytes_per_token": data.targets.identity.bytes_per_token,
             **self.examples.described([*train, *heldout]),
             "peak_memory_bytes": trained.peak_memory_bytes,
             "resumed": training.steps_run < self.config.num_iters,
+            "extensions": training.extensions,
         }
         return KDResult(
             domain=self.domain,

@@ -29,6 +29,7 @@ from conch_dna.training.runs.report import (
     caption_of,
     figure_columns,
     gap_text,
+    judged_sets,
     read_samples,
     verdict_text,
 )
@@ -181,7 +182,7 @@ def _page(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     for number, run in enumerate(runs, 1):
         with _as_written(run.folder):
             parts.append(_run_parts(run, f"run {number}: {run.result.domain}"))
-    words = [f"{part['domain']}: {part['word']}" for part in parts]
+    words = [judged["title"] for part in parts for judged in part["judged"]]
     page: dict[str, Any] = {
         "title": "; ".join(words[:3]) + ("; …" if len(words) > 3 else ""),
         "runs": parts,
@@ -201,26 +202,15 @@ def _page(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 def _run_parts(run: FinishedRun, name: str) -> dict[str, Any]:
     result, evaluation, metadata = run.result, run.result.evaluation, run.result.metadata
-    word = run.verdict["verdict"] if run.verdict else "no verdict"
     best = metadata["best_step"]
     history, every = charts.thinned(run.history, best)
     drawn, samples = read_samples(run.samples)
-    columns = figure_columns(evaluation)
+    unsure = run.verdict and run.verdict["verdict"] != BETTER
     return {
         "name": name,
-        "domain": result.domain,
         "folder": str(run.folder),
-        "word": word if word == BETTER else word.upper(),
-        "tone": {BETTER: "good", WORSE: "bad"}.get(word, "unsure"),
-        "sentence": headline(run),
-        "advice": "" if word == BETTER or not run.verdict else _advice(result),
-        "gap": gap_text(evaluation),
-        "caption": caption_of(evaluation),
-        "headings": list(columns),
-        "rows": [
-            (row, [_cell(values[n], form) for form, values in columns.values()])
-            for n, row in enumerate(ROWS)
-        ],
+        "judged": [_judged(each, evaluated) for each, evaluated in sets_of(run).items()],
+        "advice": _advice(result) if unsure else "",
         "facts": {key: _shown(value) for key, value in _facts(result).items()},
         "settings": {key: _shown(value) for key, value in metadata["config"].items()},
         "curves": charts.curves(history, best=best),
@@ -234,14 +224,35 @@ def _run_parts(run: FinishedRun, name: str) -> dict[str, Any]:
     }
 
 
-def headline(run: FinishedRun) -> str:
-    """One line: what came out of a run."""
-    if run.verdict is None:
-        return (
+def sets_of(run: FinishedRun) -> dict[str, dict[str, Any]]:
+    """What the run was judged by; see `report.judged_sets`."""
+    return judged_sets(run.result.domain, run.result.evaluation)
+
+
+def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
+    """The verdict on a set that a run was judged by, in a word and in a line."""
+    if "verdict" not in evaluation:
+        return "no verdict", (
             "it cannot be said whether the student is better: this run is older than verdicts; "
             "run it again to get one"
         )
-    return verdict_text(run.result.evaluation)
+    return evaluation["verdict"]["verdict"], verdict_text(evaluation)
+
+
+def _judged(title: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    word, sentence = headline(evaluation)
+    columns = figure_columns(evaluation)
+    return {
+        "title": f"{title}: {word if word == BETTER else word.upper()}",
+        "tone": {BETTER: "good", WORSE: "bad"}.get(word, "unsure"),
+        "sentence": sentence,
+        "caption": f"{title}: {gap_text(evaluation)}; {caption_of(evaluation)}",
+        "headings": list(columns),
+        "rows": [
+            (row, [_cell(values[n], form) for form, values in columns.values()])
+            for n, row in enumerate(ROWS)
+        ],
+    }
 
 
 def _advice(result: KDResult) -> str:

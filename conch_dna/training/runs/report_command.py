@@ -7,16 +7,12 @@ from pathlib import Path
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.command_parts import command
 
 
-@click.command(
-    cls=OneLineErrors,
-    context_settings=HELP,
-    epilog=example(
-        "conch-dna report models/distilled_neurons/thinking",
-        "conch-dna report runs/a runs/b --output both.html",
-    ),
+@command(
+    "conch-dna report models/distilled_neurons/thinking",
+    "conch-dna report runs/a runs/b --output both.html",
 )
 @click.argument(
     "folders",
@@ -36,17 +32,24 @@ def report(folders: tuple[str, ...], output: str | None) -> None:
     from rich.console import Console
 
     from conch_dna.metrics import BETTER
-    from conch_dna.training.runs.html_report import default_output, headline, write_report
+    from conch_dna.training.runs.html_report import (
+        default_output,
+        headline,
+        sets_of,
+        write_report,
+    )
 
-    path = Path(output) if output else default_output(Path(folders[0]))
-    runs = write_report([Path(folder) for folder in folders], path)
+    paths = [Path(folder).expanduser() for folder in folders]
+    path = Path(output).expanduser() if output else default_output(paths[0])
+    runs = write_report(paths, path)
     console = Console(highlight=False)
     for run in runs:
-        better = run.verdict is not None and run.verdict["verdict"] == BETTER
-        console.print(
-            f"{run.folder}: {headline(run)}",
-            style=None if better else "bold red",
-            soft_wrap=True,
-            markup=False,
-        )
+        for title, judged in sets_of(run).items():
+            word, sentence = headline(judged)
+            console.print(
+                f"{run.folder}: {title}: {sentence}",
+                style=None if word == BETTER else "bold red",
+                soft_wrap=True,
+                markup=False,
+            )
     console.print(f"written: {path}", soft_wrap=True, markup=False)

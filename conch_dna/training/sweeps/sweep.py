@@ -208,9 +208,7 @@ class Sweep:
                 with run.lock():
                     result = run.begin(source, resume=True, overwrite=False)
                     if result is None:
-                        trained = run.train(data)
-                        run.keep(records)
-                        result = run.finish(data, trained)
+                        result = run.finish(data, run.train(data))
                         seconds.append(time.monotonic() - began)
                 results[each.name] = result
             except Interrupted:

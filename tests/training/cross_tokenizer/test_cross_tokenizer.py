@@ -81,7 +81,8 @@ def distil(
     """A whole run of the domain `s`; `how` says with what, RECORDS if it is not given."""
     config = KDConfig(**(TINY | {"output_dir": str(output)} | settings))
     distiller = TrueKnowledgeDistiller(str(pair.teacher), str(pair.student), config, report=report)
-    return distiller.distill_domain("s", **(how or {"data": RECORDS}))
+    given = how or {"data": RECORDS}
+    return distiller.distill_domain("s", overwrite="resume" not in given, **given)
 
 
 def adapter_of(result: KDResult) -> bytes:
@@ -300,7 +301,7 @@ def test_the_teachers_exact_tokens_are_what_it_is_asked_about(pair: Pair, tmp_pa
     """Tokenized again, an answer with <unk> in it would be another one."""
     # Nine examples are trained on, and three held out: all targets are read.
     distil(pair, tmp_path, how={"prompts": PROMPTS}, num_iters=3, batch_size=3)
-    lines = (tmp_path / "s" / "training_data.jsonl").read_text().splitlines()
+    lines = (tmp_path / "s" / "adapters_kd" / "training_data.jsonl").read_text().splitlines()
     answered = [json.loads(line)["tokens"] for line in lines]
     tokens = sum(len(each["ids"]) - each["prompt_length"] for each in answered)
     assert stored_rows(tmp_path) == tokens

@@ -1,0 +1,121 @@
+"""run.json: what a run was asked for and how it ended, and whether another may take its place.
+
+Knows a run's folder and settings; no model, no data. What may be another when a run goes on is
+`settings.MAY_CHANGE`.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from conch_dna.checkpoints import differences, numbered_folders, read_json
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.training.settings import CHECKPOINT_PREFIX, MAY_CHANGE, is_folder_name
+
+RUN_FILE = "run.json"
+# Where a run lies and whether code may run do not change what it computes.
+NOT_IDENTITY = ("output_dir", "adapter_subdir", "run", "trust_remote_code")
+_ELSEWHERE = "--run NAME to keep both, or choose another --output-dir"
+
+
+def earlier_run(
+    folder: Path, adapter: str, identity: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """What run.json says of the run that lies in a folder.
+
+    Args:
+        folder: Of the run.
+        adapter: Name of the adapter's folder in it.
+        identity: Models, data and settings of the run that is to begin or go on.
+        resume: It is to go on.
+        overwrite: Whatever lies there may be replaced.
+
+    Returns:
+        The document; None where there is none that can be read.
+
+    Raises:
+        ConchError: What lies there may neither go on so nor be replaced.
+    """
+    run = None
+    with suppress(NotWholeError):
+        run = read_json(folder / RUN_FILE, needs={"identity": dict, "finished": bool})
+    checkpoints = numbered_folders(folder, CHECKPOINT_PREFIX)
+    done = checkpoints[-1][0] if checkpoints else 0
+    changed = differences(run["identity"], identity) if run else []
+    if resume:
+        _require_same(folder, run, identity, done)
+        return run
+    if overwrite:
+        return run
+    names = [adapter, *([run["adapter"]] if run and is_folder_name(run.get("adapter")) else [])]
+    if any((folder / name).is_dir() for name in names):
+        raise ConchError(_refusal(folder, run, changed, identity, done))
+    if run and not run["finished"] and checkpoints:
+        raise ConchError(
+            f"{folder} holds an unfinished run: add --resume to go on with it, --overwrite to "
+            f"start again, {_ELSEWHERE}"
+        )
+    return run
+
+
+def _require_same(
+    folder: Path, run: dict[str, Any] | None, identity: Mapping[str, Any], done: int
+) -> None:
+    if run is None:
+        if done:
+            raise ConchError(
+                f"{folder} has checkpoints but no readable {RUN_FILE}, so it cannot be told "
+                "what they belong to: start again with --overwrite"
+            )
+        return
+    kept = [
+        {k: v for k, v in one.items() if k not in MAY_CHANGE} for one in (run["identity"], identity)
+    ]
+    if changed := differences(*kept):
+        raise ConchError(
+            f"{folder} was made with other settings: {'; '.join(changed)}. Resume with the same "
+            f"ones, or add {_ELSEWHERE}"
+        )
+    before, now = run["identity"].get("num_iters"), identity["num_iters"]
+    if before == now:
+        return
+    if run["finished"] and not done:
+        raise ConchError(
+            f"{folder} holds a finished run of {before} steps and no checkpoint to go on from: "
+            f"add --overwrite to train {now} steps anew, {_ELSEWHERE}"
+        )
+    if done >= now:
+        raise ConchError(
+            f"{folder} has taken {done} steps already, and --iters is {now}: give more to go on, "
+            f"add --overwrite to train anew, {_ELSEWHERE}"
+        )
+
+
+def _refusal(
+    folder: Path,
+    run: dict[str, Any] | None,
+    changed: list[str],
+    identity: Mapping[str, Any],
+    done: int,
+) -> str:
+    """Why an adapter is not replaced, and what to do."""
+    if run is None:
+        return (
+            f"{folder} holds an adapter and no readable {RUN_FILE} that tells what it is of: add "
+            f"--overwrite to replace it, {_ELSEWHERE}"
+        )
+    what = "a finished run" if run["finished"] else "an unfinished run and an adapter"
+    names = {each.partition(":")[0] for each in changed}
+    if not names:
+        show = "see its result" if run["finished"] else "go on with it"
+        return (
+            f"{folder} holds {what} with the same settings: add --resume to {show}, --overwrite "
+            f"to replace it, {_ELSEWHERE}"
+        )
+    longer = names <= set(MAY_CHANGE) and 0 < done < identity["num_iters"]
+    on = f"--resume to go on from step {done}, " if longer else ""
+    return (
+        f"{folder} holds {what} with other settings ({'; '.join(changed)}): add {on}--overwrite "
+        f"to replace it, {_ELSEWHERE}"
+    )
