@@ -17,6 +17,7 @@ from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
+from conch_dna.training.runs.commands import compare, runs
 from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student
 from conch_dna.training.sweeps.command import sweep
@@ -53,7 +54,18 @@ def main() -> None:
     """Distil what big language models know into small ones, with MLX."""
 
 
-for command in (distill, sweep, report, vocab, student, cortex, generations, sediment):
+for command in (
+    distill,
+    sweep,
+    runs,
+    compare,
+    report,
+    vocab,
+    student,
+    cortex,
+    generations,
+    sediment,
+):
     main.add_command(command)
 
 

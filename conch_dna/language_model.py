@@ -1,8 +1,7 @@
 """Load a causal language model by hub id, folder or embedded name; its body, head and real size.
 
 Knows mlx_lm's model classes; nothing of training, targets or files other than the model's own.
-To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`. To
-tell another error of the hub apart: an `except` in `hub_errors`, before the more general ones.
+To embed another model: a folder under assets/ is enough, its name becomes `embedded:<name>`.
 """
 
 import gc
@@ -20,11 +19,11 @@ from conch_dna.checkpoints import content_digest, file_digest, read_json
 from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.loading.full_precision import for_this_device, log_once
 from conch_dna.loading.gguf_model import SUFFIX, model_folder
+from conch_dna.loading.hub import EMBEDDED_HINT, download
 from conch_dna.progress import Report
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
-EMBEDDED_HINT = "embedded:teacher and embedded:student run without a network"
 TRUST_OPTION = "--trust-remote-code"
 ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 _TOKENIZER_FILES = (
@@ -89,52 +88,7 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
             f"model folder {model_id} does not exist: give an existing folder or .gguf file, a hub "
             f"id such as organisation/name, or an embedded name ({EMBEDDED_HINT})"
         )
-    return _download(model_id, weights=weights)
-
-
-def _download(model_id: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.model", "*.jsonl", "*.jinja"]
-    patterns += ["model*.safetensors", "*.py"] if weights else []
-    otherwise = f"give a folder, or use the embedded pair ({EMBEDDED_HINT})"
-    with hub_errors(model_id, otherwise=otherwise):
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
-
-
-@contextmanager
-def hub_errors(model_id: str, *, otherwise: str) -> Iterator[None]:
-    """Turns the errors of a download into one line.
-
-    Args:
-        model_id: What is downloaded, for the message.
-        otherwise: What to do without the hub, as the end of "check the network, …".
-
-    Raises:
-        ConchError: The hub has no such model, asks for a login, or could not be reached.
-    """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ConchError(
-            f"the hub asks for a login and a licence agreement for {model_id}: accept it on the "
-            "model's page, then run `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConchError(f"the hub has no model {model_id}: check the name") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConchError(
-            f"the hub could not be reached for {model_id}, and it is not in the local cache: "
-            f"check the network, {otherwise}"
-        ) from error
+    return download(model_id, weights=weights)
 
 
 def weight_files(folder: Path) -> list[Path]:

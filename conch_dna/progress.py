@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 EVERY_S = 5.0
+# Plain output says that work goes on when nothing was said for so long.
+QUIET_S = 15.0
+# And that it has begun to load after so long.
+LATER_S = 1.5
 
 Report = Callable[[str, dict[str, Any]], None]
 """Gets `(event, row)`; the events are those that `Progress` shows, and `checkpoint`."""
@@ -39,13 +43,15 @@ class Progress:
         self._done, self._first, self._total = 0, 0, 0
         self._began = self._shown = time.monotonic()
         self._note = ""
+        self._spoke = self._began
+        self._over = threading.Event()
 
     def __enter__(self) -> "Progress":
         if not self.plain:
             from rich.progress import (
                 BarColumn,
-                MofNCompleteColumn,
                 TextColumn,
+                TimeElapsedColumn,
                 TimeRemainingColumn,
             )
             from rich.progress import Progress as Bars
@@ -53,23 +59,42 @@ class Progress:
             self._bars = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[count]}"),
                 TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
             )
             self._bars.start()
+        else:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._over.set()
         if self._bars:
+            if self._task is not None and not self._total:
+                # A bar without an end would stay on the screen as if it were under way.
+                self._bars.remove_task(self._task)
             self._bars.stop()
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            self._say_alive()
+
+    def _say_alive(self) -> None:
+        """A line where nothing was said for long, so that silence means that it has ended."""
+        now = time.monotonic()
+        if self._name and now - self._spoke >= QUIET_S:
+            self._line(f"{self._name}: still at work after {_clock(now - self._began)}")
 
     def __call__(self, event: str, row: dict[str, Any]) -> None:
         """Take one event."""
         if event == "phase":
             self._start(row["name"], row.get("total", 0), row.get("unit", ""))
+        elif event == "loading":
+            self._start(row["name"], 0, "", later=True)
         elif event == "advance":
             self._advance(self._done + row["by"], row.get("note", ""))
         elif event in ("step", "skipped"):
@@ -80,27 +105,48 @@ class Progress:
         elif event == "heldout":
             best = " (best so far)" if row["best_step"] == row["step"] else ""
             self._line(f"step {row['step']}: held out {_figures(row)}{best}")
+        elif event == "evaluating":
+            self._evaluating(row["batch"], row["batches"])
         elif event == "resumed":
             self._done = self._first = row["step"]
             if self._task is not None:
-                self._bars.update(self._task, completed=self._done)
+                self._bars.update(self._task, completed=self._done, count=self._count())
             self._line(f"going on from step {row['step']} ({row['path']})")
         elif event == "warning":
             self._line(f"warning: {row['message']}")
         elif event == "message":
             self._line(row["message"])
 
-    def _start(self, name: str, total: int, unit: str) -> None:
+    def _start(self, name: str, total: int, unit: str, *, later: bool = False) -> None:
         self._name, self._unit, self._total = name, unit, total
         self._done = self._first = 0
         self._began = self._shown = time.monotonic()
         self._note = ""
         if not self._bars:
-            self._line(f"{name}: {total:,} {unit}" if total else name)
+            if later:
+                # What is refused at once is refused in one line.
+                self._spoke = self._began - QUIET_S + LATER_S
+            else:
+                self._line(f"{name}: {total:,} {unit}" if total else name)
             return
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(name, total=total or None, rate="", note="")
+        self._task = self._bars.add_task(
+            name, total=total or None, count=self._count(), rate="", note=""
+        )
+
+    def _count(self) -> str:
+        if self._total:
+            return f"{self._done:,}/{self._total:,}"
+        return f"{self._done:,}" if self._done else ""
+
+    def _evaluating(self, batch: int, batches: int) -> None:
+        text = f"held-out batch {batch} of {batches}"
+        if self._bars:
+            if self._task is not None:
+                self._bars.update(self._task, note=text)
+        elif time.monotonic() - self._spoke >= EVERY_S:
+            self._line(f"{self._name}: {text}")
 
     def _advance(self, done: int, note: str) -> None:
         self._done = done
@@ -109,7 +155,9 @@ class Progress:
             if self._task is not None:
                 speed = (done - self._first) / elapsed if elapsed > 0 else 0.0
                 rate = f"{speed:.1f} {self._unit}/s" if speed else ""
-                self._bars.update(self._task, completed=done, rate=rate, note=note)
+                self._bars.update(
+                    self._task, completed=done, count=self._count(), rate=rate, note=note
+                )
         elif time.monotonic() - self._shown >= EVERY_S and self._unit != "steps":
             self._shown = time.monotonic()
             of = f" of {self._total:,}" if self._total else ""
@@ -123,12 +171,17 @@ class Progress:
         if not (done and self._total):
             return ""
         seconds = max(0, round(elapsed / done * (self._total - self._done)))
-        return f", {seconds // 60}:{seconds % 60:02d} remaining"
+        return f", {_clock(seconds)} remaining"
 
     def _line(self, text: str, *, live: bool = True) -> None:
         if self._bars and not live:
             return
+        self._spoke = time.monotonic()
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _figures(row: dict[str, Any]) -> str:

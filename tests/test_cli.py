@@ -180,7 +180,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "hub unreachable": (
         {"teacher": "nobody/nothing"},
-        ["hub could not be reached for nobody/nothing", "embedded:teacher and embedded:student"],
+        [
+            "hub could not be reached for nobody/nothing (no folder is called so)",
+            "embedded:teacher and embedded:student",
+        ],
     ),
     "temperature too low": (
         {"temperature": 0.4},

@@ -65,7 +65,10 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         resolve_model(str(tmp_path))
 
 
-HUB = "the hub could not be reached for nobody-here/no-such-model, .*embedded:teacher and embedded"
+HUB = (
+    r"the hub could not be reached for nobody-here/no-such-model \(no folder is called so\), "
+    ".*embedded:teacher and embedded"
+)
 
 
 def test_offline_a_hub_id_is_refused_and_the_embedded_pair_named(monkeypatch, tmp_path):

@@ -205,3 +205,46 @@ def test_a_failure_stops_the_bars():
     with pytest.raises(ZeroDivisionError), shown:
         raise ZeroDivisionError
     assert shown._bars.finished or not shown._bars.live.is_started
+
+
+def test_long_silence_is_broken_in_plain_output(plain, clock):
+    plain("phase", {"name": "loading"})
+    clock.now += 14
+    plain._say_alive()
+    assert lines(plain) == ["loading"]
+    clock.now += 16
+    plain._say_alive()
+    plain._say_alive()
+    assert lines(plain) == ["loading", "loading: still at work after 0:30"]
+
+
+def test_an_evaluation_before_the_first_step_is_seen(plain, clock, live):
+    live("phase", {"name": "training", "total": 60, "unit": "steps"})
+    live("evaluating", {"batch": 2, "batches": 9})
+    live._bars.refresh()
+    assert "0/60" in terminal(live) and "held-out batch 2 of 9" in terminal(live)
+    plain("phase", {"name": "training", "total": 60, "unit": "steps"})
+    plain("evaluating", {"batch": 1, "batches": 9})
+    clock.now += EVERY_S
+    plain("evaluating", {"batch": 2, "batches": 9})
+    assert lines(plain)[1:] == ["training: held-out batch 2 of 9"]
+
+
+def test_work_without_a_number_has_no_count_and_leaves_no_bar():
+    shown = Progress(plain=False)
+    shown.console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with shown:
+        shown("phase", {"name": "evaluating"})
+        shown._bars.refresh()
+        assert "evaluating" in terminal(shown) and "/?" not in terminal(shown)
+    assert not shown._bars.tasks
+
+
+def test_what_is_refused_at_once_has_no_line_before_it(plain, clock):
+    plain("loading", {"name": "loading"})
+    clock.now += 1
+    plain._say_alive()
+    assert lines(plain) == []
+    clock.now += 1
+    plain._say_alive()
+    assert lines(plain) == ["loading: still at work after 0:02"]

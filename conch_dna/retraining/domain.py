@@ -36,9 +36,10 @@ from conch_dna.generations.line import HEAD_FILE, Line, now
 from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import MAPPINGS, EvolveConfig
-from conch_dna.language_model import EMBEDDED, ModelSource
+from conch_dna.language_model import ModelSource
 from conch_dna.option_fields import named_settings
 from conch_dna.progress import Report
+from conch_dna.retraining.adapter_config import adapter_config, shape_of, student_name, written_down
 from conch_dna.retraining.lessons import EXPERIENCE, Lessons
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.data.records import Record, read_records
@@ -81,7 +82,7 @@ def distillation_settings(adapters_dir: Path, domain: str) -> KDConfig:
     """
     folder = distillation_folder(adapters_dir, domain)
     document = adapter_config(folder) if folder.is_dir() else {}
-    recorded = _written_down(document).get("config") or {}
+    recorded = written_down(document).get("config") or {}
     if not isinstance(recorded, dict):
         raise ConchError(f"{folder / ADAPTER_CONFIG} has no mapping as its config")
     return KDConfig.from_json(recorded, source=str(folder / ADAPTER_CONFIG))
@@ -239,7 +240,7 @@ class Retraining:
         """How the next version would be trained and judged."""
         config = self.config or self._as_distilled()
         active = adapter_config(active_adapter(self.adapters_dir, self.domain))
-        config = replace(config, training=replace(config.training, **_shape_of(active)))
+        config = replace(config, training=replace(config.training, **shape_of(active)))
         if self.ego and not is_endpoint(self.ego):
             # In the second place EGO would only be heard where the parent agrees with it.
             config = replace(config, first_teacher=self.ego)
@@ -377,7 +378,7 @@ class Retraining:
 
     def _require_own_student(self) -> None:
         document = adapter_config(self.distilled)
-        recorded = _written_down(document).get("student_digest")
+        recorded = written_down(document).get("student_digest")
         if recorded and recorded != self.base.weights_digest:
             raise ConchError(
                 f"{self.distilled} was made for {student_name(document)}, not for "
@@ -416,51 +417,6 @@ class Retraining:
             left_out={**batch["left_out"], **unfit},
             metrics=outcome.metrics,
         )
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """What an adapter's folder says of it.
-
-    Raises:
-        ConchError: It cannot be read.
-    """
-    return read_json(folder / ADAPTER_CONFIG, needs={})
-
-
-def student_name(document: dict[str, Any]) -> Any:
-    """The model that an adapter is for, by its `adapter_config.json`; None where it is silent.
-
-    An embedded one by its name: its path, which mlx_lm needs, may be another installation's.
-    """
-    called = _written_down(document).get("student")
-    embedded = isinstance(called, str) and called.startswith(EMBEDDED)
-    return called if embedded else document.get("model")
-
-
-def _written_down(document: dict[str, Any]) -> dict[str, Any]:
-    """What a distillation wrote into an adapter's configuration; nothing where mlx_lm made it."""
-    recorded = document.get("conch_dna")
-    return recorded if isinstance(recorded, dict) else {}
-
-
-def _shape_of(document: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide an adapter's shape, as its `adapter_config.json` has them."""
-    kind = document.get("fine_tune_type", "lora")
-    if kind == "full":
-        return {"full": True, "dora": False}
-    require_keys(document, ADAPTER_CONFIG, needs={"lora_parameters": dict, "num_layers": int})
-    parameters = document["lora_parameters"]
-    numbers = {"rank": int, "scale": int | float, "keys": list | None}
-    require_keys(parameters, f"lora_parameters in {ADAPTER_CONFIG}", needs=numbers)
-    return {
-        "full": False,
-        "dora": kind == "dora",
-        "lora_rank": parameters["rank"],
-        "lora_scale": parameters["scale"],
-        # mlx_lm itself takes every linear layer where none is named.
-        "lora_keys": ",".join(map(str, parameters.get("keys") or ["all"])),
-        "lora_layers": document["num_layers"],
-    }
 
 
 def settings_over(

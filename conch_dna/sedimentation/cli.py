@@ -7,6 +7,7 @@ help, an example, and a line in docs/sedimentation.md.
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,8 @@ from conch_dna.sedimentation.store_options import (
 OF_STORE = {"Store": "collection", "Models": "model"}
 ERRORS_SHOWN = 5
 REPORT_EVERY = 100
+REPORT_S = 1.0
+LOADING = "loading the models and the store"
 # Fields of ChelationConfig that are options of a learning command.
 OF_CYCLE = ("threshold", "learning_rate", "epochs")
 OF_DISTILLATION = ("batch_size", "offline_learning_rate", "offline_epochs", "adapter")
@@ -142,9 +145,11 @@ def ingest(
 
     # Before a store is made: a mistake here shall leave none.
     total, documents = count_lines(files), read_document_files(files, form=form)
-    with opened_engine(config, options, new=True) as engine, Progress() as progress:
-        progress("phase", {"name": "documents", "total": total, "unit": "documents"})
-        result = engine.ingest(_counted(documents, progress), replace_changed=replace)
+    with Progress() as progress:
+        progress("loading", {"name": LOADING})
+        with opened_engine(config, options, new=True) as engine:
+            progress("phase", {"name": "documents", "total": total, "unit": "documents"})
+            result = engine.ingest(_counted(documents, progress), replace_changed=replace)
     print_tables(ingest_table(result))
     write_figures(json_file, asdict(result))
     for name, reason in list(result.errors.items())[:ERRORS_SHOWN]:
@@ -158,13 +163,13 @@ def ingest(
 
 def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], None]) -> Any:
     """The same documents, told to the report a part at a time: bars are slower than stores."""
-    waiting = 0
+    waiting, told = 0, time.monotonic()
     for document in documents:
         yield document
         waiting += 1
-        if waiting == REPORT_EVERY:
+        if waiting == REPORT_EVERY or time.monotonic() - told >= REPORT_S:
             report("advance", {"by": waiting})
-            waiting = 0
+            waiting, told = 0, time.monotonic()
     report("advance", {"by": waiting})
 
 
@@ -199,6 +204,11 @@ def query(
     config = settings(options)
     where = _where(conditions)
     with opened_engine(config, options) as engine:
+        if not engine.store.count():
+            raise ConchError(
+                f"the store {options['store']} holds no documents: take some in with "
+                "`conch-dna sediment ingest`"
+            )
         results = engine.run_inferences(list(queries), top_k, where=where)
         if where and not any(hits.ids for hits in results):
             _refuse_unknown(*engine.store.fields_missing(where))
@@ -293,15 +303,17 @@ def _change(
     folder, split = options["judgements"], options["split"]
     # Before the models: a mistake here shall not cost their loading.
     judged = read_judgements(Path(folder).expanduser(), split=split) if folder else None
-    with opened_engine(config, options) as engine, Progress() as progress:
-        engine.report = progress
-        if judged:
-            engine.set_judgements(*judged)
-        progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
-        if kind == "cycle":
-            result = engine.run_sedimentation_cycle()
-        else:
-            result = engine.run_offline_distillation()
+    with Progress() as progress:
+        progress("loading", {"name": LOADING})
+        with opened_engine(config, options) as engine:
+            engine.report = progress
+            if judged:
+                engine.set_judgements(*judged)
+            progress("phase", {"name": f"{kind} of {engine.store.count():,} documents"})
+            if kind == "cycle":
+                result = engine.run_sedimentation_cycle()
+            else:
+                result = engine.run_offline_distillation()
     _show_change(result)
     write_figures(json_file, asdict(result))
     if result.candidate and not result.activated:
@@ -462,13 +474,16 @@ def make_student_command(
 ) -> None:
     """Make a small, fast student from a teacher: a vector for each of its tokens."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.progress import Progress
     from conch_dna.sedimentation.embedders.make_student import make_student
 
     texts = (
         row if isinstance(row, str) else embedded_text(row)
         for row in read_document_files(vocabulary_files)
     )
-    student = make_student(teacher, folder, vocabulary_from=texts, **options)
+    with Progress() as progress:
+        progress("loading", {"name": f"reading texts, and vectors of their words by {teacher}"})
+        student = make_student(teacher, folder, vocabulary_from=texts, **options)
     click.echo(
         f"{student.folder}: {student.tokens:,} tokens in {student.dimension} dimensions from "
         f"{student.teacher}, {student.words_added:,} of {student.words_found:,} words added, "

@@ -57,6 +57,9 @@ from conch_dna.sedimentation.stores.open_store import (
 )
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
+# Documents of an ingest's first batch, and about how long a batch may take.
+FIRST_BATCH = 8
+DURABLE_S = 5.0
 
 
 def _lasting(name: str) -> str:
@@ -210,8 +213,13 @@ class AntigravityEngine:
         began = time.perf_counter()
         intake = Intake(self.versions, self.student, self._teacher, replace_changed)
         source = read_documents(documents)
-        while part := list(islice(source, self.config.batch_size)):
+        size = min(FIRST_BATCH, self.config.batch_size)
+        while part := list(islice(source, size)):
+            started = time.perf_counter()
             intake.take_in(part)
+            # Where a model is slow, what it did is durable after seconds all the same.
+            each = (time.perf_counter() - started) / len(part)
+            size = max(1, min(self.config.batch_size, int(DURABLE_S / max(each, 1e-9))))
         if intake.counts["added"] or intake.counts["updated"]:
             self.store.index()
         return IngestResult(

@@ -223,7 +223,10 @@ def unfreeze_all(student: LanguageModel) -> dict[str, Any]:
 
     model = student.model
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-    quantized = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    # On a CPU it may be in float32, and mlx_lm will put the adapter on what its files hold.
+    outlined = outline(student.source) if student.source.config.get("quantization") else None
+    modules = [*model.named_modules(), *(outlined.model.named_modules() if outlined else [])]
+    quantized = sorted({name for name, module in modules if isinstance(module, kinds)})
     if quantized:
         raise ConchError(
             f"{len(quantized)} layers of {student.model_id} are quantized, such as "

@@ -55,12 +55,12 @@ OF_KD_CONFIG = {
 @click.option(
     "--teacher",
     metavar="MODEL",
-    help=f"Hub id, folder, or embedded:teacher. [default: {DEFAULT_TEACHER}]",
+    help=f"Hub id, folder, .gguf file, or embedded:teacher. [default: {DEFAULT_TEACHER}]",
 )
 @click.option(
     "--student",
     metavar="MODEL",
-    help=f"Hub id, folder, or embedded:student. [default: {DEFAULT_STUDENT}]",
+    help=f"Hub id, folder, .gguf file, or embedded:student. [default: {DEFAULT_STUDENT}]",
 )
 @click.option(
     "--data",
@@ -189,7 +189,6 @@ def distill(
     from conch_dna.progress import Progress
     from conch_dna.training.runs.reporters import Reporting
     from conch_dna.training.settings import validate_domain
-    from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
     if request.domain:
         validate_domain(request.domain, with_own_data="data" in source or "prompts" in source)
@@ -197,6 +196,10 @@ def distill(
         Progress() as progress,
         Reporting(progress, request.reporters, request.project) as report,
     ):
+        # The libraries alone take seconds to load.
+        progress("loading", {"name": "loading libraries and the models' descriptions"})
+        from conch_dna.training.true_kd import TrueKnowledgeDistiller
+
         distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
         if request.domain is None:
             summary = distiller.distill_all(resume=resume, overwrite=overwrite)
@@ -315,6 +318,12 @@ def _print_plan(
     print_tables(fit_table(longest, teacher, student, config, plans[longest]["workload"]))
 
 
+def name_for_mlx_lm(model_id: str, folder: Path) -> str:
+    """What mlx_lm knows a model by: its hub id or folder, of a GGUF file that of its conversion."""
+    own = "/" in model_id and not Path(model_id).expanduser().is_file()
+    return model_id if own else str(folder)
+
+
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -350,8 +359,8 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
             console.print(advice(result, distiller.config), soft_wrap=True, markup=False)
     better = [r for r in results.values() if r.evaluation["verdict"]["verdict"] == BETTER]
     if better:
-        student, path = distiller.student.folder, better[0].adapter_path
-        shown = distiller.student_model_id if "/" in distiller.student_model_id else student
+        shown = name_for_mlx_lm(distiller.student_model_id, distiller.student.folder)
+        path = better[0].adapter_path
         console.print(
             f"try it: mlx_lm.generate --model {shown} --adapter-path {path} --prompt …",
             soft_wrap=True,

@@ -345,7 +345,8 @@ class Trainer:
     def _evaluate_parameters(self) -> None:
         self.model.eval()
         totals: dict[str, float] = {}
-        for batch in self.heldout_batches:
+        for number, batch in enumerate(self.heldout_batches, 1):
+            self.report("evaluating", {"batch": number, "batches": len(self.heldout_batches)})
             arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
             sums = self._compiled_loss(arrays)
             mx.eval(sums)

@@ -24,7 +24,8 @@ from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.fit.workload import answers_to_come, given_examples
-from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun, RunData
+from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
+from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,

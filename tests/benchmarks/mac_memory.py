@@ -3,8 +3,7 @@
 From the models' configurations, as their authors published them, in mlx-community's 4-bit form. No
 Mac is needed, and none was: on a Mac MLX has kernels of its own for norms, rotary embeddings and
 attention, which keep less than the plain operations that are counted here.
-`python tests/benchmarks/mac_memory.py` prints the table; tests/training/test_mac_memory.py compares
-it.
+`python tests/benchmarks/mac_memory.py` prints it; tests/training/test_memory_estimate.py compares.
 """
 
 import conch_dna  # noqa: F401  # isort: skip  (loads OpenBLAS before mlx)
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.language_model import ModelSource
-from conch_dna.training.fit.memory_estimate import FITS, estimate_run
+from conch_dna.training.fit.memory_estimate import estimate_run
 from conch_dna.training.fit.workload import Workload
 from conch_dna.training.settings import KDConfig
 
@@ -61,9 +60,9 @@ class Described(ModelSource):
         (folder / "config.json").write_text(json.dumps(config))
 
 
-def work(length: int) -> Workload:
-    """A full batch of the longest examples with short prompts; no answers are sampled twice."""
-    counted = 4 * (length - PROMPT)
+def work(length: int, batch_size: int) -> Workload:
+    """Batches of the longest examples only, whose prompts are short."""
+    counted = batch_size * (length - PROMPT)
     return Workload(
         longest=length,
         teacher_longest=length,
@@ -85,7 +84,7 @@ def peaks(teacher: str, student: str, length: int, **settings: Any) -> dict[str,
             Described(name, Path(folder) / role)
             for role, name in (("teacher", teacher), ("student", student))
         ]
-        estimate = estimate_run(models[0], models[1], config, work(length))
+        estimate = estimate_run(models[0], models[1], config, work(length, config.batch_size))
     assert not estimate.unknown, estimate.unknown
     return {name: (peak or 0) / 1e9 for name, peak in estimate.phases.items()}
 
@@ -119,5 +118,4 @@ def table() -> list[str]:
 
 
 if __name__ == "__main__":
-    assert FITS
     print("\n".join(table()))

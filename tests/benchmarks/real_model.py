@@ -199,7 +199,7 @@ def profile(
     pair = Examples(teacher, student, CONFIG)
     split = pair.split(records)
     chosen = sorted(split.train, key=lambda example: len(example.ids))
-    middle = len(chosen) // 2
+    middle = max(0, (len(chosen) - CONFIG.batch_size) // 2)
     chosen = chosen[middle : middle + CONFIG.batch_size]
     targets = pair.targets(folder / "targets")
     say("profile: the teacher's targets of one batch")
@@ -283,7 +283,7 @@ def step_parts(
         "whole": whole,
         "body": without,
         "head_matmuls": there + back,
-        "softmax_and_loss": max(0.0, whole - without - there - back),
+        "softmax_loss_update": max(0.0, whole - without - there - back),
     }
 
 

@@ -340,6 +340,20 @@ class TestDrawing:
         assert sizes[1] == 2 * sizes[0]
         assert len(list(path.parent.iterdir())) == 2
 
+    def test_no_legend_covers_a_curve(self, tmp_path, monkeypatch) -> None:
+        from matplotlib.figure import Figure
+
+        saved = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.append(self))
+        raw, agreement = overconfident(200)
+        curves = {"raw": risk_coverage(raw, agreement)}
+        draw_risk_coverage(tmp_path / "a", curves, {"raw": reliability(raw, agreement)}, title="a")
+        saved[0].canvas.draw()
+        (legend,) = saved[0].legends
+        for axes in saved[0].axes:
+            assert axes.get_legend() is None
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
 
 class TestOnDisk:
     def fitted(self, **options) -> Calibration:

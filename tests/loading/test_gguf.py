@@ -11,11 +11,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource, load_tokenizer, resolve_model
 from conch_dna.loading.gguf_file import read_gguf
 from conch_dna.loading.gguf_model import model_folder
+from conch_dna.training.cli import name_for_mlx_lm
 from gguf_files import llama_parts, write_gguf
 from models import ASSETS, make_model_folder
 
@@ -115,6 +118,31 @@ def test_positions_that_are_stretched_linearly(llama, tmp_path):
         llama__rope__scaling__factor=2.0,
     )  # fmt: skip
     assert ModelSource(str(path)).config["rope_scaling"] == {"type": "linear", "factor": 2.0}
+
+
+def test_mlx_lm_is_told_the_folder_not_the_file(llama, tmp_path):
+    path = written(llama, tmp_path / "a.gguf")
+    folder = resolve_model(str(path))
+    assert name_for_mlx_lm(str(path), folder) == str(folder)
+    assert name_for_mlx_lm(str(llama), llama) == str(llama)
+    assert name_for_mlx_lm("organisation/name", folder) == "organisation/name"
+    assert name_for_mlx_lm("embedded:student", folder) == str(folder)
+
+
+def test_both_models_of_a_dry_run_can_be_files(llama, tmp_path):
+    path = written(llama, tmp_path / "a.gguf", "Q8_0")
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"{n} cats", "completion": " ran home."} for n in range(12)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["distill", "--domain", "own", "--teacher", str(path), "--student", str(path)]
+    arguments += ["--data", str(data), "--dry-run"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "a.gguf" in done.output
+    for option, message in (("--full", "cannot be trained in full"), ("--dora", None)):
+        done = CliRunner().invoke(main, [*arguments, option])
+        assert (done.exit_code == 2) == (message is not None), done.output
+        assert message is None or message in done.output
 
 
 # What is refused

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.retraining.adapter_config import adapter_config, shape_of
 from conch_dna.retraining.buffer import REDACTIONS, ExperienceBuffer, _luhn, redacted
-from conch_dna.retraining.domain import _shape_of, adapter_config
 from conch_dna.retraining.experience import Experience, experience_of, read_experiences
 
 WRITER = """
@@ -309,4 +309,4 @@ def test_a_line_that_python_cannot_work_with_is_refused(line):
 def test_an_adapter_configuration_of_another_form_is_refused(tmp_path, document):
     (tmp_path / "adapter_config.json").write_text(document)
     with pytest.raises(NotWholeError):
-        _shape_of(adapter_config(tmp_path))
+        shape_of(adapter_config(tmp_path))

@@ -25,6 +25,7 @@ from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 from conch_dna.sedimentation.changes.heldout_queries import is_reserved, measures
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
+from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import ChangeResult
 from conch_dna.sedimentation.stores.contract import RAW
 from topic_models import (
@@ -113,8 +114,28 @@ def test_a_stream_of_any_length_is_taken_a_batch_at_a_time(models: dict[str, str
     with opened(models, mode="baseline", batch_size=20) as engine:
         with pytest.raises(OSError, match="the source broke"):
             engine.ingest(breaking())
-        assert engine.store.count() == 40
-        assert engine.ingest(documents(50)).added == 10
+        # Eight first, then twenty at a time.
+        assert engine.store.count() == 48
+        assert engine.ingest(documents(50)).added == 2
+
+
+def test_what_a_slow_model_made_is_durable_after_seconds(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of two seconds a document: batches of eight, then of what five seconds allow."""
+    with opened(models, mode="baseline", batch_size=100) as engine:
+        sizes, now = [], [0.0]
+        monkeypatch.setattr("time.perf_counter", lambda: now[0])
+        take_in = Intake.take_in
+
+        def slow(self: Intake, part: Any) -> None:
+            take_in(self, part)
+            sizes.append(len(part))
+            now[0] += 2.0 * len(part)
+
+        monkeypatch.setattr(Intake, "take_in", slow)
+        assert engine.ingest(documents(12)).added == 12
+        assert sizes == [8, 2, 2]
 
 
 def test_a_text_that_cannot_be_embedded_is_an_error_of_its_own(models: dict[str, str]) -> None:

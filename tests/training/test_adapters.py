@@ -515,8 +515,11 @@ def test_dora_in_full_is_refused():
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "quantized"])
-def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
-    """A mixture of experts."""
+def mixture(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LanguageModel:
+    """A mixture of experts, quantized where its files are, on a CPU too."""
+    monkeypatch.setenv("CONCH_DNA_CPU_WEIGHTS", "keep")
     folder = make_model_folder(tmp_path / "experts", quantize=request.param, **EXPERTS)
     return ModelSource(str(folder)).load()
 

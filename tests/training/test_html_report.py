@@ -282,6 +282,15 @@ def test_several_runs_show_what_differs_and_whether_they_compare(tmp_path: Path)
     assert "judged by different held-out texts" in page.text
 
 
+def test_runs_are_found_by_every_folder_above_them(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "stories" / "adapters_kd")
+    two = make_run(tmp_path / "runs" / "slow" / "stories" / "adapters_kd")
+    make_run(tmp_path / "stories" / ".writing-1-adapters_kd")
+    assert find_runs(one) == find_runs(one.parent) == [one]
+    assert find_runs(tmp_path / "runs") == [two]
+    assert find_runs(tmp_path) == [two, one]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_long_logs_and_texts_are_cut_and_say_so(tmp_path: Path) -> None:
     rows = [{"split": "train", "step": step, "loss": 1.0} for step in range(2000)]

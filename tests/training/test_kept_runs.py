@@ -112,6 +112,7 @@ class TestNothingOverwritten:
         second = distil(learning_rate=1e-3, how={"overwrite": True})
         assert adapter_of(second) != adapter_of(first) or second.evaluation != first.evaluation
 
+    @pytest.mark.slow
     def test_a_stopped_replacement_leaves_the_old_adapter_with_its_data(self, distil, tmp_path):
         """Silent failure: an adapter lies beside data that it never saw."""
         distil()
@@ -196,6 +197,7 @@ class TestNamedRuns:
 
 
 class TestLongerRuns:
+    @pytest.mark.slow
     @pytest.mark.parametrize("stopped", [False, True])
     def test_at_a_constant_rate_it_is_the_longer_run_to_the_bit(self, distil, tmp_path, stopped):
         """4 steps of 2 read 8 of 9 examples, so that further targets are computed later."""

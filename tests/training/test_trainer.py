@@ -432,7 +432,7 @@ def test_evaluations_come_at_the_start_on_their_steps_and_at_the_end(tmp_path):
         steps_per_eval=3,
         steps_per_report=2,
         steps_per_save=5,
-        report=lambda event, row: events.append((event, row["step"])),
+        report=lambda event, row: events.append((event, row.get("step"))),
     ).run()
     assert [step for event, step in events if event == "heldout"] == [0, 3, 6, 7]
     assert [step for event, step in events if event == "train"] == [2, 4, 6, 7]

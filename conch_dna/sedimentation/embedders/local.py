@@ -30,7 +30,7 @@ from conch_dna.checkpoints import (
     verify_folder,
 )
 from conch_dna.errors import ConchError, one_line
-from conch_dna.language_model import hub_errors
+from conch_dna.loading.hub import hub_errors
 from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

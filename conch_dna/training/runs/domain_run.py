@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import chain
 from typing import Any
@@ -48,7 +47,7 @@ from conch_dna.training.data.answers import (
     sample_texts,
     texts_of,
 )
-from conch_dna.training.data.examples import Examples, Split, data_warnings
+from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -65,6 +64,7 @@ from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.runs.breakdown import breakdown
 from conch_dna.training.runs.report import draw_curve, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
+from conch_dna.training.runs.stages import RunData, Trained
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     KDConfig,
@@ -75,7 +75,7 @@ from conch_dna.training.settings import (
     shared_folder,
     trainer_settings,
 )
-from conch_dna.training.soft_targets import TargetBatches, Targets
+from conch_dna.training.soft_targets import TargetBatches
 from conch_dna.training.trainer import Trainer
 
 RESULT_FILE = "kd_result.json"
@@ -84,50 +84,6 @@ DATA_FILE = "training_data.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 FIGURES_FILE = "heldout_figures.json"
 CANDIDATE = "candidate"
-
-
-@dataclass(frozen=True, eq=False)
-class RunData:
-    """All that training needs once the teacher has gone.
-
-    Attributes:
-        records: What the domain learns from, as it was given or answered.
-        split: The examples, those of a test set among them.
-        targets: The teacher's, for those of them that are read.
-        prompts: The student's token ids of a few held-out prompts.
-        teacher_texts: What the teacher made of them.
-        finish_reasons: How many records ended how.
-    """
-
-    records: Sequence[Record]
-    split: Split
-    targets: Targets
-    prompts: list[list[int]]
-    teacher_texts: list[str]
-    finish_reasons: dict[str, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """All that is left of the student once it has gone.
-
-    Attributes:
-        before: Its held-out figures without the adapter.
-        before_test: The same on the test set, if there is one.
-        before_texts: What it made of the held-out prompts.
-        adapter_config: What adapter_config.json says of its layers.
-        training: What the loop came to.
-        tensors: The adapter.
-        peak_memory_bytes: The highest so far in this process.
-    """
-
-    before: HeldoutFigures
-    before_test: HeldoutFigures | None
-    before_texts: list[str]
-    adapter_config: dict[str, Any]
-    training: TrainingResult
-    tensors: dict[str, mx.array]
-    peak_memory_bytes: int
 
 
 class DomainRun:

@@ -41,8 +41,8 @@ TEMPLATE = "report.html.jinja"
 MOST_RUNS = 20
 MOST_SAMPLES = 20
 MOST_LETTERS = 4000
-# A run lies in its domain's folder, which may lie among others.
-_DEPTHS = ("", "*/", "*/*/", "*/*/*/")
+# A run lies in its domain's folder, which may lie among others, also under runs/NAME.
+_DEPTHS = ("", "*/", "*/*/", "*/*/*/", "*/*/*/*/")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +70,17 @@ class FinishedRun:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The adapters' folders of finished runs in a folder: itself, or those least deep in it.
+    """The adapters' folders of finished runs in a folder, or in folders in it.
 
     Raises:
         ConchError: There are none.
     """
     if not folder.is_dir():
         raise ConchError(f"{folder} is no folder: give that of a domain or of an adapter")
-    for depth in _DEPTHS:
-        found = sorted(path.parent for path in folder.glob(f"{depth}{RESULT}"))
-        # Hidden ones are being written, or were replaced.
-        if shown := [path for path in found if not path.name.startswith(".")]:
-            return shown
+    found = [path.parent for depth in _DEPTHS for path in folder.glob(f"{depth}{RESULT}")]
+    # Hidden ones are being written, or were replaced.
+    if shown := sorted(path for path in found if not path.name.startswith(".")):
+        return shown
     raise ConchError(
         f"{folder} holds no finished run (no {RESULT} in it or below): give the folder of a domain "
         "or of an adapter, or finish the run with --resume"

@@ -51,7 +51,7 @@ def gap_text(evaluation: dict[str, Any]) -> str:
 def caption_of(evaluation: dict[str, Any]) -> str:
     """On how many tokens the figures stand, and on which of them each."""
     before = evaluation["before"]
-    caption = f"on {before['tokens']:,} held-out tokens"
+    caption = f"on {number_of(before['tokens'], 'held-out token')}"
     if evaluation.get("alignment", INDEX) != INDEX:
         caption += (
             f"; KL and agreement at the {before['compared_tokens']:,} that are one token of the "
@@ -116,7 +116,7 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
         low, high = found["interval"]
         sure = (
             f"{found['confidence']:.0%} interval {low:+.4f} to {high:+.4f}, "
-            f"{found['examples']} held-out examples"
+            f"{number_of(found['examples'], 'held-out example')}"
         )
     word = found["verdict"] if found["verdict"] == BETTER else found["verdict"].upper()
     return (

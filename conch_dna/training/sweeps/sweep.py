@@ -36,8 +36,8 @@ from conch_dna.training.runs.domain_run import (
     RESULT_FILE,
     RUN_FILE,
     DomainRun,
-    RunData,
 )
+from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import KDConfig, KDResult, get_kd_adapter_path, validate_domain
 from conch_dna.training.sweeps.grid import GridRun, settings_text
 from conch_dna.training.sweeps.report import draw_sweep
