@@ -115,11 +115,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a system of numbers": ({**PAIR, "system": 3}, "system is not text"),
     "an empty answer among others": (
         {"messages": [QUESTION, {**ANSWER, "content": ""}, QUESTION, ANSWER]},
-        'assistant turn 2 is empty, nothing could be learned: .* "weight": 0',
+        'turn 2 of messages: an assistant turn is empty, .* "weight": 0',
     ),
     "an answer of empty parts": (
         {"messages": [QUESTION, {**ANSWER, "content": []}]},
-        "assistant turn 2 is empty",
+        "turn 2 of messages: an assistant turn is empty",
     ),
     "half a weight": (
         {"messages": [QUESTION, {**ANSWER, "weight": 0.5}]},

@@ -108,7 +108,8 @@ def test_what_a_file_leaves_out_is_told(tmp_path):
     (note,) = asked(tmp_path, {"model": "m", "num_layers": 8, "mask_prompt": False}).notes
     assert note.endswith(
         "lora.yaml leaves out what is not as in mlx-lm by default: iters: 200 steps (1000); "
-        "learning_rate: 1e-4 (1e-5); lr_schedule: warm-up and a cosine to 0 (constant)"
+        "learning_rate: 1e-4 (1e-5); lr_schedule: warm-up and a cosine to 0 (constant, as by "
+        "schedule: constant)"
     )
     (note,) = asked(tmp_path, {"lora_parameters": {"rank": 8, "alpha": 3, "keys": ["q"]}}).notes
     assert "alpha of lora_parameters is ignored" in note
@@ -162,7 +163,7 @@ def test_fields_of_records_are_mapped(tmp_path):
         ({"optimizer": "sgd"}, "optimizer is 'sgd': there is adamw, and adam"),
         ({"optimizer_config": {"adam": {"eps": 1}}}, "optimizer_config gives eps, which cannot"),
         ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora': use lora, dora or full"),
-        ({"lr_schedule": {"name": "step_decay"}}, "there is a linear warm-up and a cosine to 0"),
+        ({"lr_schedule": {"name": "step_decay"}}, "there is a linear warm-up and then a cosine"),
         ({"lr_schedule": {"name": "cosine_decay"}}, "arguments of lr_schedule is no list"),
         ({"train": False}, "train is false, but distill trains"),
         ({"resume_adapter_file": "a.safetensors"}, "every run begins from the pristine student"),

@@ -172,7 +172,7 @@ def chat_line(*between):
         ('{"messages": [{"role": "assistant", "content": null}]}', "assistant has no content"),
         (
             chat_line('{"role": "assistant", "content": ""}, '),
-            "messages: an assistant turn is empty",
+            r"turn \d of messages: an assistant turn is empty",
         ),
         (
             chat_line('{"role": "assistant", "content": " \\n"}, '),

@@ -61,8 +61,7 @@ def turn_problem(turn: Any) -> str | None:
 
 
 def _empty_problem(turn: Turn) -> str | None:
-    is_learned = turn["role"] == "assistant" and turn.get("weight", 1)
-    if is_learned and not answer_text(turn).strip():
+    if counts(turn) and not answer_text(turn).strip():
         return 'an assistant turn is empty, nothing could be learned: leave it out, or "weight": 0'
     return None
 

@@ -140,17 +140,11 @@ def checked(value: Any, where: str, mapping: Mapping[str, str] | None = None) ->
 def _check_record(record: Record, where: str) -> None:
     if "messages" in record:
         turns = record["messages"]
-        if problem := next(filter(None, map(turn_problem, turns)), None):
-            raise ConchError(f"{where}: messages: {problem}")
-        answers = [turn for turn in turns if counts(turn)]
-        if not answers:
+        for number, turn in enumerate(turns, 1):
+            if problem := turn_problem(turn):
+                raise ConchError(f"{where}: turn {number} of messages: {problem}")
+        if not any(map(counts, turns)):
             raise ConchError(f"{where}: messages has no assistant turn, nothing could be learned")
-        if empty := next((turn for turn in answers if not answer_text(turn)), None):
-            number = next(number for number, turn in enumerate(turns, 1) if turn is empty)
-            raise ConchError(
-                f"{where}: assistant turn {number} is empty, nothing could be learned: leave it "
-                'out, or give it "weight": 0'
-            )
         return
     names = ("prompt", "completion") if "completion" in record else ("text",)
     for name in names:

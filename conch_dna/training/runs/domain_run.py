@@ -259,9 +259,7 @@ class DomainRun:
 
     def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
-        described = {"domain": self.domain, "teacher": self.teacher.model_id}
-        described |= {"student": self.student.model_id, **self.config.to_json()}
-        self.report("run", {"folder": str(self.folder), "config": described})
+        self.report("run", {"folder": str(self.folder), "config": self._provenance()})
         self._phase("evaluating the student")
         student = self.student.load()
         before = self._figures(student, data.split.heldout, data)
@@ -335,11 +333,8 @@ class DomainRun:
         """Read the adapter back, evaluate what was read, and put the folder in its place."""
         self._phase("evaluating the adapter")
         provenance = self._provenance()
-        adapter_config = {
-            **trained.adapter_config,
-            "model": self.student.openable_name,
-            "conch_dna": provenance,
-        }
+        adapter_config = {**trained.adapter_config, "model": self.student.openable_name}
+        adapter_config["conch_dna"] = provenance
         candidate = self.folder / CANDIDATE
         save_adapter(candidate, trained.tensors, adapter_config)
         student = load_verified(self.student, candidate, trained.tensors)
@@ -386,11 +381,7 @@ class DomainRun:
         return result
 
     def _judged(
-        self,
-        examples: Sequence[Any],
-        before: HeldoutFigures,
-        after: HeldoutFigures,
-        data: RunData,
+        self, examples: Sequence[Any], before: HeldoutFigures, after: HeldoutFigures, data: RunData
     ) -> dict[str, Any]:
         teacher = teacher_metrics(examples, data.targets)
         figures = judged(before, after, teacher, figure=self._figure(before), seed=self.config.seed)
@@ -404,11 +395,8 @@ class DomainRun:
         provenance: dict[str, Any],
     ) -> KDResult:
         training, train, heldout = trained.training, data.split.train, data.split.heldout
-        kept = next(
-            row
-            for row in training.history
-            if row["split"] == "heldout" and row["step"] == training.best_step
-        )
+        best = ("heldout", training.best_step)
+        kept = next(row for row in training.history if (row["split"], row["step"]) == best)
         metadata = {
             **provenance,
             "best_step": training.best_step,

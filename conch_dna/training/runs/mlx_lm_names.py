@@ -41,7 +41,7 @@ REFUSED = {
 UNLIKE = {
     "iters": "200 steps (1000)",
     "learning_rate": "1e-4 (1e-5)",
-    "lr_schedule": "warm-up and a cosine to 0 (constant)",
+    "lr_schedule": "warm-up and a cosine to 0 (constant, as by schedule: constant)",
     "mask_prompt": "prompts do not count (they do)",
     "num_layers": "all (the last 16)",
 }
@@ -74,7 +74,7 @@ def understood(values: Mapping[str, Any], *, source: str) -> tuple[dict[str, Any
     """
     given = dict(values)
     notes: list[str] = []
-    if "model" in values and (missing := [k for k in UNLIKE if values.get(k) is None]):
+    if "model" in values and (missing := _unlike(values)):
         unlike = "; ".join(f"{name}: {UNLIKE[name]}" for name in missing)
         notes.append(f"{source} leaves out what is not as in mlx-lm by default: {unlike}")
     found: dict[str, Any] = {}
@@ -108,6 +108,13 @@ def understood(values: Mapping[str, Any], *, source: str) -> tuple[dict[str, Any
             raise ConchError(f"{source}: mask_prompt is {masked!r}: use true or false")
         take("train_on_prompt", not masked, "mask_prompt")
     return {**given, **found}, notes
+
+
+def _unlike(values: Mapping[str, Any]) -> list[str]:
+    """What mlx-lm has another default for, of what a file leaves out."""
+    own = {"lr_schedule": "schedule"}
+    named = {name for name in UNLIKE if {name, SAME.get(name), own.get(name)} & values.keys()}
+    return [name for name in UNLIKE if name not in named]
 
 
 def _lora(given: dict[str, Any], take: Any, notes: list[str], source: str) -> None:
@@ -177,8 +184,8 @@ def _schedule(
 ) -> None:
     if not isinstance(schedule, Mapping) or schedule.get("name") != "cosine_decay":
         raise ConchError(
-            f"{source}: lr_schedule is {schedule!r}: there is a linear warm-up and a cosine to 0; "
-            "give learning_rate and warmup_iters, or name: cosine_decay"
+            f"{source}: lr_schedule is {schedule!r}: there is a linear warm-up and then a "
+            "cosine to 0 or none; give learning_rate, warmup_iters and schedule instead"
         )
     arguments = schedule.get("arguments")
     if not isinstance(arguments, list) or not arguments:
