@@ -86,8 +86,8 @@ def comparison(folder: Path) -> None:
     """Temperatures and alphas beside each other: one cache, a table, the choice on test data."""
     openings = (ASSETS / "story_openings.txt").read_text().splitlines()
     compared = {"temperature": (1.0, 2.0), "alpha": (0.5, 1.0)}
-    quick = {"num_iters": 20, "samples_per_prompt": 1, "output_dir": str(folder)}
-    values = {**SETTINGS, **quick, **compared}
+    quick = {"num_iters": 20, "samples_per_prompt": 1, "learning_rate": 5e-4}
+    values = {**SETTINGS, **quick, **compared, "output_dir": str(folder)}
     shared, runs = grid_runs("stories", values, most=4)
     with Progress() as progress:
         distiller = TrueKnowledgeDistiller(TEACHER, STUDENT, shared, report=progress)

@@ -30,7 +30,7 @@ FIXED = {
     "max-tokens": "64",
     "lora-keys": "all,model.embed_tokens",
     "lora-scale": "4",
-    "learning-rate": "5e-3",
+    "learning-rate": "5e-4",
     "batch-size": "8",
     "val-fraction": "0.2",
     "steps-per-eval": "20",
@@ -80,7 +80,9 @@ def main() -> None:
         print(f"  adapters with the same bytes: {same} of 9")
         document = json.loads((place / "stories-sweep" / "sweep.json").read_text())
         for row in document["runs"]:
-            print(f"  {row['name']}: {document['figure']} {row['after'][document['figure']]:.4f}")
+            figure = f"{document['figure']} {row['after'][document['figure']]:.4f}"
+            # Adapters of step 0 are equal whatever was trained.
+            print(f"  {row['name']}: {figure}, kept step {row['best_step']}")
         if options.json:
             figures = {"sweep": sweep, "nine": single, "same": same, "document": document}
             options.json.write_text(json.dumps(figures, indent=2))

@@ -4,6 +4,7 @@ Tiny random models; `select_by` the KD loss, by which their few steps are better
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from conch_dna.training.sweeps.grid import SWEEPABLE, grid_runs
 from conch_dna.training.sweeps.report import choice_text, draw_sweep, sweep_table
 from conch_dna.training.sweeps.sweep import Sweep, plan_sweep
 from conch_dna.training.trainer import Trainer
-from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
 PROMPTS = [
@@ -236,7 +237,11 @@ class TestAgain:
             lambda self, **k: (trained.append(self.folder.parent.name), run(self, **k))[1],
         )
         wider = made(pair, tmp_path, alpha=(0.5, 0.7, 1.0))
-        assert plan_sweep(wider.runs, "s")["finished"] == 2
+        models = (wider.teacher, wider.student)
+        plan = plan_domain(*models, wider.runs[0].config, "s", prompts=PROMPTS)
+        planned = plan_sweep(models, wider.runs, "s", plan["workload"])
+        assert (planned["finished"], planned["steps"]) == (2, 4)
+        assert planned["seconds"] > 0
         second = wider.run(prompts=PROMPTS, resume=True, test_data=TEST)
         assert trained == ["alpha-0.7"]
         assert {row["name"] for row in first["runs"]} < {row["name"] for row in second["runs"]}
@@ -344,6 +349,7 @@ class TestCommand:
         )
         assert done.exit_code == 0, done.stderr
         assert "temperature 2" in done.stdout
+        assert re.search(r"2 runs, 0 .* 8 steps left, about [0-9.]+ minutes", done.stderr)
         assert not loads
         assert not (tmp_path / "s-sweep").exists()
 

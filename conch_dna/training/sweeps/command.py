@@ -7,7 +7,7 @@ To add an option: to the command, or a field of KDConfig.
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,9 +18,6 @@ from conch_dna.presentation import pairs_table, print_tables
 from conch_dna.training.cli import OF_KD_CONFIG, distill
 from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
 from conch_dna.training.sweeps.grid import SWEEPABLE, GridRun, grid_runs, settings_text
-
-if TYPE_CHECKING:
-    from conch_dna.language_model import ModelSource
 
 SHARED_OPTIONS = (
     "domain",
@@ -99,10 +96,11 @@ def sweep(
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
+    from conch_dna.training.adapters import require_trainable
     from conch_dna.training.sweeps.report import choice_text, sweep_table
     from conch_dna.training.sweeps.sweep import PICTURE_FILE, SWEEP_FILE, Sweep, plan_sweep
+    from conch_dna.training.true_kd import plan_domain
 
-    click.echo(_plan_text(plan_sweep(runs, name)), err=True)
     teacher, student = (
         ModelSource(
             asked.get(role, default),
@@ -111,8 +109,14 @@ def sweep(
         )
         for role, default in (("teacher", DEFAULT_TEACHER), ("student", DEFAULT_STUDENT))
     )
+    longest = max((each.config for each in runs), key=lambda config: config.num_iters)
+    plan = plan_domain(teacher, student, longest, name, **source)
+    planned = plan_sweep((teacher, student), runs, name, plan["workload"])
+    click.echo(_plan_text(planned), err=True)
     if dry_run:
-        _print_plan((teacher, student), name, runs, source)
+        for each in runs:
+            require_trainable(student, each.config, weights=False)
+        _print_plan(plan, runs)
         return
     with Progress() as progress:
         work = Sweep(teacher, student, shared, runs, name, report=progress)
@@ -130,26 +134,14 @@ def sweep(
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
-    left = plan["runs"] - plan["finished"]
     text = f"{plan['runs']} runs, {plan['finished']} of them finished: {plan['steps']:,} steps left"
     if plan["seconds"] is None:
         return f"{text}; how long they take is told after the first run"
-    return f"{text}, about {plan['seconds'] / 60:.1f} minutes" if left else text
+    how = "by those" if plan["finished"] else "at this machine's speed now"
+    return f"{text}, about {plan['seconds'] / 60:.1f} minutes {how}" if plan["steps"] else text
 
 
-def _print_plan(
-    models: "tuple[ModelSource, ModelSource]",
-    name: str,
-    runs: list[GridRun],
-    source: dict[str, Any],
-) -> None:
-    from conch_dna.training.adapters import require_trainable
-    from conch_dna.training.true_kd import plan_domain
-
-    for each in runs:
-        require_trainable(models[1], each.config)
-    longest = max((each.config for each in runs), key=lambda config: config.num_iters)
-    plan = plan_domain(*models, longest, name, **source)
+def _print_plan(plan: dict[str, Any], runs: list[GridRun]) -> None:
     rows = {
         "teacher": plan["teacher"],
         "student": plan["student"],
@@ -158,7 +150,7 @@ def _print_plan(
         **{f"run {n}": settings_text(each.settings) for n, each in enumerate(runs, 1)},
         "folder": str(Path(runs[0].config.output_dir).parent),
     }
-    print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
+    print_tables(pairs_table(f"{plan['domain']}: dry run, nothing was done", rows))
     for warning in plan["warnings"]:
         click.echo(f"warning: {warning}", err=True)
 

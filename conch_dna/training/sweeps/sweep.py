@@ -31,6 +31,8 @@ from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.data.records import Record, json_lines, numbered
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.evaluation import HeldoutFigures, figures_on
+from conch_dna.training.fit.memory_estimate import estimate_run
+from conch_dna.training.fit.workload import Workload
 from conch_dna.training.runs.domain_run import (
     FIGURES_FILE,
     RESULT_FILE,
@@ -111,8 +113,9 @@ class Sweep:
                 self.teacher, self.student, self.shared, self.domain, self.report, begun=begun
             )
             self._require_effect(shared.examples.alignment)
-            for each in self.runs:
-                require_trainable(self.student, each.config)
+            for number, each in enumerate(self.runs):
+                # The weights are the same for all.
+                require_trainable(self.student, each.config, weights=number == 0)
             records = shared.generate(prompts) if data is None else list(data)
             configs = [each.config for each in self.runs]
             run_data = shared.prepare(records, valid=valid_data, shared_by=configs)
@@ -302,31 +305,56 @@ def _digest(records: Sequence[Record]) -> str:
     return content_digest(json_lines(records))[:16]
 
 
-def plan_sweep(runs: Sequence[GridRun], domain: str) -> dict[str, Any]:
-    """What is left to do of a grid, told from its folders.
+def plan_sweep(
+    models: tuple[ModelSource, ModelSource],
+    runs: Sequence[GridRun],
+    domain: str,
+    work: Workload,
+) -> dict[str, Any]:
+    """What is left to do of a grid, and how long it takes.
 
     Args:
+        models: Teacher and student; their configurations are enough.
         runs: Of the grid.
         domain: The name.
+        work: How much text they read, of `true_kd.plan_domain`.
 
     Returns:
-        `runs`, `finished`, `steps` that are left, and `seconds` that they take by the finished
-        runs; None where there are none.
+        `runs`, `finished`, `steps` that are left, and `seconds` that they take: by the finished
+        runs, else as this machine's speed and the models' configurations let expect; None where
+        neither tells.
     """
-    seconds, steps, left = 0.0, 0, 0
-    finished = 0
+    seconds, steps = 0.0, 0
+    left = []
     for each in runs:
         path = get_kd_adapter_path(domain, each.config) / RESULT_FILE
-        with suppress(NotWholeError):
+        try:
             result = read_json(path, needs={"training_time_seconds": float})
+        except NotWholeError:
+            left.append(each)
+        else:
             seconds += result["training_time_seconds"]
             steps += each.config.num_iters
-            finished += 1
-            continue
-        left += each.config.num_iters
+    steps_left = sum(each.config.num_iters for each in left)
+    expected: float | None = (
+        seconds / steps * steps_left if steps else _expected(models, runs, work)
+    )
     return {
         "runs": len(runs),
-        "finished": finished,
-        "steps": left,
-        "seconds": seconds / steps * left if finished else None,
+        "finished": len(runs) - len(left),
+        "steps": steps_left,
+        "seconds": expected,
     }
+
+
+def _expected(
+    models: tuple[ModelSource, ModelSource], runs: Sequence[GridRun], work: Workload
+) -> float | None:
+    """Seconds of a whole grid: the teacher's work once, the student's for every run."""
+    longest = max((each.config for each in runs), key=lambda config: config.num_iters)
+    seconds = estimate_run(*models, longest, work, time_it=True).seconds
+    training, evaluation = (seconds.pop(name, None) for name in ("training", "evaluation"))
+    if training is None or evaluation is None:
+        return None
+    trained = sum(each.config.num_iters for each in runs) / longest.num_iters * training
+    return sum(seconds.values()) + trained + len(runs) * evaluation
