@@ -88,6 +88,8 @@ def ask(domain: str, prompt: str, json_file: str | None, **values: Any) -> None:
 def _question(prompt: str) -> str:
     """What is asked: the argument, or standard input."""
     if prompt != "-":
+        if not prompt.strip():
+            raise ConchError("the prompt is empty: there is nothing to answer")
         return prompt
     from conch_dna.cortex.commands.terminal import decoded
 

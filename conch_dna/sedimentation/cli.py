@@ -4,7 +4,6 @@ Parses, calls, prints; decides nothing. To add a command: a function here under 
 help, an example, and a line in docs/sedimentation.md.
 """
 
-import json
 import os
 import sys
 import time
@@ -30,7 +29,6 @@ from conch_dna.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import (
     FORMATS,
-    MOST_DIGITS,
     count_lines,
     embedded_text,
     read_document_files,
@@ -52,6 +50,7 @@ from conch_dna.sedimentation.store_options import (
     place_of,
     place_options,
     settings,
+    where_of,
 )
 
 # The groups of options that all commands which open models have.
@@ -202,7 +201,7 @@ def query(
 ) -> None:
     """Show the documents nearest to queries; a collapsed neighbourhood is logged."""
     config = settings(options)
-    where = _where(conditions)
+    where = where_of(conditions)
     with opened_engine(config, options) as engine:
         if not engine.store.count():
             raise ConchError(
@@ -224,27 +223,6 @@ def _refuse_unknown(missing: list[str], known: list[str]) -> None:
             f"no document has a field {' or '.join(missing)}: correct --where; fields of the first "
             f"documents: {', '.join(known) or 'none'}"
         )
-
-
-def _where(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
-    where: dict[str, list[Any]] = {}
-    for each in conditions:
-        name, equals, text = each.partition("=")
-        if not (name and equals):
-            raise ConchError(f"--where {each} is no condition: give FIELD=VALUE")
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            # Python reads integers of some thousands of digits, and no longer ones.
-            if len(text) > MOST_DIGITS and text.lstrip("-").isdecimal():
-                raise ConchError(
-                    f"--where {name} is a number of {len(text)} digits, and a store keeps 64 bits: "
-                    f"write it in double quotes where it is a text"
-                ) from error
-            value = text
-        # A float, null, list or object is no value that a store filters by.
-        where.setdefault(name, []).append(value if isinstance(value, str | int) else text)
-    return where or None
 
 
 @command(

@@ -4,6 +4,7 @@ Knows click, the fields of ChelationConfig and the engine; no command. To give e
 opens the models another setting: an entry of COMMON.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ import click
 from conch_dna.command_parts import options_of, read_yaml
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.sedimentation.config import ChelationConfig
+from conch_dna.sedimentation.documents import MOST_DIGITS
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.engine import AntigravityEngine
@@ -196,3 +198,29 @@ def opened_without_models(options: Mapping[str, Any]) -> Iterator["StoredState"]
 def _echo_recovered(lines: list[str]) -> None:
     for line in lines:
         click.echo(f"recovered: {line}", err=True)
+
+
+def where_of(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:
+    """The filter that `--where FIELD=VALUE` options make; None without any.
+
+    Raises:
+        ConchError: One is no condition, or a number that no store keeps.
+    """
+    where: dict[str, list[Any]] = {}
+    for each in conditions:
+        name, equals, text = each.partition("=")
+        if not (name and equals):
+            raise ConchError(f"--where {each} is no condition: give FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            # Python reads integers of some thousands of digits, and no longer ones.
+            if len(text) > MOST_DIGITS and text.lstrip("-").isdecimal():
+                raise ConchError(
+                    f"--where {name} is a number of {len(text)} digits, and a store keeps 64 bits: "
+                    f"write it in double quotes where it is a text"
+                ) from error
+            value = text
+        # A float, null, list or object is no value that a store filters by.
+        where.setdefault(name, []).append(value if isinstance(value, str | int) else text)
+    return where or None

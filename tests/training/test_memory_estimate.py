@@ -4,6 +4,7 @@ The unit tests count bytes and operations by hand; the slow ones run the whole w
 by phase in a process of its own.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -212,3 +213,10 @@ def test_a_model_of_135_million_parameters_takes_what_was_estimated(tmp_path):
     settings = {"num_iters": 2, "max_tokens": 8, "steps_per_eval": 2}
     data = [{"text": f"{number} dogs ran to the park. " * 6} for number in range(8)]
     require_near((folder, folder, settings, {"data": data}), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_guide_has_the_table_that_the_code_computes():
+    table = importlib.import_module("benchmarks.mac_memory").table
+    guide = (Path(__file__).parents[2] / "TRUE_KD_README.md").read_text(encoding="utf-8")
+    assert all(row in guide for row in table())
