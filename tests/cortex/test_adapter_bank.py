@@ -134,7 +134,9 @@ def test_any_order_of_switches_gives_each_its_own_output(bank, folder, adapters)
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora": True}], ids=["lora", "dora"])
-def test_a_quantized_base(settings, tmp_path):
+def test_a_quantized_base(settings, tmp_path, monkeypatch):
+    # As mlx_lm loads it.
+    monkeypatch.setenv("CONCH_DNA_CPU_WEIGHTS", "keep")
     folder = make_model_folder(tmp_path / "base", seed=5, quantize=True)
     adapter = write_adapter(tmp_path / "a", str(folder), lora_keys="all", **settings)
     bank = AdapterBank(ModelSource(str(folder)).load())

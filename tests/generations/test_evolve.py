@@ -126,7 +126,7 @@ def test_a_generation_is_trained_in_full_from_a_lora_parent(
     [
         ({"lora_rank": 5}, "go on from has other tensors than these settings make"),
         ({"lora_layers": 50}, "lora_layers is 50, but"),
-        ({"lora_keys": "q_proj"}, "names no layers of"),
+        ({"lora_keys": "q_projection"}, "names no layers of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_teachers_work(
