@@ -38,7 +38,7 @@ from conch_dna.cortex.commands.shared_options import (
     trust_option,
 )
 from conch_dna.cortex.options import ServerSettings
-from conch_dna.errors import ConchError, Interrupted
+from conch_dna.errors import ConchError, Interrupted, one_line
 from conch_dna.presentation import print_tables
 
 
@@ -69,7 +69,8 @@ def cortex() -> None:
 def ask(domain: str, prompt: str, json_file: str | None, **values: Any) -> None:
     """Ask a neuron; it hands over to EGO, if there is one, where it is not sure.
 
-    The answer goes to standard output as it comes, who gave it and why to standard error.
+    The answer goes to standard output as it comes, who gave it and why to standard error. Exit
+    code 1 says that it does not keep to the domain's schema.
     """
     options = ask_options(values)
     question = _question(prompt)
@@ -83,6 +84,10 @@ def ask(domain: str, prompt: str, json_file: str | None, **values: Any) -> None:
         for note in suite.notes[known:]:
             screen.note(note)
         write_figures(json_file, answer.to_json())
+    if answer.valid is False:
+        why = f"the answer does not keep to the schema of {domain}: {answer.problems[0]}"
+        click.echo(f"error: {one_line(why)}; --no-structured asks for plain text", err=True)
+        sys.exit(1)
 
 
 def _question(prompt: str) -> str:

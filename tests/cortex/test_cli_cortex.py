@@ -118,10 +118,14 @@ def test_a_question_comes_from_standard_input_and_the_answer_as_json(
 
 def test_what_is_not_valid_goes_to_ego_and_is_remembered_on_request(adapters: Path) -> None:
     asked = ("ask", "task", "First, get", "--max-tokens", "16", *EGO, *at(adapters))
-    done(*asked, "--no-remember")
+    assert run(*asked, "--no-remember").exit_code == 1
     assert not (adapters / "experience").exists()
-    result = done(*asked)
+    result = run(*asked)
     assert "EGO: the neuron's answer is not valid" in result.stderr
+    # EGO's is not either.
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: the answer does not keep to the schema of task: ")
+    assert result.exit_code == 1
     [experience] = kept(adapters, "task")
     assert (experience.kind, experience.by) == ("fallback", "ego")
     assert experience.better == result.stdout.removesuffix("\n")
@@ -131,7 +135,7 @@ def test_what_is_not_valid_goes_to_ego_and_is_remembered_on_request(adapters: Pa
 
 def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> None:
     question = "First, write to tom@example.org"
-    done("ask", "task", question, "--max-tokens", "4", *EGO, "--redact", *at(adapters))
+    run("ask", "task", question, "--max-tokens", "4", *EGO, "--redact", *at(adapters))
     [experience] = kept(adapters, "task")
     assert "tom@" not in json.dumps(experience.messages)
 
