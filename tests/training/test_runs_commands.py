@@ -13,6 +13,7 @@ from conch_dna.checkpoints import write_folder
 from conch_dna.cli import main
 from conch_dna.training.settings import KDConfig
 
+RESULT = "adapters_kd/kd_result.json"
 TEACHER, STUDENT = (
     "mlx-community/Qwen2.5-7B-Instruct-4bit",
     "mlx-community/Qwen2.5-3B-Instruct-4bit",
@@ -127,6 +128,41 @@ class TestRuns:
         assert result.exit_code == 0
         assert "UNREADABLE" in result.stdout
         assert result.stderr.startswith(f"{tmp_path}/s is UNREADABLE: {tmp_path}/s/run.json")
+
+    def test_a_run_without_its_adapter_is_not_whole(self, tmp_path):
+        run = finished(tmp_path / "s")
+        documents = {
+            "kd_result.json": json.loads((run / RESULT).read_text()),
+            "evaluation.json": {},
+        }
+        write_folder(run / "adapters_kd", documents=documents)
+        assert "finished" in command("runs", tmp_path).stdout
+        (run / "adapters_kd" / "evaluation.json").unlink()
+        result = command("runs", tmp_path)
+        assert "NOT WHOLE" in result.stdout and "finished" not in result.stdout
+        assert result.stderr == (
+            f"{run} is NOT WHOLE: {run}/adapters_kd is not whole: evaluation.json is missing\n"
+        )
+        assert "is NOT WHOLE" in refused("compare", run, finished(tmp_path / "t"))
+
+    def test_the_runs_of_a_sweep_stand_with_their_domain(self, output):
+        sweep = output / "support-sweep"
+        for name in ("alpha-1", "alpha-0.5"):
+            finished(sweep / name / "support")
+        (sweep / "shared" / "support" / "answers").mkdir(parents=True)
+        (sweep / "sweep.json").write_text("{}")
+        command("runs", output, "--json", output / "r.json")
+        rows = [(row["domain"], row["run"]) for row in json.loads((output / "r.json").read_text())]
+        names = ["", "slow", "support-sweep/alpha-0.5", "support-sweep/alpha-1"]
+        assert rows == [
+            ("debug", ""),
+            ("memory", ""),
+            ("stories", ""),
+            *(("support", name) for name in names),
+            ("task", ""),
+        ]
+        assert command("runs", sweep).stdout.count("finished") == 2
+        assert max(map(len, command("runs", output).stdout.splitlines())) <= 80
 
     def test_a_folder_without_runs_is_refused(self, tmp_path):
         assert "holds no run: make one with" in refused("runs", tmp_path)

@@ -96,10 +96,10 @@ def sweep(
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
+    from conch_dna.training.runs.listing import SWEEP_FILE
     from conch_dna.training.sweeps.report import choice_text, sweep_table
     from conch_dna.training.sweeps.sweep import (
         PICTURE_FILE,
-        SWEEP_FILE,
         Sweep,
         plan_sweep,
         require_batches,

@@ -42,12 +42,12 @@ from conch_dna.training.runs.domain_run import (
     RUN_FILE,
     DomainRun,
 )
+from conch_dna.training.runs.listing import SWEEP_FILE
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import KDConfig, KDResult, get_kd_adapter_path, validate_domain
 from conch_dna.training.sweeps.grid import GridRun, idle_settings, run_of, settings_text
 from conch_dna.training.sweeps.report import draw_sweep
 
-SWEEP_FILE = "sweep.json"
 PICTURE_FILE = "sweep.png"
 
 
