@@ -185,8 +185,9 @@ class TestCompare:
             "KL after": [0.25, 0.6],
         }
         assert compared["warnings"] == [] and result.stderr == ""
-        assert "slow/support" in result.stdout
-        assert max(map(len, result.stdout.splitlines())) <= 80
+        runs, tables = result.stdout.splitlines()[:2], result.stdout.splitlines()[2:]
+        assert runs == [f"run 1: {one}", f"run 2: {other}"]
+        assert max(map(len, tables)) <= 80
 
     @pytest.mark.parametrize(
         ("metadata", "warning"),
@@ -204,6 +205,37 @@ class TestCompare:
         result = command("compare", *runs)
         assert result.exit_code == 0
         assert result.stderr.startswith(warning) and result.stderr.count("\n") == 1
+
+    def test_runs_judged_by_different_figures_are_said_to_be_such(self, tmp_path):
+        runs = [finished(tmp_path / "a"), finished(tmp_path / "b", kl=0.6)]
+        path = runs[1] / RESULT
+        result = json.loads(path.read_text())
+        result["evaluation"]["verdict"] |= {"figure": "cross_entropy", "difference": -0.7}
+        write_folder(runs[1] / "adapters_kd", documents={"kd_result.json": result})
+        done = command("compare", *runs, "--json", tmp_path / "c.json")
+        assert done.stderr.startswith(
+            "warning: the runs were judged by different figures (kl_nats, cross_entropy): their"
+        )
+        compared = json.loads((tmp_path / "c.json").read_text())["figures"]
+        assert compared["difference, of what judged it"] == [-0.25, -0.7]
+        assert compared["KL difference"] == [-0.25, pytest.approx(0.1)]
+        assert "difference" not in compared
+
+    def test_four_runs_with_long_names_stand_in_80_columns_whole(self, tmp_path):
+        runs = [
+            finished(tmp_path / f"temperature-{n}_learning-rate-0.0001" / "support", kl=n / 9)
+            for n in range(4)
+        ]
+        lines = command("compare", *runs).stdout.splitlines()
+        assert lines[:4] == [f"run {number}: {run}" for number, run in enumerate(runs, 1)]
+        assert max(map(len, lines[4:])) <= 80
+        heading = next(line for line in lines if line.startswith("┃"))
+        assert heading.replace("┃", " ").split() == ["run", "1", "run", "2", "run", "3", "run", "4"]
+
+    def test_a_folder_of_several_runs_is_not_one(self, output):
+        message = refused("compare", output, output / "support")
+        assert message.startswith(f"{output} holds 6 runs: give the folders of those that you mean")
+        assert f"{output}/runs/slow/support" in message
 
     def test_equal_runs(self, tmp_path):
         runs = [finished(tmp_path / part / "a") for part in ("x", "y")]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULT_FILE, SWEEP_FILE = "kd_result.json", "sweep.json"
+# Of the runs that a message names.
+MOST_NAMED = 8
 FINISHED, UNFINISHED, RUNNING = "finished", "unfinished", "running"
 FAILED, UNREADABLE, NOT_WHOLE = "FAILED", "UNREADABLE", "NOT WHOLE"
 
@@ -57,6 +59,23 @@ def find_runs(folder: Path) -> list[Path]:
     raise ConchError(
         f"{folder} holds no run: make one with 'conch-dna distill --domain thinking', or give "
         "another folder"
+    )
+
+
+def find_run(folder: Path) -> Path:
+    """The one run of a folder.
+
+    Raises:
+        ConchError: As `find_runs`, or there are several; names them.
+    """
+    first, *others = found = find_runs(folder)
+    if not others:
+        return first
+    names = [str(path) for path in found[:MOST_NAMED]]
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    raise ConchError(
+        f"{folder} holds {len(found)} runs: give the folders of those that you mean, of "
+        f"{', '.join(names)}{more}"
     )
 
 
