@@ -112,6 +112,7 @@ class TestGrid:
             ({"alpha": (0.5,)}, "nothing is swept"),
             ({}, "nothing is swept"),
             ({"alpha": (0.5, 0.50)}, "alpha has 0.5 twice"),
+            ({"alpha": (0.5, 1), "run": "a"}, "a sweep names its runs itself"),
             ({"alpha": []}, "alpha has no value"),
             ({"alpha": (0.5, 2.0)}, "alpha is 2.0: it must be between 0 and 1"),
             (
@@ -318,6 +319,10 @@ class TestAgain:
         for changes, message in others:
             with pytest.raises(ConchError, match=message):
                 made(pair, tmp_path, **changes).run(prompts=PROMPTS, resume=True)
+            with pytest.raises(ConchError, match=message):
+                made(pair, tmp_path, **changes).require_possible(
+                    prompts=PROMPTS, resume=True, weights=False
+                )
             assert (sweep.folder / "sweep.json").read_text() == kept
         said: list[str] = []
         more = made(pair, tmp_path, alpha=(0.7, 1.0))
@@ -340,7 +345,7 @@ class TestRefused:
             sweep.run(data=records, test_data=records[:2], overwrite=overwrite)
         assert not (sweep.folder / "sweep.json").exists()
         assert (sweep.folder / "alpha-9" / "s" / "run.json").exists() == overwrite
-        sweep.require_possible(data=records, test_data=TEST, begins=not overwrite)
+        sweep.require_possible(data=records, test_data=TEST, overwrite=overwrite)
 
     def test_test_data_that_are_learned_from(self, pair, tmp_path):
         records = [{"text": f"{prompt} ran."} for prompt in PROMPTS]

@@ -166,14 +166,18 @@ class DomainRun:
         self._resume = resume
         return None
 
-    def identity(self, source: object) -> dict[str, Any]:
-        """What must not have changed when the run goes on; see `begin`."""
+    def identity(self, source: object, *, weights: bool = True) -> dict[str, Any]:
+        """What must not have changed when the run goes on, with digests of the models or without.
+
+        Args:
+            source: As `begin` has it.
+            weights: Whether the models' weights are here.
+        """
         config = {k: v for k, v in self.config.to_json().items() if k not in NOT_IDENTITY}
+        models = {"teacher": self.teacher, "student": self.student}
         return {
-            "teacher": self.teacher.model_id,
-            "student": self.student.model_id,
-            "teacher_weights": self.teacher.weights_digest,
-            "student_weights": self.student.weights_digest,
+            **{role: model.model_id for role, model in models.items()},
+            **{f"{role}_weights": m.weights_digest for role, m in models.items() if weights},
             "data": content_digest(json.dumps(source))[:16],
             **config,
         }
@@ -186,10 +190,23 @@ class DomainRun:
                 return self.read_result()
         return None
 
-    def require_goes_on(self, source: object) -> None:
-        """Refuse as `begin` does to go on with what lies in the folder; changes nothing."""
+    def require_goes_on(self, source: object, *, weights: bool = True) -> None:
+        """Refuse as `begin` does to go on with what lies in the folder; changes nothing.
+
+        Args:
+            source: As `begin` has it.
+            weights: Whether the models' weights are here, and can be compared too.
+        """
+        identity = self.identity(source, weights=weights)
+        if not weights:
+            with suppress(NotWholeError):
+                run = read_json(self.folder / RUN_FILE, needs={"identity": dict})
+                identity = {
+                    **{k: v for k, v in run["identity"].items() if k.endswith("_weights")},
+                    **identity,
+                }
         subdir = self.config.adapter_subdir
-        earlier_run(self.folder, subdir, self.identity(source), resume=True, overwrite=False)
+        earlier_run(self.folder, subdir, identity, resume=True, overwrite=False)
 
     @contextmanager
     def failure_recorded(self) -> Iterator[None]:

@@ -120,9 +120,8 @@ def sweep(
     planned = plan_sweep((teacher, student), runs, name, plan["workload"])
     click.echo(_plan_text(planned), err=True)
     if dry_run:
-        judged = {name: source[name] for name in source if name != "prompts"}
         work = Sweep(teacher, student, shared, runs, name)
-        work.require_possible(**judged, begins=not resume and not overwrite, weights=False)
+        work.require_possible(**source, resume=resume, overwrite=overwrite, weights=False)
         _print_plan(plan, runs)
         return
     with Progress() as progress:

@@ -114,9 +114,12 @@ def grid_runs(
         the runs; combinations that differ only in what changes nothing are one run.
 
     Raises:
-        ConchError: Nothing is swept, a field cannot be or changes nothing in any run, a value
-            stands twice or is out of its range, or there are more runs than that.
+        ConchError: Nothing is swept, the runs are given a name, a field cannot be swept or changes
+            nothing in any run, a value stands twice or is out of its range, or there are more
+            runs than that.
     """
+    if values.get("run"):
+        raise ConchError("a sweep names its runs itself: leave --run, or choose an --output-dir")
     many = {name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)}
     swept = {each.name: many[each.name] for each in fields(KDConfig) if each.name in many}
     single = {name: v for name, v in values.items() if name not in swept}

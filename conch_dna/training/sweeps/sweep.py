@@ -110,17 +110,15 @@ class Sweep:
             Interrupted: Ctrl-C in training; its state was saved.
         """
         validate_domain(self.domain, with_own_data=prompts is not None or data is not None)
-        # As a single run puts it; no run sees the test data.
-        source = [list(prompts or []), list(data or [])]
-        source += [list(valid_data), []] if valid_data else []
         with FolderLock(self.folder):
-            before = self.require_possible(
+            before, earlier = self.require_possible(
+                prompts=prompts,
                 data=data,
                 valid_data=valid_data,
                 test_data=test_data,
-                begins=not resume and not overwrite,
+                resume=resume,
+                overwrite=overwrite,
             )
-            earlier = self._earlier(before, source) if resume else []
             begun = _day_of(before)
             write_json(self.folder / SWEEP_FILE, {**before, "begun": begun})
             shared = DomainRun(
@@ -138,6 +136,7 @@ class Sweep:
                 for run in self.folder.glob(f"*/{self.domain}/{RUN_FILE}"):
                     remove_folder(run.parent.parent)
                 write_json(self.folder / SWEEP_FILE, {"begun": begun})
+            source = _source_of(prompts, data, valid_data)
             results, failures = self._train(source, run_data, earlier)
             if not results:
                 raise ConchError(f"every run failed; {self.runs[0].name}: {failures.popitem()[1]}")
@@ -162,33 +161,38 @@ class Sweep:
     def require_possible(
         self,
         *,
+        prompts: Sequence[str] | None = None,
         data: Sequence[Record] | None = None,
         valid_data: Sequence[Record] = (),
         test_data: Sequence[Record] = (),
-        begins: bool,
+        resume: bool = False,
+        overwrite: bool = False,
         weights: bool = True,
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], list[GridRun]]:
         """Refuse what can be known to be of no use before anything is written.
 
         Args:
-            data: As `run` has it.
-            valid_data: As `run` has it.
-            test_data: As `run` has it.
-            begins: The sweep is neither to be resumed nor to be overwritten.
-            weights: Whether the student's weights must be there.
+            prompts: As `run` has them, and all the others.
+            data: Of `run`.
+            valid_data: Of `run`.
+            test_data: Of `run`.
+            resume: Of `run`.
+            overwrite: Of `run`.
+            weights: Whether the models' weights are here.
 
         Returns:
-            What sweep.json holds of before; empty where there is none that can be read.
+            What sweep.json holds of before, empty where there is none that can be read, and the
+            runs of it that stay in the comparison.
 
         Raises:
-            ConchError: A sweep lies in the folder, a run cannot be made so or would be equal to
-                another, or a test example is among the others.
+            ConchError: A sweep lies in the folder, or one of other settings, a run cannot be made
+                so or would be equal to another, or a test example is among the others.
         """
         before: dict[str, Any] = {}
         with suppress(NotWholeError):
             before = read_json(self.folder / SWEEP_FILE, needs={})
         trained = any(self.folder.glob(f"*/{self.domain}/{RUN_FILE}"))
-        if begins and (trained or "runs" in before):
+        if not (resume or overwrite) and (trained or "runs" in before):
             raise ConchError(
                 f"{self.folder} holds a sweep: add --resume to go on with it or to add runs, "
                 "--overwrite to train all again, or choose another --output-dir"
@@ -201,20 +205,22 @@ class Sweep:
         if test_data and (others := [*(data or []), *valid_data]):
             known = {each.digest for each in examples.make(others)[1]}
             _require_unseen(_test_examples(examples, test_data), known)
-        return before
+        source = _source_of(prompts, data, valid_data)
+        return before, self._earlier(before, source, weights=weights) if resume else []
 
-    def _earlier(self, before: dict[str, Any], source: object) -> list[GridRun]:
+    def _earlier(self, before: dict[str, Any], source: object, *, weights: bool) -> list[GridRun]:
         """The finished runs of sweep.json that are not among those to train.
 
         Raises:
             ConchError: These or those were made with other settings.
         """
         for each in self.runs:
-            self._run_of(each, silent).require_goes_on(source)
+            self._run_of(each, silent).require_goes_on(source, weights=weights)
         names = {each.name for each in self.runs}
         swept = {name for each in self.runs for name in each.settings}
         base = replace(self.shared, **{name: getattr(KDConfig(), name) for name in swept})
         earlier = []
+        require_keys({"runs": [], **before}, self.folder / SWEEP_FILE, needs={"runs": list})
         for row in before.get("runs", []):
             require_keys(row, self.folder / SWEEP_FILE, needs={"name": str, "settings": dict})
             if row["name"] in names:
@@ -228,8 +234,8 @@ class Sweep:
                 )
             each = run_of(row["settings"], base, self.folder)
             run = self._run_of(each, silent)
-            run.require_goes_on(source)
-            if run.finished(source):
+            run.require_goes_on(source, weights=weights)
+            if not weights or run.finished(source):
                 earlier.append(each)
                 continue
             text = f"run {each.name} of {SWEEP_FILE} is not whole, or not as long: it is left out"
@@ -411,6 +417,13 @@ def require_batches(plan: dict[str, Any], runs: Sequence[GridRun]) -> None:
             f"{number_of(count, 'training example')} cannot fill one batch of {largest}: give "
             "more data or a smaller --batch-size"
         )
+
+
+def _source_of(
+    prompts: Sequence[str] | None, data: Sequence[Record] | None, valid: Sequence[Record]
+) -> list[Any]:
+    """What a single run puts into its identity; no run of a sweep sees the test data."""
+    return [list(prompts or []), list(data or []), *([list(valid), []] if valid else [])]
 
 
 def _digest(records: Sequence[Record]) -> str:
