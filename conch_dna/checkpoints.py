@@ -333,6 +333,17 @@ def folder_digests(path: Path) -> dict[str, str]:
     return digests
 
 
+def require_files(path: Path) -> None:
+    """Check that every file of a folder is there, without reading them; see `verify_folder`.
+
+    Raises:
+        NotWholeError: The digests cannot be read, or a file is missing; the message names them.
+    """
+    if missing := [name for name in folder_digests(path) if not (path / name).is_file()]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise NotWholeError(f"{path} is not whole: {', '.join(missing)} {verb} missing")
+
+
 def read_folder(path: Path) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:
     """Read back what `write_folder` wrote, verifying it first.
 

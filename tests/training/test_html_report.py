@@ -292,6 +292,36 @@ def test_runs_are_found_by_every_folder_above_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_what_cannot_be_seen_is_shown_as_an_escape(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "a", texts=("a\x1b[31m red \u202e gpj", "\x00\ttab \u2066", "größe 🦜")
+    )
+    page = page_of(run, output=tmp_path / "a.html")
+    assert r"a\x1b[31m red \u202e gpj" in page.text
+    assert "\\x00 tab \\u2066" in page.text and "größe 🦜" in page.text
+    assert not set("\x00\x1b\u202e\u2066") & set((tmp_path / "a.html").read_text())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_is_begun_again_is_said_to_be_unfinished(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "s" / "adapters_kd")
+    for state, said in (({"finished": False, "adapter": run.name}, 1), ({"finished": True}, 0)):
+        (run.parent / "run.json").write_text(json.dumps(state))
+        done = CliRunner().invoke(cli.main, ["report", str(run)])
+        assert done.stderr.count("warning: a run in") == said
+        page = (run.parent / "report.html").read_text()
+        assert page.count("is not finished: these figures are of the adapter") == said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_without_one_of_its_files_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "heldout.jsonl").unlink()
+    with pytest.raises(ConchError, match=r"is not whole: heldout\.jsonl is missing"):
+        write_report([run], tmp_path / "a.html")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_long_logs_and_texts_are_cut_and_say_so(tmp_path: Path) -> None:
     rows = [{"split": "train", "step": step, "loss": 1.0} for step in range(2000)]
     kept, every = thinned([*rows, {"split": "heldout", "step": 7, "loss": 2}], 1001)

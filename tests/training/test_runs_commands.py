@@ -13,6 +13,7 @@ from conch_dna.checkpoints import write_folder
 from conch_dna.cli import main
 from conch_dna.training.settings import KDConfig
 
+RESULT = "adapters_kd/kd_result.json"
 TEACHER, STUDENT = (
     "mlx-community/Qwen2.5-7B-Instruct-4bit",
     "mlx-community/Qwen2.5-3B-Instruct-4bit",
@@ -128,6 +129,41 @@ class TestRuns:
         assert "UNREADABLE" in result.stdout
         assert result.stderr.startswith(f"{tmp_path}/s is UNREADABLE: {tmp_path}/s/run.json")
 
+    def test_a_run_without_its_adapter_is_not_whole(self, tmp_path):
+        run = finished(tmp_path / "s")
+        documents = {
+            "kd_result.json": json.loads((run / RESULT).read_text()),
+            "evaluation.json": {},
+        }
+        write_folder(run / "adapters_kd", documents=documents)
+        assert "finished" in command("runs", tmp_path).stdout
+        (run / "adapters_kd" / "evaluation.json").unlink()
+        result = command("runs", tmp_path)
+        assert "NOT WHOLE" in result.stdout and "finished" not in result.stdout
+        assert result.stderr == (
+            f"{run} is NOT WHOLE: {run}/adapters_kd is not whole: evaluation.json is missing\n"
+        )
+        assert "is NOT WHOLE" in refused("compare", run, finished(tmp_path / "t"))
+
+    def test_the_runs_of_a_sweep_stand_with_their_domain(self, output):
+        sweep = output / "support-sweep"
+        for name in ("alpha-1", "alpha-0.5"):
+            finished(sweep / name / "support")
+        (sweep / "shared" / "support" / "answers").mkdir(parents=True)
+        (sweep / "sweep.json").write_text("{}")
+        command("runs", output, "--json", output / "r.json")
+        rows = [(row["domain"], row["run"]) for row in json.loads((output / "r.json").read_text())]
+        names = ["", "slow", "support-sweep/alpha-0.5", "support-sweep/alpha-1"]
+        assert rows == [
+            ("debug", ""),
+            ("memory", ""),
+            ("stories", ""),
+            *(("support", name) for name in names),
+            ("task", ""),
+        ]
+        assert command("runs", sweep).stdout.count("finished") == 2
+        assert max(map(len, command("runs", output).stdout.splitlines())) <= 80
+
     def test_a_folder_without_runs_is_refused(self, tmp_path):
         assert "holds no run: make one with" in refused("runs", tmp_path)
         assert "there is no folder" in refused("runs", tmp_path / "none")
@@ -149,8 +185,9 @@ class TestCompare:
             "KL after": [0.25, 0.6],
         }
         assert compared["warnings"] == [] and result.stderr == ""
-        assert "slow/support" in result.stdout
-        assert max(map(len, result.stdout.splitlines())) <= 80
+        runs, tables = result.stdout.splitlines()[:2], result.stdout.splitlines()[2:]
+        assert runs == [f"run 1: {one}", f"run 2: {other}"]
+        assert max(map(len, tables)) <= 80
 
     @pytest.mark.parametrize(
         ("metadata", "warning"),
@@ -168,6 +205,37 @@ class TestCompare:
         result = command("compare", *runs)
         assert result.exit_code == 0
         assert result.stderr.startswith(warning) and result.stderr.count("\n") == 1
+
+    def test_runs_judged_by_different_figures_are_said_to_be_such(self, tmp_path):
+        runs = [finished(tmp_path / "a"), finished(tmp_path / "b", kl=0.6)]
+        path = runs[1] / RESULT
+        result = json.loads(path.read_text())
+        result["evaluation"]["verdict"] |= {"figure": "cross_entropy", "difference": -0.7}
+        write_folder(runs[1] / "adapters_kd", documents={"kd_result.json": result})
+        done = command("compare", *runs, "--json", tmp_path / "c.json")
+        assert done.stderr.startswith(
+            "warning: the runs were judged by different figures (kl_nats, cross_entropy): their"
+        )
+        compared = json.loads((tmp_path / "c.json").read_text())["figures"]
+        assert compared["difference, of what judged it"] == [-0.25, -0.7]
+        assert compared["KL difference"] == [-0.25, pytest.approx(0.1)]
+        assert "difference" not in compared
+
+    def test_four_runs_with_long_names_stand_in_80_columns_whole(self, tmp_path):
+        runs = [
+            finished(tmp_path / f"temperature-{n}_learning-rate-0.0001" / "support", kl=n / 9)
+            for n in range(4)
+        ]
+        lines = command("compare", *runs).stdout.splitlines()
+        assert lines[:4] == [f"run {number}: {run}" for number, run in enumerate(runs, 1)]
+        assert max(map(len, lines[4:])) <= 80
+        heading = next(line for line in lines if line.startswith("┃"))
+        assert heading.replace("┃", " ").split() == ["run", "1", "run", "2", "run", "3", "run", "4"]
+
+    def test_a_folder_of_several_runs_is_not_one(self, output):
+        message = refused("compare", output, output / "support")
+        assert message.startswith(f"{output} holds 6 runs: give the folders of those that you mean")
+        assert f"{output}/runs/slow/support" in message
 
     def test_equal_runs(self, tmp_path):
         runs = [finished(tmp_path / part / "a") for part in ("x", "y")]

@@ -119,6 +119,9 @@ class TestGrid:
                 "seed has 2 values, and runs that differ in it are measured on other",
             ),
             ({"top_k": (8, 64)}, "top_k has 2 values, and .* by other figures"),
+            ({"lora_rank": (4, 8), "full": True}, "lora-rank changes nothing with --full"),
+            ({"temperature": (1, 2), "alpha": 0.0}, "temperature changes nothing with alpha 0"),
+            ({"steps_per_save": (1, 2)}, "steps_per_save has 2 values, and .* equal adapters"),
             ({"lora_keys": ["q", "v"]}, "lora_keys has 2 values, and only numbers and choices"),
             ({"alpha": (0.1, 0.2, 0.3), "lora_rank": (1, 2)}, "6 runs, more than --max-runs 5"),
         ],
@@ -126,6 +129,16 @@ class TestGrid:
     def test_what_cannot_be_swept_is_refused(self, values, message):
         with pytest.raises(ConchError, match=message):
             grid_runs("s", values, most=5)
+
+    def test_what_changes_nothing_in_a_run_is_none_of_its_settings(self):
+        _, runs = grid_runs("s", {"alpha": (0.0, 0.7), "temperature": (1.0, 4.0)}, most=3)
+        assert {run.name for run in runs} == {
+            "alpha-0",
+            "temperature-1_alpha-0.7",
+            "temperature-4_alpha-0.7",
+        }
+        by_kd = {"alpha": (0.0, 0.7), "temperature": (1.0, 4.0), "select_by": "kd"}
+        assert len(grid_runs("s", by_kd, most=4)[1]) == 4
 
     def test_numbers_and_choices_can_be_swept(self):
         assert {"temperature", "divergence", "learning_rate", "num_iters"} <= set(SWEEPABLE)
@@ -193,6 +206,11 @@ class TestFinished:
         assert "on 12 test examples the student is" in text
         unconfirmed = " ".join(choice_text({**document, "confirmed": []}))
         assert "--test-data FILE" in unconfirmed
+        alone = " ".join(choice_text({**document, "runs": document["runs"][:1]}))
+        assert "the one finished run is temperature" in alone
+        assert "optimistic" not in alone
+        rows = [document["runs"][0], {**document["runs"][1], "settings": {"lora_rank": 2}}]
+        assert sweep_table({**document, "runs": rows}).row_count == 3
 
     def test_the_picture_has_a_row_for_each_run(self, swept, tmp_path):
         sweep, document = swept
@@ -277,7 +295,7 @@ class TestAgain:
     def test_other_settings_for_the_same_run_are_refused(self, pair, tmp_path):
         made(pair, tmp_path, alpha=(0.5, 1.0)).run(prompts=PROMPTS)
         other = made(pair, tmp_path, alpha=(0.5, 1.0), learning_rate=1e-3)
-        with pytest.raises(ConchError, match=r"every run failed.*learning_rate: was 0.003"):
+        with pytest.raises(ConchError, match=r"was made with other settings: learning_rate: was"):
             other.run(prompts=PROMPTS, resume=True)
         document = other.run(prompts=PROMPTS, overwrite=True)
         assert len(document["runs"]) == 2
@@ -288,8 +306,42 @@ class TestAgain:
         assert [row["settings"]["learning_rate"] for row in document["runs"]] == [1e-3]
         assert list(document["failures"]) == ["learning_rate-1e+30"]
 
+    def test_nothing_of_a_finished_sweep_is_lost_by_another(self, pair, tmp_path):
+        sweep = made(pair, tmp_path, alpha=(0.5, 1.0))
+        sweep.run(prompts=PROMPTS)
+        kept = (sweep.folder / "sweep.json").read_text()
+        others: list[tuple[dict[str, Any], str]] = [
+            ({"alpha": (0.5, 0.7), "num_iters": 2}, "has taken 4 steps already|no checkpoint"),
+            ({"alpha": (0.7, 0.9), "learning_rate": 1e-3}, "learning_rate: was 0.003, now 0.001"),
+            ({"temperature": (1.0, 4.0)}, "a sweep of --alpha, and this one is of --temperature"),
+        ]
+        for changes, message in others:
+            with pytest.raises(ConchError, match=message):
+                made(pair, tmp_path, **changes).run(prompts=PROMPTS, resume=True)
+            assert (sweep.folder / "sweep.json").read_text() == kept
+        said: list[str] = []
+        more = made(pair, tmp_path, alpha=(0.7, 1.0))
+        more.report = lambda event, row: said.append(row.get("message", ""))
+        document = more.run(prompts=PROMPTS, resume=True)
+        assert {row["name"] for row in document["runs"]} == {"alpha-0.5", "alpha-0.7", "alpha-1"}
+        assert [text for text in said if "finished" in text] == ["2 runs already finished"]
+
 
 class TestRefused:
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_refused_sweep_leaves_nothing_in_the_way(self, overwrite, pair, tmp_path):
+        records = [{"text": f"{prompt} ran."} for prompt in PROMPTS]
+        sweep = made(pair, tmp_path, alpha=(0.5, 1.0))
+        (sweep.folder / "alpha-9" / "s").mkdir(parents=True)
+        (sweep.folder / "alpha-9" / "s" / "run.json").write_text("{}")
+        if not overwrite:
+            (sweep.folder / "alpha-9" / "s" / "run.json").unlink()
+        with pytest.raises(ConchError, match="test examples are among the others too"):
+            sweep.run(data=records, test_data=records[:2], overwrite=overwrite)
+        assert not (sweep.folder / "sweep.json").exists()
+        assert (sweep.folder / "alpha-9" / "s" / "run.json").exists() == overwrite
+        sweep.require_possible(data=records, test_data=TEST, begins=not overwrite)
+
     def test_test_data_that_are_learned_from(self, pair, tmp_path):
         records = [{"text": f"{prompt} ran."} for prompt in PROMPTS]
         with pytest.raises(ConchError, match="2 of 3 test examples are among the others too"):
@@ -359,6 +411,25 @@ class TestCommand:
         done = CliRunner().invoke(main, options)
         assert done.exit_code == 0, done.stderr
         assert "2 runs" in done.stderr
+
+    def test_a_dry_run_refuses_what_the_run_would(self, pair, tmp_path):
+        texts = [{"text": f"{prompt} ran away."} for prompt in PROMPTS]
+        for name, part in {"d": texts, "t": texts[:2]}.items():
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+        options = self.options(pair, tmp_path, "--alpha", "0.5,1", "--dry-run")
+        at = options.index("--prompts")
+        options[at : at + 2] = ["--data", str(tmp_path / "d.jsonl")]
+        refusals = {
+            "2 of 2 test examples are among": ["--test-data", str(tmp_path / "t.jsonl")],
+            "18 training examples cannot fill one batch of 30": ["--batch-size", "2,30"],
+        }
+        for message, more in refusals.items():
+            done = CliRunner().invoke(main, [*options, *more])
+            assert done.exit_code == 2, done.output
+            assert message in done.stderr
+        (tmp_path / "s-sweep").mkdir()
+        (tmp_path / "s-sweep" / "sweep.json").write_text('{"runs": []}')
+        assert "holds a sweep" in CliRunner().invoke(main, options).stderr
 
     @pytest.mark.parametrize(
         ("more", "message"),

@@ -57,11 +57,13 @@ def compare(folders: tuple[str, ...], json_file: str | None) -> None:
     from conch_dna.checkpoints import write_json
     from conch_dna.presentation import print_tables
     from conch_dna.training.runs.comparing import compare_runs, comparison_tables
-    from conch_dna.training.runs.listing import describe_run, find_runs
+    from conch_dna.training.runs.listing import describe_run, find_run
 
-    paths = [path for folder in folders for path in find_runs(Path(folder).expanduser())]
+    paths = [find_run(Path(folder).expanduser()) for folder in folders]
     compared = compare_runs([describe_run(path) for path in paths])
     if tables := comparison_tables(compared):
+        for number, path in enumerate(compared["runs"], 1):
+            click.echo(f"run {number}: {path}")
         print_tables(*tables)
     else:
         click.echo("neither settings nor figures differ")

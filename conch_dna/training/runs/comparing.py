@@ -57,7 +57,9 @@ def compare_runs(rows: Sequence[Row]) -> dict[str, Any]:
 
     Returns:
         `runs`, their paths; `settings` and `figures`, by name the values in the order of the runs,
-        where they differ; `warnings`, why figures do not mean the same.
+        where they differ; `warnings`, why figures do not mean the same. Where the runs were judged
+        by different figures, the names of their differences and intervals say so, and the change
+        of KL of each stands beside them.
 
     Raises:
         ConchError: There are fewer than two, or one is not finished.
@@ -71,12 +73,21 @@ def compare_runs(rows: Sequence[Row]) -> dict[str, Any]:
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name) for each in settings] for name in names}
     figures = {name: [take(row) for row in rows] for name, take in FIGURES.items()}
+    if _differ(figures["judged by"]):
+        own = {name: f"{name}, of what judged it" for name in ("difference", "interval")}
+        figures = {own.get(name, name): each for name, each in figures.items()}
+        figures["KL difference"] = [_change(row, "kl_nats") for row in rows]
     return {
         "runs": [row["path"] for row in rows],
         "settings": {name: each for name, each in values.items() if _differ(each)},
         "figures": {name: each for name, each in figures.items() if _differ(each)},
         "warnings": _warnings(rows, values),
     }
+
+
+def _change(row: Row, name: str) -> float | None:
+    before, after = (figure(row, moment, name) for moment in ("before", "after"))
+    return None if before is None or after is None else after - before
 
 
 def _because(row: Row) -> str:
@@ -100,6 +111,12 @@ def _warnings(rows: Sequence[Row], settings: dict[str, list[Any]]) -> list[str]:
     digests = [_metadata("heldout_digest")(row) for row in rows]
     teachers = [_metadata("teacher_digest")(row) for row in rows]
     warnings = []
+    if _differ(judges := [_verdict("figure")(row) for row in rows]):
+        warnings.append(
+            f"the runs were judged by different figures ({', '.join(map(str, judges))}): their "
+            "verdicts, differences and intervals cannot be compared; KL difference and "
+            "cross-entropy can"
+        )
     if None in digests:
         warnings.append(
             "what was held out is not recorded of every run: whether their figures are of the same "
@@ -122,31 +139,22 @@ def _warnings(rows: Sequence[Row], settings: dict[str, list[Any]]) -> list[str]:
 
 
 def comparison_tables(compared: dict[str, Any]) -> list["Table"]:
-    """What `compare_runs` found, for people.
+    """What `compare_runs` found, for people; the runs are numbered in its order.
 
     Args:
         compared: Its result.
     """
-    labels = _labels(compared["runs"])
+    # Names of folders would break inside of words, or leave the values no room.
+    numbers = [f"run {number}" for number in range(1, len(compared["runs"]) + 1)]
     return [
         text_table(
             title,
-            ("", *labels),
+            ("", *numbers),
             [(name, *map(_cell, values)) for name, values in compared[part].items()],
         )
         for part, title in (("settings", "settings that differ"), ("figures", "figures"))
         if compared[part]
     ]
-
-
-def _labels(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths by which they can be told apart; numbered where they are equal."""
-    parts = [path.rstrip("/").split("/") for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-length:]) for each in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{label} ({number})" for number, label in enumerate(labels, 1)]
 
 
 def _cell(value: Any) -> str:

@@ -146,19 +146,11 @@ class DomainRun:
         """
         require_trainable(self.student, self.config)
         remove_unfinished(self.folder)
-        config = {k: v for k, v in self.config.to_json().items() if k not in NOT_IDENTITY}
-        identity = {
-            "teacher": self.teacher.model_id,
-            "student": self.student.model_id,
-            "teacher_weights": self.teacher.weights_digest,
-            "student_weights": self.student.weights_digest,
-            "data": content_digest(json.dumps(source))[:16],
-            **config,
-        }
+        identity = self.identity(source)
         subdir = self.config.adapter_subdir
         run = earlier_run(self.folder, subdir, identity, resume=resume, overwrite=overwrite)
         same_length = run and run["identity"].get("num_iters") == self.config.num_iters
-        if run and resume and run["finished"] and same_length and (result := self._read_result()):
+        if run and resume and run["finished"] and same_length and (result := self.read_result()):
             self.report("message", {"message": f"{self.domain} is already finished"})
             return result
         if not resume:
@@ -174,6 +166,31 @@ class DomainRun:
         self._resume = resume
         return None
 
+    def identity(self, source: object) -> dict[str, Any]:
+        """What must not have changed when the run goes on; see `begin`."""
+        config = {k: v for k, v in self.config.to_json().items() if k not in NOT_IDENTITY}
+        return {
+            "teacher": self.teacher.model_id,
+            "student": self.student.model_id,
+            "teacher_weights": self.teacher.weights_digest,
+            "student_weights": self.student.weights_digest,
+            "data": content_digest(json.dumps(source))[:16],
+            **config,
+        }
+
+    def finished(self, source: object) -> KDResult | None:
+        """The result, where the same run is finished and its adapter is whole."""
+        with suppress(NotWholeError):
+            run = read_json(self.folder / RUN_FILE, needs={"identity": dict, "finished": bool})
+            if run["finished"] and run["identity"] == self.identity(source):
+                return self.read_result()
+        return None
+
+    def require_goes_on(self, source: object) -> None:
+        """Refuse as `begin` does to go on with what lies in the folder; changes nothing."""
+        subdir = self.config.adapter_subdir
+        earlier_run(self.folder, subdir, self.identity(source), resume=True, overwrite=False)
+
     @contextmanager
     def failure_recorded(self) -> Iterator[None]:
         """Writes down why a run that has begun ended without a result; Ctrl-C is no failure."""
@@ -187,7 +204,8 @@ class DomainRun:
                     write_json(self.folder / RUN_FILE, {**self._record, **failed})
             raise
 
-    def _read_result(self) -> KDResult | None:
+    def read_result(self) -> KDResult | None:
+        """The result of a finished run; None where there is none, or its adapter is not whole."""
         try:
             verify_folder(self.adapter_path)
             return KDResult(**read_json(self.adapter_path / RESULT_FILE, needs={"domain": str}))

@@ -6,7 +6,7 @@ model. To show another part: a key of `_run_parts` or `_page`, and its place in 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from conch_dna.checkpoints import (
     parse_json,
     read_json,
     read_text,
+    require_files,
     require_keys,
     write_atomically,
 )
@@ -33,6 +34,7 @@ from conch_dna.training.runs.report import (
     read_samples,
     verdict_text,
 )
+from conch_dna.training.runs.run_file import RUN_FILE
 from conch_dna.training.settings import KDConfig, KDResult
 
 RESULT, LOG, SAMPLES, HELDOUT = "kd_result.json", "training_log.json", "samples.md", "heldout.jsonl"
@@ -45,6 +47,12 @@ MOST_LETTERS = 4000
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/", "*/*/*/*/")
 
 
+# Control characters but tab and line feed, what breaks lines or turns text, lone surrogates.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
     """What is read of one run.
@@ -55,6 +63,7 @@ class FinishedRun:
         history: The trainer's rows.
         samples: The text of samples.md.
         heldout: The digest of what it was judged by.
+        unfinished: That a later run in its place has no result yet, in a sentence.
     """
 
     folder: Path
@@ -62,6 +71,7 @@ class FinishedRun:
     history: list[dict[str, Any]]
     samples: str
     heldout: str
+    unfinished: str = ""
 
     @property
     def verdict(self) -> dict[str, Any] | None:
@@ -97,6 +107,7 @@ def read_run(folder: Path) -> FinishedRun:
         NotWholeError: A file is missing, altered, or has another form.
     """
     digests = folder_digests(folder)
+    require_files(folder)
     for name in (RESULT, LOG, SAMPLES):
         try:
             if file_digest(folder / name) != digests.get(name):
@@ -112,7 +123,20 @@ def read_run(folder: Path) -> FinishedRun:
     samples = read_text(folder / SAMPLES)
     with _as_written(folder):
         found = KDResult(**result)
-        return FinishedRun(folder, found, history, samples, digests.get(HELDOUT, ""))
+        heldout = digests.get(HELDOUT, "")
+        return FinishedRun(folder, found, history, samples, heldout, _unfinished(folder))
+
+
+def _unfinished(adapter: Path) -> str:
+    """That another run was begun where an adapter lies, in a sentence; empty where none was."""
+    with suppress(NotWholeError):
+        run = read_json(adapter.parent / RUN_FILE, needs={"finished": bool})
+        if not run["finished"] and run.get("adapter", adapter.name) == adapter.name:
+            return (
+                f"a run in {adapter.parent} is not finished: these figures are of the adapter "
+                "that lies there, which may be of an earlier run"
+            )
+    return ""
 
 
 @contextmanager
@@ -161,7 +185,10 @@ def write_report(folders: Sequence[Path], output: Path) -> list[FinishedRun]:
 
 
 def html_page(runs: Sequence[FinishedRun]) -> str:
-    """The page as text: no scripts, no addresses, every text of a run escaped."""
+    """The page as text: no scripts, no addresses, every text of a run escaped.
+
+    Control characters, and those that turn the direction of text, are shown as escapes.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -173,7 +200,8 @@ def html_page(runs: Sequence[FinishedRun]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup
-    return environment.get_template(TEMPLATE).render(_page(runs))
+    page = environment.get_template(TEMPLATE).render(_page(runs))
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], page)
 
 
 def _page(runs: Sequence[FinishedRun]) -> dict[str, Any]:
@@ -208,6 +236,7 @@ def _run_parts(run: FinishedRun, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "folder": str(run.folder),
+        "unfinished": run.unfinished,
         "judged": [_judged(each, evaluated) for each, evaluated in sets_of(run).items()],
         "advice": _advice(result) if unsure else "",
         "facts": {key: _shown(value) for key, value in _facts(result).items()},

@@ -11,7 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.checkpoints import folder_digests, numbered_folders, read_json, require_keys
+from conch_dna.checkpoints import (
+    folder_digests,
+    numbered_folders,
+    read_json,
+    require_files,
+    require_keys,
+)
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import text_table
@@ -21,17 +27,21 @@ from conch_dna.training.settings import CHECKPOINT_PREFIX, RUNS, KDConfig, is_fo
 if TYPE_CHECKING:
     from rich.table import Table
 
-RESULT_FILE = "kd_result.json"
-FINISHED, UNFINISHED, RUNNING, FAILED, UNREADABLE = (
-    *("finished", "unfinished", "running", "FAILED", "UNREADABLE"),
-)
+RESULT_FILE, SWEEP_FILE = "kd_result.json", "sweep.json"
+# Of the runs that a message names.
+MOST_NAMED = 8
+FINISHED, UNFINISHED, RUNNING = "finished", "unfinished", "running"
+FAILED, UNREADABLE, NOT_WHOLE = "FAILED", "UNREADABLE", "NOT WHOLE"
 
 
 def find_runs(folder: Path) -> list[Path]:
     """The folders of runs in an output folder, or the folder itself where it is one.
 
     Args:
-        folder: As `distill --output-dir` had it, or of a single run.
+        folder: As `distill --output-dir` had it, of a sweep, or of a single run.
+
+    Returns:
+        Their paths, by domain and then by the run's name, those without one first.
 
     Raises:
         ConchError: It is no folder, or holds no run.
@@ -41,12 +51,40 @@ def find_runs(folder: Path) -> list[Path]:
     if _is_run(folder):
         return [folder]
     found = [*folder.glob("*/"), *folder.glob(f"{RUNS}/*/*/")]
-    if runs := sorted(path for path in found if _is_run(path)):
-        return runs
+    for sweep in (folder / SWEEP_FILE, *folder.glob(f"*/{SWEEP_FILE}")):
+        found += sweep.parent.glob("*/*/") if sweep.exists() else []
+    runs = {path for path in found if _is_run(path)}
+    if runs:
+        return sorted(runs, key=lambda path: (path.name, _run_name(path)))
     raise ConchError(
         f"{folder} holds no run: make one with 'conch-dna distill --domain thinking', or give "
         "another folder"
     )
+
+
+def find_run(folder: Path) -> Path:
+    """The one run of a folder.
+
+    Raises:
+        ConchError: As `find_runs`, or there are several; names them.
+    """
+    first, *others = found = find_runs(folder)
+    if not others:
+        return first
+    names = [str(path) for path in found[:MOST_NAMED]]
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    raise ConchError(
+        f"{folder} holds {len(found)} runs: give the folders of those that you mean, of "
+        f"{', '.join(names)}{more}"
+    )
+
+
+def _run_name(folder: Path) -> str:
+    """What tells a run from others of its domain; of a sweep's run with the sweep's folder."""
+    above = folder.parent.parent
+    if (above / SWEEP_FILE).exists():
+        return f"{above.name}/{folder.parent.name}"
+    return folder.parent.name if above.name == RUNS else ""
 
 
 def _is_run(folder: Path) -> bool:
@@ -63,20 +101,20 @@ def describe_run(folder: Path) -> dict[str, Any]:
         folder: Of the run, or of the adapter in it.
 
     Returns:
-        `path`, `domain`, `run` (empty for one without a name), `state` (one of the words of this
-        module), `reason` for FAILED and UNREADABLE; `teacher`, `student`, `steps` taken and
-        `planned`; and of a finished run `result`, the content of kd_result.json. What is not known
-        is None.
+        `path`, `domain`, `run` (empty for one without a name; of a sweep's run also the sweep's
+        folder), `state` (one of the words of this module), `reason` for those in capitals;
+        `teacher`, `student`, `steps` taken and `planned`; and of a finished run `result`, the
+        content of kd_result.json. What is not known is None.
     """
     document: dict[str, Any] = {
         "path": str(folder),
         "domain": folder.name,
-        "run": folder.parent.name if folder.parent.parent.name == RUNS else "",
+        "run": _run_name(folder),
         **dict.fromkeys(("reason", "teacher", "student", "steps", "planned", "result")),
     }
     try:
         if (folder / RESULT_FILE).is_file():
-            return {**document, **_of_result(folder), "state": FINISHED}
+            return _merged(document, _of_result(folder))
         run = read_json(folder / RUN_FILE, needs={"identity": dict, "finished": bool})
         named = {"teacher": str, "student": str, "num_iters": int}
         require_keys(run["identity"], folder / RUN_FILE, needs=named)
@@ -88,13 +126,17 @@ def describe_run(folder: Path) -> dict[str, Any]:
             subdir = run.get("adapter", KDConfig.adapter_subdir)
             if not is_folder_name(subdir):
                 raise NotWholeError(f"{folder / RUN_FILE} names {subdir!r} as the adapter's folder")
-            return {**document, **_of_result(folder / subdir), "state": FINISHED}
+            return _merged(document, _of_result(folder / subdir))
     except (ConchError, OSError) as error:
         return {**document, "state": UNREADABLE, "reason": str(error)}
     if _in_use(folder):
         return {**document, "state": RUNNING}
     failed = run.get("failed")
     return {**document, "state": FAILED if failed else UNFINISHED, "reason": failed}
+
+
+def _merged(document: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    return {**document, **found, "run": document["run"] or found["run"]}
 
 
 def _of_result(adapter: Path) -> dict[str, Any]:
@@ -108,15 +150,20 @@ def _of_result(adapter: Path) -> dict[str, Any]:
     require_keys(result["evaluation"]["verdict"], path, needs={"verdict": str})
     # Whether a file was altered is not looked at here, but whether the folder knows its files.
     folder_digests(adapter)
+    whole: dict[str, Any] = {"state": FINISHED, "result": result}
+    try:
+        require_files(adapter)
+    except NotWholeError as error:
+        whole = {"state": NOT_WHOLE, "reason": str(error)}
     steps = metadata["config"]["num_iters"]
     return {
+        **whole,
         "domain": result["domain"],
         "run": str(metadata["config"].get("run", "")),
         "teacher": metadata["teacher"],
         "student": metadata["student"],
         "steps": steps,
         "planned": steps,
-        "result": result,
     }
 
 

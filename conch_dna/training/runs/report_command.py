@@ -44,6 +44,8 @@ def report(folders: tuple[str, ...], output: str | None) -> None:
     runs = write_report(paths, path)
     console = Console(highlight=False)
     for run in runs:
+        if run.unfinished:
+            click.echo(f"warning: {run.unfinished}", err=True)
         for title, judged in sets_of(run).items():
             word, sentence = headline(judged)
             console.print(

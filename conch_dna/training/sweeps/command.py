@@ -96,9 +96,14 @@ def sweep(
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
-    from conch_dna.training.adapters import require_trainable
+    from conch_dna.training.runs.listing import SWEEP_FILE
     from conch_dna.training.sweeps.report import choice_text, sweep_table
-    from conch_dna.training.sweeps.sweep import PICTURE_FILE, SWEEP_FILE, Sweep, plan_sweep
+    from conch_dna.training.sweeps.sweep import (
+        PICTURE_FILE,
+        Sweep,
+        plan_sweep,
+        require_batches,
+    )
     from conch_dna.training.true_kd import plan_domain
 
     teacher, student = (
@@ -111,11 +116,13 @@ def sweep(
     )
     longest = max((each.config for each in runs), key=lambda config: config.num_iters)
     plan = plan_domain(teacher, student, longest, name, **source)
+    require_batches(plan, runs)
     planned = plan_sweep((teacher, student), runs, name, plan["workload"])
     click.echo(_plan_text(planned), err=True)
     if dry_run:
-        for each in runs:
-            require_trainable(student, each.config, weights=False)
+        judged = {name: source[name] for name in source if name != "prompts"}
+        work = Sweep(teacher, student, shared, runs, name)
+        work.require_possible(**judged, begins=not resume and not overwrite, weights=False)
         _print_plan(plan, runs)
         return
     with Progress() as progress:

@@ -6,7 +6,7 @@ it out of FIXED, if runs that differ in it are measured on the same examples by 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from conch_dna.training.settings import KDConfig
 SHARED = "shared"
 _OTHER_DATA = "runs that differ in it are measured on other examples"
 _OTHER_FIGURE = "runs that differ in it are measured by other figures"
+_NOTHING = "runs that differ in it train equal adapters"
 FIXED = {
+    "steps_per_report": _NOTHING,
+    "steps_per_save": _NOTHING,
     "top_k": _OTHER_FIGURE,
     "alignment": _OTHER_FIGURE,
     "seed": _OTHER_DATA,
@@ -39,13 +42,17 @@ SWEEPABLE = tuple(
 )
 
 
+_OF_LORA = ("lora_rank", "lora_scale", "lora_dropout", "lora_layers")
+_OF_KD = ("temperature", "divergence", "soft_weight", "chunk_weight", "chunk_scale")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridRun:
     """One run of a sweep.
 
     Attributes:
         name: Of its folder, made of the values that it does not share with all others.
-        settings: Those values, by field.
+        settings: Those values, by field, without those that change nothing in this run.
         config: All of its settings.
     """
 
@@ -74,9 +81,22 @@ def sweep_folder(domain: str, config: KDConfig) -> Path:
 
 def run_of(settings: Mapping[str, Any], base: KDConfig, folder: Path) -> GridRun:
     """The run with these settings in a sweep's folder; each run has an output folder of its own."""
-    name = "_".join(f"{field}-{value_text(value)}" for field, value in settings.items())
+    name = "_".join(f"{each}-{value_text(value)}" for each, value in settings.items())
     config = replace(base, **settings, output_dir=str(folder / name))
     return GridRun(name=name, settings=dict(settings), config=config)
+
+
+def idle_settings(config: KDConfig) -> dict[str, str]:
+    """The fields that change nothing in a run of these settings, each with what makes it so.
+
+    >>> idle_settings(KDConfig(chunk_weight=0.0))
+    {'chunk_scale': 'chunk-weight 0'}
+    """
+    idle = {} if config.chunk_weight else {"chunk_scale": "chunk-weight 0"}
+    # The KD loss may still choose the step that is kept.
+    if not config.alpha and config.select_by != "kd":
+        idle |= dict.fromkeys(_OF_KD, "alpha 0")
+    return idle | (dict.fromkeys(_OF_LORA, "--full") if config.full else {})
 
 
 def grid_runs(
@@ -91,11 +111,11 @@ def grid_runs(
 
     Returns:
         The first run's settings with the folder of the shared caches as their output folder, and
-        the runs.
+        the runs; combinations that differ only in what changes nothing are one run.
 
     Raises:
-        ConchError: Nothing is swept, a field cannot be, a value stands twice or is out of its
-            range, or there are more runs than that.
+        ConchError: Nothing is swept, a field cannot be or changes nothing in any run, a value
+            stands twice or is out of its range, or there are more runs than that.
     """
     many = {name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)}
     swept = {each.name: many[each.name] for each in fields(KDConfig) if each.name in many}
@@ -108,18 +128,34 @@ def grid_runs(
         raise ConchError(
             "nothing is swept: give some option several values, such as --temperature 1,2,4"
         )
-    if (count := prod(len(v) for v in swept.values())) > most:
+    base = KDConfig(**single)
+    folder = sweep_folder(domain, base)
+    count = prod(len(v) for v in swept.values())
+    # Only as many as it takes to know how many are left.
+    combinations = (
+        dict(zip(swept, v, strict=True)) for v in islice(product(*swept.values()), 100 * most)
+    )
+    by_name = {run.name: run for run in (_effective(each, base, folder) for each in combinations)}
+    if (count := len(by_name) if count <= 100 * most else count) > most:
         raise ConchError(
             f"the values make {count} runs, more than --max-runs {most}: give fewer values, or a "
             "higher --max-runs"
         )
-    base = KDConfig(**single)
-    folder = sweep_folder(domain, base)
-    runs = [
-        run_of(dict(zip(swept, combination, strict=True)), base, folder)
-        for combination in product(*swept.values())
-    ]
+    used = {name for run in by_name.values() for name in run.settings}
+    if without := [name for name in swept if name not in used]:
+        why = idle_settings(replace(base, **{name: v[0] for name, v in swept.items()}))
+        raise ConchError(
+            f"{without[0].replace('_', '-')} changes nothing with {why[without[0]]}: its runs "
+            "would be equal; give it one value"
+        )
+    runs = list(by_name.values())
     return replace(runs[0].config, output_dir=str(folder / SHARED)), runs
+
+
+def _effective(settings: Mapping[str, Any], base: KDConfig, folder: Path) -> GridRun:
+    """The run of a combination of values, named by those that change something in it."""
+    idle = idle_settings(replace(base, **settings))
+    return run_of({name: v for name, v in settings.items() if name not in idle}, base, folder)
 
 
 def _problem(name: str, values: Sequence[Any]) -> str | None:

@@ -36,7 +36,8 @@ def sweep_table(document: dict[str, Any]) -> "Table":
     """
     figures = dict.fromkeys([document["figure"], "cross_entropy"])
     runs = document["runs"]
-    swept = list(runs[0]["settings"])
+    # What changes nothing in a run is none of its settings.
+    swept = list(dict.fromkeys(name for run in runs for name in run["settings"]))
     names = [name.replace("_", "-") for name in swept]
     names += [_SHORT[name] for name in figures] + ["step", "above best", "95% interval"]
     before = [f"{document['before'][name]:.4f}" for name in figures]
@@ -44,7 +45,7 @@ def sweep_table(document: dict[str, Any]) -> "Table":
     for number, run in enumerate(runs):
         rows.append(
             [
-                *(value_text(run["settings"][name]) for name in swept),
+                *(value_text(run["settings"].get(name, "–")) for name in swept),
                 *(f"{run['after'][name]:.4f}" for name in figures),
                 str(run["best_step"]),
                 *(_distance(run["against_best"]) if number else ("the best", "")),
@@ -73,7 +74,8 @@ def choice_text(document: dict[str, Any]) -> list[str]:
     domain, best, count = document["domain"], document["runs"][0], len(document["runs"])
     found = {"before": document["before"], **best}
     lines = [
-        f"{domain}: the best of {count} is {settings_text(best['settings'])}",
+        f"{domain}: {f'the best of {count}' if count > 1 else 'the one finished run'} is "
+        f"{settings_text(best['settings'])}",
         f"on held-out examples {verdict_text(found)}",
     ]
     near = sum(run["against_best"]["verdict"] != WORSE for run in document["runs"][1:])
@@ -83,10 +85,13 @@ def choice_text(document: dict[str, Any]) -> list[str]:
     optimistic = (
         f"the best of {count} on the examples that chose it is optimistic: each run's figure has "
         "its luck, and the luckiest is taken"
+        if count > 1
+        else "one run alone was not compared with others"
     )
     confirmed = [done for done in document["confirmed"] if done["run"] == best["name"]]
     if not confirmed:
-        return [*lines, f"{optimistic}; --test-data FILE measures it once on examples that did not"]
+        ask = "--test-data FILE measures it once on examples that chose nothing"
+        return [*lines, f"{optimistic}; {ask}"]
     done = confirmed[-1]
     lines.append(f"{optimistic}; on {done['examples']} test examples {verdict_text(done)}")
     earlier = {

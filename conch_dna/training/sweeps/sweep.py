@@ -5,8 +5,9 @@ Knows when the teacher goes, which runs are finished, and how runs are compared;
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from conch_dna.checkpoints import (
     provenance,
     read_json,
     remove_folder,
+    require_keys,
     write_atomically,
     write_json,
 )
-from conch_dna.errors import ConchError, Interrupted, NotWholeError
+from conch_dna.errors import ConchError, Interrupted, NotWholeError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import COMPARABLE, verdict
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.cross_tokenizer.alignments import INDEX
+from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record, json_lines, numbered
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.evaluation import HeldoutFigures, figures_on
@@ -39,12 +42,12 @@ from conch_dna.training.runs.domain_run import (
     RUN_FILE,
     DomainRun,
 )
+from conch_dna.training.runs.listing import SWEEP_FILE
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import KDConfig, KDResult, get_kd_adapter_path, validate_domain
-from conch_dna.training.sweeps.grid import GridRun, settings_text
+from conch_dna.training.sweeps.grid import GridRun, idle_settings, run_of, settings_text
 from conch_dna.training.sweeps.report import draw_sweep
 
-SWEEP_FILE = "sweep.json"
 PICTURE_FILE = "sweep.png"
 
 
@@ -107,15 +110,22 @@ class Sweep:
             Interrupted: Ctrl-C in training; its state was saved.
         """
         validate_domain(self.domain, with_own_data=prompts is not None or data is not None)
+        # As a single run puts it; no run sees the test data.
+        source = [list(prompts or []), list(data or [])]
+        source += [list(valid_data), []] if valid_data else []
         with FolderLock(self.folder):
-            begun = self._begin(resume=resume, overwrite=overwrite)
+            before = self.require_possible(
+                data=data,
+                valid_data=valid_data,
+                test_data=test_data,
+                begins=not resume and not overwrite,
+            )
+            earlier = self._earlier(before, source) if resume else []
+            begun = _day_of(before)
+            write_json(self.folder / SWEEP_FILE, {**before, "begun": begun})
             shared = DomainRun(
                 self.teacher, self.student, self.shared, self.domain, self.report, begun=begun
             )
-            self._require_effect(shared.examples.alignment)
-            for number, each in enumerate(self.runs):
-                # The weights are the same for all.
-                require_trainable(self.student, each.config, weights=number == 0)
             records = shared.generate(prompts) if data is None else list(data)
             configs = [each.config for each in self.runs]
             run_data = shared.prepare(records, valid=valid_data, shared_by=configs)
@@ -123,10 +133,12 @@ class Sweep:
                 self.report("message", {"message": f"warning: {warning}"})
             tested = self._tested(shared, run_data, test_data)
             self.teacher.release()
-            # As a single run puts it; no run sees the test data.
-            source = [list(prompts or []), list(data or [])]
-            source += [list(valid_data), []] if valid_data else []
-            results, failures = self._train(source, records, run_data)
+            if overwrite:
+                # Not before it is clear that others can take their place.
+                for run in self.folder.glob(f"*/{self.domain}/{RUN_FILE}"):
+                    remove_folder(run.parent.parent)
+                write_json(self.folder / SWEEP_FILE, {"begun": begun})
+            results, failures = self._train(source, run_data, earlier)
             if not results:
                 raise ConchError(f"every run failed; {self.runs[0].name}: {failures.popitem()[1]}")
             document = {
@@ -135,7 +147,7 @@ class Sweep:
                 "student": self.student.model_id,
                 "begun": begun,
                 "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
-                **self._comparison(results),
+                **self._comparison(results, [*self.runs, *earlier]),
                 "failures": failures,
                 **provenance(),
             }
@@ -147,30 +159,91 @@ class Sweep:
             write_json(self.folder / SWEEP_FILE, document)
             return document
 
-    def _begin(self, *, resume: bool, overwrite: bool) -> str:
-        """The day on which the sweep began, once it is clear that it may go on."""
-        path = self.folder / SWEEP_FILE
-        if path.exists() and not (resume or overwrite):
+    def require_possible(
+        self,
+        *,
+        data: Sequence[Record] | None = None,
+        valid_data: Sequence[Record] = (),
+        test_data: Sequence[Record] = (),
+        begins: bool,
+        weights: bool = True,
+    ) -> dict[str, Any]:
+        """Refuse what can be known to be of no use before anything is written.
+
+        Args:
+            data: As `run` has it.
+            valid_data: As `run` has it.
+            test_data: As `run` has it.
+            begins: The sweep is neither to be resumed nor to be overwritten.
+            weights: Whether the student's weights must be there.
+
+        Returns:
+            What sweep.json holds of before; empty where there is none that can be read.
+
+        Raises:
+            ConchError: A sweep lies in the folder, a run cannot be made so or would be equal to
+                another, or a test example is among the others.
+        """
+        before: dict[str, Any] = {}
+        with suppress(NotWholeError):
+            before = read_json(self.folder / SWEEP_FILE, needs={})
+        trained = any(self.folder.glob(f"*/{self.domain}/{RUN_FILE}"))
+        if begins and (trained or "runs" in before):
             raise ConchError(
                 f"{self.folder} holds a sweep: add --resume to go on with it or to add runs, "
                 "--overwrite to train all again, or choose another --output-dir"
             )
-        if overwrite:
-            for run in self.folder.glob(f"*/{self.domain}/{RUN_FILE}"):
-                remove_folder(run.parent.parent)
-        begun = date.today().isoformat()
-        before: dict[str, Any] = {}
-        with suppress(NotWholeError, ValueError):
-            before = read_json(path, needs={"begun": str})
-            begun = date.fromisoformat(before["begun"]).isoformat()
-        write_json(path, {**({} if overwrite else before), "begun": begun})
-        return begun
+        for number, each in enumerate(self.runs):
+            # The weights are the same for all.
+            require_trainable(self.student, each.config, weights=weights and number == 0)
+        examples = Examples(self.teacher, self.student, self.shared)
+        self._require_effect(examples.alignment)
+        if test_data and (others := [*(data or []), *valid_data]):
+            known = {each.digest for each in examples.make(others)[1]}
+            _require_unseen(_test_examples(examples, test_data), known)
+        return before
+
+    def _earlier(self, before: dict[str, Any], source: object) -> list[GridRun]:
+        """The finished runs of sweep.json that are not among those to train.
+
+        Raises:
+            ConchError: These or those were made with other settings.
+        """
+        for each in self.runs:
+            self._run_of(each, silent).require_goes_on(source)
+        names = {each.name for each in self.runs}
+        swept = {name for each in self.runs for name in each.settings}
+        base = replace(self.shared, **{name: getattr(KDConfig(), name) for name in swept})
+        earlier = []
+        for row in before.get("runs", []):
+            require_keys(row, self.folder / SWEEP_FILE, needs={"name": str, "settings": dict})
+            if row["name"] in names:
+                continue
+            settings = set(row["settings"])
+            config = replace(base, **{n: v for n, v in row["settings"].items() if n in swept})
+            if not (settings <= swept <= settings | set(idle_settings(config))):
+                raise ConchError(
+                    f"{self.folder} holds a sweep of {_options(settings)}, and this one is of "
+                    f"{_options(swept)}: sweep the same options, or choose another --output-dir"
+                )
+            each = run_of(row["settings"], base, self.folder)
+            run = self._run_of(each, silent)
+            run.require_goes_on(source)
+            if run.finished(source):
+                earlier.append(each)
+                continue
+            text = f"run {each.name} of {SWEEP_FILE} is not whole, or not as long: it is left out"
+            self.report("warning", {"message": text})
+        return earlier
+
+    def _run_of(self, each: GridRun, report: Report) -> DomainRun:
+        return DomainRun(self.teacher, self.student, each.config, self.domain, report)
 
     def _require_effect(self, alignment: str) -> None:
         """Refuse values that change nothing for this pair of models: runs would be equal."""
         across = ("soft_weight", "chunk_weight", "chunk_scale")
         without = {"roots": ("temperature",), INDEX: across}
-        swept = self.runs[0].settings
+        swept = {name for each in self.runs for name in each.settings}
         for name in without.get(alignment, ()):
             if name in swept:
                 why = "with one tokenizer" if alignment == INDEX else f"with alignment {alignment}"
@@ -180,34 +253,40 @@ class Sweep:
         """The test data as examples whose targets are there."""
         if not test:
             return []
-        _, examples = shared.examples.make(test, numbered(test, "test example"))
-        known = {each.digest for each in (*data.split.train, *data.split.heldout)}
-        if seen := sum(each.digest in known for each in examples):
-            raise ConchError(
-                f"{seen} of {len(examples)} test examples are among the others too, so they would "
-                "confirm nothing: take them out of --test-data"
-            )
+        examples = _test_examples(shared.examples, test)
+        _require_unseen(
+            examples, {each.digest for each in (*data.split.train, *data.split.heldout)}
+        )
         data.targets.fill(self.teacher, examples, batch_size=self.shared.batch_size)
         return examples
 
     def _train(
-        self, source: object, records: Sequence[Record], data: RunData
+        self,
+        source: object,
+        data: RunData,
+        earlier: Sequence[GridRun],
     ) -> tuple[dict[str, KDResult], dict[str, str]]:
-        results: dict[str, KDResult] = {}
+        results = {
+            each.name: result
+            for each in [*self.runs, *earlier]
+            if (result := self._run_of(each, silent).finished(source))
+        }
+        if results:
+            text = f"{number_of(len(results), 'run')} already finished"
+            self.report("message", {"message": text})
         failures: dict[str, str] = {}
         seconds: list[float] = []
-        for number, each in enumerate(self.runs, 1):
+        to_train = [each for each in self.runs if each.name not in results]
+        for number, each in enumerate(to_train, 1):
             left = ""
             if seconds:
-                minutes = sum(seconds) / len(seconds) * (len(self.runs) - number + 1) / 60
+                minutes = sum(seconds) / len(seconds) * (len(to_train) - number + 1) / 60
                 left = f", about {minutes:.1f} minutes left"
-            message = f"run {number} of {len(self.runs)}: {settings_text(each.settings)}{left}"
+            message = f"run {number} of {len(to_train)}: {settings_text(each.settings)}{left}"
             self.report("message", {"message": message})
             began = time.monotonic()
             try:
-                run = DomainRun(
-                    self.teacher, self.student, each.config, self.domain, self._report_of(each)
-                )
+                run = self._run_of(each, self._report_of(each))
                 with run.lock():
                     result = run.begin(source, resume=True, overwrite=False)
                     if result is None:
@@ -234,7 +313,7 @@ class Sweep:
 
         return report
 
-    def _comparison(self, results: dict[str, KDResult]) -> dict[str, Any]:
+    def _comparison(self, results: dict[str, KDResult], runs: Sequence[GridRun]) -> dict[str, Any]:
         """What runs came to beside each other, the best first.
 
         Returns:
@@ -247,7 +326,7 @@ class Sweep:
         figure = min(judged, key=COMPARABLE.index)
         order = sorted(results, key=lambda name: results[name].evaluation["after"][figure])
         pairs = {name: _pair(results[name], figure) for name in order}
-        settings = {each.name: each.settings for each in self.runs}
+        settings = {each.name: each.settings for each in runs}
         best = results[order[0]]
         rows = [
             {
@@ -299,6 +378,39 @@ def _pair(result: KDResult, figure: str) -> np.ndarray:
     """Each held-out example's sum and count of a figure `[2, n]`, as a run wrote them down."""
     stored = read_json(Path(result.adapter_path) / FIGURES_FILE, needs={figure: list})
     return np.array(stored[figure], dtype=np.float64)
+
+
+def _day_of(before: dict[str, Any]) -> str:
+    """The day on which a sweep began, by its sweep.json; today where that does not say."""
+    with suppress(KeyError, TypeError, ValueError):
+        return date.fromisoformat(before["begun"]).isoformat()
+    return date.today().isoformat()
+
+
+def _test_examples(examples: Examples, test: Sequence[Record]) -> list[Any]:
+    return examples.make(test, numbered(test, "test example"))[1]
+
+
+def _require_unseen(tested: Sequence[Any], known: set[str]) -> None:
+    if seen := sum(each.digest in known for each in tested):
+        raise ConchError(
+            f"{seen} of {len(tested)} test examples are among the others too, so they would "
+            "confirm nothing: take them out of --test-data"
+        )
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+def require_batches(plan: dict[str, Any], runs: Sequence[GridRun]) -> None:
+    """Refuse a batch size that the training examples of `true_kd.plan_domain` cannot fill."""
+    count = plan["examples"] - plan["heldout_examples"]
+    if count < (largest := max(each.config.batch_size for each in runs)):
+        raise ConchError(
+            f"{number_of(count, 'training example')} cannot fill one batch of {largest}: give "
+            "more data or a smaller --batch-size"
+        )
 
 
 def _digest(records: Sequence[Record]) -> str:
