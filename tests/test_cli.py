@@ -163,7 +163,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'../s' becomes a folder's name", "a to z, A to Z"],
     ),
     "folder in a name": ({"domain": "a/b"}, ["'a/b' becomes a folder's name"]),
-    "empty name": ({"domain": ""}, ["'' becomes a folder's name"]),
     "no domain": ({"domain": None}, ["give either --domain NAME or --all"]),
     "missing folder": (
         {"teacher": "./nowhere"},
@@ -198,6 +197,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing data": (
         {"prompts": None, "data": "nowhere.jsonl"},
         ["cannot read --data nowhere.jsonl"],
+    ),
+    **{
+        f"empty {name}": ({name: ""}, [f"--{name.replace('_', '-')}: an empty name"])
+        for name in ("domain", "teacher", "student", "prompts", "valid_data", "config")
+    },
+    "a teacher that is a file": (
+        {"teacher": __file__},
+        ["test_cli.py is a file, not a model folder: give the folder that holds config.json"],
     ),
     "missing settings": ({"config": "nowhere.yaml"}, ["cannot read --config nowhere.yaml"]),
     "several equal answers": (
@@ -482,7 +489,7 @@ class TestFolders:
         file = written(tmp_path / "file", "a")
         for more in (["--dry-run"], []):
             message = refused(*more, *pair.options(Path(file)))
-            assert message.startswith(f"output folder {file}/s: {file} is a file: choose another")
+            assert message.startswith(f"cannot write to {file}/s: {file} is a file. Free it")
 
     def test_an_unfinished_run_is_not_overwritten_by_accident(self, pair, copy, clean):
         document = json.loads((copy / "s" / "run.json").read_text())

@@ -82,7 +82,7 @@ class KDConfig:
     chunk_scale: float = _option(
         100.0, "Scale s of these likelihoods, which are compared as exp(log P / s).", above=0
     )
-    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
+    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1, high=2**16)
     lora_scale: float = _option(10.0, "Factor on the LoRA update, y = Wx + scale(xa)b.", above=0)
     lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
     lora_keys: str = _option(
@@ -140,7 +140,10 @@ class KDConfig:
     )
     generation_batch_size: int = _option(16, "Prompts the teacher answers at once.", low=1)
     head_chunk: int = _option(
-        512, "Tokens whose logits exist at once in the loss; 0 computes all at once.", low=0
+        512,
+        "Tokens whose logits exist at once in the loss; 0 computes all at once.",
+        low=0,
+        high=10**7,
     )
     grad_checkpoint: bool = _option(
         False, "Recompute activations in the backward pass: less memory, more time."

@@ -23,7 +23,7 @@ from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConf
 SOURCES = ("data", "prompts", "valid_data", "test_data", "data_split")
 RUN_KEYS = ("domain", "teacher", "student", *SOURCES, "map", "test", "report_to", "project_name")
 
-
+NEVER_EMPTY = ("domain", "teacher", "student", *SOURCES)
 MAY_BE_NULL = ("report_to", "project_name", "test")
 
 
@@ -90,8 +90,13 @@ def requested(
     Raises:
         ConchError: A name is unknown, a value is none, or two do not go together.
     """
+    if config_file == "":
+        raise ConchError("--config: an empty name; give a file, or leave the option out")
     in_file, notes = settings_in(Path(config_file)) if config_file else ({}, [])
     asked = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file} | dict(named)
+    if empty := [key for key in NEVER_EMPTY if asked.get(key) == ""]:
+        shown = " and ".join(f"--{key.replace('_', '-')}" for key in empty)
+        raise ConchError(f"{shown}: an empty name; give another, or leave the option out")
     config = KDConfig.from_json(in_file, source=str(config_file), overriding=dict(values))
     if all_domains == ("domain" in asked):
         raise ConchError("give either --domain NAME or --all")

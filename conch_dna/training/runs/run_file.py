@@ -70,7 +70,9 @@ def require_no_file(folder: Path) -> None:
     """
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if there.exists() and not there.is_dir():
-        raise ConchError(f"output folder {folder}: {there} is a file: choose another --output-dir")
+        raise ConchError(
+            f"cannot write to {folder}: {there} is a file. Free it, or choose another --output-dir"
+        )
 
 
 def outlook(
