@@ -7,6 +7,7 @@ its type in `field_option`.
 import errno
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -291,14 +292,24 @@ def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
         option: By which it was given, for the message.
 
     Raises:
-        ConchError: It is no YAML, too long, nested too deeply, or has aliases.
+        ConchError: It is no YAML, too long, nested too deeply, gives a key twice or has aliases.
     """
     import yaml
 
     from conch_dna.checkpoints import MOST_LEVELS, require_plain
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """Reads 1e-4, which YAML 1.1 takes for text, as the number it is in YAML 1.2."""
+        """Reads 1e-4 as the number it is in YAML 1.2, not as a text; a key stands once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+            if twice := [name for name, count in names.items() if count > 1]:
+                line = node.start_mark.line + 1
+                raise ConchError(
+                    f"{source} gives {', '.join(twice)} twice in the mapping that begins on line "
+                    f"{line}: leave one of each"
+                )
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
@@ -316,6 +327,8 @@ def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
                 raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
         values = yaml.load(text, Loader)
         require_plain(values)
+    except ConchError:
+        raise
     except Exception as error:
         # What dates and numbers are made of raises all kinds.
         raise ConchError(f"{source} is not YAML: {one_line(error)}") from error

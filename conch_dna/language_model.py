@@ -77,12 +77,22 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
             )
         return ASSETS / name
     path = Path(model_id).expanduser()
+    if not model_id.strip():
+        raise ConchError(
+            f"a model's name is {model_id!r}: give a folder, a .gguf file, a hub id such as "
+            f"organisation/name, or an embedded name ({EMBEDDED_HINT})"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConchError(f"{model_id} has no config.json: it is not a model folder")
         return path
     if path.is_file() and path.suffix.lower() == SUFFIX:
         return model_folder(path)
+    if path.is_file():
+        raise ConchError(
+            f"{model_id} is a file, not a model folder: give the folder that holds config.json, or "
+            "a .gguf file"
+        )
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") != 1:
         raise ConchError(
             f"model folder {model_id} does not exist: give an existing folder or .gguf file, a hub "

@@ -32,6 +32,7 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    besides: float | None = None,
     choices: tuple[str, ...] | None = None,
     between: str = "at least {low:g} and at most {high:g}",
 ) -> Any:
@@ -44,10 +45,11 @@ def option(
         high: Greatest value.
         above: Every value is greater.
         below: Every value is less.
+        besides: One value outside these limits that is taken too.
         choices: The only values.
         between: How messages say a range from `low` to `high`.
     """
-    limits = {"low": low, "high": high, "above": above, "below": below}
+    limits = {"low": low, "high": high, "above": above, "below": below, "besides": besides}
     metadata = {"help": help, **limits, "choices": choices, "between": between}
     return field(default=default, metadata=metadata)
 
@@ -74,7 +76,8 @@ def range_text(option: Any) -> str:
     if low is not None and high is not None:
         return str(option.metadata["between"]).format(low=low, high=high)
     if low is not None and below is None:
-        return f"{low:g} or more"
+        besides = option.metadata["besides"]
+        return f"{low:g} or more" if besides is None else f"{besides:g}, or {low:g} or more"
     words = {"at least": low, "above": above, "at most": high, "below": below}
     parts = [f"{word} {limit:g}" for word, limit in words.items() if limit is not None]
     return " and ".join(parts) or "finite"
@@ -118,13 +121,20 @@ def option_problems(settings: Any) -> list[str]:
 
 
 def _is_inside(number: float, limits: Mapping[str, Any]) -> bool:
+    if number == limits["besides"]:
+        return True
     return (
-        math.isfinite(number)
+        _is_finite(number)
         and (limits["low"] is None or number >= limits["low"])
         and (limits["high"] is None or number <= limits["high"])
         and (limits["above"] is None or number > limits["above"])
         and (limits["below"] is None or number < limits["below"])
     )
+
+
+def _is_finite(number: float) -> bool:
+    # A whole number may be too large for what math takes.
+    return isinstance(number, int) or math.isfinite(number)
 
 
 def named_settings(

@@ -5,6 +5,7 @@ For models of your own: replace TEACHER and STUDENT by hub ids or folders, and g
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def one_domain(folder: Path) -> KDResult:
         distiller = TrueKnowledgeDistiller(TEACHER, STUDENT, config, report=progress)
         records = distiller.generate_training_data(openings, "stories")
         result = distiller.train_with_kd(records, "stories")
-    print_tables(evaluation_table("stories", result.evaluation))
+    width = shutil.get_terminal_size().columns
+    print_tables(evaluation_table("stories", result.evaluation, width=width))
     click.echo(f"stories: {verdict_text(result.evaluation)}")
     return result
 

@@ -163,7 +163,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'../s' becomes a folder's name", "a to z, A to Z"],
     ),
     "folder in a name": ({"domain": "a/b"}, ["'a/b' becomes a folder's name"]),
-    "empty name": ({"domain": ""}, ["'' becomes a folder's name"]),
     "no domain": ({"domain": None}, ["give either --domain NAME or --all"]),
     "missing folder": (
         {"teacher": "./nowhere"},
@@ -198,6 +197,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing data": (
         {"prompts": None, "data": "nowhere.jsonl"},
         ["cannot read --data nowhere.jsonl"],
+    ),
+    **{
+        f"empty {name}": ({name: ""}, [f"--{name.replace('_', '-')}: an empty name"])
+        for name in ("domain", "teacher", "student", "prompts", "valid_data", "config")
+    },
+    "a teacher that is a file": (
+        {"teacher": __file__},
+        ["test_cli.py is a file, not a model folder: give the folder that holds config.json"],
     ),
     "missing settings": ({"config": "nowhere.yaml"}, ["cannot read --config nowhere.yaml"]),
     "several equal answers": (
@@ -453,6 +460,36 @@ class TestFolders:
         result = finish("--resume", *pair.options(copy))
         assert result.stderr == "s is already finished\n"
         assert "student after" in result.stdout
+
+    def test_without_a_number_of_steps_a_run_keeps_its_own(self, pair, copy):
+        """Whoever trained it on to 6 does not mean the default of 200 by a bare --resume."""
+        finish("--resume", *pair.options(copy, num_iters=6))
+        own = pair.options(copy, num_iters=None)
+        rows = table(finish("--resume", "--dry-run", *own).stdout)
+        assert rows["training"].startswith("6 steps")
+        assert rows["that folder"].replace(" ", "") == "holdsafinishedrun:itsresultwouldbeshown"
+        result = finish("--resume", *own)
+        assert result.stderr == "s is already finished\n"
+        assert "of 6)" in result.stdout
+
+    def test_a_dry_run_says_what_becomes_of_what_lies_there(self, pair, copy, tmp_path):
+        def there(*more: str, **changes: Any) -> str:
+            found = table(finish("--dry-run", *more, *pair.options(copy, **changes)).stdout)
+            return found.get("that folder", "").replace(" ", "")
+
+        assert there() == "holdsafinishedrun:wouldberefusedwithout--overwriteor--runNAME"
+        assert there("--run", "b") == ""
+        assert there("--overwrite") == "holdsafinishedrun,whichwouldbereplaced"
+        assert there("--resume", num_iters=9) == "wouldgoonfromstep4"
+        assert "wouldberefused:" in there("--resume", seed=1)
+        assert "settings:seed:was0,now1" in there("--resume", seed=1)
+        run_file = copy / "s" / "run.json"
+        run_file.write_text(run_file.read_text().replace('"finished": true', '"finished": false'))
+        assert there().endswith("--runNAME,--resumetogoonfromstep4")
+        file = written(tmp_path / "file", "a")
+        for more in (["--dry-run"], []):
+            message = refused(*more, *pair.options(Path(file)))
+            assert message.startswith(f"cannot write to {file}/s: {file} is a file. Free it")
 
     def test_an_unfinished_run_is_not_overwritten_by_accident(self, pair, copy, clean):
         document = json.loads((copy / "s" / "run.json").read_text())

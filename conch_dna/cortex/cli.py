@@ -73,6 +73,8 @@ def ask(domain: str, prompt: str, json_file: str | None, **values: Any) -> None:
     code 1 says that it does not keep to the domain's schema.
     """
     options = ask_options(values)
+    if options.hand_over == "always" and values["ego"] is None:
+        raise ConchError("--hand-over always asks EGO, and there is none: give --ego MODEL")
     question = _question(prompt)
     from conch_dna.cortex.commands.terminal import Screen
 

@@ -122,7 +122,9 @@ class EgoConfig:
                 "api_key_env instead"
             )
         if not self.remote_model:
-            problems.append("remote_model is empty: say what the API at the URL calls the model")
+            problems.append(
+                "remote_model is empty: say what the API at the URL calls the model, by --ego-name"
+            )
         return problems
 
 

@@ -23,9 +23,11 @@ from conch_dna.training.settings import (
     KDConfig,
     KDResult,
     domain_folder,
+    validate_domain,
 )
 
 if TYPE_CHECKING:
+    from conch_dna.training.runs.request import Request
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 # The groups of options that KDConfig's fields are.
@@ -115,7 +117,8 @@ OF_KD_CONFIG = {
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with a stopped run; with more --iters with a finished one too.",
+    help="Go on with a stopped run to its number of steps; with more --iters with a finished one "
+    "too.",
 )
 @click.option(
     "--overwrite",
@@ -177,6 +180,14 @@ def distill(
     )
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
+    if request.domain:
+        own = request.given.data is not None or request.given.prompts is not None
+        validate_domain(request.domain, with_own_data=own)
+    from conch_dna.training.runs.run_file import require_no_file
+
+    for name in request.domains:
+        require_no_file(domain_folder(name, request.config))
+    request = request.going_on() if resume else request
     from conch_dna.training.data.sources import read_given
 
     for note in request.notes:
@@ -184,14 +195,11 @@ def distill(
     source = read_given(request.given, lambda note: click.echo(f"note: {note}", err=True))
     config = request.config
     if dry_run:
-        _print_plan(request.models, config, request.domain, source)
+        _print_plan(request, source, resume=resume, overwrite=overwrite)
         return
     from conch_dna.progress import Progress
     from conch_dna.training.runs.reporters import Reporting
-    from conch_dna.training.settings import validate_domain
 
-    if request.domain:
-        validate_domain(request.domain, with_own_data="data" in source or "prompts" in source)
     with (
         Progress() as progress,
         Reporting(progress, request.reporters, request.project) as report,
@@ -277,18 +285,27 @@ def _size(count: int | None) -> str:
 
 
 def _print_plan(
-    models: tuple[str, str], config: KDConfig, domain: str | None, source: dict[str, Any]
+    request: "Request", source: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> None:
+    from conch_dna.training.runs.run_file import outlook
+
+    config = request.config
+    how = {"resume": resume, "overwrite": overwrite}
+    folders = {name: domain_folder(name, config) for name in request.domains}
+    there = {
+        name: outlook(folder, config.adapter_subdir, config.to_json(), **how)
+        for name, folder in folders.items()
+    }
     from conch_dna.language_model import ModelSource
     from conch_dna.training.fit.shown import fit_table
     from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code
     teacher, student = (
-        ModelSource(name, trust_remote_code=trust, weights=False) for name in models
+        ModelSource(name, trust_remote_code=trust, weights=False) for name in request.models
     )
     plans = {}
-    for name in [domain] if domain else DOMAIN_PROMPTS:
+    for name, folder in folders.items():
         plan = plans[name] = plan_domain(teacher, student, config, name, **source)
         bound = "" if plan["counted_tokens_exact"] else "at most "
         aligned, counted = "by index, the tokenizers are the same", ""
@@ -309,7 +326,8 @@ def _print_plan(
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
             "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
             "logits of a chunk in memory": _size(plan["logits_bytes"]),
-            "output folder": str(domain_folder(name, config)),
+            "output folder": str(folder),
+            **({"that folder": there[name]} if there[name] else {}),
         }
         print_tables(pairs_table(f"{name}: dry run, nothing was done", rows))
         for warning in plan["warnings"]:

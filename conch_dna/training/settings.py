@@ -42,7 +42,7 @@ DIVERGENCES = (
 )
 
 
-_option = partial(option, between="between {low:g} and {high:g}")
+_option = partial(option, between="between {low:,} and {high:,}")
 # As these messages have always had it.
 _KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
 
@@ -82,7 +82,7 @@ class KDConfig:
     chunk_scale: float = _option(
         100.0, "Scale s of these likelihoods, which are compared as exp(log P / s).", above=0
     )
-    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1)
+    lora_rank: int = _option(16, "Rank of the LoRA matrices.", low=1, high=2**16)
     lora_scale: float = _option(10.0, "Factor on the LoRA update, y = Wx + scale(xa)b.", above=0)
     lora_dropout: float = _option(0.0, "Dropout before the LoRA matrices.", low=0, high=0.99)
     lora_keys: str = _option(
@@ -105,13 +105,13 @@ class KDConfig:
     )
     batch_size: int = _option(4, "Examples per batch.", low=1)
     accumulation_steps: int = _option(
-        1, "Batches per optimiser step, weighted by their tokens.", low=1
+        1, "Batches per optimiser step, weighted by their tokens.", low=1, high=10_000
     )
-    num_iters: int = _option(200, "Optimiser steps (--iters is the same).", low=1)
+    num_iters: int = _option(200, "Optimiser steps (--iters is the same).", low=1, high=10**7)
     val_fraction: float = _option(
         0.1, "Share of the data held out, at least one example.", above=0, high=0.5
     )
-    val_batches: int = _option(25, "Held-out batches per evaluation; -1 is all.", low=-1)
+    val_batches: int = _option(25, "Held-out batches per evaluation; -1 is all.", low=1, besides=-1)
     select_by: str = _option(
         "auto",
         "The held-out figure whose lowest value chooses the step that is kept: kl (to the teacher, "
@@ -132,13 +132,18 @@ class KDConfig:
         choices=("refuse", "skip"),
     )
     max_tokens: int = _option(256, "Longest answer the teacher generates, in tokens.", low=1)
-    samples_per_prompt: int = _option(1, "Answers the teacher gives to each prompt.", low=1)
+    samples_per_prompt: int = _option(
+        1, "Answers the teacher gives to each prompt.", low=1, high=1_000
+    )
     sampling_temperature: float = _option(
         0.7, "Temperature of the teacher's answers; 0 is greedy.", low=0, high=10
     )
     generation_batch_size: int = _option(16, "Prompts the teacher answers at once.", low=1)
     head_chunk: int = _option(
-        512, "Tokens whose logits exist at once in the loss; 0 computes all at once.", low=0
+        512,
+        "Tokens whose logits exist at once in the loss; 0 computes all at once.",
+        low=0,
+        high=10**7,
     )
     grad_checkpoint: bool = _option(
         False, "Recompute activations in the backward pass: less memory, more time."

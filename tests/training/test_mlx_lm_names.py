@@ -162,6 +162,10 @@ def test_fields_of_records_are_mapped(tmp_path):
         ({"model": "a", "student": "b"}, "gives student twice, once as model"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd': there is adamw, and adam"),
         ({"optimizer_config": {"adam": {"eps": 1}}}, "optimizer_config gives eps, which cannot"),
+        ({"optimizer_config": {"adamw": [1]}}, r"optimizer_config has \[1\]: give a mapping for"),
+        ({"optimizer_config": {"adam": "x"}}, "optimizer_config has 'x': give a mapping for each"),
+        ({"optimizer_config": 3}, "optimizer_config has 3: give a mapping for each optimiser"),
+        ({"optimizer_config": {"adam": {1: 2}}}, "optimizer_config gives 1, which cannot be set"),
         ({"fine_tune_type": "qlora"}, "fine_tune_type is 'qlora': use lora, dora or full"),
         ({"lr_schedule": {"name": "step_decay"}}, "there is a linear warm-up and then a cosine"),
         ({"lr_schedule": {"name": "cosine_decay"}}, "arguments of lr_schedule is no list"),
@@ -180,6 +184,20 @@ def test_fields_of_records_are_mapped(tmp_path):
 def test_what_cannot_be_meant_is_refused_with_its_reason(settings, message, tmp_path):
     with pytest.raises(ConchError, match=message):
         asked(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iters: 5\nmodel: m\niters: 6\n", "gives iters twice in the mapping .* on line 1: leave"),
+        ("model: m\nlora_parameters:\n  rank: 1\n  rank: 2\n", "gives rank twice .* on line 3"),
+    ],
+)
+def test_a_name_that_is_given_twice_is_refused(text, message, tmp_path):
+    path = tmp_path / "lora.yaml"
+    path.write_text(text)
+    with pytest.raises(ConchError, match=message):
+        requested({"domain": "s"}, {}, config_file=str(path), all_domains=False)
 
 
 def test_own_names_pass_unchanged():

@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.training.cli import distill
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
 SETS = {
@@ -111,13 +113,12 @@ def test_resuming_it_returns_at_once_and_another_test_set_is_another_run(finishe
 
 
 @pytest.mark.slow
-def test_the_same_records_have_the_same_figures_in_both_sets(base, data, tmp_path):
+def test_the_same_records_have_the_same_figures_in_both_sets(tiny_teacher, tiny_student, tmp_path):
     """Whatever measures the test set measures what is held out."""
-    valid = str(data / "valid.jsonl")
-    options = [*base, "--output-dir", str(tmp_path), "--valid-data", valid, "--test-data", valid]
-    result = run(*options, "--data", "-", text=lines(SETS["train"]))
-    assert result.exit_code == 0, result.output
-    evaluation = Finished(options, result, tmp_path / "s").evaluation
+    config = KDConfig(num_iters=4, batch_size=2, top_k=8, output_dir=str(tmp_path))
+    distiller = TrueKnowledgeDistiller(str(tiny_teacher), str(tiny_student), config)
+    sets = {"valid_data": SETS["valid"], "test_data": SETS["valid"]}
+    evaluation = distiller.train_with_kd(SETS["train"], "s", **sets).evaluation
     test = evaluation.pop("test")
     del evaluation["breakdown"]
     assert test == evaluation
@@ -132,6 +133,17 @@ def test_a_dry_run_counts_what_the_teacher_will_compute(finished):
     shards = (finished.folder / "soft_targets").rglob("*.safetensors")
     tokens = sum(len(mx.load(str(shard))["gold_log_prob"]) for shard in shards)
     assert rows["teacher's tokens to compute"] == str(tokens)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_test_set_that_chooses_the_step_is_refused(base, data, tmp_path, more):
+    valid = str(data / "valid.jsonl")
+    options = [*base, "--output-dir", str(tmp_path), "--valid-data", valid, "--test-data", valid]
+    result = run(*options, "--data", "-", *more, text=lines(SETS["train"]))
+    assert result.exit_code == 2
+    assert (
+        "error: the test set is among the validation set, which chooses the step" in result.stderr
+    )
 
 
 @pytest.fixture

@@ -150,9 +150,9 @@ def chat_line(*between):
     ("line", "message"),
     [
         ('{"text": "a"', "not JSON"),
-        ("nonsense", "not JSON"),
+        ("a,b", r"not JSON \(Expecting value: column 1\); give a line as .*texts .* as --prompts$"),
         ('{"text": "a", "more": ' + "[" * 65 + "]" * 65 + "}", "nested deeper than 64 levels"),
-        ('{"text": "a"} {"text": "b"}', "not JSON"),
+        ('{"text": "a"} {"text": "b"}', r"not JSON \(Extra data: column 15\)$"),
         ("[1, 2]", "a record is a JSON object"),
         ('"text"', "a record is a JSON object"),
         ("null", "a record is a JSON object"),

@@ -6,6 +6,7 @@ Rendered as people see them: the table in a console, the curve as a PNG, the sam
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from conch_dna.training.runs.report import (
     advice,
     draw_curve,
     evaluation_table,
+    rise_of,
     samples_text,
     verdict_text,
 )
@@ -287,3 +289,26 @@ def test_advice_follows_from_what_happened(best_step, interval, said):
             assert advice(result, config).startswith("try more --iters than 100, or more data (40")
         short = replace(config, num_iters=5)
         assert "try more --iters than 5 (40 examples, each read 0.5 times)" in advice(result, short)
+
+
+def risen(**last: float) -> list[dict[str, Any]]:
+    first = {"split": "heldout", "step": 0, "kl": 0.72, "kd": 0.72, "ce": 3.0, "loss": 1.4}
+    return [first, {**first, "step": 20, **last}]
+
+
+def test_where_the_rate_blew_a_run_up_a_lower_one_is_the_advice():
+    rise = rise_of(risen(kl=3.74, kd=3.7, ce=6.0, loss=4.4))
+    assert rise == "held-out KL to the teacher rose from 0.7200 to 3.7400"
+    assert rise_of(risen(kl=0.9, ce=2.0, loss=1.0)) == "", "the texts pull away from the teacher"
+    assert rise_of(risen(kl=0.5, kd=0.5, ce=2.9, loss=1.2)) == rise_of([]) == ""
+    trained = [{"split": "train", "step": n, "loss": 2.0 + n / 5} for n in range(3)]
+    assert rise_of(trained) == "training loss rose from 2.0000 to 2.4000"
+    result = SimpleNamespace(
+        evaluation=judged("not shown to be better", [0, 0], difference=0),
+        metadata={"train_examples": 40, "best_step": 0, "rise": rise},
+    )
+    config = KDConfig(num_iters=20, learning_rate=0.1, batch_size=4)
+    assert advice(result, config) == (  # type: ignore[arg-type]
+        "the kept step is 0, so the adapter changes nothing; try a lower --learning-rate than 0.1 "
+        f"({rise})"
+    )

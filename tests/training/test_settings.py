@@ -86,6 +86,21 @@ def test_the_ends_of_a_range_are_allowed(name):
             assert getattr(KDConfig(**{name: kind(end)}), name) == end
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("val_batches", 0, "it must be -1, or 1 or more"),
+        ("accumulation_steps", 100_000_000, "it must be between 1 and 10,000"),
+        ("samples_per_prompt", 99_999_999, "it must be between 1 and 1,000"),
+        ("num_iters", 10**400, "it must be between 1 and 10,000,000"),
+    ],
+)
+def test_what_would_take_for_ever_or_measure_nothing_is_refused(name, value, words):
+    with pytest.raises(ConchError, match=f"{name} is {value}: {words}"):
+        KDConfig(**{name: value})
+    assert KDConfig(val_batches=-1).val_batches == -1
+
+
 @pytest.mark.parametrize("name", [n for n in NUMBERS if kind_of(FIELDS[n]) == "float"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_refused(name, value):

@@ -182,3 +182,16 @@ def test_records_that_are_learned_and_judge_are_named():
     (warning,) = leak_warnings(train, {"test": rows("a", 8)})
     assert warning.endswith("5 (training example 5) and 3 more")
     assert leak_warnings(train, {"test": [{"prompt": "", "completion": "c"}]}) == []
+
+
+def test_a_test_set_that_chooses_the_step_is_named_or_refused(tmp_path):
+    sets = {"validation": rows("v", 3), "test": [*rows("v", 1), *rows("t")]}
+    assert leak_warnings(rows("a"), sets) == [
+        "1 of 3 test examples ask what validation examples ask too, so that they flatter the "
+        "student: 1 (validation example 1)"
+    ]
+    data = folder(tmp_path, train=rows("a"), valid=rows("v", 3), test=rows("v"))
+    with pytest.raises(ConchError, match="the test set is among the validation set, which chooses"):
+        read(data=data)
+    found, _ = read(data=data, test_data=folder(tmp_path / "t", test=sets["test"]))
+    assert len(found["test_data"]) == 3

@@ -6,6 +6,7 @@ these in forms.py, and how a conversation is rendered stands in chats/.
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def read_lines(path: Path, option: str) -> list[str]:
     return lines
 
 
+# What to do with lines that are texts, or rows of a table.
+_AS_RECORD = 'give a line as {"text": …} or {"prompt": …, "completion": …}'
+_PLAIN = defaultdict(
+    lambda: _AS_RECORD,
+    {
+        "--data": f"{_AS_RECORD}, or texts to answer as --prompts",
+        "--prompts": "give a string or a prompt object a line, or plain texts in a .txt file",
+    },
+)
+
+
+def _fault(error: Exception, array: bool) -> str:
+    """What JSON's reader says; of one line it would call each the first."""
+    if isinstance(error, json.JSONDecodeError) and not array:
+        return f"{error.msg}: column {error.colno}"
+    return str(error)
+
+
 def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
     """What each line of a JSONL file holds, or each item of the array in a .json file.
 
@@ -82,7 +101,8 @@ def _values(path: Path, option: str) -> Iterator[tuple[str, Any]]:
             require_plain(value)
         except (ValueError, RecursionError) as error:
             where = shown if array else f"{shown}, line {number}"
-            raise ConchError(f"{where}: not JSON ({error})") from error
+            remedy = "" if array or line.lstrip()[:1] in "{[" else f"; {_PLAIN[option]}"
+            raise ConchError(f"{where}: not JSON ({_fault(error, array)}){remedy}") from error
         if not array:
             yield f"{shown}, line {number}", value
         elif not isinstance(value, list):

@@ -68,7 +68,8 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
         those that are not there are left out.
 
     Raises:
-        ConchError: Something cannot be read, is named twice, or holds no records.
+        ConchError: Something cannot be read, is named twice, or holds no records; or the whole
+            test set is among the validation set.
     """
     if [given.data, given.prompts, given.valid_data, given.test_data].count("-") > 1:
         raise ConchError("standard input (-) can be read once: give the others as files")
@@ -91,30 +92,43 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
             found[role] = _records(name, role, given, note)[role]
     if given.with_test and TEST not in found:
         raise ConchError("test is true, but there is no test set: give --test-data, or test.jsonl")
+    known = {_asked(record) for record in found.get(VALID, ())}
+    if TEST in found and all(_asked(record) in known for record in found[TEST]):
+        raise ConchError(
+            "the test set is among the validation set, which chooses the step that is kept: give "
+            "--test-data with other records, or leave it out"
+        )
     return read | {f"{role}_data": records for role, records in found.items()}
 
 
 def leak_warnings(data: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> list[str]:
-    """What is learned although it should judge, a sentence for each set.
+    """What is learned, or chooses the step, although it should judge; a sentence for each pair.
 
     Args:
         data: Records to train on.
-        others: Sets that judge, by their name.
+        others: Sets that judge, by their name; each must also be apart from those before it.
     """
+    sets = {"training": data, **others}
+    names = list(others)
+    pairs = [("training", name) for name in names]
+    pairs += [(one, name) for place, name in enumerate(names) for one in names[:place]]
+    return [said for one, name in pairs if (said := _shared(one, sets[one], name, sets[name]))]
+
+
+def _shared(one: str, learned: Sequence[Record], name: str, records: Sequence[Record]) -> str:
+    """What two sets ask both, in a sentence; empty where it is nothing."""
     first: dict[str, int] = {}
-    for number, record in enumerate(data, 1):
+    for number, record in enumerate(learned, 1):
         first.setdefault(_asked(record), number)
-    warnings = []
-    for name, records in others.items():
-        pairs = [(n, first[q]) for n, r in enumerate(records, 1) if (q := _asked(r)) in first]
-        if pairs:
-            shown = ", ".join(f"{n} (training example {m})" for n, m in pairs[:MOST_NAMED])
-            more = f" and {len(pairs) - MOST_NAMED} more" if len(pairs) > MOST_NAMED else ""
-            warnings.append(
-                f"{len(pairs)} of {number_of(len(records), f'{name} example')} ask what training "
-                f"examples ask too, so that they flatter the student: {shown}{more}"
-            )
-    return warnings
+    pairs = [(n, first[q]) for n, r in enumerate(records, 1) if (q := _asked(r)) in first]
+    if not pairs:
+        return ""
+    shown = ", ".join(f"{n} ({one} example {m})" for n, m in pairs[:MOST_NAMED])
+    more = f" and {len(pairs) - MOST_NAMED} more" if len(pairs) > MOST_NAMED else ""
+    return (
+        f"{len(pairs)} of {number_of(len(records), f'{name} example')} ask what {one} examples "
+        f"ask too, so that they flatter the student: {shown}{more}"
+    )
 
 
 def _asked(record: Record) -> str:

@@ -62,7 +62,7 @@ from conch_dna.training.evaluation import (
 )
 from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.runs.breakdown import breakdown
-from conch_dna.training.runs.report import draw_curve, samples_text
+from conch_dna.training.runs.report import draw_curve, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
 from conch_dna.training.settings import (
@@ -449,6 +449,7 @@ class DomainRun:
             "peak_memory_bytes": trained.peak_memory_bytes,
             "resumed": training.steps_run < self.config.num_iters,
             "extensions": training.extensions,
+            "rise": rise_of(training.history),
         }
         return KDResult(
             domain=self.domain,

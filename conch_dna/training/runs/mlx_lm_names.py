@@ -149,13 +149,20 @@ def _optimiser(given: dict[str, Any], take: Any, notes: list[str], source: str) 
     """The optimiser, its schedule, and what it accumulates."""
     name = given.pop("optimizer", None)
     settings = given.pop("optimizer_config", None) or {}
+    each = settings.values() if isinstance(settings, Mapping) else [settings]
+    if wrong := [one for one in each if one is not None and not isinstance(one, Mapping)]:
+        raise ConchError(
+            f"{source}: optimizer_config has {wrong[0]!r}: give a mapping for each optimiser, such "
+            "as adamw: {weight_decay: 0.01}"
+        )
     if name not in (None, "adam", "adamw"):
         raise ConchError(f"{source}: optimizer is {name!r}: there is adamw, and adam without decay")
-    own = dict((settings.get(name or "adam") if isinstance(settings, Mapping) else None) or {})
+    own = dict(settings.get(name or "adam") or {})
     decay = own.pop("weight_decay", 0.0 if name == "adam" else None)
     if own:
+        shown = ", ".join(map(str, own))
         raise ConchError(
-            f"{source}: optimizer_config gives {', '.join(own)}, which cannot be set: leave it out"
+            f"{source}: optimizer_config gives {shown}, which cannot be set: leave it out"
         )
     if decay is not None and (name == "adamw" or "weight_decay" not in given):
         take("weight_decay", decay, f"optimizer: {name}")

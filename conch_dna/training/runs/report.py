@@ -143,7 +143,12 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     else:
         tries = [f"more data ({data})", slower, f"fewer --iters than {config.num_iters}"]
     before, after = (result.evaluation[row]["cross_entropy"] for row in ("before", "after"))
-    if found["figure"] != "cross_entropy" and found["difference"] >= 0 and 0 < config.alpha < 1:
+    rise = metadata.get("rise")
+    if rise:
+        # What blew up is mended by neither more steps nor another mixture of losses.
+        overdone = [f"fewer --iters than {config.num_iters}", f"more data ({data})"]
+        tries = [f"{slower} ({rise})", *(overdone if metadata["best_step"] else [])]
+    elif found["figure"] != "cross_entropy" and found["difference"] >= 0 and 0 < config.alpha < 1:
         tries.insert(0, f"a higher --alpha than {config.alpha:g}")
         if after < before:
             tries[0] += (
@@ -154,6 +159,29 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
         "the kept step is 0, so the adapter changes nothing; " if not metadata["best_step"] else ""
     )
     return f"{unmoved}try {', or '.join(tries)}"
+
+
+def rise_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """What rose although training lowers it, in words; empty where nothing did.
+
+    A KL that rises while the cross-entropy falls is none: the texts pull away from the teacher.
+
+    Args:
+        history: The trainer's rows.
+    """
+    for split, words in (("heldout", "held-out"), ("train", "training")):
+        rows = [row for row in history if row["split"] == split]
+        if len(rows) < 2:
+            continue
+        first, last = rows[0], rows[-1]
+        # Training rows are of different batches.
+        limit = 1.0 if split == "heldout" else 1.1
+        risen = [n for n in CURVES if n in first and n in last and last[n] > limit * first[n]]
+        if risen and all(n in risen for n in ("ce", "loss") if n in first):
+            name = risen[0]
+            label = "loss" if name == "loss" else CURVES[name]
+            return f"{words} {label} rose from {first[name]:.4f} to {last[name]:.4f}"
+    return ""
 
 
 def comparison_table(

@@ -5,7 +5,7 @@ its name in `RUN_KEYS`, its option in training/cli.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from conch_dna.errors import ConchError
 from conch_dna.option_fields import named_settings
 from conch_dna.training.data.forms import parse_mapping
 from conch_dna.training.data.sources import Given
+from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.runs.mlx_lm_names import NAMES, understood
 from conch_dna.training.runs.reporters import parse_names
-from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
+from conch_dna.training.runs.run_file import own_steps
+from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig, domain_folder
 
 SOURCES = ("data", "prompts", "valid_data", "test_data", "data_split")
 RUN_KEYS = ("domain", "teacher", "student", *SOURCES, "map", "test", "report_to", "project_name")
 
-
+NEVER_EMPTY = ("domain", "teacher", "student", *SOURCES)
 MAY_BE_NULL = ("report_to", "project_name", "test")
 
 
@@ -37,6 +39,7 @@ class Request:
         reporters: Where its figures are sent, besides.
         project: What they are called there.
         notes: What a user should know of how the settings file was understood.
+        with_steps: Whether it says how many steps; a run that goes on has its own number.
     """
 
     domain: str | None
@@ -46,6 +49,27 @@ class Request:
     reporters: tuple[str, ...] = ()
     project: str | None = None
     notes: list[str] = field(default_factory=list)
+    with_steps: bool = True
+
+    @property
+    def domains(self) -> list[str]:
+        """The names of its domains."""
+        return [self.domain] if self.domain else list(DOMAIN_PROMPTS)
+
+    def going_on(self) -> "Request":
+        """The same with the number of steps of the runs that lie there, where it gives none.
+
+        Raises:
+            ConchError: They have several.
+        """
+        folders = [domain_folder(name, self.config) for name in self.domains]
+        steps = {found for folder in folders if (found := own_steps(folder)) is not None}
+        if self.with_steps or not steps:
+            return self
+        if len(steps) > 1:
+            shown = " and ".join(map(str, sorted(steps)))
+            raise ConchError(f"the runs to go on with have {shown} steps: give --iters")
+        return replace(self, config=replace(self.config, num_iters=steps.pop()))
 
 
 def requested(
@@ -66,8 +90,13 @@ def requested(
     Raises:
         ConchError: A name is unknown, a value is none, or two do not go together.
     """
+    if config_file == "":
+        raise ConchError("--config: an empty name; give a file, or leave the option out")
     in_file, notes = settings_in(Path(config_file)) if config_file else ({}, [])
     asked = {key: in_file.pop(key) for key in RUN_KEYS if key in in_file} | dict(named)
+    if empty := [key for key in NEVER_EMPTY if asked.get(key) == ""]:
+        shown = " and ".join(f"--{key.replace('_', '-')}" for key in empty)
+        raise ConchError(f"{shown}: an empty name; give another, or leave the option out")
     config = KDConfig.from_json(in_file, source=str(config_file), overriding=dict(values))
     if all_domains == ("domain" in asked):
         raise ConchError("give either --domain NAME or --all")
@@ -82,6 +111,7 @@ def requested(
         reporters=parse_names(asked.get("report_to", "")),
         project=asked.get("project_name"),
         notes=notes,
+        with_steps="num_iters" in in_file or "num_iters" in values,
     )
 
 

@@ -37,11 +37,7 @@ def earlier_run(
     Raises:
         ConchError: What lies there may neither go on so nor be replaced.
     """
-    run = None
-    with suppress(NotWholeError):
-        run = read_json(folder / RUN_FILE, needs={"identity": dict, "finished": bool})
-    checkpoints = numbered_folders(folder, CHECKPOINT_PREFIX)
-    done = checkpoints[-1][0] if checkpoints else 0
+    run, done = _read(folder)
     changed = differences(run["identity"], identity) if run else []
     if resume:
         _require_same(folder, run, identity, done)
@@ -51,12 +47,76 @@ def earlier_run(
     names = [adapter, *([run["adapter"]] if run and is_folder_name(run.get("adapter")) else [])]
     if any((folder / name).is_dir() for name in names):
         raise ConchError(_refusal(folder, run, changed, identity, done))
-    if run and not run["finished"] and checkpoints:
+    if run and not run["finished"] and done:
         raise ConchError(
             f"{folder} holds an unfinished run: add --resume to go on with it, --overwrite to "
             f"start again, {_ELSEWHERE}"
         )
     return run
+
+
+def own_steps(folder: Path) -> int | None:
+    """How many steps the run in a folder was asked for; None where no run can be read."""
+    run, _ = _read(folder)
+    steps = run["identity"].get("num_iters") if run else None
+    return steps if type(steps) is int else None
+
+
+def require_no_file(folder: Path) -> None:
+    """Refuse a folder of a run that could not be made.
+
+    Raises:
+        ConchError: It, or one that holds it, is a file.
+    """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise ConchError(
+            f"cannot write to {folder}: {there} is a file. Free it, or choose another --output-dir"
+        )
+
+
+def outlook(
+    folder: Path, adapter: str, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> str:
+    """What a run would do with what lies in its folder, in words; empty where nothing does.
+
+    Args:
+        folder: Of the run.
+        adapter: Name of the adapter's folder in it.
+        settings: Those of `KDConfig`; models and data are compared by the run itself.
+        resume: It is to go on.
+        overwrite: Whatever lies there may be replaced.
+    """
+    run, done = _read(folder)
+    if run is None and not (folder / adapter).is_dir():
+        return ""
+    finished = bool(run and run["finished"])
+    what = "a finished run" if finished else "an unfinished run" if run else "an adapter"
+    kept = (folder / adapter).is_dir()
+    if resume:
+        identity = {k: settings.get(k, v) for k, v in (run or {"identity": {}})["identity"].items()}
+        try:
+            _require_same(folder, run, {"num_iters": settings["num_iters"], **identity}, done)
+        except ConchError as error:
+            return f"would be refused: {error}"
+        if finished and run and run["identity"].get("num_iters") == settings["num_iters"]:
+            return "holds a finished run: its result would be shown"
+        return f"would go on from step {done}" if done else "would begin anew"
+    if overwrite:
+        return f"holds {what}, which would be replaced"
+    if kept or done:
+        on = f", --resume to go on from step {done}" if done and not finished else ""
+        return f"holds {what}: would be refused without --overwrite or --run NAME{on}"
+    return ""
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, int]:
+    """What run.json says, if it can be read, and the step of the newest checkpoint."""
+    run = None
+    with suppress(NotWholeError):
+        run = read_json(folder / RUN_FILE, needs={"identity": dict, "finished": bool})
+    checkpoints = numbered_folders(folder, CHECKPOINT_PREFIX)
+    return run, checkpoints[-1][0] if checkpoints else 0
 
 
 def _require_same(
