@@ -660,7 +660,8 @@ def table(text: str) -> dict[str, str]:
 class TestOutput:
     def test_plain_lines_where_there_is_no_terminal(self, pair, tmp_path):
         result = finish(*pair.options(tmp_path))
-        lines = result.stderr.splitlines()
+        # A busy machine also hears that libraries are still loading.
+        lines = [line for line in result.stderr.splitlines() if "still at work" not in line]
         assert "\x1b" not in result.output
         assert "\r" not in result.output
         assert lines[0] == "s: the teacher answers: 12 prompts"

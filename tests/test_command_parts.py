@@ -3,6 +3,7 @@
 Runs no command; what commands make of their settings is in test_cli.py.
 """
 
+import io
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from conch_dna.__main__ import tell_loading
 from conch_dna.command_parts import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
 from conch_dna.errors import ConchError
 
@@ -121,3 +123,29 @@ def test_ctrl_c_in_a_command_is_one_line(options: list[click.Parameter], more: s
     group.add_command(OneLineErrors("wait", params=options, callback=lambda **_: interrupt()))
     result = CliRunner().invoke(group, ["wait"])
     assert (result.exit_code, result.stderr) == (130, f"stopped{more}\n")
+
+
+class Terminal(io.StringIO):
+    """Standard error as a terminal has it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("spoken", "shown"), [(True, "a"), (False, "loading …\n")])
+def test_a_terminal_that_hears_nothing_is_told_of_loading_once(monkeypatch, spoken, shown) -> None:
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, Terminal())
+    tell_loading(0.05)
+    if spoken:
+        print("a", end="", file=sys.stderr)
+    time.sleep(0.2)
+    assert sys.stderr.getvalue() == shown  # type: ignore[attr-defined]
+    assert sys.stdout.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_pipe_is_told_nothing_of_loading(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    tell_loading(0)
+    time.sleep(0.05)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
