@@ -146,8 +146,9 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     rise = metadata.get("rise")
     if rise:
         # What blew up is mended by neither more steps nor another mixture of losses.
-        overdone = [f"fewer --iters than {config.num_iters}", f"more data ({data})"]
-        tries = [f"{slower} ({rise})", *(overdone if metadata["best_step"] else [])]
+        few = tries if found["interval"] is None else []
+        overdone = [f"fewer --iters than {config.num_iters}", *(few or [f"more data ({data})"])]
+        tries = [f"{slower} ({rise})", *(overdone if metadata["best_step"] else few)]
     elif found["figure"] != "cross_entropy" and found["difference"] >= 0 and 0 < config.alpha < 1:
         tries.insert(0, f"a higher --alpha than {config.alpha:g}")
         if after < before:
