@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from conch_dna.errors import ConchError, Interrupted, decoded, one_line
+from conch_dna.errors import ConchError, Interrupted, decoded, one_line, told
 from conch_dna.option_fields import is_limited, kind_of, range_text
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -316,7 +316,8 @@ def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
     if len(content) > MOST_YAML:
         raise ConchError(f"{source} has more than {MOST_YAML:,} bytes: settings are shorter")
     text = decoded(content, f"cannot read {option} {source}")
-    try:
+    # What dates and numbers are made of raises all kinds.
+    with told(f"{source} is not YAML"):
         level = 0
         for event in yaml.parse(text, Loader):
             if isinstance(event, yaml.AliasEvent):
@@ -327,9 +328,4 @@ def parse_yaml(content: bytes, source: str, *, option: str) -> Any:
                 raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
         values = yaml.load(text, Loader)
         require_plain(values)
-    except ConchError:
-        raise
-    except Exception as error:
-        # What dates and numbers are made of raises all kinds.
-        raise ConchError(f"{source} is not YAML: {one_line(error)}") from error
     return values

@@ -124,6 +124,7 @@ def told(words: str) -> Iterator[None]:
     except ConchError:
         raise
     except Exception as error:
+        # Libraries raise all kinds, their own and Python's.
         raise ConchError(f"{words}: {one_line(error)}") from error
 
 

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def bytes_text(count: float | None, unknown: str = "not known") -> str:
+    """Bytes as GB or MB, or a word where they are not known."""
+    if count is None:
+        return unknown
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def text_table(
     title: str,
     columns: Sequence[str],

@@ -20,6 +20,22 @@ from conch_dna.training.batches import Example
 
 ASSETS = Path(conch_dna.__file__).parent / "assets"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
+# A run of some steps, in which a few figures are told.
+QUICK: dict[str, Any] = {
+    "num_iters": 4,
+    "learning_rate": 3e-3,
+    "warmup_iters": 1,
+    "batch_size": 2,
+    "max_tokens": 8,
+    "top_k": 8,
+    "val_fraction": 0.25,
+    "steps_per_report": 2,
+    "steps_per_eval": 2,
+    "steps_per_save": 2,
+    # By this figure one of the few steps is better than none.
+    "select_by": "kd",
+}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -30,24 +30,10 @@ from conch_dna.training.cli import _print_summary, distill
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from models import ANIMALS, QUICK
 
 MODULES = ("conch_dna.training.true_kd", "conch_dna distill")
-ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
 PROMPTS = [f"Once upon a time there was a little {animal} who" for animal in ANIMALS]
-QUICK: dict[str, Any] = {
-    "num_iters": 4,
-    "learning_rate": 3e-3,
-    "warmup_iters": 1,
-    "batch_size": 2,
-    "max_tokens": 8,
-    "top_k": 8,
-    "val_fraction": 0.25,
-    "steps_per_report": 2,
-    "steps_per_eval": 2,
-    "steps_per_save": 2,
-    # By this figure one of the few steps is better than none.
-    "select_by": "kd",
-}
 
 
 class Pair(NamedTuple):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from conch_dna.checkpoints import differences, read_json, write_folder
-from conch_dna.errors import ConchError, one_line
+from conch_dna.errors import ConchError, one_line, told
 from conch_dna.language_model import (
     ADAPTER_FILES,
     LanguageModel,
@@ -136,11 +136,9 @@ def require_trainable(
 
 def _require_finite(student: ModelSource) -> None:
     for path in weight_files(student.folder):
-        try:
+        # Loading the model would say no more.
+        with told(f"student {path} cannot be read"):
             arrays = mx.load(str(path))
-        except Exception as error:
-            # Loading the model would say no more.
-            raise ConchError(f"student {path} cannot be read: {one_line(error)}") from error
         assert isinstance(arrays, dict)
         while arrays:
             name, value = arrays.popitem()

@@ -14,7 +14,7 @@ import click
 from conch_dna.command_parts import command, json_option, options_of, write_figures
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
-from conch_dna.presentation import pairs_table, print_tables
+from conch_dna.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from conch_dna.training.runs.request import Request
     from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
+# The size of a model that is still on the hub.
+NOT_HERE = "not here yet"
 # The groups of options that KDConfig's fields are.
 OF_KD_CONFIG = {
     "Loss": "temperature",
@@ -278,12 +280,6 @@ def vocab(
     write_figures(json_file, figures)
 
 
-def _size(count: int | None) -> str:
-    if count is None:
-        return "not here yet"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def _print_plan(
     request: "Request", source: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> None:
@@ -315,8 +311,8 @@ def _print_plan(
             covered = 1 - plan["coverage"]["uncovered"]
             aligned += f"; {covered:.1%} of the student's tokens are covered"
         rows = {
-            "teacher": f"{plan['teacher']} ({_size(plan['teacher_bytes'])})",
-            "student": f"{plan['student']} ({_size(plan['student_bytes'])})",
+            "teacher": f"{plan['teacher']} ({bytes_text(plan['teacher_bytes'], NOT_HERE)})",
+            "student": f"{plan['student']} ({bytes_text(plan['student_bytes'], NOT_HERE)})",
             "data": plan["data"],
             "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out"
             + (f"; {plan['test_examples']} to test" if plan["test_examples"] else ""),
@@ -324,8 +320,8 @@ def _print_plan(
             "teacher's tokens to compute": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
-            "soft targets on disk": f"{bound}{_size(plan['disk_bytes'])}",
-            "logits of a chunk in memory": _size(plan["logits_bytes"]),
+            "soft targets on disk": f"{bound}{bytes_text(plan['disk_bytes'])}",
+            "logits of a chunk in memory": bytes_text(plan["logits_bytes"]),
             "output folder": str(folder),
             **({"that folder": there[name]} if there[name] else {}),
         }

@@ -26,30 +26,17 @@ from conch_dna.training.sweeps.report import choice_text, draw_sweep, sweep_tabl
 from conch_dna.training.sweeps.sweep import Sweep, plan_sweep
 from conch_dna.training.trainer import Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
+from models import ANIMALS, QUICK
 
-ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
 PROMPTS = [
     f"Once upon a time there was a little {name} who" for name in [*ANIMALS, *"abcdefghijkl"]
 ]
 TEST = [{"text": f"One day a {animal} and a man went home."} for animal in ANIMALS]
-TINY: dict[str, Any] = {
-    "num_iters": 4,
-    "learning_rate": 3e-3,
-    "warmup_iters": 1,
-    "batch_size": 2,
-    "max_tokens": 8,
-    "top_k": 8,
-    "val_fraction": 0.25,
-    "steps_per_report": 2,
-    "steps_per_eval": 2,
-    "steps_per_save": 2,
-    "select_by": "kd",
-}
 SWEPT = {"temperature": (1.0, 4.0), "lora_rank": (2, 4)}
 
 
 def made(pair: tuple[Path, Path], output: Path, **changes: Any) -> Sweep:
-    values = {**TINY, "output_dir": str(output), **changes}
+    values = {**QUICK, "output_dir": str(output), **changes}
     shared, runs = grid_runs("s", values, most=32)
     teacher, student = (ModelSource(str(path)) for path in pair)
     return Sweep(teacher, student, shared, runs, "s")
@@ -151,7 +138,7 @@ class TestFinished:
     def test_a_run_is_bit_for_bit_the_single_one(self, swept, pair, tmp_path):
         _, document = swept
         for row in (document["runs"][0], document["runs"][-1]):
-            config = KDConfig(**{**TINY, **row["settings"], "output_dir": str(tmp_path)})
+            config = KDConfig(**{**QUICK, **row["settings"], "output_dir": str(tmp_path)})
             single = TrueKnowledgeDistiller(*map(str, pair), config)
             result = single.distill_domain("s", prompts=PROMPTS, overwrite=True)
             assert result.metadata["best_step"] > 0
@@ -368,7 +355,7 @@ class TestRefused:
 class TestCommand:
     def options(self, pair: tuple[Path, Path], output: Path, *more: str) -> list[str]:
         (output / "p.txt").write_text("\n".join(PROMPTS))
-        values = {**TINY, "teacher": pair[0], "student": pair[1], "prompts": output / "p.txt"}
+        values = {**QUICK, "teacher": pair[0], "student": pair[1], "prompts": output / "p.txt"}
         values["output_dir"] = output
         given = [part for n, v in values.items() for part in (f"--{n.replace('_', '-')}", str(v))]
         return ["sweep", "--domain", "s", *given, *more]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conch_dna.errors import ConchError, number_of, one_line
+from conch_dna.errors import ConchError, number_of, told
 from conch_dna.training.data.records import (
     STANDARD_INPUT,
     Record,
@@ -193,7 +193,9 @@ def _hub(name: str, role: str, given: Given) -> dict[str, list[Record]]:
     path, _, config = (name, "", "") if local else name.partition(":")
     split = given.data_split if role == TRAIN else None
     saved = local and any(Path(name).glob("dataset_*.json"))
-    try:
+    where = "" if local else ", which is no file or folder here either"
+    # The hub, the network, and a dozen readers of tables each raise their own.
+    with told(f"cannot read the data set {name}{where}"):
         if saved:
             loaded = datasets.load_from_disk(name)
             loaded = loaded if isinstance(loaded, dict) else {TRAIN: loaded}
@@ -201,10 +203,6 @@ def _hub(name: str, role: str, given: Given) -> dict[str, list[Record]]:
         else:
             loaded = datasets.load_dataset(path, config or None, split=split)
             loaded = {TRAIN: loaded} if split else loaded
-    except Exception as error:
-        # The hub, the network, and a dozen readers of tables each raise their own.
-        where = "" if local else ", which is no file or folder here either"
-        raise ConchError(f"cannot read the data set {name}{where}: {one_line(error)}") from error
     wanted = tuple(SPLITS) if role == TRAIN and not split else (role,)
     chosen = {
         each: next((s for s in SPLITS[each] if s in loaded), None) if not split else TRAIN

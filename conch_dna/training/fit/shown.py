@@ -6,7 +6,7 @@ Knows estimates and this machine; nothing of how they are made.
 from typing import TYPE_CHECKING
 
 from conch_dna.language_model import ModelSource
-from conch_dna.presentation import pairs_table
+from conch_dna.presentation import bytes_text, pairs_table
 from conch_dna.training.fit.memory_estimate import (
     FITS,
     Estimate,
@@ -19,13 +19,6 @@ from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def size(count: float | None) -> str:
-    """Bytes as GB or MB."""
-    if count is None:
-        return "not known"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def fit_table(
@@ -42,13 +35,15 @@ def fit_table(
     """
     estimate = estimate_run(teacher, student, config, work, time_it=True)
     memory, whose = machine_memory()
-    rows = {part: size(count) for part, count in estimate.parts.items()}
-    rows |= {f"peak while {phase}": size(peak) for phase, peak in _told(estimate).items()}
+    rows = {part: bytes_text(count) for part, count in estimate.parts.items()}
+    rows |= {f"peak while {phase}": bytes_text(peak) for phase, peak in _told(estimate).items()}
     verdict = estimate.verdict(memory)
     if estimate.peak_bytes is None:
         rows["fits"] = "not known"
     else:
-        rows["highest peak"] = f"{size(estimate.peak_bytes)} of {size(memory)} {whose}: {verdict}"
+        rows["highest peak"] = (
+            f"{bytes_text(estimate.peak_bytes)} of {bytes_text(memory)} {whose}: {verdict}"
+        )
         if verdict != FITS:
             rows["remedy"] = remedies(teacher, student, config, work, memory)
     rows["time, estimated"] = _time(estimate)
