@@ -14,6 +14,8 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 
+# So many unknown names get the nearest known one as a hint, if they are no longer than that.
+_MOST_HINTS, _LONGEST_HINTED = 8, 64
 # What a value of each kind is called, and the types it may have.
 KIND_WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -181,8 +183,10 @@ def refuse_unknown(
     """
     known, also = set(known), set(also)
     if unknown := sorted(set(names) - known - also):
-        near = {name: get_close_matches(name, [*known, *also], 1) for name in unknown}
-        shown = (f"{name} ({near[name][0]}?)" if near[name] else name for name in unknown)
+        # The search takes a millisecond for each name, and longer for long ones.
+        asked = [name for name in unknown[:_MOST_HINTS] if len(name) <= _LONGEST_HINTED]
+        near = {name: get_close_matches(name, [*known, *also], 1) for name in asked}
+        shown = (f"{name} ({near[name][0]}?)" if near.get(name) else name for name in unknown)
         raise ConchError(
             f"{source} names unknown settings: {', '.join(shown)}; known are "
             f"{', '.join(sorted(known))}"
