@@ -2,7 +2,7 @@
 
 From the models' configurations, as their authors published them, in mlx-community's 4-bit form. No
 Mac is needed, and none was: on a Mac MLX has kernels of its own for norms, rotary embeddings and
-attention, which keep less than the plain operations that are counted here.
+attention, and the plain operations of the CPU are counted here.
 `python tests/benchmarks/mac_memory.py` prints it; tests/training/test_memory_estimate.py compares.
 """
 
