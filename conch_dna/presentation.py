@@ -5,6 +5,7 @@ kind of table: a function here that gives rich's.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from conch_dna.errors import ConchError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
+
+# Letters in a line of a table that nobody's screen bounds.
+WIDEST = 500
 
 
 def bytes_text(count: float | None, unknown: str = "not known") -> str:
@@ -99,10 +103,15 @@ def add_figures(
 
 
 def print_tables(*tables: Any) -> None:
-    """Show tables on standard output."""
+    """Show tables on standard output; in a pipe as wide as they are, so that no word is broken."""
     from rich.console import Console
+    from rich.measure import measure_renderables
 
     console = Console(highlight=False)
+    if tables and not console.is_terminal and "COLUMNS" not in os.environ:
+        endless = console.options.update(max_width=WIDEST)
+        widest = measure_renderables(console, endless, list(tables)).maximum
+        console = Console(highlight=False, width=max(console.width, widest))
     for table in tables:
         console.print(table)
 

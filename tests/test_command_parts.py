@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from conch_dna.__main__ import tell_loading
 from conch_dna.command_parts import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
 from conch_dna.errors import ConchError
+from conch_dna.presentation import print_tables, text_table
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [*{before}, *{before}]\n"
@@ -50,6 +52,18 @@ def test_yaml_that_cannot_be_settings_is_refused(tmp_path: Path, text: str, reas
         read_yaml(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(None, True), ("40", False)])
+def test_a_table_in_a_pipe_is_as_wide_as_its_words(
+    columns: str | None, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    folder = "/".join(["a-folder"] * 20)
+    print_tables(text_table("where", ("name", "folder"), [("thinking", folder)]))
+    assert (folder in capsys.readouterr().out) == whole
 
 
 def test_settings_are_read(tmp_path: Path) -> None:

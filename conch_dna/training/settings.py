@@ -211,6 +211,13 @@ class KDConfig:
         return cls(**{**named, **(overriding or {})})
 
     @property
+    def selected(self) -> str:
+        """What `select_by` comes to: kl, cross_entropy, kd or loss."""
+        if self.select_by != "auto":
+            return self.select_by
+        return "kl" if self.alpha else "cross_entropy"
+
+    @property
     def examples_read(self) -> int:
         """How many examples all steps read together, each as often as it is read."""
         return self.num_iters * self.batch_size * self.accumulation_steps

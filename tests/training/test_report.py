@@ -17,6 +17,7 @@ from conch_dna.training.runs.report import (
     advice,
     draw_curve,
     evaluation_table,
+    heldout_kd,
     rise_of,
     samples_text,
     verdict_text,
@@ -289,6 +290,29 @@ def test_advice_follows_from_what_happened(best_step, interval, said):
             assert advice(result, config).startswith("try more --iters than 100, or more data (40")
         short = replace(config, num_iters=5)
         assert "try more --iters than 5 (40 examples, each read 0.5 times)" in advice(result, short)
+
+
+def test_where_only_the_kd_loss_at_its_temperature_fell_the_temperature_is_the_advice():
+    history = [
+        {"split": "heldout", "step": step, "kd": kd}
+        for step, kd in ((0, 0.8), (20, 0.6), (40, 0.7))
+    ]
+    assert heldout_kd(history) == (0.8, 0.6)
+    assert heldout_kd([]) is None
+    result = SimpleNamespace(
+        evaluation=judged("worse", [0.01, 0.02]),
+        metadata={"train_examples": 40, "best_step": 40, "heldout_kd": [0.8, 0.6]},
+    )
+    said = (
+        "try --temperature 1 (at temperature 2 the KD loss fell from 0.8000 to 0.6000, and the KL "
+        "is taken at 1), or "
+    )
+    config = KDConfig(num_iters=40, batch_size=4)
+    assert advice(result, config).startswith(said)  # type: ignore[arg-type]
+    for other in (replace(config, temperature=1.0), replace(config, alpha=0.0)):
+        assert "--temperature" not in advice(result, other)  # type: ignore[arg-type]
+    result.metadata["heldout_kd"] = [0.8, 0.8]
+    assert "--temperature" not in advice(result, config)  # type: ignore[arg-type]
 
 
 def risen(**last: float) -> list[dict[str, Any]]:

@@ -127,6 +127,9 @@ class TestGrid:
         }
         by_kd = {"alpha": (0.0, 0.7), "temperature": (1.0, 4.0), "select_by": "kd"}
         assert len(grid_runs("s", by_kd, most=4)[1]) == 4
+        # auto is kl, or cross_entropy without KD.
+        chosen = {"alpha": (0.0, 0.7), "select_by": ("auto", "kl", "cross_entropy")}
+        assert len(grid_runs("s", chosen, most=4)[1]) == 4
 
     def test_numbers_and_choices_can_be_swept(self):
         assert {"temperature", "divergence", "learning_rate", "num_iters"} <= set(SWEEPABLE)

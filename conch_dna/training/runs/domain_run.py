@@ -62,7 +62,7 @@ from conch_dna.training.evaluation import (
 )
 from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.runs.breakdown import breakdown
-from conch_dna.training.runs.report import draw_curve, rise_of, samples_text
+from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
 from conch_dna.training.settings import (
@@ -312,8 +312,7 @@ class DomainRun:
 
     def _figure(self, before: HeldoutFigures) -> str:
         """The held-out figure that the run is judged by: the nearest to KL that there is."""
-        config = self.config
-        if config.select_by == "cross_entropy" or (config.select_by == "auto" and not config.alpha):
+        if self.config.selected == "cross_entropy":
             return "cross_entropy"
         metrics = before.metrics.to_json()
         return next(name for name in COMPARABLE if metrics[name] is not None)
@@ -333,8 +332,8 @@ class DomainRun:
             stream = ExampleBatches(train, config.batch_size, seed=config.seed)
         parts = list(self._batches(data.split.heldout, config.val_batches))
         heldout = [targets.collate(part, temperature) for part in parts]
-        select_by = config.select_by
-        if select_by in ("auto", "kl", "cross_entropy"):
+        select_by = config.selected
+        if select_by in ("kl", "cross_entropy"):
             select_by = "ce" if figure == "cross_entropy" else "kl"
         if select_by == "kl":
             heldout_loss = and_kl(heldout_loss, student, figure, chunk=config.head_chunk)
@@ -450,6 +449,7 @@ class DomainRun:
             "resumed": training.steps_run < self.config.num_iters,
             "extensions": training.extensions,
             "rise": rise_of(training.history),
+            "heldout_kd": heldout_kd(training.history),
         }
         return KDResult(
             domain=self.domain,

@@ -156,6 +156,14 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
                 f" (cross-entropy fell from {before:.4f} to {after:.4f}: the texts pull away from "
                 "the teacher; if they are what matters, --select-by cross_entropy)"
             )
+    if not rise and found["figure"] == "kl_nats" and found["difference"] >= 0:
+        first, lowest = metadata.get("heldout_kd") or (0.0, 0.0)
+        if config.alpha and config.temperature != 1 and lowest < first:
+            tries.insert(
+                0,
+                f"--temperature 1 (at temperature {config.temperature:g} the KD loss fell from "
+                f"{first:.4f} to {lowest:.4f}, and the KL is taken at 1)",
+            )
     unmoved = (
         "the kept step is 0, so the adapter changes nothing; " if not metadata["best_step"] else ""
     )
@@ -183,6 +191,12 @@ def rise_of(history: Sequence[Mapping[str, Any]]) -> str:
             label = "loss" if name == "loss" else CURVES[name]
             return f"{words} {label} rose from {first[name]:.4f} to {last[name]:.4f}"
     return ""
+
+
+def heldout_kd(history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """The held-out KD loss of a run before its first step, and its lowest; None without any."""
+    values = [row["kd"] for row in history if row["split"] == "heldout" and "kd" in row]
+    return (values[0], min(values)) if values else None
 
 
 def comparison_table(

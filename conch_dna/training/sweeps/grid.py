@@ -157,6 +157,8 @@ def grid_runs(
 
 def _effective(settings: Mapping[str, Any], base: KDConfig, folder: Path) -> GridRun:
     """The run of a combination of values, named by those that change something in it."""
+    if "select_by" in settings:
+        settings = {**settings, "select_by": replace(base, **settings).selected}
     idle = idle_settings(replace(base, **settings))
     return run_of({name: v for name, v in settings.items() if name not in idle}, base, folder)
 
