@@ -3,8 +3,8 @@
 Fetches the model (or takes one that is given), lets it answer prompts of two domains and questions
 of grade-school mathematics, leaves out the layers of least influence, and distils the teacher into
 what is left: KD against cross-entropy alone, equal steps and tokens, three seeds. The data are the
-teacher's own answers, so KD has alpha 1 at temperature 1, as `make demo`; with the defaults it runs
-last. Every part stays in the output folder; what is finished is not done again.
+teacher's own answers, so KD has alpha 1 at temperature 1, as `make demo`; --kinds adds KD with the
+defaults. Every part stays in the output folder; what is finished is not done again.
 """
 
 import conch_dna  # noqa: F401  # isort: skip  (loads a BLAS before mlx)
@@ -360,12 +360,10 @@ def show(results: dict[str, Any]) -> None:
     console.print(text_table("before and after", columns, rows))
     for figure in ("kl_nats", "cross_entropy"):
         ends = {(r["kind"], r["seed"]): r["evaluation"]["after"][figure] for r in results["runs"]}
-        for kind in KINDS:
-            pairs = [
-                f"{end - ends[ALONE, seed]:+.4f}" for (k, seed), end in ends.items() if k == kind
-            ]
-            if kind != ALONE:
-                console.print(f"{figure}: {kind} less {ALONE}, by seed: {', '.join(pairs)}")
+        for kind in dict.fromkeys(kind for kind, _ in ends if kind != ALONE):
+            both = [(ends[kind, seed], ends.get((ALONE, seed))) for k, seed in ends if k == kind]
+            pairs = [f"{end - alone:+.4f}" for end, alone in both if alone is not None]
+            console.print(f"{figure}: {kind} less {ALONE}, by seed: {', '.join(pairs)}")
     phases: dict[str, list[float]] = {}
     for name, seconds in itertools.chain(
         results["seconds"].items(), *(run["seconds"].items() for run in results["runs"])
@@ -389,6 +387,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="*", default=["thinking", "debug"])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["KD", ALONE], metavar="KIND")
     parser.add_argument("--steps", type=int, help="of each run; else what --minutes allows")
     parser.add_argument("--minutes", type=float, default=45, help="for everything")
     parser.add_argument("--output", type=Path, default=Path("models/real"))
@@ -412,7 +411,7 @@ def main() -> None:
         else:
             figures = profile(teacher, student, records, folder)
             left = TRAINING_SHARE * 60 * args.minutes
-            runs = args.seeds * len(KINDS)
+            runs = args.seeds * len(args.kinds)
             fits = int(left / runs / figures["step"]["whole"]) - EVALUATION_STEPS
             plan = {"steps": args.steps or max(20, min(300, fits)), "profile": figures}
         report.next_phase("")
@@ -421,7 +420,7 @@ def main() -> None:
         step = plan["profile"]["step"]["whole"]
         say(
             f"plan: {len(records)} answers of at most {CONFIG.max_tokens} tokens, {args.seeds} "
-            f"seeds of {' and '.join(KINDS)}, {plan['steps']} steps of {step:.2f} s each"
+            f"seeds of {' and '.join(args.kinds)}, {plan['steps']} steps of {step:.2f} s each"
         )
         runs = [
             train(
@@ -433,9 +432,7 @@ def main() -> None:
                 steps=plan["steps"],
                 report=report,
             )
-            for seed, kind in sorted(
-                itertools.product(range(args.seeds), KINDS), key=lambda run: run[1] == DEFAULTS
-            )
+            for seed, kind in itertools.product(range(args.seeds), args.kinds)
         ]
     results = {
         "model": model,
