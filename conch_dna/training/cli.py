@@ -35,6 +35,7 @@ NOT_HERE = "not here yet"
 # The groups of options that KDConfig's fields are.
 OF_KD_CONFIG = {
     "Loss": "temperature",
+    "What the models read": "teacher_system",
     "Another tokenizer": "alignment",
     "What is trained": "lora_rank",
     "Steps": "learning_rate",
@@ -103,6 +104,12 @@ OF_KD_CONFIG = {
     "for standard input.",
 )
 @click.option(
+    "--demonstrations",
+    metavar="FILE",
+    help="Records that only the teacher reads, as turns before every prompt; domain takes the "
+    "domain's own three.",
+)
+@click.option(
     "--config",
     "config_file",
     metavar="FILE",
@@ -148,6 +155,7 @@ def distill(
     data_split: str | None,
     mapped: tuple[str, ...],
     prompts: str | None,
+    demonstrations: str | None,
     config_file: str | None,
     report_to: str | None,
     project_name: str | None,
@@ -171,6 +179,7 @@ def distill(
         "data_split": data_split,
         "map": mapped or None,
         "prompts": prompts,
+        "demonstrations": demonstrations,
         "report_to": report_to,
         "project_name": project_name,
     }

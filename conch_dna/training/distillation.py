@@ -7,7 +7,11 @@ examples and its schema: CLI choices and tests follow.
 
 # Two more lines of parentheses for each example would hide the texts; a test finds lost commas.
 
+from pathlib import Path
 from typing import TypedDict
+
+# A file for each domain, of records that show its answers.
+DEMONSTRATIONS = Path(__file__).parent.parent / "assets" / "demonstrations"
 
 
 class DomainPrompts(TypedDict):

@@ -15,6 +15,10 @@ from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+TEACHER, STUDENT = "teacher", "student"
+# The settings of what both read before a prompt, and what stands for a system prompt in them.
+SYSTEMS = {TEACHER: "teacher_system", STUDENT: "student_system"}
+NO_SYSTEM, OF_DOMAIN = "none", "domain"
 # In the output folder, where named runs lie beside each other.
 RUNS = "runs"
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
@@ -66,6 +70,16 @@ class KDConfig:
     )
     divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    teacher_system: str = _option(
+        "",
+        "System prompt that the teacher reads: a text or a file with it, none, or domain for the "
+        "domain's own, which is what it reads before prompts anyway.",
+    )
+    student_system: str = _option(
+        "",
+        "System prompt that the student reads, in the same forms; with none the adapter learns to "
+        "do without, and CORTEX leaves it out.",
+    )
     alignment: str = _option(
         AUTO,
         "How a teacher with another tokenizer teaches; auto finds out whether it has one.",
@@ -217,6 +231,19 @@ class KDConfig:
             return self.select_by
         return "kl" if self.alpha else "cross_entropy"
 
+    def system_of(self, side: str, own: str, domain: str) -> str:
+        """The system prompt that the settings come to.
+
+        Args:
+            side: `TEACHER` or `STUDENT`.
+            own: What it would read anyway: what a record has.
+            domain: The domain's; may be empty.
+        """
+        setting = getattr(self, SYSTEMS[side])
+        if setting == OF_DOMAIN:
+            return domain
+        return own if not setting else "" if setting == NO_SYSTEM else str(setting)
+
     @property
     def examples_read(self) -> int:
         """How many examples all steps read together, each as often as it is read."""
@@ -274,6 +301,24 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
             f"domain {domain!r} is unknown: use one of {', '.join(DOMAIN_PROMPTS)}, or give a new "
             "name its --data or --prompts"
         )
+
+
+def domain_examples(domain: str) -> list[str]:
+    """The prompts of one of the six domains.
+
+    Raises:
+        ConchError: It is another one.
+    """
+    if domain not in DOMAIN_PROMPTS:
+        raise ConchError(f"domain {domain!r} has no examples: give prompts or data")
+    return DOMAIN_PROMPTS[domain]["examples"]
+
+
+def domain_systems(domain: str, config: KDConfig) -> tuple[str, str]:
+    """What teacher and student read before a domain's prompts; empty for nothing."""
+    known = DOMAIN_PROMPTS.get(domain)
+    own = known["system"] if known else ""
+    return config.system_of(TEACHER, own, own), config.system_of(STUDENT, own, own)
 
 
 def domain_folder(domain: str, config: KDConfig) -> Path:

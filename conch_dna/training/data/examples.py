@@ -15,7 +15,13 @@ from conch_dna.errors import ConchError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
-from conch_dna.training.batches import Example, ExampleBatches
+from conch_dna.training.batches import (
+    Example,
+    ExampleBatches,
+    PairedExample,
+    first_counted,
+    read_by_teacher,
+)
 from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import (
     AlignedExample,
@@ -33,13 +39,18 @@ from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.data.answers import openings
 from conch_dna.training.data.records import (
+    TOKENS,
     Record,
+    counted_bytes,
     fitting,
     numbered,
+    record_tokens,
     split_heldout,
-    tokenize_records,
+    tokenize_record,
 )
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.data.views import differs, view, with_systems
+from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,
     TargetIdentity,
@@ -94,7 +105,8 @@ class Examples:
     Args:
         teacher: Its tokenizer is used, not its weights.
         student: The same of the student.
-        config: How texts are cut, held out and compared.
+        config: How texts are cut, held out and compared, and what each side reads before them.
+        domain: Whose system prompt that may be.
         report: Gets ("message", …) and ("warning", …).
         across: A key of KINDS for tokenizers that differ, whatever the configuration says.
 
@@ -109,12 +121,14 @@ class Examples:
         student: ModelSource,
         config: KDConfig,
         *,
+        domain: str = "",
         report: Report = silent,
         across: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.config = config
+        self.domain = domain
         self.report = report
         same = same_tokens(token_bytes(teacher.tokenizer), token_bytes(student.tokenizer))
         self.alignment = resolve_alignment(across or config.alignment, same=same)
@@ -140,32 +154,62 @@ class Examples:
             ConchError: A record is too long for a model or --max-seq-length and not to be left
                 out, or less than half of the tokens could be aligned.
         """
+        named = list(zip(records, names or numbered(records), strict=True))
+        self._require_answers_only(named)
+        examples: list[Any]
         if self.alignment == INDEX:
-            examples = tokenize_records(
-                records,
-                self.student.tokenizer,
-                names=names,
-                train_on_prompt=self.config.train_on_prompt,
-                vocabulary=vocabulary_digest(self.student.tokenizer),
+            examples = [self._example(record, name) for record, name in named]
+        else:
+            aligner = RecordAligner(
+                self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
             )
-            for model in (self.teacher, self.student):
-                for example in examples:
-                    model.require_rows(example.ids, example.name)
-            contexts = (self.teacher.context_length, self.student.context_length)
+            examples = [aligner.align(record, name) for record, name in named]
+        of_teacher = list(map(read_by_teacher, examples))
+        for example, other in zip(examples, of_teacher, strict=True):
+            self.student.require_rows(example.ids, example.name)
+            self.teacher.require_rows(other.ids, example.name)
+        contexts = self.student.context_length, self.teacher.context_length
+        if all(one is other for one, other in zip(examples, of_teacher, strict=True)):
             kept = self._fitting(examples, contexts)
+        else:
+            kept = self._fitting(examples, contexts[:1])
+            longer = self._fitting([of_teacher[index] for index in kept], contexts[1:])
+            kept = [kept[i] for i in longer]
+        if self.alignment == INDEX:
             return kept, [examples[index] for index in kept]
-        aligner = RecordAligner(
-            self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
-        )
-        named = zip(records, names or numbered(records), strict=True)
-        aligned = [aligner.align(record, name) for record, name in named]
-        for each in aligned:
-            self.student.require_rows(each.ids, each.name)
-            self.teacher.require_rows(each.teacher.ids, each.name)
-        kept = self._fitting(aligned, (self.student.context_length,))
-        of_teacher = [aligned[index].teacher for index in kept]
-        kept = [kept[i] for i in self._fitting(of_teacher, (self.teacher.context_length,))]
-        return self._covered(kept, aligned)
+        return self._covered(kept, examples)
+
+    def as_read(self, records: Sequence[Record]) -> list[Record]:
+        """Records with the system prompts that teacher and student read; see `views.with_systems`.
+
+        Once they have them, they keep them.
+        """
+        known = DOMAIN_PROMPTS.get(self.domain)
+        system = known["system"] if known else ""
+        return [with_systems(record, self.config, system) for record in records]
+
+    def _require_answers_only(self, named: Sequence[tuple[Record, str]]) -> None:
+        """Refuse to compare prompts where the teacher reads others."""
+        apart = next((name for record, name in named if differs(record)), None)
+        if apart and self.config.train_on_prompt:
+            raise ConchError(
+                f"{apart} has another prompt for the teacher than for the student, so that only "
+                "its answer can be compared: leave out --train-on-prompt"
+            )
+
+    def _example(self, record: Record, name: str) -> Example:
+        """A record as the tokens that both models know: one side, or two with other prompts."""
+        tokenizer = self.student.tokenizer
+        vocabulary = vocabulary_digest(tokenizer)
+        if not differs(record):
+            return tokenize_record(
+                view(record, STUDENT, template=tokenizer.has_chat_template),
+                tokenizer,
+                name=name,
+                train_on_prompt=self.config.train_on_prompt,
+                vocabulary=vocabulary,
+            )
+        return paired_example(record, tokenizer, name=name, vocabulary=vocabulary)
 
     def split(
         self,
@@ -185,7 +229,8 @@ class Examples:
             ConchError: See `make` and `records.split_heldout`; or no validation or test example is
                 short enough.
         """
-        sets = {"example": records, "validation example": valid, "test example": test}
+        given = {"example": records, "validation example": valid, "test example": test}
+        sets = {noun: self.as_read(rows) for noun, rows in given.items()}
         names = [name for noun, rows in sets.items() for name in numbered(rows, noun)]
         everything = [record for rows in sets.values() for record in rows]
         indices, examples = self.make(everything, names)
@@ -262,7 +307,9 @@ class Examples:
                 length = int(chunks.student[row, column])
                 teacher.append(example.teacher.ids[: chunks.teacher[row, column]].tolist())
             else:
-                teacher.append(example.ids[:length].tolist())
+                of_teacher = read_by_teacher(example)
+                behind = first_counted(of_teacher) - first_counted(example)
+                teacher.append(of_teacher.ids[: length + behind].tolist())
             student.append(example.ids[:length].tolist())
         return teacher, student
 
@@ -308,6 +355,44 @@ class Examples:
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)
+
+
+def paired_example(record: Record, tokenizer: Any, *, name: str, vocabulary: str) -> PairedExample:
+    """A record whose answers are the same tokens behind the prompts of two models.
+
+    Args:
+        record: See `views.differs`.
+        tokenizer: Of both.
+        name: What messages call it.
+        vocabulary: See `records.tokenize_record`.
+
+    Raises:
+        ConchError: See `records.record_tokens` and `views.view`.
+    """
+    exact = record.get(TOKENS)
+    sides = []
+    for side in (TEACHER, STUDENT):
+        read = view(record, side, template=tokenizer.has_chat_template)
+        read.pop(TOKENS, None)
+        sides.append(record_tokens(read, tokenizer, name=name))
+    (teacher, spans), _ = sides
+    answers = [teacher[start:end] for start, end in spans]
+    if isinstance(exact, dict) and exact.get("vocabulary") == vocabulary:
+        answers = [list(exact["ids"][exact["prompt_length"] :])]
+    examples = []
+    for ids, spans in sides:
+        joined: list[int] = []
+        counted: list[bool] = []
+        last = 0
+        for (start, end), answer in zip(spans, answers, strict=True):
+            joined += [*ids[last:start], *answer]
+            counted += [False] * (start - last) + [True] * len(answer)
+            last = end
+        counted[0] = False
+        examples.append(Example(np.asarray(joined, np.int32), np.asarray(counted), name))
+    text_bytes = counted_bytes(record, train_on_prompt=False)
+    of_teacher, own = examples
+    return PairedExample(own.ids, own.counted, name, text_bytes, teacher=of_teacher)
 
 
 def resolve_alignment(alignment: str, *, same: bool) -> str:

@@ -50,7 +50,6 @@ from conch_dna.training.data.answers import (
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines
 from conch_dna.training.data.sources import leak_warnings
-from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.evaluation import (
     HeldoutFigures,
     and_kl,
@@ -70,7 +69,9 @@ from conch_dna.training.settings import (
     KDConfig,
     KDResult,
     TrainingResult,
+    domain_examples,
     domain_folder,
+    domain_systems,
     get_kd_adapter_path,
     shared_folder,
     trainer_settings,
@@ -116,7 +117,7 @@ class DomainRun:
         self.folder = domain_folder(domain, config)
         self.shared = shared_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
-        self.examples = Examples(teacher, student, config, report=report)
+        self.examples = Examples(teacher, student, config, domain=domain, report=report)
         self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
 
@@ -229,20 +230,19 @@ class DomainRun:
         except (NotWholeError, TypeError):
             return None
 
-    def generate(self, prompts: Sequence[str] | None) -> list[Record]:
+    def generate(self, prompts: Sequence[str | Record] | None) -> list[Record]:
         """The teacher's answers to prompts, or to the domain's own examples."""
-        known = DOMAIN_PROMPTS.get(self.domain)
         if prompts is None:
-            if known is None:
-                raise ConchError(f"domain {self.domain!r} has no examples: give prompts or data")
-            prompts = known["examples"]
+            prompts = domain_examples(self.domain)
+        teacher_system, student_system = domain_systems(self.domain, self.config)
         total = len(prompts) * self.config.samples_per_prompt
         self._phase("the teacher answers", total, "prompts")
         with dated(self._record["begun"]):
             return generate_answers(
                 self.teacher,
                 prompts,
-                system=known["system"] if known else "",
+                system=teacher_system,
+                student_system=student_system,
                 config=self.config,
                 folder=self.shared / "answers",
                 report=self.report,
@@ -267,6 +267,7 @@ class DomainRun:
             shared_by: Settings of the runs that will read the same targets instead of this one.
         """
         config = self.config
+        records = self.examples.as_read(records)
         with dated(self._record["begun"]):
             split = self.examples.split(records, valid=valid, test=test)
         sizes = len(split.train), len(split.heldout)
