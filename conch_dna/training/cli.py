@@ -36,6 +36,7 @@ NOT_HERE = "not here yet"
 OF_KD_CONFIG = {
     "Loss": "temperature",
     "What the models read": "teacher_system",
+    "The student's own answers": "on_policy",
     "Another tokenizer": "alignment",
     "What is trained": "lora_rank",
     "Steps": "learning_rate",

@@ -5,7 +5,9 @@ are made from or compared with these fields. To add an option: a field with its 
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from functools import partial
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,15 @@ _option = partial(option, between="between {low:,} and {high:,}")
 _KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
 
 
+def own_batches(share: float, batches: int) -> int:
+    """How many of the first so many batches are the student's own answers, spread evenly.
+
+    >>> [own_batches(0.5, count) for count in range(5)]
+    [0, 0, 1, 1, 2]
+    """
+    return floor(Fraction(share).limit_denominator(1_000) * batches)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
     """Everything that shapes a distillation run except the two models and the data.
@@ -79,6 +90,26 @@ class KDConfig:
         "",
         "System prompt that the student reads, in the same forms; with none the adapter learns to "
         "do without, and CORTEX leaves it out.",
+    )
+    on_policy: float = _option(
+        0.0, "Share of the batches that are the student's own answers.", low=0, high=1
+    )
+    rollouts: int = _option(
+        0,
+        "Prompts that it answers in a round; 0 asks all, at most 64, in whole batches.",
+        low=0,
+        high=10**6,
+    )
+    rollout_tokens: int = _option(128, "Longest answer of its own, in tokens.", low=1)
+    rollout_temperature: float = _option(
+        1.0, "Temperature of its own answers; 0 is greedy.", low=0, high=10
+    )
+    rollout_reuse: int = _option(1, "How often each of them is used.", low=1, high=100)
+    resident: str = _option(
+        "auto",
+        "Whether teacher and student are both in memory while the student answers and is scored, "
+        "or take turns; auto finds out what fits.",
+        choices=("auto", "one", "both"),
     )
     alignment: str = _option(
         AUTO,
@@ -190,6 +221,13 @@ class KDConfig:
             )
         if not problems and self.full and self.dora:
             problems.append("full and dora are both true: choose one of them")
+        if not problems and self.on_policy and not self.alpha:
+            problems.append(
+                "on_policy is above 0 and alpha is 0: of its own answers the student learns only "
+                "what the teacher thinks of them; raise alpha"
+            )
+        if not problems and self.on_policy and self.train_on_prompt:
+            problems.append("on_policy and train_on_prompt do not go together: leave one")
         if problems:
             raise ConchError("; ".join(problems))
 
@@ -243,6 +281,16 @@ class KDConfig:
         if setting == OF_DOMAIN:
             return domain
         return own if not setting else "" if setting == NO_SYSTEM else str(setting)
+
+    @property
+    def own_batches(self) -> int:
+        """How many of all batches are the student's own answers, spread evenly over them."""
+        return own_batches(self.on_policy, self.num_iters * self.accumulation_steps)
+
+    @property
+    def given_batches(self) -> int:
+        """How many of all batches are of texts that are there."""
+        return self.num_iters * self.accumulation_steps - self.own_batches
 
     @property
     def examples_read(self) -> int:

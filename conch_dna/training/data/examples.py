@@ -6,6 +6,7 @@ A third case would be a third class with the methods of `SameTokenizer`.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from conch_dna.training.data.records import (
     record_tokens,
     split_heldout,
     tokenize_record,
+    with_answer,
 )
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -95,7 +97,7 @@ class Split:
             ConchError: The training examples cannot fill one batch.
         """
         stream = ExampleBatches(self.train, config.batch_size, seed=config.seed)
-        batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
+        batches = config.given_batches if config.alpha > 0 else 0
         return [*self.heldout, *self.test, *stream.drawn(batches)]
 
 
@@ -156,18 +158,8 @@ class Examples:
         """
         named = list(zip(records, names or numbered(records), strict=True))
         self._require_answers_only(named)
-        examples: list[Any]
-        if self.alignment == INDEX:
-            examples = [self._example(record, name) for record, name in named]
-        else:
-            aligner = RecordAligner(
-                self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
-            )
-            examples = [aligner.align(record, name) for record, name in named]
+        examples = [self._example(record, name) for record, name in named]
         of_teacher = list(map(read_by_teacher, examples))
-        for example, other in zip(examples, of_teacher, strict=True):
-            self.student.require_rows(example.ids, example.name)
-            self.teacher.require_rows(other.ids, example.name)
         contexts = self.student.context_length, self.teacher.context_length
         if all(one is other for one, other in zip(examples, of_teacher, strict=True)):
             kept = self._fitting(examples, contexts)
@@ -178,6 +170,35 @@ class Examples:
         if self.alignment == INDEX:
             return kept, [examples[index] for index in kept]
         return self._covered(kept, examples)
+
+    def of_rollouts(self, records: Sequence[Record], number: int) -> tuple[list[Any], int]:
+        """Examples of the student's own answers, and how many of them the teacher cannot read.
+
+        Args:
+            records: Of `on_policy.questions`.
+            number: Of their round, for the message.
+
+        Raises:
+            ConchError: It can read none of them.
+        """
+        examples, reason = [], "it has no token that can be compared"
+        contexts = self.student.context_length, self.teacher.context_length
+        for record in records:
+            try:
+                # Any of them may be what no template keeps, or no tokenizer spells.
+                example = self._example(record, "an answer of the student")
+                for side, context in zip(
+                    (example, read_by_teacher(example)), contexts, strict=True
+                ):
+                    fitting([side], min(context or self.longest, self.longest))
+            except ConchError as error:
+                reason = str(error)
+                continue
+            if not isinstance(example, AlignedExample) or len(example.chunks):
+                examples.append(example)
+        if not examples:
+            raise ConchError(f"round {number}: the teacher can read none of the answers: {reason}")
+        return examples, len(records) - len(examples)
 
     def as_read(self, records: Sequence[Record]) -> list[Record]:
         """Records with the system prompts that teacher and student read; see `views.with_systems`.
@@ -197,19 +218,36 @@ class Examples:
                 "its answer can be compared: leave out --train-on-prompt"
             )
 
-    def _example(self, record: Record, name: str) -> Example:
-        """A record as the tokens that both models know: one side, or two with other prompts."""
+    @property
+    def longest(self) -> int:
+        """Most tokens of an example, whatever a model's context is."""
+        return self.config.max_seq_length
+
+    @cached_property
+    def _aligner(self) -> RecordAligner:
+        return RecordAligner(
+            self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
+        )
+
+    def _example(self, record: Record, name: str) -> Any:
+        """A record as the tokens of both models, none of which is without a row."""
         tokenizer = self.student.tokenizer
-        vocabulary = vocabulary_digest(tokenizer)
-        if not differs(record):
-            return tokenize_record(
+        example: Example
+        if self.alignment != INDEX:
+            example = self._aligner.align(record, name)
+        elif differs(record):
+            example = paired_example(record, tokenizer, name=name)
+        else:
+            example = tokenize_record(
                 view(record, STUDENT, template=tokenizer.has_chat_template),
                 tokenizer,
                 name=name,
                 train_on_prompt=self.config.train_on_prompt,
-                vocabulary=vocabulary,
+                vocabulary=vocabulary_digest(tokenizer),
             )
-        return paired_example(record, tokenizer, name=name, vocabulary=vocabulary)
+        self.student.require_rows(example.ids, name)
+        self.teacher.require_rows(read_by_teacher(example).ids, name)
+        return example
 
     def split(
         self,
@@ -283,7 +321,7 @@ class Examples:
         return with_chunks, [aligned[index] for index in with_chunks]
 
     def _fitting(self, examples: Sequence[Example], contexts: Sequence[int | None]) -> list[int]:
-        longest = min([self.config.max_seq_length, *(c for c in contexts if c)])
+        longest = min([self.longest, *(c for c in contexts if c)])
         kept = fitting(examples, longest, skip=self.config.too_long == "skip")
         if len(kept) < len(examples):
             left_out = len(examples) - len(kept)
@@ -357,27 +395,30 @@ class Examples:
         return KINDS[self.alignment](cache, self.teacher, self.student)
 
 
-def paired_example(record: Record, tokenizer: Any, *, name: str, vocabulary: str) -> PairedExample:
+def paired_example(record: Record, tokenizer: Any, *, name: str) -> PairedExample:
     """A record whose answers are the same tokens behind the prompts of two models.
 
     Args:
         record: See `views.differs`.
         tokenizer: Of both.
         name: What messages call it.
-        vocabulary: See `records.tokenize_record`.
 
     Raises:
         ConchError: See `records.record_tokens` and `views.view`.
     """
     exact = record.get(TOKENS)
+    known = isinstance(exact, dict) and exact.get("vocabulary") == vocabulary_digest(tokenizer)
+    plain = {key: value for key, value in record.items() if key != TOKENS}
+    if known:
+        # Only the prompt is rendered: what a model said may be what no template keeps.
+        plain = with_answer(plain, "?")
     sides = []
     for side in (TEACHER, STUDENT):
-        read = view(record, side, template=tokenizer.has_chat_template)
-        read.pop(TOKENS, None)
+        read = view(plain, side, template=tokenizer.has_chat_template)
         sides.append(record_tokens(read, tokenizer, name=name))
     (teacher, spans), _ = sides
     answers = [teacher[start:end] for start, end in spans]
-    if isinstance(exact, dict) and exact.get("vocabulary") == vocabulary:
+    if exact and known:
         answers = [list(exact["ids"][exact["prompt_length"] :])]
     examples = []
     for ids, spans in sides:

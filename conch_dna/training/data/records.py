@@ -252,6 +252,14 @@ def record_texts(record: Record) -> list[str]:
     return [str(record["completion"] if "completion" in record else record["text"])]
 
 
+def with_answer(record: Record, answer: str) -> Record:
+    """A record with another text in place of its last answer, behind which nothing follows."""
+    if "messages" not in record:
+        return {**record, "completion" if "completion" in record else "text": answer}
+    turns = record["messages"][: last_answer(record["messages"])]
+    return {**record, "messages": [*turns, {"role": "assistant", "content": answer}]}
+
+
 def counted_bytes(record: Record, *, train_on_prompt: bool) -> int:
     """UTF-8 bytes of the text whose tokens count: of the answers, or of the prompts too."""
     texts = record_texts(record)

@@ -60,6 +60,10 @@ from conch_dna.training.evaluation import (
     with_evaluation,
 )
 from conch_dna.training.head_loss import make_cross_entropy_loss
+from conch_dna.training.on_policy.questions import questions_of
+from conch_dna.training.on_policy.residency import chosen_residency
+from conch_dna.training.on_policy.rounds import Rounds, rollouts_of_a_round
+from conch_dna.training.on_policy.stream import MixedBatches
 from conch_dna.training.runs.breakdown import breakdown
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
@@ -77,7 +81,7 @@ from conch_dna.training.settings import (
     trainer_settings,
 )
 from conch_dna.training.soft_targets import TargetBatches
-from conch_dna.training.trainer import Trainer
+from conch_dna.training.trainer import BatchStream, Trainer
 
 RESULT_FILE = "kd_result.json"
 EVALUATION_FILE = "evaluation.json"
@@ -120,6 +124,7 @@ class DomainRun:
         self.examples = Examples(teacher, student, config, domain=domain, report=report)
         self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
+        self._rounds: list[dict[str, Any]] = []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -289,9 +294,15 @@ class DomainRun:
             self.teacher, self.shared / "answers", teacher_prompts, **sample_draw(config)
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
+        questions = []
+        if config.on_policy:
+            names = [example.name for example in split.train]
+            with dated(self._record["begun"]):
+                questions = questions_of(split.train_records, names, self.student.tokenizer)
+            rollouts_of_a_round(len(questions), config)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
-        return RunData(records, split, targets, prompts, texts, reasons)
+        return RunData(records, split, targets, prompts, texts, reasons, questions)
 
     def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
@@ -322,11 +333,13 @@ class DomainRun:
         config = self.config
         train, targets, temperature = data.split.train, data.targets, self.examples.temperature
         loss = heldout_loss = targets.loss(student, config)
-        stream: ExampleBatches
+        stream: BatchStream
         if config.alpha > 0:
             stream = TargetBatches(
                 train, config.batch_size, targets, temperature=temperature, seed=config.seed
             )
+            if config.on_policy:
+                stream = self._mixed(student, data, stream)
         else:
             # No step needs the teacher; what is held out is still compared with it.
             loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
@@ -353,7 +366,37 @@ class DomainRun:
             select_by=select_by,
             report=self.report,
         )
-        return trainer.run(resume=self._resume)
+        training = trainer.run(resume=self._resume)
+        if isinstance(stream, MixedBatches):
+            self.teacher.release()
+            self._rounds = stream.rounds.figures()
+        return training
+
+    def _mixed(self, student: LanguageModel, data: RunData, given: BatchStream) -> MixedBatches:
+        """Batches of which a share are the student's own answers."""
+        config = self.config
+
+        def say(text: str) -> None:
+            self.report("message", {"message": text})
+
+        rounds = Rounds(
+            student,
+            self.teacher,
+            data.questions,
+            self.examples,
+            config,
+            self.folder,
+            residency=chosen_residency(self.teacher, student, config, say=say),
+            report=self.report,
+        )
+        say(
+            f"{config.own_batches} of {config.own_batches + config.given_batches} batches are the "
+            f"student's own answers, {rounds.size} a round"
+        )
+        if not self._resume:
+            rounds.remove()
+        given_or_none = given if config.given_batches else None
+        return MixedBatches(given_or_none, rounds, config.on_policy, config.accumulation_steps)
 
     def _batches(self, examples: Sequence[Any], limit: int = -1) -> Iterator[list[Any]]:
         for indices in sequential_batches(examples, self.config.batch_size, limit):
@@ -451,6 +494,7 @@ class DomainRun:
             "extensions": training.extensions,
             "rise": rise_of(training.history),
             "heldout_kd": heldout_kd(training.history),
+            **({"rounds": self._rounds} if self._rounds else {}),
         }
         return KDResult(
             domain=self.domain,

@@ -4,7 +4,7 @@ Knows data, targets and figures as they are; computes nothing. What another stag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import mlx.core as mx
 from conch_dna.training.data.examples import Split
 from conch_dna.training.data.records import Record
 from conch_dna.training.evaluation import HeldoutFigures
+from conch_dna.training.on_policy.questions import Question
 from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import TrainingResult
 
@@ -27,6 +28,7 @@ class RunData:
         prompts: The student's token ids of a few held-out prompts.
         teacher_texts: What the teacher made of them.
         finish_reasons: How many records ended how.
+        questions: What the student may be asked for its own answers.
     """
 
     records: Sequence[Record]
@@ -35,6 +37,7 @@ class RunData:
     prompts: list[list[int]]
     teacher_texts: list[str]
     finish_reasons: dict[str, int]
+    questions: list[Question] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
