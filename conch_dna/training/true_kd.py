@@ -26,6 +26,7 @@ from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.data.views import prompt_text
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.fit.workload import answers_to_come, given_examples
+from conch_dna.training.on_policy.rounds import rollouts_of_a_round
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
@@ -286,7 +287,7 @@ def plan_domain(
     Raises:
         ConchError: As the run itself would.
     """
-    batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
+    batches = config.given_batches if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
     require_trainable(student, config, weights=False)
     pair = Examples(teacher, student, config, domain=domain)
@@ -331,6 +332,10 @@ def plan_domain(
             f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
+    if config.on_policy:
+        size = rollouts_of_a_round(len({prompt_text(p) for p in prompts or ()}) or count, config)
+        drawn = -(-config.own_batches * config.batch_size // (size * config.rollout_reuse)) * size
+        tokens += drawn * config.rollout_tokens
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)
     chunk = config.head_chunk or config.batch_size * longest
@@ -342,7 +347,7 @@ def plan_domain(
         "examples": count,
         "heldout_examples": heldout_count,
         "counted_tokens": tokens,
-        "counted_tokens_exact": data is not None,
+        "counted_tokens_exact": data is not None and not config.on_policy,
         "longest_example": longest,
         "epochs": config.examples_read / max(1, count - heldout_count),
         "disk_bytes": tokens * identity.bytes_per_token,

@@ -319,7 +319,7 @@ def tokenize_record(
 def _without_template(record: Record, name: str) -> Record:
     """A conversation with one answer as prompt and completion, its turns a blank line apart."""
     turns = plain_turns(record["messages"])
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = [turn for turn in record["messages"] if counts(turn)]
     if any("tool_calls" in turn for turn in turns) or "tools" in record:
         raise ConchError(
             f"{name} calls tools, but the tokenizer has no chat template that could write them"

@@ -137,6 +137,9 @@ def view(record: Record, side: str, *, template: bool) -> Record:
     plain = {name: value for name, value in record.items() if name not in EXTRAS}
     system = record.get(SYSTEMS[side], "")
     context = record.get(CONTEXT) or "" if side == TEACHER else ""
+    if not isinstance(context, str):
+        # What is shown is not learned.
+        context = [{**turn, "weight": 0} for turn in context]
     if not (system or context):
         return plain
     if "text" in record:

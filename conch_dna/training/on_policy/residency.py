@@ -17,12 +17,10 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.presentation import bytes_text
 from conch_dna.training.adapters import make_trainable
-from conch_dna.training.fit.memory_estimate import machine_memory
+from conch_dna.training.fit.memory_estimate import machine_memory, takes_turns
 from conch_dna.training.settings import KDConfig
 
 ONE, BOTH = "one", "both"
-# With both models above this share of the memory there is too little left for a step.
-SHARE_FOR_WEIGHTS = 0.5
 
 
 def chosen_residency(
@@ -49,7 +47,7 @@ def chosen_residency(
     own = sum(array.nbytes for array in named_arrays(student.model.parameters()).values())
     together = own + (teacher.weight_bytes or 0)
     memory, whose = machine_memory()
-    fits = together <= SHARE_FOR_WEIGHTS * memory or config.full
+    fits = not takes_turns(together, memory, config)
     say(
         f"teacher and student {'stay in memory together' if fits else 'take turns in memory'}: "
         f"their weights take {bytes_text(together)} of {bytes_text(memory)} {whose}"

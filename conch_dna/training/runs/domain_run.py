@@ -295,11 +295,13 @@ class DomainRun:
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         questions = []
-        if config.on_policy:
+        learners = [reader for reader in readers if reader.on_policy]
+        if learners:
             names = [example.name for example in split.train]
             with dated(self._record["begun"]):
                 questions = questions_of(split.train_records, names, self.student.tokenizer)
-            rollouts_of_a_round(len(questions), config)
+            for learner in learners:
+                rollouts_of_a_round(len(questions), learner)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
         return RunData(records, split, targets, prompts, texts, reasons, questions)
