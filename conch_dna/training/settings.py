@@ -14,7 +14,7 @@ from typing import Any
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_system
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
 TEACHER, STUDENT = "teacher", "student"
@@ -351,21 +351,9 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
         )
 
 
-def domain_examples(domain: str) -> list[str]:
-    """The prompts of one of the six domains.
-
-    Raises:
-        ConchError: It is another one.
-    """
-    if domain not in DOMAIN_PROMPTS:
-        raise ConchError(f"domain {domain!r} has no examples: give prompts or data")
-    return DOMAIN_PROMPTS[domain]["examples"]
-
-
 def domain_systems(domain: str, config: KDConfig) -> tuple[str, str]:
     """What teacher and student read before a domain's prompts; empty for nothing."""
-    known = DOMAIN_PROMPTS.get(domain)
-    own = known["system"] if known else ""
+    own = domain_system(domain)
     return config.system_of(TEACHER, own, own), config.system_of(STUDENT, own, own)
 
 

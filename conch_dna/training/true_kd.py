@@ -24,17 +24,16 @@ from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.data.views import prompt_text
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
-from conch_dna.training.on_policy.rounds import rollouts_of_a_round
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
+from conch_dna.training.runs.on_policy.rounds import rollouts_of_a_round
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
-    domain_examples,
     domain_systems,
     get_kd_adapter_path,
     output_folder,

@@ -19,11 +19,11 @@ from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
-from conch_dna.training.on_policy import rounds as rounds_module
-from conch_dna.training.on_policy.questions import question_of_record, questions_of
-from conch_dna.training.on_policy.residency import chosen_residency, parked
-from conch_dna.training.on_policy.rounds import Rounds, rollouts_of_a_round
-from conch_dna.training.on_policy.stream import MixedBatches
+from conch_dna.training.runs.on_policy import rounds as rounds_module
+from conch_dna.training.runs.on_policy.questions import question_of_record, questions_of
+from conch_dna.training.runs.on_policy.residency import chosen_residency, parked
+from conch_dna.training.runs.on_policy.rounds import Rounds, rollouts_of_a_round, round_figures
+from conch_dna.training.runs.on_policy.stream import MixedBatches
 from conch_dna.training.settings import KDConfig, own_batches
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import Trainer
@@ -48,7 +48,14 @@ WORDS = (
 RECORDS: list[Record] = [
     {"prompt": f"Who saw the {word}?", "completion": f" It was the big {word}."} for word in WORDS
 ]
-ON_POLICY = {**QUICK, "batch_size": 2, "on_policy": 0.5, "rollouts": 4, "rollout_tokens": 6, "num_iters": 6}
+ON_POLICY = {
+    **QUICK,
+    "batch_size": 2,
+    "on_policy": 0.5,
+    "rollouts": 4,
+    "rollout_tokens": 6,
+    "num_iters": 6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +216,7 @@ class TestRounds:
         rounds.batch(rounds.batches_per_round, step=4, last_step=5)
         assert rounds._current is not None and first is not None
         assert rounds._current[0] == first[0] + 1
-        ages = [row["last_age"] for row in rounds.figures()]
+        ages = [row["last_age"] for row in round_figures(rounds.folder.parent)]
         assert ages == [0, 1]
 
     def test_rounds_go_through_all_prompts(self, rounds: Rounds):
@@ -301,7 +308,7 @@ class TestResidency:
         ],
     )
     def test_auto_finds_out_what_fits(self, models, monkeypatch, resident, memory, chosen):
-        from conch_dna.training.on_policy import residency
+        from conch_dna.training.runs.on_policy import residency
 
         monkeypatch.setattr(residency, "machine_memory", lambda: (memory, "of a test"))
         teacher, student = (ModelSource(name) for name in models)

@@ -51,7 +51,7 @@ from conch_dna.training.data.records import (
     with_answer,
 )
 from conch_dna.training.data.views import differs, view, with_systems
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import domain_system
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,
@@ -205,8 +205,7 @@ class Examples:
 
         Once they have them, they keep them.
         """
-        known = DOMAIN_PROMPTS.get(self.domain)
-        system = known["system"] if known else ""
+        system = domain_system(self.domain)
         return [with_systems(record, self.config, system) for record in records]
 
     def _require_answers_only(self, named: Sequence[tuple[Record, str]]) -> None:

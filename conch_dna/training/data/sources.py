@@ -21,7 +21,7 @@ from conch_dna.training.data.records import (
     read_records,
 )
 from conch_dna.training.data.views import behind, context_of, demonstration_turns
-from conch_dna.training.settings import domain_examples
+from conch_dna.training.distillation import domain_examples
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 # What `datasets` calls them, the first that is there.

@@ -50,6 +50,7 @@ from conch_dna.training.data.answers import (
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines
 from conch_dna.training.data.sources import leak_warnings
+from conch_dna.training.distillation import domain_examples
 from conch_dna.training.evaluation import (
     HeldoutFigures,
     and_kl,
@@ -60,11 +61,9 @@ from conch_dna.training.evaluation import (
     with_evaluation,
 )
 from conch_dna.training.head_loss import make_cross_entropy_loss
-from conch_dna.training.on_policy.questions import questions_of
-from conch_dna.training.on_policy.residency import chosen_residency
-from conch_dna.training.on_policy.rounds import Rounds, rollouts_of_a_round
-from conch_dna.training.on_policy.stream import MixedBatches
 from conch_dna.training.runs.breakdown import breakdown
+from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
+from conch_dna.training.runs.on_policy.stream import mixed_batches
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
@@ -73,7 +72,6 @@ from conch_dna.training.settings import (
     KDConfig,
     KDResult,
     TrainingResult,
-    domain_examples,
     domain_folder,
     domain_systems,
     get_kd_adapter_path,
@@ -124,7 +122,6 @@ class DomainRun:
         self.examples = Examples(teacher, student, config, domain=domain, report=report)
         self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
-        self._rounds: list[dict[str, Any]] = []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -294,14 +291,8 @@ class DomainRun:
             self.teacher, self.shared / "answers", teacher_prompts, **sample_draw(config)
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
-        questions = []
-        learners = [reader for reader in readers if reader.on_policy]
-        if learners:
-            names = [example.name for example in split.train]
-            with dated(self._record["begun"]):
-                questions = questions_of(split.train_records, names, self.student.tokenizer)
-            for learner in learners:
-                rollouts_of_a_round(len(questions), learner)
+        with dated(self._record["begun"]):
+            questions = questions_for(readers, split, self.student.tokenizer)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
         return RunData(records, split, targets, prompts, texts, reasons, questions)
@@ -341,12 +332,21 @@ class DomainRun:
                 train, config.batch_size, targets, temperature=temperature, seed=config.seed
             )
             if config.on_policy:
-                stream = self._mixed(student, data, stream)
+                stream = mixed_batches(
+                    student,
+                    self.examples,
+                    data.questions,
+                    stream,
+                    self.folder,
+                    resume=self._resume,
+                    report=self.report,
+                )
         else:
             # No step needs the teacher; what is held out is still compared with it.
             loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
             stream = ExampleBatches(train, config.batch_size, seed=config.seed)
-        parts = list(self._batches(data.split.heldout, config.val_batches))
+        chosen = sequential_batches(data.split.heldout, config.batch_size, config.val_batches)
+        parts = [[data.split.heldout[index] for index in indices] for indices in chosen]
         heldout = [targets.collate(part, temperature) for part in parts]
         select_by = config.selected
         if select_by in ("kl", "cross_entropy"):
@@ -369,40 +369,9 @@ class DomainRun:
             report=self.report,
         )
         training = trainer.run(resume=self._resume)
-        if isinstance(stream, MixedBatches):
-            self.teacher.release()
-            self._rounds = stream.rounds.figures()
+        # It may have scored the student's own answers.
+        self.teacher.release()
         return training
-
-    def _mixed(self, student: LanguageModel, data: RunData, given: BatchStream) -> MixedBatches:
-        """Batches of which a share are the student's own answers."""
-        config = self.config
-
-        def say(text: str) -> None:
-            self.report("message", {"message": text})
-
-        rounds = Rounds(
-            student,
-            self.teacher,
-            data.questions,
-            self.examples,
-            config,
-            self.folder,
-            residency=chosen_residency(self.teacher, student, config, say=say),
-            report=self.report,
-        )
-        say(
-            f"{config.own_batches} of {config.own_batches + config.given_batches} batches are the "
-            f"student's own answers, {rounds.size} a round"
-        )
-        if not self._resume:
-            rounds.remove()
-        given_or_none = given if config.given_batches else None
-        return MixedBatches(given_or_none, rounds, config.on_policy, config.accumulation_steps)
-
-    def _batches(self, examples: Sequence[Any], limit: int = -1) -> Iterator[list[Any]]:
-        for indices in sequential_batches(examples, self.config.batch_size, limit):
-            yield [examples[index] for index in indices]
 
     def _figures(
         self, student: LanguageModel, examples: Sequence[Any], data: RunData
@@ -496,7 +465,7 @@ class DomainRun:
             "extensions": training.extensions,
             "rise": rise_of(training.history),
             "heldout_kd": heldout_kd(training.history),
-            **({"rounds": self._rounds} if self._rounds else {}),
+            **({"rounds": round_figures(self.folder)} if self.config.on_policy else {}),
         }
         return KDResult(
             domain=self.domain,

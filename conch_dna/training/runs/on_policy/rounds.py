@@ -27,9 +27,9 @@ from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.progress import Report
 from conch_dna.training.batches import Batch, bucketed_batches
 from conch_dna.training.data.answers import answer_batch
-from conch_dna.training.data.examples import Examples
-from conch_dna.training.on_policy.questions import Question
-from conch_dna.training.on_policy.residency import ONE, parked
+from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.runs.on_policy.questions import Question, questions_of
+from conch_dna.training.runs.on_policy.residency import ONE, parked
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig, own_batches
 from conch_dna.training.soft_targets import Targets
 
@@ -269,14 +269,6 @@ class Rounds:
             )
             self.report("warning", {"message": message})
 
-    def figures(self) -> list[dict[str, Any]]:
-        """What every round so far came to."""
-        rows = []
-        for path in sorted(self.folder.glob(f"*/{ROUND_FILE}")):
-            with suppress(NotWholeError):
-                rows.append(read_json(path, needs={"round": int}))
-        return rows
-
     def remove(self) -> None:
         """Remove whatever an earlier run left."""
         if self.folder.is_dir():
@@ -296,6 +288,19 @@ class Rounds:
                         remove_folder(path)
                     elif path.name != ROUND_FILE:
                         path.unlink(missing_ok=True)
+
+
+def round_figures(folder: Path) -> list[dict[str, Any]]:
+    """What every round of a run came to; see `RoundFigures`.
+
+    Args:
+        folder: Of the run.
+    """
+    rows = []
+    for path in sorted((folder / FOLDER).glob(f"*/{ROUND_FILE}")):
+        with suppress(NotWholeError):
+            rows.append(read_json(path, needs={"round": int}))
+    return rows
 
 
 def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
@@ -322,6 +327,27 @@ def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
             + ("--rollouts" if config.rollouts else "--batch-size")
         )
     return wanted
+
+
+def questions_for(runs: Sequence[KDConfig], split: Split, tokenizer: Any) -> list[Question]:
+    """What the student may be asked for its own answers; nothing where no run learns from them.
+
+    Args:
+        runs: The settings of those that share the data.
+        split: Of these.
+        tokenizer: The student's.
+
+    Raises:
+        ConchError: There are too few prompts for a round.
+    """
+    learners = [config for config in runs if config.on_policy]
+    if not learners:
+        return []
+    names = [example.name for example in split.train]
+    questions = questions_of(split.train_records, names, tokenizer)
+    for config in learners:
+        rollouts_of_a_round(len(questions), config)
+    return questions
 
 
 def round_text(figures: RoundFigures) -> str:

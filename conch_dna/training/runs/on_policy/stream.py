@@ -3,16 +3,67 @@
 Knows two sources of batches and when each has its turn; nothing of models.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from conch_dna.checkpoints import content_digest
+from conch_dna.language_model import LanguageModel
+from conch_dna.progress import Report
 from conch_dna.training.batches import Batch
-from conch_dna.training.on_policy.rounds import Rounds
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.runs.on_policy.questions import Question
+from conch_dna.training.runs.on_policy.residency import chosen_residency
+from conch_dna.training.runs.on_policy.rounds import Rounds
 from conch_dna.training.settings import own_batches
 from conch_dna.training.trainer import BatchStream
+
+
+def mixed_batches(
+    student: LanguageModel,
+    examples: Examples,
+    questions: Sequence[Question],
+    given: BatchStream,
+    folder: Path,
+    *,
+    resume: bool,
+    report: Report,
+) -> "MixedBatches":
+    """The batches of a run that learns from the student's own answers.
+
+    Args:
+        student: In training.
+        examples: Of the run; they know teacher and settings.
+        questions: What the student may be asked.
+        given: Batches of texts that are there.
+        folder: Of the run.
+        resume: Whether it goes on with what lies there.
+        report: Gets progress, and what was chosen.
+
+    Raises:
+        ConchError: See `Rounds` and `chosen_residency`.
+    """
+    config, teacher = examples.config, examples.teacher
+
+    def say(text: str) -> None:
+        report("message", {"message": text})
+
+    residency = chosen_residency(teacher, student, config, say=say)
+    rounds = Rounds(
+        student, teacher, questions, examples, config, folder, residency=residency, report=report
+    )
+    total = config.own_batches + config.given_batches
+    say(
+        f"{config.own_batches} of {total} batches are the student's own answers, {rounds.size} a "
+        "round"
+    )
+    if not resume:
+        rounds.remove()
+    some = given if config.given_batches else None
+    return MixedBatches(some, rounds, config.on_policy, config.accumulation_steps)
 
 
 class MixedBatches:
