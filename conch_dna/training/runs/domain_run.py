@@ -369,7 +369,6 @@ class DomainRun:
             report=self.report,
         )
         training = trainer.run(resume=self._resume)
-        # It may have scored the student's own answers.
         self.teacher.release()
         return training
 
