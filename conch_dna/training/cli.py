@@ -351,13 +351,21 @@ def name_for_mlx_lm(model_id: str, folder: Path) -> str:
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from conch_dna.training.runs.report import advice, evaluation_table, judged_sets, verdict_text
+    from conch_dna.training.runs.report import (
+        advice,
+        evaluation_table,
+        judged_sets,
+        own_answers_table,
+        verdict_text,
+    )
 
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]
     for name, result in results.items():
         for title, judged in judged_sets(name, result.evaluation).items():
             console.print(evaluation_table(title, judged, width=console.width))
+        if (table := own_answers_table(name, result.evaluation)) is not None:
+            console.print(table)
     for result in results.values():
         console.print(
             f"adapter: {result.adapter_path} (kept: step {result.metadata['best_step']} of "

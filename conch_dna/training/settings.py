@@ -27,6 +27,8 @@ RUNS = "runs"
 RUN_NAMES = (
     "answers",
     "candidate",
+    "own_answers",
+    "rollouts",
     "run.json",
     "run.lock",
     "run.lock.json",
@@ -110,6 +112,9 @@ class KDConfig:
         "Whether teacher and student are both in memory while the student answers and is scored, "
         "or take turns; auto finds out what fits.",
         choices=("auto", "one", "both"),
+    )
+    own_answers: int = _option(
+        0, "Held-out prompts that it answers before and after, to be measured; -1 is all.", low=-1
     )
     alignment: str = _option(
         AUTO,

@@ -19,11 +19,20 @@ from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
+from conch_dna.training.runs.html_report import write_report
 from conch_dna.training.runs.on_policy import rounds as rounds_module
+from conch_dna.training.runs.on_policy.own_answers import (
+    answer_figures,
+    compared,
+    repetition,
+    score,
+    teacher_distances,
+)
 from conch_dna.training.runs.on_policy.questions import question_of_record, questions_of
 from conch_dna.training.runs.on_policy.residency import chosen_residency, parked
 from conch_dna.training.runs.on_policy.rounds import Rounds, rollouts_of_a_round, round_figures
 from conch_dna.training.runs.on_policy.stream import MixedBatches
+from conch_dna.training.runs.report import own_answers_rows
 from conch_dna.training.settings import KDConfig, own_batches
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import Trainer
@@ -398,3 +407,68 @@ class TestRun:
         fresh = distil(models, replace(changed, output_dir=str(tmp_path / "b")))
         again = distil(models, changed, overwrite=True)
         assert same(adapter(fresh), adapter(again))
+
+
+class TestOwnAnswers:
+    def test_repetition_is_the_share_of_ngrams_that_stood_before(self):
+        assert repetition([1, 2, 3, 4, 5]) == 0
+        assert repetition([1, 2, 3]) == 0
+        assert repetition([7] * 8) == pytest.approx(1 - 1 / 5)
+
+    def test_figures_of_an_answer(self, models):
+        tokenizer = ModelSource(models[0]).tokenizer
+        question = question_of_record(RECORDS[0], tokenizer, "a")
+        text = '{"what_happened": "a", "keep": "b", "change": ["c"], "check": "d"}'
+        whole = tokenizer.encode(f"{RECORDS[0]['prompt']} {text}")
+        answer = [*whole[len(question.ids) :], tokenizer.eos_token_id]
+        figures = answer_figures(question, answer, tokenizer, "reflection")
+        assert (figures["ended"], figures["tokens"]) == (1, len(answer))
+        assert figures["valid"] == 1
+        assert answer_figures(question, answer[:-3], tokenizer, "reflection")["valid"] == 0
+        assert "valid" not in answer_figures(question, answer, tokenizer, "stories")
+
+    def test_a_difference_is_judged_by_its_interval(self):
+        before = [{"kl_nats": 2.0, "ended": 0.0, "tokens": 4.0}] * 8
+        after = [{"kl_nats": 1.0 + n / 9, "ended": 0.0, "tokens": 9.0} for n in range(8)]
+        rows = compared([*before, {**before[0], "kl_nats": np.nan}], [*after, after[0]], seed=0)
+        assert rows["kl_nats"]["verdict"] == "better"
+        assert rows["kl_nats"]["prompts"] == 8
+        assert rows["kl_nats"]["interval"][1] < 0
+        assert rows["ended"]["verdict"] == "not shown to be better"
+        assert rows["tokens"]["verdict"] is None
+        worse = compared(after, before, seed=0)
+        assert worse["kl_nats"]["verdict"] == "worse"
+
+    def test_a_run_measures_them(self, models, tmp_path):
+        config = config_of(tmp_path, on_policy=1.0, own_answers=-1, num_iters=2)
+        result = distil(models, config)
+        figures = result.evaluation["own_answers"]
+        assert figures["kl_nats"]["prompts"] == result.metadata["heldout_examples"]
+        assert 0 <= figures["repetition"]["after"] <= 1
+        assert not (tmp_path / "own" / "own_answers").exists()
+        rows = own_answers_rows(result.evaluation)
+        assert next(row[0] for row in rows) == "KL to the teacher (nats)"
+        page = tmp_path / "page.html"
+        write_report([tmp_path], page)
+        assert "Its own answers to held-out prompts" in page.read_text()
+
+    def test_the_distance_is_that_of_full_distributions(self, models, tmp_path):
+        teacher, student = (ModelSource(name) for name in models)
+        config = config_of(tmp_path, top_k=teacher.vocabulary_size, temperature=1.0)
+        examples = Examples(teacher, student, config)
+        questions = questions_of(RECORDS[:2], "ab", student.tokenizer)
+        answers = [question.ids[-3:] for question in questions]
+        targets = examples.targets(tmp_path)
+        score(examples, [(questions, answers)], targets)
+        model = student.load()
+        found = teacher_distances(model, examples, questions, answers, targets)
+        of_teacher = teacher.load()
+        for question, answer, distance in zip(questions, answers, found, strict=True):
+            ids = mx.array([[*question.ids, *answer]])
+            first = len(question.ids) - 1
+            logs = []
+            for each in (of_teacher, model):
+                logits = each.logits(ids)[0, first : first + len(answer)]
+                logs.append(np.asarray(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
+            expected = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean()
+            assert distance == pytest.approx(expected, rel=1e-3)

@@ -29,6 +29,7 @@ class RunData:
         teacher_texts: What the teacher made of them.
         finish_reasons: How many records ended how.
         questions: What the student may be asked for its own answers.
+        heldout_questions: Of what is held out, those whose answers are measured.
     """
 
     records: Sequence[Record]
@@ -38,6 +39,7 @@ class RunData:
     teacher_texts: list[str]
     finish_reasons: dict[str, int]
     questions: list[Question] = field(default_factory=list)
+    heldout_questions: list[Question] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Trained:
         before: Its held-out figures without the adapter.
         before_test: The same on the test set, if there is one.
         before_texts: What it made of the held-out prompts.
+        before_answers: What it said to the held-out questions, as tokens.
         adapter_config: What adapter_config.json says of its layers.
         training: What the loop came to.
         tensors: The adapter.
@@ -57,6 +60,7 @@ class Trained:
     before: HeldoutFigures
     before_test: HeldoutFigures | None
     before_texts: list[str]
+    before_answers: list[list[int]]
     adapter_config: dict[str, Any]
     training: TrainingResult
     tensors: dict[str, mx.array]
