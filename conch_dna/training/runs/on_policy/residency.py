@@ -56,6 +56,20 @@ def chosen_residency(
 
 
 @contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Whatever draws random numbers meanwhile, those behind are what they would have been.
+
+    Loading a model draws some, and a run that goes on may find no need to load it.
+    """
+    random_state: Any = mx.random.state
+    high, low = np.asarray(random_state[0]).tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+@contextmanager
 def parked(student: LanguageModel, config: KDConfig) -> Iterator[None]:
     """Give back the memory of a student's frozen weights for a while.
 
@@ -75,11 +89,7 @@ def parked(student: LanguageModel, config: KDConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        random_state: Any = mx.random.state
-        high, low = np.asarray(random_state[0]).tolist()
         fresh = student.source.load()
         make_trainable(fresh, config)
         again = named_arrays(fresh.model.parameters())
         student.model.update(tree_unflatten([(name, again[name]) for name in frozen]))
-        # Making the adapter's layers drew from it.
-        mx.random.seed(high << 32 | low)

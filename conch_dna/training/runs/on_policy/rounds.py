@@ -29,7 +29,7 @@ from conch_dna.training.batches import Batch, bucketed_batches
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.runs.on_policy.questions import Question, questions_of
-from conch_dna.training.runs.on_policy.residency import ONE, parked
+from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig, own_batches
 from conch_dna.training.soft_targets import Targets
 
@@ -107,6 +107,7 @@ class Rounds:
         self.report = report
         self.size = rollouts_of_a_round(len(self.questions), config)
         self._require_room()
+        self._warned_of_cuts = False
         self._current: tuple[int, list[Any], Targets] | None = None
 
     def _require_room(self) -> None:
@@ -147,7 +148,8 @@ class Rounds:
         number, within = divmod(place, self.batches_per_round)
         if self._current is None or self._current[0] != number:
             self._current = None
-            examples, targets = self._round(number, step, last_step, begins=within == 0)
+            with same_random_numbers():
+                examples, targets = self._round(number, step, last_step, begins=within == 0)
             self._current = (number, examples, targets)
         _, examples, targets = self._current
         per_use = self.size // self.config.batch_size
@@ -184,9 +186,7 @@ class Rounds:
         records = [q.answered(tokenizer, a) for q, a in zip(asked, answers, strict=True)]
         examples, left_out = self.examples.of_rollouts(records, number)
         targets = self.examples.targets(folder)
-        if missing := targets.missing(examples):
-            tokens = sum(example.count for example in missing)
-            self.report("message", {"message": f"round {number}: {tokens:,} tokens to score"})
+        if targets.missing(examples):
             alone = parked(self.student, self.config) if self.residency == ONE else nullcontext()
             with alone:
                 targets.fill(self.teacher, examples, batch_size=self.config.batch_size)
@@ -255,7 +255,8 @@ class Rounds:
             return
         write_json(path, asdict(figures))
         self.report("message", {"message": round_text(figures)})
-        if figures.ended == 0:
+        if figures.ended == 0 and not self._warned_of_cuts:
+            self._warned_of_cuts = True
             message = (
                 f"round {figures.round}: all {figures.rollouts} answers were cut at "
                 f"--rollout-tokens {self.config.rollout_tokens}, so that the student learns no end"
