@@ -228,10 +228,10 @@ def rise_of(history: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def heldout_kd(history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+def heldout_kd(history: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """The held-out KD loss of a run before its first step, and its lowest; None without any."""
     values = [row["kd"] for row in history if row["split"] == "heldout" and "kd" in row]
-    return (values[0], min(values)) if values else None
+    return [values[0], min(values)] if values else None
 
 
 def comparison_table(
