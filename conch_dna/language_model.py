@@ -77,6 +77,12 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
             )
         return ASSETS / name
     path = Path(model_id).expanduser()
+    if "://" in model_id:
+        raise ConchError(
+            f"{model_id} is an address: a model behind it gives texts and no distributions, so "
+            "that it can answer and not be distilled; give a model's folder or hub id, or its "
+            "answers as --data with --alpha 0"
+        )
     if not model_id.strip():
         raise ConchError(
             f"a model's name is {model_id!r}: give a folder, a .gguf file, a hub id such as "

@@ -214,8 +214,9 @@ def calibrate(
     from conch_dna.cortex.commands.status import calibration_table
     from conch_dna.progress import Progress
     from conch_dna.training.data.records import read_prompts, read_records
+    from conch_dna.training.data.views import prompt_text
 
-    texts = read_prompts(Path(prompts)) if prompts else None
+    texts = list(map(prompt_text, read_prompts(Path(prompts)))) if prompts else None
     records = read_records(Path(data)) if data else None
     calibrations, details, failures = {}, {}, {}
     with (

@@ -22,12 +22,12 @@ from conch_dna.retraining.domain import (
     active_adapter,
     adapter_config,
     known_domains,
+    read_systems,
     student_name,
 )
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.chats.conversations import Prompt
-from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import EGO
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
@@ -171,11 +171,12 @@ class CortexSuite:
         return marks
 
     def _domain(self, name: str) -> Domain:
-        prompt = DOMAIN_PROMPTS.get(name)
+        ego_system, system = read_systems(self.adapters_dir, name)
         return Domain(
             name=name,
             source=self.source,
-            system=prompt["system"] if prompt else "",
+            system=system,
+            ego_system=ego_system,
             schema=DOMAIN_SCHEMAS.get(name),
             calibration=load_calibration(
                 self.adapters_dir, name, self.bank.digest_of(name), report=self._note
@@ -328,7 +329,7 @@ class CortexSuite:
         options = turns[0].options
         try:
             return self.ego.generate_many(
-                [turn.turns for turn in turns],
+                [turn.ego_turns for turn in turns],
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
                 seed=options.seed,

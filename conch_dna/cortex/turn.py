@@ -80,7 +80,8 @@ class Domain:
     Attributes:
         name: Its adapter's in the bank.
         source: Of the student.
-        system: Its system prompt; may be empty.
+        system: Its system prompt; may be empty, also where its adapter learned to do without.
+        ego_system: What EGO reads instead.
         schema: Of its answers; None where it has none.
         calibration: Of its confidence; None where there is none.
     """
@@ -88,6 +89,7 @@ class Domain:
     name: str
     source: ModelSource
     system: str
+    ego_system: str
     schema: Mapping[str, Any] | None
     calibration: Calibration | None
 
@@ -114,7 +116,7 @@ class Turn:
     """A question on its way to an answer.
 
     While `request` is not None, an engine answers it and every piece goes to `add`. While
-    `asks_ego`, EGO answers `turns` and that goes to `take_ego`. Then there is an `answer`.
+    `asks_ego`, EGO answers `ego_turns` and that goes to `take_ego`. Then there is an `answer`.
 
     Args:
         domain: Who is asked.
@@ -141,6 +143,7 @@ class Turn:
         self.asks_ego = False
         self.request: Request | None = None
         self._has_ego = has_ego
+        self._prompt = prompt
         self._began = time.perf_counter()
         self._first: float | None = None
         own = options.system is None
@@ -155,6 +158,13 @@ class Turn:
             self._end("EGO was asked for", hand_over=True)
         else:
             self._ask(self.turns)
+
+    @property
+    def ego_turns(self) -> list[dict[str, str]]:
+        """The conversation as EGO is asked: with what an adapter may have learned to do without."""
+        if self.options.system is not None:
+            return self.turns
+        return prompt_turns(self._prompt, self.domain.ego_system)
 
     @property
     def conversation(self) -> list[dict[str, str]]:

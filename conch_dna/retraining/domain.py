@@ -48,6 +48,7 @@ from conch_dna.training.settings import (
     EXPERIENCE_FOLDER,
     LINES,
     KDConfig,
+    domain_systems,
     get_kd_adapter_path,
     validate_domain,
 )
@@ -86,6 +87,15 @@ def distillation_settings(adapters_dir: Path, domain: str) -> KDConfig:
     if not isinstance(recorded, dict):
         raise ConchError(f"{folder / ADAPTER_CONFIG} has no mapping as its config")
     return KDConfig.from_json(recorded, source=str(folder / ADAPTER_CONFIG))
+
+
+def read_systems(adapters_dir: Path, domain: str) -> tuple[str, str]:
+    """The system prompts that a domain's teacher and its adapter read; empty for none.
+
+    Raises:
+        ConchError: See `distillation_settings`.
+    """
+    return domain_systems(domain, distillation_settings(adapters_dir, domain))
 
 
 def known_domains(adapters_dir: Path) -> list[str]:

@@ -17,11 +17,10 @@ from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.retraining.buffer import ExperienceBuffer
-from conch_dna.retraining.domain import Retraining, RetrainResult, line_of
+from conch_dna.retraining.domain import Retraining, RetrainResult, line_of, read_systems
 from conch_dna.retraining.experience import Experience, Message
 from conch_dna.retraining.lessons import Lessons, lessons_of
 from conch_dna.training.data.records import Record
-from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import EXPERIENCE_FOLDER, LINES
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 
@@ -238,12 +237,12 @@ class TrainingPipeline:
         states = self._retraining(domain).states()
         settled = states["used"] | states["left_out"]
         settled |= set() if with_refused else states["refused"]
-        known = DOMAIN_PROMPTS.get(domain)
+        _, system = read_systems(self.adapters_dir, domain)
         return lessons_of(
             experiences,
             settled,
             self._base.tokenizer,
-            system=known["system"] if known else "",
+            system=system,
             problems=problems,
             refuse=partial(_misshapen, schema=DOMAIN_SCHEMAS.get(domain)),
         )

@@ -53,6 +53,41 @@ class Example:
         return content_digest(self.ids.astype("<i4").tobytes(), np.packbits(self.counted).tobytes())
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedExample(Example):
+    """A text behind which the same tokens count for two models that read different prompts.
+
+    Attributes:
+        teacher: What the teacher reads: as many tokens of it count, the same ones in their order.
+    """
+
+    teacher: Example
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not np.array_equal(self.ids[self.counted], self.teacher.ids[self.teacher.counted]):
+            raise ValueError(f"{self.name}: teacher and student have other tokens that count")
+
+    @property
+    def digest(self) -> str:
+        """Content address of both sides."""
+        return content_digest(super().digest, self.teacher.digest)
+
+
+def read_by_teacher(example: Example) -> Example:
+    """The tokens of an example as its teacher reads them; its own where that makes no difference.
+
+    Its counted tokens are not the student's where the tokenizers differ.
+    """
+    of_teacher: Example = getattr(example, "teacher", example)
+    return of_teacher
+
+
+def first_counted(example: Example) -> int:
+    """Place of the first token that counts: how long its prompt is."""
+    return int(np.flatnonzero(example.counted)[0])
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Arrays for one forward pass, and how many tokens of it count.

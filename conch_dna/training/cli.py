@@ -35,6 +35,8 @@ NOT_HERE = "not here yet"
 # The groups of options that KDConfig's fields are.
 OF_KD_CONFIG = {
     "Loss": "temperature",
+    "What the models read": "teacher_system",
+    "The student's own answers": "on_policy",
     "Another tokenizer": "alignment",
     "What is trained": "lora_rank",
     "Steps": "learning_rate",
@@ -103,6 +105,12 @@ OF_KD_CONFIG = {
     "for standard input.",
 )
 @click.option(
+    "--demonstrations",
+    metavar="FILE",
+    help="Records that only the teacher reads, as turns before every prompt; domain takes the "
+    "domain's own three.",
+)
+@click.option(
     "--config",
     "config_file",
     metavar="FILE",
@@ -148,6 +156,7 @@ def distill(
     data_split: str | None,
     mapped: tuple[str, ...],
     prompts: str | None,
+    demonstrations: str | None,
     config_file: str | None,
     report_to: str | None,
     project_name: str | None,
@@ -171,6 +180,7 @@ def distill(
         "data_split": data_split,
         "map": mapped or None,
         "prompts": prompts,
+        "demonstrations": demonstrations,
         "report_to": report_to,
         "project_name": project_name,
     }
@@ -341,13 +351,21 @@ def name_for_mlx_lm(model_id: str, folder: Path) -> str:
 def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from conch_dna.training.runs.report import advice, evaluation_table, judged_sets, verdict_text
+    from conch_dna.training.runs.report import (
+        advice,
+        evaluation_table,
+        judged_sets,
+        own_answers_table,
+        verdict_text,
+    )
 
     console = Console(highlight=False)
     results: dict[str, KDResult] = summary["results"]
     for name, result in results.items():
         for title, judged in judged_sets(name, result.evaluation).items():
             console.print(evaluation_table(title, judged, width=console.width))
+        if (table := own_answers_table(name, result.evaluation)) is not None:
+            console.print(table)
     for result in results.values():
         console.print(
             f"adapter: {result.adapter_path} (kept: step {result.metadata['best_step']} of "

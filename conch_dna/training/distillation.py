@@ -7,7 +7,13 @@ examples and its schema: CLI choices and tests follow.
 
 # Two more lines of parentheses for each example would hide the texts; a test finds lost commas.
 
+from pathlib import Path
 from typing import TypedDict
+
+from conch_dna.errors import ConchError
+
+# A file for each domain, of records that show its answers.
+DEMONSTRATIONS = Path(__file__).parent.parent / "assets" / "demonstrations"
 
 
 class DomainPrompts(TypedDict):
@@ -476,3 +482,19 @@ DOMAIN_PROMPTS: dict[str, DomainPrompts] = {
         ],
     },
 }
+
+
+def domain_system(domain: str) -> str:
+    """The system prompt of a domain; empty where it is none of the six."""
+    return DOMAIN_PROMPTS[domain]["system"] if domain in DOMAIN_PROMPTS else ""
+
+
+def domain_examples(domain: str) -> list[str]:
+    """The prompts of one of the six domains.
+
+    Raises:
+        ConchError: It is another one.
+    """
+    if domain not in DOMAIN_PROMPTS:
+        raise ConchError(f"domain {domain!r} has no examples: give prompts or data")
+    return DOMAIN_PROMPTS[domain]["examples"]

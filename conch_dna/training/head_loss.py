@@ -330,7 +330,9 @@ def make_distillation_loss(
     )
     closed = partial(forward_kl_and_gradient, temperature=temperature, alpha=alpha)
     rule: LogitLoss = closed if divergence == "forward_kl" else autodiff(sums_of)
-    return make_logit_loss(student, names, sums_of, rule, chunk=chunk)
+    return make_logit_loss(
+        student, names, sums_of, rule, chunk=chunk, optional=("kd_weights", "ce_weights")
+    )
 
 
 def make_cross_entropy_loss(
@@ -360,6 +362,7 @@ def make_logit_loss(
     rule: LogitLoss,
     *,
     chunk: int,
+    optional: Sequence[str] = (),
 ) -> Callable[[nn.Module, Sums], Sums]:
     """A loss of logits as the trainer wants it, in chunks where the student's head allows it.
 
@@ -369,18 +372,23 @@ def make_logit_loss(
         sums_of: Logits `[N, V]` and these arrays to sums.
         rule: The same with the gradient of `loss` by the logits.
         chunk: Tokens whose logits exist at once; 0 takes all.
+        optional: More such arrays, of which a batch may lack some.
     """
+
+    def of_rows(arrays: Sums) -> Sums:
+        there = (name for name in optional if name in arrays)
+        return {name: arrays[name] for name in (*names, *there)}
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
         hidden = at_positions(student.body(arrays["inputs"]), arrays)
-        targets = {name: arrays[name] for name in names}
+        targets = of_rows(arrays)
         return chunked_loss(
             student.head, hidden, targets, rule, chunk, backward=model.training
         ).sums
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
         logits = at_positions(student.logits(arrays["inputs"]), arrays)
-        return sums_of(logits, {name: arrays[name] for name in names})
+        return sums_of(logits, of_rows(arrays))
 
     return chunked if takes_chunks(student) else dense
 

@@ -5,22 +5,30 @@ are made from or compared with these fields. To add an option: a field with its 
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from functools import partial
+from math import floor
 from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_system
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
+TEACHER, STUDENT = "teacher", "student"
+# The settings of what both read before a prompt, and what stands for a system prompt in them.
+SYSTEMS = {TEACHER: "teacher_system", STUDENT: "student_system"}
+NO_SYSTEM, OF_DOMAIN = "none", "domain"
 # In the output folder, where named runs lie beside each other.
 RUNS = "runs"
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
 RUN_NAMES = (
     "answers",
     "candidate",
+    "own_answers",
+    "rollouts",
     "run.json",
     "run.lock",
     "run.lock.json",
@@ -47,6 +55,15 @@ _option = partial(option, between="between {low:,} and {high:,}")
 _KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
 
 
+def own_batches(share: float, batches: int) -> int:
+    """How many of the first so many batches are the student's own answers, spread evenly.
+
+    >>> [own_batches(0.5, count) for count in range(5)]
+    [0, 0, 1, 1, 2]
+    """
+    return floor(Fraction(share).limit_denominator(1_000) * batches)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
     """Everything that shapes a distillation run except the two models and the data.
@@ -66,6 +83,39 @@ class KDConfig:
     )
     divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    teacher_system: str = _option(
+        "",
+        "System prompt that the teacher reads: a text or a file with it, none, or domain for the "
+        "domain's own, which is what it reads before prompts anyway.",
+    )
+    student_system: str = _option(
+        "",
+        "System prompt that the student reads, in the same forms; with none the adapter learns to "
+        "do without, and CORTEX leaves it out.",
+    )
+    on_policy: float = _option(
+        0.0, "Share of the batches that are the student's own answers.", low=0, high=1
+    )
+    rollouts: int = _option(
+        0,
+        "Prompts that it answers in a round; 0 asks all, at most 64, in whole batches.",
+        low=0,
+        high=10**6,
+    )
+    rollout_tokens: int = _option(128, "Longest answer of its own, in tokens.", low=1)
+    rollout_temperature: float = _option(
+        1.0, "Temperature of its own answers; 0 is greedy.", low=0, high=10
+    )
+    rollout_reuse: int = _option(1, "How often each of them is used.", low=1, high=100)
+    resident: str = _option(
+        "auto",
+        "Whether teacher and student are both in memory while the student answers and is scored, "
+        "or take turns; auto finds out what fits.",
+        choices=("auto", "one", "both"),
+    )
+    own_answers: int = _option(
+        0, "Held-out prompts that it answers before and after, to be measured; -1 is all.", low=-1
+    )
     alignment: str = _option(
         AUTO,
         "How a teacher with another tokenizer teaches; auto finds out whether it has one.",
@@ -176,6 +226,13 @@ class KDConfig:
             )
         if not problems and self.full and self.dora:
             problems.append("full and dora are both true: choose one of them")
+        if not problems and self.on_policy and not self.alpha:
+            problems.append(
+                "on_policy is above 0 and alpha is 0: of its own answers the student learns only "
+                "what the teacher thinks of them; raise alpha"
+            )
+        if not problems and self.on_policy and self.train_on_prompt:
+            problems.append("on_policy and train_on_prompt do not go together: leave one")
         if problems:
             raise ConchError("; ".join(problems))
 
@@ -216,6 +273,29 @@ class KDConfig:
         if self.select_by != "auto":
             return self.select_by
         return "kl" if self.alpha else "cross_entropy"
+
+    def system_of(self, side: str, own: str, domain: str) -> str:
+        """The system prompt that the settings come to.
+
+        Args:
+            side: `TEACHER` or `STUDENT`.
+            own: What it would read anyway: what a record has.
+            domain: The domain's; may be empty.
+        """
+        setting = getattr(self, SYSTEMS[side])
+        if setting == OF_DOMAIN:
+            return domain
+        return own if not setting else "" if setting == NO_SYSTEM else str(setting)
+
+    @property
+    def own_batches(self) -> int:
+        """How many of all batches are the student's own answers, spread evenly over them."""
+        return own_batches(self.on_policy, self.num_iters * self.accumulation_steps)
+
+    @property
+    def given_batches(self) -> int:
+        """How many of all batches are of texts that are there."""
+        return self.num_iters * self.accumulation_steps - self.own_batches
 
     @property
     def examples_read(self) -> int:
@@ -274,6 +354,12 @@ def validate_domain(domain: str, *, with_own_data: bool) -> None:
             f"domain {domain!r} is unknown: use one of {', '.join(DOMAIN_PROMPTS)}, or give a new "
             "name its --data or --prompts"
         )
+
+
+def domain_systems(domain: str, config: KDConfig) -> tuple[str, str]:
+    """What teacher and student read before a domain's prompts; empty for nothing."""
+    own = domain_system(domain)
+    return config.system_of(TEACHER, own, own), config.system_of(STUDENT, own, own)
 
 
 def domain_folder(domain: str, config: KDConfig) -> Path:

@@ -23,6 +23,7 @@ from conch_dna.training.batches import (
     Example,
     ExampleBatches,
     collate,
+    read_by_teacher,
     sequential_batches,
 )
 from conch_dna.training.head_loss import make_distillation_loss
@@ -273,8 +274,8 @@ class SoftTargetCache:
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """The examples whose targets are not there, each once."""
-        absent = {e.digest: e for e in examples if e.digest not in self._places}
-        return list(absent.values())
+        by_digest = {each.digest: each for each in map(read_by_teacher, examples)}
+        return [each for digest, each in by_digest.items() if digest not in self._places]
 
     def fill(self, teacher: ModelSource, examples: Sequence[Example], *, batch_size: int) -> int:
         """Compute what is missing, a shard at a time; returns the number of examples computed.
@@ -315,8 +316,8 @@ class SoftTargetCache:
         self._open(path)
 
     def read(self, example: Example) -> dict[str, np.ndarray]:
-        """The stored arrays of one example; see `compress`."""
-        shard, start, end = self._places[example.digest]
+        """The stored arrays of one example, as its teacher reads it; see `compress`."""
+        shard, start, end = self._places[read_by_teacher(example).digest]
         return {name: shard.get_slice(name)[start:end] for name in self.identity.arrays}
 
     def gold(self, example: Example) -> np.ndarray:

@@ -17,20 +17,24 @@ from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
-from conch_dna.training.chats.conversations import prompt_ids, require_room
+from conch_dna.training.chats.conversations import require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
+from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.data.sources import leak_warnings
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.data.views import prompt_text
+from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
+from conch_dna.training.runs.on_policy.rounds import rollouts_of_a_round
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
     KDConfig,
     KDResult,
+    domain_systems,
     get_kd_adapter_path,
     output_folder,
     validate_domain,
@@ -93,13 +97,13 @@ class TrueKnowledgeDistiller:
         )
         return teacher, student
 
-    def generate_training_data(self, prompts: Sequence[str], domain: str) -> list[Record]:
+    def generate_training_data(self, prompts: Sequence[str | Record], domain: str) -> list[Record]:
         """Let the teacher answer prompts in batches, with the domain's system prompt.
 
         The teacher stays in memory until `train_with_kd` has its targets.
 
         Args:
-            prompts: What to answer.
+            prompts: What to answer: texts, or objects with `prompt` and `context`.
             domain: One of DOMAIN_PROMPTS, or a new name, which has no system prompt.
 
         Returns:
@@ -151,7 +155,7 @@ class TrueKnowledgeDistiller:
         self,
         domain: str,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Record] | None = None,
         data: Sequence[Record] | None = None,
         valid_data: Sequence[Record] = (),
         test_data: Sequence[Record] = (),
@@ -162,7 +166,8 @@ class TrueKnowledgeDistiller:
 
         Args:
             domain: One of DOMAIN_PROMPTS, or a new name with prompts or data.
-            prompts: For the teacher to answer, instead of the domain's examples.
+            prompts: For the teacher to answer, instead of the domain's examples: texts, or objects
+                with `prompt` and what only the teacher reads, its `context`.
             data: Records to train on, instead of the teacher's answers; kept in the adapter's
                 folder, since a later retraining replays them.
             valid_data: Records to hold out, instead of a share of the others.
@@ -261,7 +266,7 @@ def plan_domain(
     config: KDConfig,
     domain: str,
     *,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Record] | None = None,
     data: Sequence[Record] | None = None,
     valid_data: Sequence[Record] = (),
     test_data: Sequence[Record] = (),
@@ -281,10 +286,10 @@ def plan_domain(
     Raises:
         ConchError: As the run itself would.
     """
-    batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
+    batches = config.given_batches if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
     require_trainable(student, config, weights=False)
-    pair = Examples(teacher, student, config)
+    pair = Examples(teacher, student, config, domain=domain)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
         split = pair.split(data, valid=valid_data, test=test_data)
@@ -296,18 +301,19 @@ def plan_domain(
         longest = max(len(example.ids) for example in examples)
         work = given_examples(split, config)
     else:
-        known = DOMAIN_PROMPTS.get(domain)
-        if prompts is None:
-            assert known is not None
-            prompts = known["examples"]
-        system = known["system"] if known else ""
-        encoded = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+        prompts = domain_examples(domain) if prompts is None else prompts
+        system, _ = domain_systems(domain, config)
+        encoded = [teacher_prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             teacher.require_rows(ids, f"prompt {number}")
         longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
         require_room(encoded, answer=config.max_tokens, longest=longest)
-        wanted = [{"text": prompt} for prompt in prompts for _ in range(config.samples_per_prompt)]
-        judging = [*valid_data, *test_data]
+        wanted = [
+            {"text": prompt_text(each)}
+            for each in prompts
+            for _ in range(config.samples_per_prompt)
+        ]
+        judging = pair.as_read([*valid_data, *test_data])
         made = pair.make(judging)[1] if judging else []
         tokens = sum(getattr(example, "teacher", example).count for example in made)
         if valid_data:
@@ -325,6 +331,10 @@ def plan_domain(
             f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
+    if config.on_policy:
+        size = rollouts_of_a_round(len({prompt_text(p) for p in prompts or ()}) or count, config)
+        drawn = -(-config.own_batches * config.batch_size // (size * config.rollout_reuse)) * size
+        tokens += drawn * config.rollout_tokens
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)
     chunk = config.head_chunk or config.batch_size * longest
@@ -336,7 +346,7 @@ def plan_domain(
         "examples": count,
         "heldout_examples": heldout_count,
         "counted_tokens": tokens,
-        "counted_tokens_exact": data is not None,
+        "counted_tokens_exact": data is not None and not config.on_policy,
         "longest_example": longest,
         "epochs": config.examples_read / max(1, count - heldout_count),
         "disk_bytes": tokens * identity.bytes_per_token,

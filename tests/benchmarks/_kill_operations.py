@@ -253,6 +253,16 @@ class Operations:
             distilled,
         )
 
+    def on_policy(self) -> Operation:
+        """The same with the student's own answers, in rounds of rollouts, scoring and training."""
+        own = {"on-policy": 0.5, "rollouts": 4, "rollout-tokens": 12, "own-answers": -1}
+        own["resident"] = "one"
+        options = [part for name, value in own.items() for part in (f"--{name}", str(value))]
+        training = self.training()
+        return training._replace(
+            commands=lambda folder: [[*command, *options] for command in training.commands(folder)]
+        )
+
     def _distill(self, folder: Path, source: str, path: object) -> Command:
         settings = {
             "domain": DOMAIN,
@@ -421,4 +431,4 @@ class Operations:
         return Operation(base, commands, lost, result)
 
 
-NAMES = ("training", "ingest", "activation", "deletion", "promotion", "retraining")
+NAMES = ("training", "on_policy", "ingest", "activation", "deletion", "promotion", "retraining")

@@ -34,10 +34,14 @@ def test_the_six_documented_domains_exist() -> None:
     assert {"thinking", "task", "action", "reflection", "debug", "memory"} <= set(DOMAIN_PROMPTS)
 
 
-def test_the_module_imports_nothing_but_typing() -> None:
+def test_the_module_imports_nothing_heavy() -> None:
     tree = ast.parse(inspect.getsource(distillation))
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert [ast.unparse(node) for node in imports] == ["from typing import TypedDict"]
+    assert [ast.unparse(node) for node in imports] == [
+        "from pathlib import Path",
+        "from typing import TypedDict",
+        "from conch_dna.errors import ConchError",
+    ]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

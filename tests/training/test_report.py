@@ -297,7 +297,7 @@ def test_where_only_the_kd_loss_at_its_temperature_fell_the_temperature_is_the_a
         {"split": "heldout", "step": step, "kd": kd}
         for step, kd in ((0, 0.8), (20, 0.6), (40, 0.7))
     ]
-    assert heldout_kd(history) == (0.8, 0.6)
+    assert heldout_kd(history) == [0.8, 0.6]
     assert heldout_kd([]) is None
     result = SimpleNamespace(
         evaluation=judged("worse", [0.01, 0.02]),

@@ -27,7 +27,7 @@ from conch_dna.training.batches import ExampleBatches
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import split_heldout
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.runs import domain_run
+from conch_dna.training.runs import domain_run, fit_student
 from conch_dna.training.runs.html_report import write_report
 from conch_dna.training.runs.report import verdict_text
 from conch_dna.training.true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
@@ -939,14 +939,14 @@ class TestSettings:
         before: dict[str, mx.array] = {}
         after: dict[str, mx.array] = {}
 
-        class Watched(domain_run.Trainer):
+        class Watched(fit_student.Trainer):
             def run(self, **how: Any) -> Any:
                 before.update(tree_flatten(self.model.parameters()))
                 outcome = super().run(**how)
                 after.update(tree_flatten(self.model.parameters()))
                 return outcome
 
-        monkeypatch.setattr(domain_run, "Trainer", Watched)
+        monkeypatch.setattr(fit_student, "Trainer", Watched)
         digest = file_digest(tiny_student / "model.safetensors")
         trained(make(tiny_teacher, tiny_student, tmp_path).distill_domain("s", prompts=PROMPTS))
         changed = {name for name in before if not mx.array_equal(before[name], after[name])}

@@ -53,7 +53,7 @@ class Question(NamedTuple):
     """A prompt on its way to the engine.
 
     Attributes:
-        turns: The conversation as it is asked, the system prompt its first turn.
+        turns: The conversation as EGO is asked, the system prompt its first turn.
         request: For the engine.
     """
 
@@ -66,7 +66,7 @@ class NeuronAnswer:
     """A neuron's first answer to a prompt, before anybody judged it.
 
     Attributes:
-        turns: The conversation as it was asked, the system prompt its first turn.
+        turns: The conversation as EGO is asked, the system prompt its first turn.
         text: The answer.
         finish_reason: "stop" or "length".
         log_probs: Of its tokens, in nats, that which stops it among them.
@@ -165,7 +165,7 @@ def questions_of(
         except ConchError:
             left_out["longer than the student's context"] += 1
             continue
-        questions.append(Question(turn.turns, request))
+        questions.append(Question(turn.ego_turns, request))
     return questions, dict(left_out)
 
 

@@ -220,7 +220,7 @@ def combine(soft: mx.array, gold: mx.array, arrays: Sums, config: KDConfig) -> S
         distances = likelihood_kl(teacher, student, scale=config.chunk_scale)
         chunks = (distances * arrays["chunk_weights"]).sum()
     kd = config.soft_weight * soft + config.chunk_weight * chunks
-    ce = -(gold * arrays["weights"]).sum()
+    ce = -(gold * arrays.get("ce_weights", arrays["weights"])).sum()
     loss = config.alpha * kd + (1 - config.alpha) * ce
     return {"loss": loss, "kd": kd, "ce": ce, "soft": soft, "chunks": chunks}
 

@@ -30,6 +30,8 @@ from conch_dna.training.data.records import (
     record_texts,
     record_tokens,
 )
+from conch_dna.training.data.views import differs, view
+from conch_dna.training.settings import STUDENT, TEACHER
 
 LEAST_COVERAGE = 0.5
 
@@ -162,11 +164,17 @@ class RecordAligner:
             ConchError: It cannot be tokenized for one of the models (see
                 `records.record_tokens`), or none of its tokens counts.
         """
-        whole = plain_text(record, *self.tokenizers)
+        views = [
+            view(record, side, template=tokenizer.has_chat_template)
+            for side, tokenizer in zip((TEACHER, STUDENT), self.tokenizers, strict=True)
+        ]
+        whole = None if differs(record) else plain_text(views[1], *self.tokenizers)
         texts = record_texts(record) if whole is None else [whole]
         sides = []
         for side, tokenizer in enumerate(self.tokenizers):
-            ids, ranges = record_tokens(record, tokenizer, name=name, vocabulary=self.digests[side])
+            ids, ranges = record_tokens(
+                views[side], tokenizer, name=name, vocabulary=self.digests[side]
+            )
             counted = np.zeros(len(ids), bool)
             everything = self.train_on_prompt and (whole is not None or side == 1)
             for start, end in [(0, len(ids))] if everything else ranges:
@@ -191,7 +199,7 @@ class RecordAligner:
             student.ids,
             student.counted,
             name,
-            counted_bytes(record, train_on_prompt=self.train_on_prompt),
+            counted_bytes(views[1], train_on_prompt=self.train_on_prompt),
             teacher=teacher,
             to_cover=sum(
                 int(student.counted[answer.start : answer.end].sum()) for answer in second

@@ -12,13 +12,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-import numpy as np
 
 from conch_dna.checkpoints import content_digest, read_json, remove_unfinished, write_json
 from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
-from conch_dna.training.batches import Example
+from conch_dna.training.batches import Example, first_counted
 from conch_dna.training.chats.conversations import (
     plain_prompt,
     prompt_ids,
@@ -27,7 +26,8 @@ from conch_dna.training.chats.conversations import (
 )
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.records import TOKENS, Record
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.data.views import CONTEXT, asked_turns, context_of, prompt_text
+from conch_dna.training.settings import STUDENT, SYSTEMS, TEACHER, KDConfig
 
 FORMAT = "answers 2"
 SAMPLES = 3
@@ -178,21 +178,24 @@ def cached_answer_batch(
 
 def generate_answers(
     teacher: ModelSource,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Record],
     *,
     system: str,
     config: KDConfig,
     folder: Path,
+    student_system: str | None = None,
     report: Report = silent,
 ) -> list[Record]:
     """Let the teacher answer every prompt; reuse what an earlier, equal run left.
 
     Args:
         teacher: The model's source; loaded only if answers are missing.
-        prompts: What to answer, `config.samples_per_prompt` times each.
-        system: The domain's system prompt; may be empty.
+        prompts: What to answer, `config.samples_per_prompt` times each: texts, or objects with
+            `prompt` and what only the teacher reads, its `context`.
+        system: The teacher's system prompt; may be empty.
         config: Sampling, lengths and batch size.
         folder: Finished batches are kept here, addressed by all they depend on.
+        student_system: That of the student, where it is another; None for the same.
         report: Gets ("advance", {"by", "note"}).
 
     Returns:
@@ -202,7 +205,7 @@ def generate_answers(
     Raises:
         ConchError: A prompt leaves no room for an answer in the teacher's context.
     """
-    once = [prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
+    once = [teacher_prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
     for number, ids in enumerate(once, 1):
         teacher.require_rows(ids, f"prompt {number}")
     longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
@@ -224,22 +227,37 @@ def generate_answers(
             temperature=config.sampling_temperature,
             seed=(config.seed, start),
         )
-        for prompt, ids, answer in zip(wanted[start:], batch, answers, strict=False):
+        for each, ids, answer in zip(wanted[start:], batch, answers, strict=False):
             exact = {"ids": [*ids, *answer], "prompt_length": len(ids), "vocabulary": vocabulary}
-            records.append(
-                {**_record(teacher.tokenizer, prompt, system, ids, answer), TOKENS: exact}
-            )
+            systems = system, system if student_system is None else student_system
+            record = _record(teacher.tokenizer, each, systems, ids, answer)
+            records.append({**record, TOKENS: exact})
             tokens += len(answer)
         report("advance", {"by": len(batch), "note": f"{tokens:,} tokens"})
     return records
 
 
+def teacher_prompt_ids(tokenizer: Any, prompt: str | Record, system: str) -> list[int]:
+    """What a teacher is asked: a prompt behind its context, which the student will not read."""
+    asked = asked_turns(prompt_text(prompt), context_of(prompt))
+    return prompt_ids(tokenizer, asked, system)
+
+
 def _record(
-    tokenizer: Any, prompt: str, system: str, ids: Sequence[int], answer: list[int]
+    tokenizer: Any,
+    given: str | Record,
+    systems: tuple[str, str],
+    ids: Sequence[int],
+    answer: list[int],
 ) -> Record:
-    stopped = answer[-1] in tokenizer.eos_token_ids
-    text = continuation_text(tokenizer, ids, answer[:-1] if stopped else answer)
-    reason = "stop" if stopped else "length"
+    """An answer as a record, its system prompts the teacher's and the student's."""
+    text, reason = answer_text(tokenizer, ids, answer)
+    prompt, (system, student_system) = prompt_text(given), systems
+    context = {CONTEXT: there} if (there := context_of(given)) else {}
+    if context or system != student_system:
+        # Each side's prompt is put together when it is read.
+        apart = {SYSTEMS[TEACHER]: system, SYSTEMS[STUDENT]: student_system, **context}
+        return {"prompt": prompt, "completion": text, **apart, "finish_reason": reason}
     if tokenizer.has_chat_template:
         turn = {"role": "assistant", "content": text}
         return {
@@ -248,6 +266,13 @@ def _record(
         }
     plain = plain_prompt(prompt, system)
     return {"prompt": plain, "completion": text, "finish_reason": reason}
+
+
+def answer_text(tokenizer: Any, prompt: Sequence[int], answer: list[int]) -> tuple[str, str]:
+    """The text of an answer without its end token, and how it ended: stop or length."""
+    stopped = bool(answer) and answer[-1] in tokenizer.eos_token_ids
+    text = continuation_text(tokenizer, prompt, answer[:-1] if stopped else answer)
+    return text, "stop" if stopped else "length"
 
 
 def continuation_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
@@ -274,7 +299,7 @@ def openings(examples: Sequence[Example], most: int = SAMPLES) -> list[tuple[Exa
     """
     beginnings: dict[tuple[int, ...], tuple[Example, int]] = {}
     for example in examples:
-        first = int(np.flatnonzero(example.counted)[0])
+        first = first_counted(example)
         length = first if first >= SHORTEST_PROMPT else min(OPENING_TOKENS, len(example.ids) - 1)
         length = max(1, length)
         beginnings[tuple(example.ids[:length].tolist())] = (example, length)

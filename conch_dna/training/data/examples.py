@@ -6,6 +6,7 @@ A third case would be a third class with the methods of `SameTokenizer`.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from conch_dna.errors import ConchError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.progress import Report, silent
-from conch_dna.training.batches import Example, ExampleBatches
+from conch_dna.training.batches import (
+    Example,
+    ExampleBatches,
+    PairedExample,
+    first_counted,
+    read_by_teacher,
+)
 from conch_dna.training.cross_tokenizer.alignments import AUTO, INDEX
 from conch_dna.training.cross_tokenizer.records import (
     AlignedExample,
@@ -33,13 +40,19 @@ from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.data.answers import openings
 from conch_dna.training.data.records import (
+    TOKENS,
     Record,
+    counted_bytes,
     fitting,
     numbered,
+    record_tokens,
     split_heldout,
-    tokenize_records,
+    tokenize_record,
+    with_answer,
 )
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.data.views import differs, view, with_systems
+from conch_dna.training.distillation import domain_system
+from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
 from conch_dna.training.soft_targets import (
     SoftTargetCache,
     TargetIdentity,
@@ -84,7 +97,7 @@ class Split:
             ConchError: The training examples cannot fill one batch.
         """
         stream = ExampleBatches(self.train, config.batch_size, seed=config.seed)
-        batches = config.num_iters * config.accumulation_steps if config.alpha > 0 else 0
+        batches = config.given_batches if config.alpha > 0 else 0
         return [*self.heldout, *self.test, *stream.drawn(batches)]
 
 
@@ -94,7 +107,8 @@ class Examples:
     Args:
         teacher: Its tokenizer is used, not its weights.
         student: The same of the student.
-        config: How texts are cut, held out and compared.
+        config: How texts are cut, held out and compared, and what each side reads before them.
+        domain: Whose system prompt that may be.
         report: Gets ("message", …) and ("warning", …).
         across: A key of KINDS for tokenizers that differ, whatever the configuration says.
 
@@ -109,12 +123,14 @@ class Examples:
         student: ModelSource,
         config: KDConfig,
         *,
+        domain: str = "",
         report: Report = silent,
         across: str | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.config = config
+        self.domain = domain
         self.report = report
         same = same_tokens(token_bytes(teacher.tokenizer), token_bytes(student.tokenizer))
         self.alignment = resolve_alignment(across or config.alignment, same=same)
@@ -140,32 +156,97 @@ class Examples:
             ConchError: A record is too long for a model or --max-seq-length and not to be left
                 out, or less than half of the tokens could be aligned.
         """
-        if self.alignment == INDEX:
-            examples = tokenize_records(
-                records,
-                self.student.tokenizer,
-                names=names,
-                train_on_prompt=self.config.train_on_prompt,
-                vocabulary=vocabulary_digest(self.student.tokenizer),
-            )
-            for model in (self.teacher, self.student):
-                for example in examples:
-                    model.require_rows(example.ids, example.name)
-            contexts = (self.teacher.context_length, self.student.context_length)
+        named = list(zip(records, names or numbered(records), strict=True))
+        self._require_answers_only(named)
+        examples = [self._example(record, name) for record, name in named]
+        of_teacher = list(map(read_by_teacher, examples))
+        contexts = self.student.context_length, self.teacher.context_length
+        if all(one is other for one, other in zip(examples, of_teacher, strict=True)):
             kept = self._fitting(examples, contexts)
+        else:
+            kept = self._fitting(examples, contexts[:1])
+            longer = self._fitting([of_teacher[index] for index in kept], contexts[1:])
+            kept = [kept[i] for i in longer]
+        if self.alignment == INDEX:
             return kept, [examples[index] for index in kept]
-        aligner = RecordAligner(
+        return self._covered(kept, examples)
+
+    def of_rollouts(self, records: Sequence[Record], number: int) -> tuple[list[Any], int]:
+        """Examples of the student's own answers, and how many of them the teacher cannot read.
+
+        Args:
+            records: Of `on_policy.questions`.
+            number: Of their round, for the message.
+
+        Raises:
+            ConchError: It can read none of them.
+        """
+        examples, reason = [], "it has no token that can be compared"
+        contexts = self.student.context_length, self.teacher.context_length
+        for record in records:
+            try:
+                # Any of them may be what no template keeps, or no tokenizer spells.
+                example = self._example(record, "an answer of the student")
+                for side, context in zip(
+                    (example, read_by_teacher(example)), contexts, strict=True
+                ):
+                    fitting([side], min(context or self.longest, self.longest))
+            except ConchError as error:
+                reason = str(error)
+                continue
+            if not isinstance(example, AlignedExample) or len(example.chunks):
+                examples.append(example)
+        if not examples:
+            raise ConchError(f"round {number}: the teacher can read none of the answers: {reason}")
+        return examples, len(records) - len(examples)
+
+    def as_read(self, records: Sequence[Record]) -> list[Record]:
+        """Records with the system prompts that teacher and student read; see `views.with_systems`.
+
+        Once they have them, they keep them.
+        """
+        system = domain_system(self.domain)
+        return [with_systems(record, self.config, system) for record in records]
+
+    def _require_answers_only(self, named: Sequence[tuple[Record, str]]) -> None:
+        """Refuse to compare prompts where the teacher reads others."""
+        apart = next((name for record, name in named if differs(record)), None)
+        if apart and self.config.train_on_prompt:
+            raise ConchError(
+                f"{apart} has another prompt for the teacher than for the student, so that only "
+                "its answer can be compared: leave out --train-on-prompt"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of an example, whatever a model's context is."""
+        return self.config.max_seq_length
+
+    @cached_property
+    def _aligner(self) -> RecordAligner:
+        return RecordAligner(
             self.teacher, self.student, train_on_prompt=self.config.train_on_prompt
         )
-        named = zip(records, names or numbered(records), strict=True)
-        aligned = [aligner.align(record, name) for record, name in named]
-        for each in aligned:
-            self.student.require_rows(each.ids, each.name)
-            self.teacher.require_rows(each.teacher.ids, each.name)
-        kept = self._fitting(aligned, (self.student.context_length,))
-        of_teacher = [aligned[index].teacher for index in kept]
-        kept = [kept[i] for i in self._fitting(of_teacher, (self.teacher.context_length,))]
-        return self._covered(kept, aligned)
+
+    def _example(self, record: Record, name: str) -> Any:
+        """A record as the tokens of both models, none of which is without a row."""
+        tokenizer = self.student.tokenizer
+        example: Example
+        if self.alignment != INDEX:
+            example = self._aligner.align(record, name)
+        elif differs(record):
+            example = paired_example(record, tokenizer, name=name)
+        else:
+            example = tokenize_record(
+                view(record, STUDENT, template=tokenizer.has_chat_template),
+                tokenizer,
+                name=name,
+                train_on_prompt=self.config.train_on_prompt,
+                vocabulary=vocabulary_digest(tokenizer),
+            )
+        self.student.require_rows(example.ids, name)
+        self.teacher.require_rows(read_by_teacher(example).ids, name)
+        return example
 
     def split(
         self,
@@ -185,7 +266,8 @@ class Examples:
             ConchError: See `make` and `records.split_heldout`; or no validation or test example is
                 short enough.
         """
-        sets = {"example": records, "validation example": valid, "test example": test}
+        given = {"example": records, "validation example": valid, "test example": test}
+        sets = {noun: self.as_read(rows) for noun, rows in given.items()}
         names = [name for noun, rows in sets.items() for name in numbered(rows, noun)]
         everything = [record for rows in sets.values() for record in rows]
         indices, examples = self.make(everything, names)
@@ -238,7 +320,7 @@ class Examples:
         return with_chunks, [aligned[index] for index in with_chunks]
 
     def _fitting(self, examples: Sequence[Example], contexts: Sequence[int | None]) -> list[int]:
-        longest = min([self.config.max_seq_length, *(c for c in contexts if c)])
+        longest = min([self.longest, *(c for c in contexts if c)])
         kept = fitting(examples, longest, skip=self.config.too_long == "skip")
         if len(kept) < len(examples):
             left_out = len(examples) - len(kept)
@@ -262,7 +344,9 @@ class Examples:
                 length = int(chunks.student[row, column])
                 teacher.append(example.teacher.ids[: chunks.teacher[row, column]].tolist())
             else:
-                teacher.append(example.ids[:length].tolist())
+                of_teacher = read_by_teacher(example)
+                behind = first_counted(of_teacher) - first_counted(example)
+                teacher.append(of_teacher.ids[: length + behind].tolist())
             student.append(example.ids[:length].tolist())
         return teacher, student
 
@@ -308,6 +392,47 @@ class Examples:
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)
+
+
+def paired_example(record: Record, tokenizer: Any, *, name: str) -> PairedExample:
+    """A record whose answers are the same tokens behind the prompts of two models.
+
+    Args:
+        record: See `views.differs`.
+        tokenizer: Of both.
+        name: What messages call it.
+
+    Raises:
+        ConchError: See `records.record_tokens` and `views.view`.
+    """
+    exact = record.get(TOKENS)
+    known = isinstance(exact, dict) and exact.get("vocabulary") == vocabulary_digest(tokenizer)
+    plain = {key: value for key, value in record.items() if key != TOKENS}
+    if known:
+        # Only the prompt is rendered: what a model said may be what no template keeps.
+        plain = with_answer(plain, "?")
+    sides = []
+    for side in (TEACHER, STUDENT):
+        read = view(plain, side, template=tokenizer.has_chat_template)
+        sides.append(record_tokens(read, tokenizer, name=name))
+    (teacher, spans), _ = sides
+    answers = [teacher[start:end] for start, end in spans]
+    if exact and known:
+        answers = [list(exact["ids"][exact["prompt_length"] :])]
+    examples = []
+    for ids, spans in sides:
+        joined: list[int] = []
+        counted: list[bool] = []
+        last = 0
+        for (start, end), answer in zip(spans, answers, strict=True):
+            joined += [*ids[last:start], *answer]
+            counted += [False] * (start - last) + [True] * len(answer)
+            last = end
+        counted[0] = False
+        examples.append(Example(np.asarray(joined, np.int32), np.asarray(counted), name))
+    text_bytes = counted_bytes(record, train_on_prompt=False)
+    of_teacher, own = examples
+    return PairedExample(own.ids, own.counted, name, text_bytes, teacher=of_teacher)
 
 
 def resolve_alignment(alignment: str, *, same: bool) -> str:

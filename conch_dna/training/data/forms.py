@@ -10,6 +10,8 @@ from typing import Any
 from conch_dna.checkpoints import parse_json
 from conch_dna.errors import ConchError, NotWholeError
 
+Record = dict[str, Any]
+
 # The fields that a record of each form must have; two of them are a question and its answer.
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -21,7 +23,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 # Those that some forms may have besides.
-OPTIONAL = ("input", "system", "tools")
+OPTIONAL = ("input", "system", "tools", "context")
 MAPPED = tuple(dict.fromkeys([*(name for names in FORMS.values() for name in names), *OPTIONAL]))
 NEEDED = (
     "messages, prompt and completion, or text (or the fields of Alpaca, ShareGPT, or question and "
@@ -82,7 +84,7 @@ def canonical(record: Any, where: str, mapping: Mapping[str, str] | None = None)
     """A record in one of mlx-lm's forms: `messages`, `prompt` and `completion`, or `text`.
 
     Alpaca's `input` stands below its `instruction`, a blank line between them. A `system` text or
-    `tools` beside a question and its answer make messages of them.
+    `tools` beside a question and its answer make messages of them. A `context` stays beside them.
 
     Args:
         record: A JSON object of any form.
@@ -108,6 +110,7 @@ def canonical(record: Any, where: str, mapping: Mapping[str, str] | None = None)
         kept = {k: v for k, v in record.items() if k not in ("conversations", "system", "tools")}
         return {**kept, "messages": [*system, *turns], **tools}
     names = FORMS[form]
+    context = {name: record[name] for name in ("context",) if name in record}
     for name in names:
         if not isinstance(record[name], str):
             raise ConchError(f"{where}: {name} is not text")
@@ -116,8 +119,9 @@ def canonical(record: Any, where: str, mapping: Mapping[str, str] | None = None)
         prompt = _with_input(prompt, record, where)
     if system or tools:
         question = {"role": "user", "content": prompt}
-        return {"messages": [*system, question, {"role": "assistant", "content": answer}], **tools}
-    kept = record if form == "prompt and completion" else {}
+        turns = [*system, question, {"role": "assistant", "content": answer}]
+        return {"messages": turns, **tools, **context}
+    kept = record if form == "prompt and completion" else context
     kept = {name: value for name, value in kept.items() if name not in ("system", "tools")}
     return {**kept, "prompt": prompt, "completion": answer}
 

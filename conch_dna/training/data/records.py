@@ -29,9 +29,10 @@ from conch_dna.training.chats.conversations import (
     turn_problem,
 )
 from conch_dna.training.chats.templates import Turn
+from conch_dna.training.data.forms import Record as Record
 from conch_dna.training.data.forms import canonical
+from conch_dna.training.data.views import CONTEXT, context_problem
 
-Record = dict[str, Any]
 TOKENS = "tokens"
 STANDARD_INPUT = Path("-")
 
@@ -148,6 +149,8 @@ def checked(value: Any, where: str, mapping: Mapping[str, str] | None = None) ->
     """
     record = canonical(value, where, mapping)
     _check_record(record, where)
+    if record.get(CONTEXT) and (problem := context_problem(record[CONTEXT])):
+        raise ConchError(f"{where}: {problem}")
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -179,22 +182,26 @@ def json_lines(rows: Sequence[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str | Record]:
     """Read prompts: a text file with one a line, or strings or `prompt` objects as JSON.
 
-    In a .jsonl file each line is one, in a .json file each item of an array.
+    In a .jsonl file each line is one, in a .json file each item of an array. An object may have a
+    `context` that only the teacher reads, and then stays one.
 
     Raises:
         ConchError: The file cannot be read, is empty, or a JSONL line has no prompt.
     """
-    prompts = []
+    prompts: list[str | Record] = []
     if path.suffix not in (".json", ".jsonl"):
-        return read_lines(path, "--prompts")
+        return list(read_lines(path, "--prompts"))
     for where, value in _values(path, "--prompts"):
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt:
             raise ConchError(f"{where}: no prompt; give a string or a prompt object")
-        prompts.append(prompt)
+        context = value.get(CONTEXT) if isinstance(value, dict) else None
+        if context and (problem := context_problem(context)):
+            raise ConchError(f"{where}: {problem}")
+        prompts.append({"prompt": prompt, CONTEXT: context} if context else prompt)
     if not prompts:
         raise ConchError(f"{_shown(path)} is empty: give one prompt a line")
     return prompts
@@ -243,6 +250,14 @@ def record_texts(record: Record) -> list[str]:
     if "messages" in record:
         return [answer_text(turn) for turn in record["messages"] if counts(turn)]
     return [str(record["completion"] if "completion" in record else record["text"])]
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """A record with another text in place of its last answer, behind which nothing follows."""
+    if "messages" not in record:
+        return {**record, "completion" if "completion" in record else "text": answer}
+    turns = record["messages"][: last_answer(record["messages"])]
+    return {**record, "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
 def counted_bytes(record: Record, *, train_on_prompt: bool) -> int:
@@ -304,7 +319,7 @@ def tokenize_record(
 def _without_template(record: Record, name: str) -> Record:
     """A conversation with one answer as prompt and completion, its turns a blank line apart."""
     turns = plain_turns(record["messages"])
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = [turn for turn in record["messages"] if counts(turn)]
     if any("tool_calls" in turn for turn in turns) or "tools" in record:
         raise ConchError(
             f"{name} calls tools, but the tokenizer has no chat template that could write them"

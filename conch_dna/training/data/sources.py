@@ -20,6 +20,8 @@ from conch_dna.training.data.records import (
     read_prompts,
     read_records,
 )
+from conch_dna.training.data.views import behind, context_of, demonstration_turns
+from conch_dna.training.distillation import domain_examples
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 # What `datasets` calls them, the first that is there.
@@ -43,6 +45,8 @@ class Given:
         valid_data: Records to judge every step by, instead of a share of the others.
         test_data: Records to measure once, at the end.
         data_split: Of a data set of the hub, what to train on.
+        demonstrations: Records that only the teacher reads, before every prompt.
+        domain: Whose own prompts the teacher answers where nothing else is given.
         mapping: Of `forms.parse_mapping`.
         with_test: False leaves out a test set that lies beside the data.
     """
@@ -52,6 +56,8 @@ class Given:
     valid_data: str | None = None
     test_data: str | None = None
     data_split: str | None = None
+    demonstrations: str | None = None
+    domain: str = ""
     mapping: Mapping[str, str] = field(default_factory=dict)
     with_test: bool | None = None
 
@@ -71,7 +77,8 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
         ConchError: Something cannot be read, is named twice, or holds no records; or the whole
             test set is among the validation set.
     """
-    if [given.data, given.prompts, given.valid_data, given.test_data].count("-") > 1:
+    named = [given.data, given.prompts, given.valid_data, given.test_data, given.demonstrations]
+    if named.count("-") > 1:
         raise ConchError("standard input (-) can be read once: give the others as files")
     if given.prompts is not None and (given.mapping or given.data_split):
         raise ConchError("--map and --data-split are of --data: leave them out with --prompts")
@@ -98,7 +105,16 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
             "the test set is among the validation set, which chooses the step that is kept: give "
             "--test-data with other records, or leave it out"
         )
-    return read | {f"{role}_data": records for role, records in found.items()}
+    read |= {f"{role}_data": records for role, records in found.items()}
+    if contexts := sum(bool(context_of(each)) for rows in read.values() for each in rows):
+        note(f"{number_of(contexts, 'record')} with a context, which only the teacher reads")
+    if given.demonstrations is not None:
+        path = Path(given.demonstrations).expanduser()
+        turns = demonstration_turns(read_records(path, option="--demonstrations"))
+        if not {"data", "prompts"} & read.keys():
+            read["prompts"] = domain_examples(given.domain)
+        read = {name: behind(rows, turns) for name, rows in read.items()}
+    return read
 
 
 def leak_warnings(data: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> list[str]:

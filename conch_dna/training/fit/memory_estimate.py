@@ -30,6 +30,8 @@ from conch_dna.training.fit.phases import (
 from conch_dna.training.fit.workload import Workload
 from conch_dna.training.settings import KDConfig
 
+# With both models above this share of the memory there is too little left for a step.
+SHARE_FOR_WEIGHTS = 0.5
 # A run above this share of the memory is called tight: the system and other programs need some.
 ROOMY = 0.8
 FITS = "fits"
@@ -160,7 +162,9 @@ def estimate_run(
     *,
     time_it: bool = False,
 ) -> Estimate:
-    """What a run would take, phase by phase; teacher and student are never in memory together.
+    """What a run would take, phase by phase.
+
+    Teacher and student are in memory together only where the student's own answers are scored.
 
     Args:
         teacher: Its config.json is enough.
@@ -177,6 +181,8 @@ def estimate_run(
     if learn is not None:
         speed = measured_speed(learn) if time_it else None
         _student_phases(found, learn, config, work, speed)
+    if config.on_policy and teach is not None and learn is not None:
+        _own_answers(found, teach, learn, config)
     return Estimate(
         parts=found.parts,
         phases=found.phases,
@@ -304,6 +310,38 @@ def _student_phases(
         evaluations = 1 + -(-config.num_iters // config.steps_per_eval)
         found.seconds["training"] = batches * _seconds(step, speed) + evaluations * of_heldout
         found.seconds["evaluation"] = 2 * (of_heldout + sample_s)
+
+
+def _own_answers(
+    found: _Phases, teacher: LanguageModel, student: LanguageModel, config: KDConfig
+) -> None:
+    """What it takes to draw answers in training and to score them; their time is not told."""
+    of_teacher, of_student = _weights(teacher), _weights(student)
+    training, targets = found.phases.get("training"), found.phases.get("the teacher's targets")
+    name = "the teacher scores the student's own answers"
+    if training is None or targets is None:
+        found.lacking(name, ConchError("a phase that it begins from is not known"))
+        return
+    trained = found.parts["adapter, gradients, AdamW's moments"] or 0
+    memory, _ = machine_memory()
+    if takes_turns(of_teacher + of_student, memory, config):
+        found.phases[name] = targets + trained
+    else:
+        found.phases[name] = targets + of_student + trained
+        found.phases["training"] = training + of_teacher
+
+
+def takes_turns(together: int, memory_bytes: int, config: KDConfig) -> bool:
+    """Whether teacher and student take turns in memory where its own answers are scored.
+
+    Args:
+        together: Bytes of the weights of both.
+        memory_bytes: Of the machine.
+        config: `resident` and `full`.
+    """
+    if config.resident != "auto":
+        return config.resident == "one"
+    return together > SHARE_FOR_WEIGHTS * memory_bytes and not config.full
 
 
 def _batch(

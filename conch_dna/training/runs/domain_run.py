@@ -38,7 +38,6 @@ from conch_dna.training.adapters import (
     save_adapter,
     trained_tensors,
 )
-from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.chats.templates import dated
 from conch_dna.training.data.answers import (
     cached_answer_batch,
@@ -50,18 +49,22 @@ from conch_dna.training.data.answers import (
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines
 from conch_dna.training.data.sources import leak_warnings
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import domain_examples
 from conch_dna.training.evaluation import (
     HeldoutFigures,
-    and_kl,
     figures_on,
     judged,
     teacher_confidence,
     teacher_metrics,
-    with_evaluation,
 )
-from conch_dna.training.head_loss import make_cross_entropy_loss
 from conch_dna.training.runs.breakdown import breakdown
+from conch_dna.training.runs.fit_student import fit_student
+from conch_dna.training.runs.on_policy.own_answers import (
+    answers_of,
+    heldout_questions,
+    own_answers,
+)
+from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
@@ -69,14 +72,11 @@ from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     KDConfig,
     KDResult,
-    TrainingResult,
     domain_folder,
+    domain_systems,
     get_kd_adapter_path,
     shared_folder,
-    trainer_settings,
 )
-from conch_dna.training.soft_targets import TargetBatches
-from conch_dna.training.trainer import Trainer
 
 RESULT_FILE = "kd_result.json"
 EVALUATION_FILE = "evaluation.json"
@@ -116,7 +116,7 @@ class DomainRun:
         self.folder = domain_folder(domain, config)
         self.shared = shared_folder(domain, config)
         self.adapter_path = get_kd_adapter_path(domain, config)
-        self.examples = Examples(teacher, student, config, report=report)
+        self.examples = Examples(teacher, student, config, domain=domain, report=report)
         self._record: dict[str, Any] = {"begun": begun or date.today().isoformat()}
         self._resume = False
 
@@ -229,20 +229,19 @@ class DomainRun:
         except (NotWholeError, TypeError):
             return None
 
-    def generate(self, prompts: Sequence[str] | None) -> list[Record]:
+    def generate(self, prompts: Sequence[str | Record] | None) -> list[Record]:
         """The teacher's answers to prompts, or to the domain's own examples."""
-        known = DOMAIN_PROMPTS.get(self.domain)
         if prompts is None:
-            if known is None:
-                raise ConchError(f"domain {self.domain!r} has no examples: give prompts or data")
-            prompts = known["examples"]
+            prompts = domain_examples(self.domain)
+        teacher_system, student_system = domain_systems(self.domain, self.config)
         total = len(prompts) * self.config.samples_per_prompt
         self._phase("the teacher answers", total, "prompts")
         with dated(self._record["begun"]):
             return generate_answers(
                 self.teacher,
                 prompts,
-                system=known["system"] if known else "",
+                system=teacher_system,
+                student_system=student_system,
                 config=self.config,
                 folder=self.shared / "answers",
                 report=self.report,
@@ -267,6 +266,7 @@ class DomainRun:
             shared_by: Settings of the runs that will read the same targets instead of this one.
         """
         config = self.config
+        records = self.examples.as_read(records)
         with dated(self._record["begun"]):
             split = self.examples.split(records, valid=valid, test=test)
         sizes = len(split.train), len(split.heldout)
@@ -288,9 +288,12 @@ class DomainRun:
             self.teacher, self.shared / "answers", teacher_prompts, **sample_draw(config)
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
+        with dated(self._record["begun"]):
+            questions = questions_for(readers, split, self.student.tokenizer)
+            measured = heldout_questions(config, split, self.student.tokenizer)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
-        return RunData(records, split, targets, prompts, texts, reasons)
+        return RunData(records, split, targets, prompts, texts, reasons, questions, measured)
 
     def train(self, data: RunData) -> Trained:
         """Everything with the student in memory; it is released before this returns."""
@@ -300,15 +303,27 @@ class DomainRun:
         before = self._figures(student, data.split.heldout, data)
         before_test = self._figures(student, data.split.test, data) if data.split.test else None
         before_texts = sample_texts(student, data.prompts, self.config)
+        answers = answers_of(student, data.heldout_questions, self.config)
         adapter_config = make_trainable(student, self.config)
         if self.config.grad_checkpoint:
             checkpoint_layers(student.model)
         self._phase("training", self.config.num_iters, "steps")
-        training = self._fit(student, data, self._figure(before))
+        training = fit_student(
+            student,
+            self.examples,
+            data,
+            self._figure(before),
+            self.folder,
+            resume=self._resume,
+            report=self.report,
+        )
+        self.teacher.release()
         tensors = trained_tensors(student)
         student.release()
         peak = mx.get_peak_memory()
-        return Trained(before, before_test, before_texts, adapter_config, training, tensors, peak)
+        return Trained(
+            before, before_test, before_texts, answers, adapter_config, training, tensors, peak
+        )
 
     def _figure(self, before: HeldoutFigures) -> str:
         """The held-out figure that the run is judged by: the nearest to KL that there is."""
@@ -316,47 +331,6 @@ class DomainRun:
             return "cross_entropy"
         metrics = before.metrics.to_json()
         return next(name for name in COMPARABLE if metrics[name] is not None)
-
-    def _fit(self, student: LanguageModel, data: RunData, figure: str) -> TrainingResult:
-        config = self.config
-        train, targets, temperature = data.split.train, data.targets, self.examples.temperature
-        loss = heldout_loss = targets.loss(student, config)
-        stream: ExampleBatches
-        if config.alpha > 0:
-            stream = TargetBatches(
-                train, config.batch_size, targets, temperature=temperature, seed=config.seed
-            )
-        else:
-            # No step needs the teacher; what is held out is still compared with it.
-            loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
-            stream = ExampleBatches(train, config.batch_size, seed=config.seed)
-        parts = list(self._batches(data.split.heldout, config.val_batches))
-        heldout = [targets.collate(part, temperature) for part in parts]
-        select_by = config.selected
-        if select_by in ("kl", "cross_entropy"):
-            select_by = "ce" if figure == "cross_entropy" else "kl"
-        if select_by == "kl":
-            heldout_loss = and_kl(heldout_loss, student, figure, chunk=config.head_chunk)
-            heldout = [
-                with_evaluation(batch, targets.evaluation_batch(part))
-                for batch, part in zip(heldout, parts, strict=True)
-            ]
-        trainer = Trainer(
-            student.model,
-            loss,
-            stream,
-            heldout,
-            trainer_settings(config),
-            self.folder,
-            heldout_loss=heldout_loss,
-            select_by=select_by,
-            report=self.report,
-        )
-        return trainer.run(resume=self._resume)
-
-    def _batches(self, examples: Sequence[Any], limit: int = -1) -> Iterator[list[Any]]:
-        for indices in sequential_batches(examples, self.config.batch_size, limit):
-            yield [examples[index] for index in indices]
 
     def _figures(
         self, student: LanguageModel, examples: Sequence[Any], data: RunData
@@ -379,7 +353,18 @@ class DomainRun:
             after_test = self._figures(student, test, data)
             evaluation["test"] = self._judged(test, trained.before_test, after_test, data)
         after_texts = sample_texts(student, data.prompts, self.config)
+        answers = answers_of(student, data.heldout_questions, self.config)
         student.release()
+        if answers:
+            self._phase("evaluating its own answers")
+            evaluation["own_answers"] = own_answers(
+                self.examples,
+                data.heldout_questions,
+                (trained.before_answers, answers),
+                candidate,
+                self.folder,
+                domain=self.domain,
+            )
         sure = teacher_confidence(heldout, data.targets)
         evaluation["breakdown"] = breakdown(trained.before.by_token, after.by_token, sure)
         result = self._result(data, trained, evaluation, provenance)
@@ -450,6 +435,7 @@ class DomainRun:
             "extensions": training.extensions,
             "rise": rise_of(training.history),
             "heldout_kd": heldout_kd(training.history),
+            **({"rounds": round_figures(self.folder)} if self.config.on_policy else {}),
         }
         return KDResult(
             domain=self.domain,

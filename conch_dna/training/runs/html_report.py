@@ -25,12 +25,14 @@ from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.metrics import BETTER, WORSE
 from conch_dna.training.runs import report_charts as charts
 from conch_dna.training.runs.report import (
+    OWN_COLUMNS,
     ROWS,
     advice,
     caption_of,
     figure_columns,
     gap_text,
     judged_sets,
+    own_answers_rows,
     read_samples,
     verdict_text,
 )
@@ -245,6 +247,8 @@ def _run_parts(run: FinishedRun, name: str) -> dict[str, Any]:
         "every": every,
         "best": best,
         "dependences": _dependences(evaluation.get("breakdown")),
+        "own_answers": own_answers_rows(evaluation),
+        "own_columns": OWN_COLUMNS,
         "drawn": drawn,
         "labels": list(ROWS[2:] + ROWS[:2]),
         "samples": [{k: _cut(v) for k, v in each.items()} for each in samples[:MOST_SAMPLES]],

@@ -94,6 +94,41 @@ def judged_sets(domain: str, evaluation: dict[str, Any]) -> dict[str, dict[str, 
     return sets | ({f"{domain}, test set": evaluation["test"]} if "test" in evaluation else {})
 
 
+_OWN_WORDS = {
+    "kl_nats": "KL to the teacher (nats)",
+    "repetition": "repeated 4-grams",
+    "distinct_2": "different pairs of tokens",
+    "tokens": "tokens",
+    "ended": "ended by itself",
+    "valid": "valid JSON",
+}
+
+
+def own_answers_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What became of the student's own answers, a row for each figure; none where not measured."""
+    rows = []
+    for name, found in evaluation.get("own_answers", {}).items():
+        form = {"kl_nats": ".4f", "tokens": ".1f"}.get(name, ".1%")
+        low, high = found["interval"]
+        numbers = (found["before"], found["after"])
+        signed = f"{found['difference']:+{form}} [{low:+{form}}, {high:+{form}}]"
+        word = found["verdict"] or ""
+        rows.append((_OWN_WORDS[name], *(f"{n:{form}}" for n in numbers), signed, word))
+    return rows
+
+
+OWN_COLUMNS = ("its own answers", "before", "after", "change, 95%", "verdict")
+
+
+def own_answers_table(title: str, evaluation: Mapping[str, Any]) -> "Table | None":
+    """The same as a table; None where nothing was measured."""
+    if not (rows := own_answers_rows(evaluation)):
+        return None
+    prompts = max(found["prompts"] for found in evaluation["own_answers"].values())
+    title = f"{title}: its own answers to {number_of(prompts, 'held-out prompt')}"
+    return text_table(title, OWN_COLUMNS, rows)
+
+
 # How the figures of a verdict are called, and their unit.
 _FIGURE_WORDS = {
     "kl_nats": ("KL to the teacher", "nats a token"),
@@ -193,10 +228,10 @@ def rise_of(history: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def heldout_kd(history: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+def heldout_kd(history: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """The held-out KD loss of a run before its first step, and its lowest; None without any."""
     values = [row["kd"] for row in history if row["split"] == "heldout" and "kd" in row]
-    return (values[0], min(values)) if values else None
+    return [values[0], min(values)] if values else None
 
 
 def comparison_table(

@@ -13,16 +13,26 @@ from conch_dna.command_parts import read_yaml
 from conch_dna.errors import ConchError
 from conch_dna.option_fields import named_settings
 from conch_dna.training.data.forms import parse_mapping
+from conch_dna.training.data.records import read_lines
 from conch_dna.training.data.sources import Given
-from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.distillation import DEMONSTRATIONS, DOMAIN_PROMPTS
 from conch_dna.training.runs.mlx_lm_names import NAMES, understood
 from conch_dna.training.runs.reporters import parse_names
 from conch_dna.training.runs.run_file import own_steps
-from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig, domain_folder
+from conch_dna.training.settings import (
+    DEFAULT_STUDENT,
+    DEFAULT_TEACHER,
+    OF_DOMAIN,
+    SYSTEMS,
+    KDConfig,
+    domain_folder,
+)
 
-SOURCES = ("data", "prompts", "valid_data", "test_data", "data_split")
+SOURCES = ("data", "prompts", "valid_data", "test_data", "data_split", "demonstrations")
 RUN_KEYS = ("domain", "teacher", "student", *SOURCES, "map", "test", "report_to", "project_name")
 
+# A longer text is no name of a file.
+LONGEST_NAME = 1_024
 NEVER_EMPTY = ("domain", "teacher", "student", *SOURCES)
 MAY_BE_NULL = ("report_to", "project_name", "test")
 
@@ -97,7 +107,8 @@ def requested(
     if empty := [key for key in NEVER_EMPTY if asked.get(key) == ""]:
         shown = " and ".join(f"--{key.replace('_', '-')}" for key in empty)
         raise ConchError(f"{shown}: an empty name; give another, or leave the option out")
-    config = KDConfig.from_json(in_file, source=str(config_file), overriding=dict(values))
+    in_file, values = with_texts(in_file), with_texts(values)
+    config = KDConfig.from_json(in_file, source=str(config_file), overriding=values)
     if all_domains == ("domain" in asked):
         raise ConchError("give either --domain NAME or --all")
     if all_domains and any(key in asked for key in SOURCES):
@@ -124,8 +135,45 @@ def given_in(asked: Mapping[str, Any]) -> Given:
     if "data" in asked and "prompts" in asked:
         raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
     sources = {key: asked[key] for key in SOURCES if key in asked}
+    if sources.get("demonstrations") == OF_DOMAIN:
+        sources["demonstrations"] = str(domain_demonstrations(asked.get("domain", "")))
     mapping = parse_mapping(asked.get("map", []))
-    return Given(**sources, mapping=mapping, with_test=asked.get("test"))
+    return Given(
+        **sources, domain=asked.get("domain", ""), mapping=mapping, with_test=asked.get("test")
+    )
+
+
+def domain_demonstrations(domain: str) -> Path:
+    """The file of a domain's own demonstrations.
+
+    Raises:
+        ConchError: It is none of the six domains.
+    """
+    if domain not in DOMAIN_PROMPTS:
+        raise ConchError(
+            f"--demonstrations domain: {domain or 'no domain'} has none, only "
+            f"{', '.join(DOMAIN_PROMPTS)}: give a file of records"
+        )
+    return DEMONSTRATIONS / f"{domain}.jsonl"
+
+
+def with_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which a file that holds a system prompt is replaced by its text.
+
+    Raises:
+        ConchError: Such a file cannot be read, or is empty.
+    """
+    found = dict(values)
+    for name in SYSTEMS.values():
+        value = found.get(name)
+        if isinstance(value, str) and 0 < len(value) < LONGEST_NAME and "\n" not in value:
+            path = Path(value).expanduser()
+            if path.is_file():
+                text = "\n".join(read_lines(path, f"--{name.replace('_', '-')}")).strip()
+                found[name] = text
+            elif path.suffix in (".txt", ".md"):
+                raise ConchError(f"--{name.replace('_', '-')} {value}: there is no such file")
+    return found
 
 
 def settings_in(path: Path) -> tuple[dict[str, Any], list[str]]:

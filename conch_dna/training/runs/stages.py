@@ -4,7 +4,7 @@ Knows data, targets and figures as they are; computes nothing. What another stag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import mlx.core as mx
 from conch_dna.training.data.examples import Split
 from conch_dna.training.data.records import Record
 from conch_dna.training.evaluation import HeldoutFigures
+from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import TrainingResult
 
@@ -27,6 +28,8 @@ class RunData:
         prompts: The student's token ids of a few held-out prompts.
         teacher_texts: What the teacher made of them.
         finish_reasons: How many records ended how.
+        questions: What the student may be asked for its own answers.
+        heldout_questions: Of what is held out, those whose answers are measured.
     """
 
     records: Sequence[Record]
@@ -35,6 +38,8 @@ class RunData:
     prompts: list[list[int]]
     teacher_texts: list[str]
     finish_reasons: dict[str, int]
+    questions: list[Question] = field(default_factory=list)
+    heldout_questions: list[Question] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,7 @@ class Trained:
         before: Its held-out figures without the adapter.
         before_test: The same on the test set, if there is one.
         before_texts: What it made of the held-out prompts.
+        before_answers: What it said to the held-out questions, as tokens.
         adapter_config: What adapter_config.json says of its layers.
         training: What the loop came to.
         tensors: The adapter.
@@ -54,6 +60,7 @@ class Trained:
     before: HeldoutFigures
     before_test: HeldoutFigures | None
     before_texts: list[str]
+    before_answers: list[list[int]]
     adapter_config: dict[str, Any]
     training: TrainingResult
     tensors: dict[str, mx.array]

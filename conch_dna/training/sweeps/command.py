@@ -29,6 +29,7 @@ SHARED_OPTIONS = (
     "data_split",
     "mapped",
     "prompts",
+    "demonstrations",
     "config_file",
 )
 """Options of `distill` that mean the same to a sweep."""
@@ -72,10 +73,11 @@ def sweep(
     combination is a run. The best is measured once on --test-data.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.training.runs.request import RUN_KEYS, given_in, settings_in
+    from conch_dna.training.runs.request import RUN_KEYS, given_in, settings_in, with_texts
 
     values, notes = settings_in(Path(config_file)) if config_file else ({}, [])
     values |= {name: value for name, value in given.items() if value is not None}
+    values = with_texts(values)
     values |= {"domain": domain} if domain else {}
     values |= {"map": mapped} if mapped else {}
     asked = {key: values.pop(key) for key in RUN_KEYS if key in values}

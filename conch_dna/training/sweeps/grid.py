@@ -22,6 +22,7 @@ _NOTHING = "runs that differ in it train equal adapters"
 FIXED = {
     "steps_per_report": _NOTHING,
     "steps_per_save": _NOTHING,
+    "resident": _NOTHING,
     "top_k": _OTHER_FIGURE,
     "alignment": _OTHER_FIGURE,
     "seed": _OTHER_DATA,
@@ -43,6 +44,7 @@ SWEEPABLE = tuple(
 
 
 _OF_LORA = ("lora_rank", "lora_scale", "lora_dropout", "lora_layers")
+_OF_OWN = ("rollouts", "rollout_tokens", "rollout_temperature", "rollout_reuse")
 _OF_KD = ("temperature", "divergence", "soft_weight", "chunk_weight", "chunk_scale")
 
 
@@ -89,13 +91,15 @@ def run_of(settings: Mapping[str, Any], base: KDConfig, folder: Path) -> GridRun
 def idle_settings(config: KDConfig) -> dict[str, str]:
     """The fields that change nothing in a run of these settings, each with what makes it so.
 
-    >>> idle_settings(KDConfig(chunk_weight=0.0))
+    >>> idle_settings(KDConfig(chunk_weight=0.0, on_policy=0.5))
     {'chunk_scale': 'chunk-weight 0'}
     """
     idle = {} if config.chunk_weight else {"chunk_scale": "chunk-weight 0"}
     # The KD loss may still choose the step that is kept.
     if not config.alpha and config.select_by != "kd":
         idle |= dict.fromkeys(_OF_KD, "alpha 0")
+    if not config.on_policy:
+        idle |= dict.fromkeys(_OF_OWN, "on-policy 0")
     return idle | (dict.fromkeys(_OF_LORA, "--full") if config.full else {})
 
 

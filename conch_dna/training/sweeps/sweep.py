@@ -84,7 +84,7 @@ class Sweep:
     def run(
         self,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Record] | None = None,
         data: Sequence[Record] | None = None,
         valid_data: Sequence[Record] = (),
         test_data: Sequence[Record] = (),
@@ -161,7 +161,7 @@ class Sweep:
     def require_possible(
         self,
         *,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | Record] | None = None,
         data: Sequence[Record] | None = None,
         valid_data: Sequence[Record] = (),
         test_data: Sequence[Record] = (),
@@ -200,7 +200,7 @@ class Sweep:
         for number, each in enumerate(self.runs):
             # The weights are the same for all.
             require_trainable(self.student, each.config, weights=weights and number == 0)
-        examples = Examples(self.teacher, self.student, self.shared)
+        examples = Examples(self.teacher, self.student, self.shared, domain=self.domain)
         self._require_effect(examples.alignment)
         if test_data and (others := [*(data or []), *valid_data]):
             known = {each.digest for each in examples.make(others)[1]}
@@ -420,7 +420,7 @@ def require_batches(plan: dict[str, Any], runs: Sequence[GridRun]) -> None:
 
 
 def _source_of(
-    prompts: Sequence[str] | None, data: Sequence[Record] | None, valid: Sequence[Record]
+    prompts: Sequence[str | Record] | None, data: Sequence[Record] | None, valid: Sequence[Record]
 ) -> list[Any]:
     """What a single run puts into its identity; no run of a sweep sees the test data."""
     return [list(prompts or []), list(data or []), *([list(valid), []] if valid else [])]

@@ -1,0 +1,100 @@
+"""A student's training in a run: which batches, which loss, what chooses the step.
+
+Knows what the run has prepared and the one training loop; nothing of answers or folders' names.
+Another source of batches: a branch in `_batches`.
+"""
+
+from pathlib import Path
+
+from conch_dna.language_model import LanguageModel
+from conch_dna.progress import Report
+from conch_dna.training.batches import ExampleBatches, sequential_batches
+from conch_dna.training.data.examples import Examples
+from conch_dna.training.evaluation import and_kl, with_evaluation
+from conch_dna.training.head_loss import make_cross_entropy_loss
+from conch_dna.training.runs.on_policy.stream import mixed_batches
+from conch_dna.training.runs.stages import RunData
+from conch_dna.training.settings import TrainingResult, trainer_settings
+from conch_dna.training.soft_targets import TargetBatches
+from conch_dna.training.trainer import BatchStream, Trainer
+
+
+def fit_student(
+    student: LanguageModel,
+    examples: Examples,
+    data: RunData,
+    figure: str,
+    folder: Path,
+    *,
+    resume: bool,
+    report: Report,
+) -> TrainingResult:
+    """Train a student's adapter on what a run has prepared; the best parameters stay in it.
+
+    Args:
+        student: In memory, with what is trained attached.
+        examples: Of the run; they know its settings and its teacher.
+        data: Examples, targets and questions.
+        figure: The held-out figure that the run is judged by.
+        folder: Of the run.
+        resume: Go on with the checkpoints that lie there.
+        report: Gets the progress.
+
+    Raises:
+        ConchError: See `Trainer.run` and `on_policy.stream.mixed_batches`.
+    """
+    config, targets = examples.config, data.targets
+    loss = heldout_loss = targets.loss(student, config)
+    if not config.alpha:
+        # No step needs the teacher; what is held out is still compared with it.
+        loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
+    chosen = sequential_batches(data.split.heldout, config.batch_size, config.val_batches)
+    parts = [[data.split.heldout[index] for index in indices] for indices in chosen]
+    heldout = [targets.collate(part, examples.temperature) for part in parts]
+    select_by = config.selected
+    if select_by in ("kl", "cross_entropy"):
+        select_by = "ce" if figure == "cross_entropy" else "kl"
+    if select_by == "kl":
+        heldout_loss = and_kl(heldout_loss, student, figure, chunk=config.head_chunk)
+        heldout = [
+            with_evaluation(batch, targets.evaluation_batch(part))
+            for batch, part in zip(heldout, parts, strict=True)
+        ]
+    trainer = Trainer(
+        student.model,
+        loss,
+        _batches(student, examples, data, folder, resume=resume, report=report),
+        heldout,
+        trainer_settings(config),
+        folder,
+        heldout_loss=heldout_loss,
+        select_by=select_by,
+        report=report,
+    )
+    return trainer.run(resume=resume)
+
+
+def _batches(
+    student: LanguageModel,
+    examples: Examples,
+    data: RunData,
+    folder: Path,
+    *,
+    resume: bool,
+    report: Report,
+) -> BatchStream:
+    config, train = examples.config, data.split.train
+    if not config.alpha:
+        return ExampleBatches(train, config.batch_size, seed=config.seed)
+    given = TargetBatches(
+        train,
+        config.batch_size,
+        data.targets,
+        temperature=examples.temperature,
+        seed=config.seed,
+    )
+    if not config.on_policy:
+        return given
+    return mixed_batches(
+        student, examples, data.questions, given, folder, resume=resume, report=report
+    )

@@ -1,0 +1,96 @@
+"""What the student is asked for its own answers, and these answers as records.
+
+Knows records and the student's tokenizer; no models. To ask by another kind of record: a branch in
+`question_of_record`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conch_dna.training.chats.conversations import last_answer
+from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
+from conch_dna.training.data.answers import OPENING_TOKENS, answer_text
+from conch_dna.training.data.records import TOKENS, Record, record_tokens
+from conch_dna.training.data.views import EXTRAS, view
+from conch_dna.training.settings import STUDENT
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A prompt that waits for the student's own answer.
+
+    Attributes:
+        record: What was asked, with all that only the teacher reads, and without an answer.
+        ids: The student's tokens of the prompt.
+        name: What messages call it.
+    """
+
+    record: Record
+    ids: list[int]
+    name: str
+
+    def answered(self, tokenizer: Any, answer: list[int]) -> Record:
+        """The question with an answer, and the exact tokens of both.
+
+        Args:
+            tokenizer: The student's.
+            answer: Its token ids, the end of sequence among them where there is one.
+        """
+        text, reason = answer_text(tokenizer, self.ids, answer)
+        exact = {
+            "ids": [*self.ids, *answer],
+            "prompt_length": len(self.ids),
+            "vocabulary": vocabulary_digest(tokenizer),
+        }
+        how = {"finish_reason": reason, TOKENS: exact}
+        if "messages" in self.record:
+            turns = [*self.record["messages"], {"role": "assistant", "content": text}]
+            return {**self.record, "messages": turns, **how}
+        if "text" in self.record:
+            return {"text": self.record["text"] + text, **how}
+        return {**self.record, "completion": text, **how}
+
+
+def question_of_record(record: Record, tokenizer: Any, name: str) -> Question:
+    """What the last answer of a record answers, or a text's first tokens.
+
+    Args:
+        record: In one of mlx-lm's forms.
+        tokenizer: The student's.
+        name: What messages call it.
+
+    Raises:
+        ConchError: See `records.record_tokens`.
+    """
+    left_out = (TOKENS, "finish_reason")
+    bare = {key: value for key, value in record.items() if key not in left_out}
+    read = view(bare, STUDENT, template=tokenizer.has_chat_template)
+    ids, spans = record_tokens(read, tokenizer, name=name)
+    if "text" in bare:
+        ids = ids[: max(1, min(OPENING_TOKENS, len(ids) - 1))]
+        opening = tokenizer.decode(ids, skip_special_tokens=True)
+        return Question({"text": opening}, ids, name)
+    ids = ids[: spans[-1][0]]
+    if "messages" not in bare:
+        return Question({k: v for k, v in bare.items() if k != "completion"}, ids, name)
+    turns = bare["messages"][: last_answer(bare["messages"])]
+    # Only the answer that is to come counts.
+    turns = [{**t, "weight": 0} if t["role"] == "assistant" else t for t in turns]
+    kept = {key: bare[key] for key in ("tools", *EXTRAS) if key in bare}
+    return Question({"messages": turns, **kept}, ids, name)
+
+
+def questions_of(records: Sequence[Record], names: Sequence[str], tokenizer: Any) -> list[Question]:
+    """The questions of records, each once.
+
+    Args:
+        records: In mlx-lm's forms.
+        names: What messages call them.
+        tokenizer: The student's.
+    """
+    found: dict[tuple[int, ...], Question] = {}
+    for record, name in zip(records, names, strict=True):
+        question = question_of_record(record, tokenizer, name)
+        found.setdefault(tuple(question.ids), question)
+    return list(found.values())

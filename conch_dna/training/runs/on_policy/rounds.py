@@ -1,0 +1,376 @@
+"""Rounds of rollouts: the student's own answers, drawn, scored by the teacher, and kept on disk.
+
+Knows a student in training, its teacher and a folder; nothing of the loop. Each batch of answers is
+on disk as soon as it is there, and a round is what its files say, so that a run that was killed
+goes on bit by bit as it would have.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conch_dna.checkpoints import (
+    content_digest,
+    numbered_folders,
+    read_json,
+    remove_folder,
+    write_json,
+)
+from conch_dna.errors import ConchError, NotWholeError, number_of
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.progress import Report
+from conch_dna.training.batches import Batch, bucketed_batches
+from conch_dna.training.data.answers import answer_batch
+from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.runs.on_policy.questions import Question, questions_of
+from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
+from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig, own_batches
+from conch_dna.training.soft_targets import Targets
+
+FOLDER = "rollouts"
+ROUND_FILE = "round.json"
+# By default a round asks all prompts, but no more than so many.
+MOST_ROLLOUTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFigures:
+    """What a round came to.
+
+    Attributes:
+        round: Its number, from 0.
+        step: Steps that were taken when it was drawn.
+        rollouts: Answers that were drawn.
+        left_out: Those of them that the teacher cannot read.
+        tokens: Of all answers.
+        ended: How many gave their end of sequence.
+        empty: How many of these said nothing before it.
+        last_age: Steps between the draw and the last step that uses it.
+        rollout_seconds: To draw, by the process that did.
+        scoring_seconds: To score.
+    """
+
+    round: int
+    step: int
+    rollouts: int
+    left_out: int
+    tokens: int
+    ended: int
+    empty: int
+    last_age: int
+    rollout_seconds: float
+    scoring_seconds: float
+
+
+class Rounds:
+    """Batches of the student's own answers, a round of them at a time.
+
+    Args:
+        student: In training: it answers with its adapter as it is.
+        teacher: Scores the answers.
+        questions: What may be asked.
+        examples: Of teacher and student.
+        config: `rollouts`, `rollout_tokens`, `rollout_temperature`, `rollout_reuse` and more.
+        folder: Of the run.
+        residency: `residency.ONE` or `BOTH`.
+        report: Gets progress.
+
+    Raises:
+        ConchError: There are fewer prompts than a round asks for, or one leaves no room.
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: ModelSource,
+        questions: Sequence[Question],
+        examples: Examples,
+        config: KDConfig,
+        folder: Path,
+        *,
+        residency: str,
+        report: Report,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.questions = list(questions)
+        self.examples = examples
+        self.config = config
+        self.folder = folder / FOLDER
+        self.residency = residency
+        self.report = report
+        self.size = rollouts_of_a_round(len(self.questions), config)
+        self._require_room()
+        self._warned_of_cuts = False
+        self._current: tuple[int, list[Any], Targets] | None = None
+
+    def _require_room(self) -> None:
+        longest = min(
+            self.student.source.context_length or self.config.max_seq_length,
+            self.config.max_seq_length,
+        )
+        for question in self.questions:
+            if len(question.ids) + self.config.rollout_tokens > longest:
+                raise ConchError(
+                    f"the prompt of {question.name} has {len(question.ids)} tokens; with "
+                    f"{self.config.rollout_tokens} for the student's own answer it exceeds "
+                    f"{longest}, the student's context or --max-seq-length: shorten it, or lower "
+                    "--rollout-tokens"
+                )
+
+    @cached_property
+    def batches_per_round(self) -> int:
+        """How many batches a round gives, each as often as rollouts are used."""
+        return self.size // self.config.batch_size * self.config.rollout_reuse
+
+    @property
+    def digest(self) -> str:
+        """Content address of what is asked, and how."""
+        asked = [str(question.ids) for question in self.questions]
+        config = self.config
+        draw = (config.rollout_tokens, config.rollout_temperature, self.size, config.rollout_reuse)
+        return content_digest(*asked, str(draw), str(config.seed))
+
+    def batch(self, place: int, *, step: int, last_step: int) -> Batch:
+        """Batch `place` of the student's own answers, counted over all rounds.
+
+        Args:
+            place: From 0.
+            step: Steps that are taken already.
+            last_step: Steps that will have been taken before the round's last batch is used.
+        """
+        number, within = divmod(place, self.batches_per_round)
+        if self._current is None or self._current[0] != number:
+            self._current = None
+            with same_random_numbers():
+                examples, targets = self._round(number, step, last_step, begins=within == 0)
+            self._current = (number, examples, targets)
+        _, examples, targets = self._current
+        per_use = self.size // self.config.batch_size
+        use, index = divmod(within, per_use)
+        # Where some were left out, others are read twice, so that every round has as many batches.
+        order = np.resize(np.arange(len(examples)), self.size)
+        lengths = [len(examples[one].ids) for one in order]
+        epoch = number * self.config.rollout_reuse + use
+        drawn = bucketed_batches(
+            lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch
+        )
+        chosen = [examples[order[one]] for one in drawn[index]]
+        return targets.collate(chosen, self.examples.temperature)
+
+    def _asked(self, number: int) -> list[Question]:
+        """The questions of a round: all in turn, in a new order each time."""
+        count = len(self.questions)
+        asked = []
+        for place in range(number * self.size, (number + 1) * self.size):
+            turn, within = divmod(place, count)
+            order = np.random.default_rng([self.config.seed, turn]).permutation(count)
+            asked.append(self.questions[order[within]])
+        return asked
+
+    def _round(
+        self, number: int, step: int, last_step: int, *, begins: bool
+    ) -> tuple[list[Any], Targets]:
+        folder = self.folder / f"{number:05d}"
+        asked = self._asked(number)
+        began = time.perf_counter()
+        answers = self._drawn(folder, number, asked, begins=begins)
+        drawn = time.perf_counter()
+        tokenizer = self.student.tokenizer
+        records = [q.answered(tokenizer, a) for q, a in zip(asked, answers, strict=True)]
+        examples, left_out = self.examples.of_rollouts(records, number)
+        targets = self.examples.targets(folder)
+        if targets.missing(examples):
+            alone = parked(self.student, self.config) if self.residency == ONE else nullcontext()
+            with alone:
+                targets.fill(self.teacher, examples, batch_size=self.config.batch_size)
+                if self.residency == ONE:
+                    self.teacher.release()
+        ends = tokenizer.eos_token_ids
+        ended = [answer for answer in answers if answer[-1] in ends]
+        figures = RoundFigures(
+            round=number,
+            step=step,
+            rollouts=len(answers),
+            left_out=left_out,
+            tokens=sum(map(len, answers)),
+            ended=len(ended),
+            empty=sum(len(answer) == 1 for answer in ended),
+            last_age=last_step - step,
+            rollout_seconds=drawn - began,
+            scoring_seconds=time.perf_counter() - drawn,
+        )
+        self._keep(folder, figures)
+        self._remove_old()
+        return examples, targets
+
+    def _drawn(
+        self, folder: Path, number: int, asked: Sequence[Question], *, begins: bool
+    ) -> list[list[int]]:
+        """The answers of a round, from disk where they are there."""
+        config = self.config
+        state = self._state() if begins else None
+        answers: list[list[int]] = []
+        for start in range(0, len(asked), config.generation_batch_size):
+            prompts = [q.ids for q in asked[start : start + config.generation_batch_size]]
+            path = folder / f"answers_{start:05d}.json"
+            kept = _kept_answers(path, prompts, state)
+            if kept is None:
+                if state is None:
+                    raise ConchError(
+                        f"{path} is not whole, and the adapter that drew it has learned since: go "
+                        "on from an older checkpoint by removing the newer ones, or start again "
+                        "with --overwrite"
+                    )
+                self.student.model.eval()
+                kept = answer_batch(
+                    self.student,
+                    prompts,
+                    max_tokens=config.rollout_tokens,
+                    temperature=config.rollout_temperature,
+                    seed=(config.seed, number, start),
+                )
+                digest = content_digest(str(prompts), str(kept))
+                write_json(path, {"state": state, "answers": kept, "digest": digest})
+            answers += kept
+        return answers
+
+    def _state(self) -> str:
+        """Content address of the adapter as it is."""
+        trained = named_arrays(self.student.model.trainable_parameters())
+        parts = (np.array(value, copy=False).tobytes() for value in trained.values())
+        return content_digest(*parts)
+
+    def _keep(self, folder: Path, figures: RoundFigures) -> None:
+        """Write a round's figures once, and say them."""
+        path = folder / ROUND_FILE
+        with suppress(NotWholeError):
+            read_json(path, needs={"round": int})
+            return
+        write_json(path, asdict(figures))
+        self.report("message", {"message": round_text(figures)})
+        if figures.ended == 0 and not self._warned_of_cuts:
+            self._warned_of_cuts = True
+            message = (
+                f"round {figures.round}: all {figures.rollouts} answers were cut at "
+                f"--rollout-tokens {self.config.rollout_tokens}, so that the student learns no end"
+            )
+            self.report("warning", {"message": message})
+        if figures.empty == figures.rollouts:
+            message = (
+                f"round {figures.round}: the student answers nothing to all "
+                f"{number_of(figures.rollouts, 'prompt')}; there is little to learn from that: "
+                "begin with a smaller --on-policy share"
+            )
+            self.report("warning", {"message": message})
+
+    def remove(self) -> None:
+        """Remove whatever an earlier run left."""
+        if self.folder.is_dir():
+            remove_folder(self.folder)
+
+    def _remove_old(self) -> None:
+        """Remove what no checkpoint can go on with: rounds before the oldest, but their figures."""
+        checkpoints = numbered_folders(self.folder.parent, CHECKPOINT_PREFIX)
+        if not checkpoints:
+            return
+        batches = checkpoints[0][0] * self.config.accumulation_steps
+        needed = own_batches(self.config.on_policy, batches) // self.batches_per_round
+        for folder in self.folder.glob("[0-9]*"):
+            if folder.name.isdigit() and int(folder.name) < needed:
+                for path in folder.iterdir():
+                    if path.is_dir():
+                        remove_folder(path)
+                    elif path.name != ROUND_FILE:
+                        path.unlink(missing_ok=True)
+
+
+def round_figures(folder: Path) -> list[dict[str, Any]]:
+    """What every round of a run came to; see `RoundFigures`.
+
+    Args:
+        folder: Of the run.
+    """
+    rows = []
+    for path in sorted((folder / FOLDER).glob(f"*/{ROUND_FILE}")):
+        with suppress(NotWholeError):
+            rows.append(read_json(path, needs={"round": int}))
+    return rows
+
+
+def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
+    """How many answers a round draws, a multiple of the batch.
+
+    Args:
+        prompts: Different ones that there are.
+        config: `rollouts` (0 for as many as there are prompts, at most 64) and `batch_size`.
+
+    Raises:
+        ConchError: There are fewer prompts, or the number is no multiple of the batch.
+    """
+    size = config.batch_size
+    wanted = config.rollouts or max(size, min(prompts, MOST_ROLLOUTS) // size * size)
+    if wanted % size:
+        raise ConchError(
+            f"rollouts is {wanted}, which is no multiple of batch_size {size}: some would never be "
+            "used; give another number"
+        )
+    if wanted > prompts:
+        raise ConchError(
+            f"a round asks for {wanted} answers to different prompts, and there are {prompts} to "
+            "train on: give more prompts, or lower "
+            + ("--rollouts" if config.rollouts else "--batch-size")
+        )
+    return wanted
+
+
+def questions_for(runs: Sequence[KDConfig], split: Split, tokenizer: Any) -> list[Question]:
+    """What the student may be asked for its own answers; nothing where no run learns from them.
+
+    Args:
+        runs: The settings of those that share the data.
+        split: Of these.
+        tokenizer: The student's.
+
+    Raises:
+        ConchError: There are too few prompts for a round.
+    """
+    learners = [config for config in runs if config.on_policy]
+    if not learners:
+        return []
+    names = [example.name for example in split.train]
+    questions = questions_of(split.train_records, names, tokenizer)
+    for config in learners:
+        rollouts_of_a_round(len(questions), config)
+    return questions
+
+
+def round_text(figures: RoundFigures) -> str:
+    """A round in one line."""
+    speed = figures.tokens / max(figures.rollout_seconds, 1e-9)
+    left_out = f", {figures.left_out} left out" if figures.left_out else ""
+    return (
+        f"round {figures.round} at step {figures.step}: {figures.rollouts} answers of its own"
+        f"{left_out}, {figures.ended / figures.rollouts:.0%} ended, {figures.tokens:,} tokens in "
+        f"{figures.rollout_seconds:.1f} s ({speed:,.0f} a second), scored in "
+        f"{figures.scoring_seconds:.1f} s"
+    )
+
+
+def _kept_answers(
+    path: Path, prompts: Sequence[Sequence[int]], state: str | None
+) -> list[list[int]] | None:
+    """Answers that were drawn before; None where there are none, or none of this state."""
+    with suppress(NotWholeError):
+        kept = read_json(path, needs={"answers": list, "digest": str, "state": str})
+        whole = kept["digest"] == content_digest(str(list(prompts)), str(kept["answers"]))
+        if whole and state in (None, kept["state"]):
+            answers: list[list[int]] = kept["answers"]
+            return answers
+    return None
