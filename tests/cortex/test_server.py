@@ -469,7 +469,7 @@ def test_adapters_are_reloaded_while_a_stream_goes_on(adapters, whole_tale, tmp_
         assert OPENINGS["owls"] + after.choices[0].message.content == SAYS["owls"]
 
 
-def test_a_new_head_is_noticed(adapters, tmp_path):
+def test_a_new_head_is_noticed(adapters, tmp_path, tmp_path_factory):
     shutil.copytree(adapters / "owls", tmp_path / "owls")
     lines: list[str] = []
     with (
@@ -487,8 +487,10 @@ def test_a_new_head_is_noticed(adapters, tmp_path):
         answer = ask(client, "owls", OPENINGS["cars"], max_tokens=40)
         assert OPENINGS["cars"] + answer.choices[0].message.content == SAYS["cars"]
         # What cannot be taken in is told once, and the old one goes on.
-        shutil.copytree(adapters / "boxes", tmp_path / "boxes")
-        (tmp_path / "boxes" / "adapters_kd" / "adapters.safetensors").write_bytes(b"half")
+        broken = shutil.copytree(adapters / "boxes", tmp_path_factory.mktemp("broken") / "boxes")
+        (broken / "adapters_kd" / "adapters.safetensors").write_bytes(b"half")
+        # At once, or a half of the copy would be told of too.
+        broken.rename(tmp_path / "boxes")
         wait_for(lambda: any("not taken in" in said for said in lines))
         time.sleep(0.3)
         assert sum("not taken in" in said for said in lines) == 1
