@@ -246,6 +246,12 @@ def test_a_verdict_is_one_line_and_bad_ones_are_loud():
     assert "student is NOT SHOWN TO BE BETTER:" in verdict_text(
         judged("not shown to be better", [-0.1, 0.1], figure="cross_entropy")
     )
+    rose = judged("better", [-0.3, -0.2])
+    rose["after"] = {**rose["after"], "cross_entropy": 3.5}
+    assert verdict_text(rose).endswith(
+        "); but the cross-entropy of the texts rose from 3.1416 to 3.5000"
+    )
+    assert "but" not in verdict_text(judged("better", [-0.3, -0.2]))
     few = verdict_text(judged("not shown to be better", examples=2))
     assert few.endswith("(on 2 held-out examples, and an interval needs 6)")
 

@@ -154,9 +154,13 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
             f"{number_of(found['examples'], 'held-out example')}"
         )
     word = found["verdict"] if found["verdict"] == BETTER else found["verdict"].upper()
+    first, last = (evaluation[row]["cross_entropy"] for row in ("before", "after"))
+    but = ""
+    if word == BETTER and last > first:
+        but = f"; but the cross-entropy of the texts rose from {first:.4f} to {last:.4f}"
     return (
         f"the student is {word}: {name} {before:.4f} before, {after:.4f} after, "
-        f"{found['difference']:+.4f} {unit} ({sure})"
+        f"{found['difference']:+.4f} {unit} ({sure}){but}"
     )
 
 
