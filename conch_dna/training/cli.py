@@ -61,7 +61,8 @@ OF_KD_CONFIG = {
 @click.option(
     "--teacher",
     metavar="MODEL",
-    help=f"Hub id, folder, .gguf file, or embedded:teacher. [default: {DEFAULT_TEACHER}]",
+    help="Hub id, folder, .gguf file, embedded:teacher, or self for the student, which then has to "
+    f"read more as a teacher. [default: {DEFAULT_TEACHER}]",
 )
 @click.option(
     "--student",
@@ -108,7 +109,7 @@ OF_KD_CONFIG = {
     "--demonstrations",
     metavar="FILE",
     help="Records that only the teacher reads, as turns before every prompt; domain takes the "
-    "domain's own three.",
+    "domain's own three, answer shows it each record's own answer.",
 )
 @click.option(
     "--config",

@@ -89,10 +89,9 @@ class KDConfig:
         "domain's own, which is what it reads before prompts anyway.",
     )
     student_system: str = _option(
-        "",
-        "System prompt that the student reads, in the same forms; with none the adapter learns to "
-        "do without, and CORTEX leaves it out.",
+        "", "The same of the student; with none its adapter learns to do without, and CORTEX too."
     )
+    force: bool = _option(False, "Go on where what only the teacher reads is not shown to help it.")
     on_policy: float = _option(
         0.0, "Share of the batches that are the student's own answers.", low=0, high=1
     )

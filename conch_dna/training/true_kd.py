@@ -23,7 +23,7 @@ from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines, split_heldout
 from conch_dna.training.data.sources import leak_warnings
-from conch_dna.training.data.views import prompt_text
+from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
@@ -59,7 +59,8 @@ class TrueKnowledgeDistiller:
     The models are loaded lazily, and the teacher's memory is free before the student loads.
 
     Args:
-        teacher_model_id: Hub id, local folder or embedded name.
+        teacher_model_id: Hub id, local folder or embedded name; "self" for the student, which
+            then has to read more as a teacher.
         student_model_id: The same of the student, which may have another tokenizer.
         config: Everything that shapes a run; the defaults where None.
         report: Gets `(event, row)` of all progress, see `conch_dna.progress.Progress`.
@@ -91,7 +92,7 @@ class TrueKnowledgeDistiller:
     @cached_property
     def _models(self) -> tuple[ModelSource, ModelSource]:
         trust = self.config.trust_remote_code
-        names = (self.teacher_model_id, self.student_model_id)
+        names = (taught_by(self.teacher_model_id, self.student_model_id), self.student_model_id)
         teacher, student = (
             ModelSource(name, trust_remote_code=trust, report=self.report) for name in names
         )

@@ -20,7 +20,13 @@ from conch_dna.training.data.records import (
     read_prompts,
     read_records,
 )
-from conch_dna.training.data.views import behind, context_of, demonstration_turns
+from conch_dna.training.data.views import (
+    OWN_ANSWER,
+    behind,
+    context_of,
+    demonstration_turns,
+    with_own_answer,
+)
 from conch_dna.training.distillation import domain_examples
 
 TRAIN, VALID, TEST = "train", "valid", "test"
@@ -108,7 +114,13 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
     read |= {f"{role}_data": records for role, records in found.items()}
     if contexts := sum(bool(context_of(each)) for rows in read.values() for each in rows):
         note(f"{number_of(contexts, 'record')} with a context, which only the teacher reads")
-    if given.demonstrations is not None:
+    if given.demonstrations == OWN_ANSWER:
+        if "data" not in read:
+            raise ConchError(
+                "--demonstrations answer shows the teacher a record's own answer: give --data"
+            )
+        read = {name: list(map(with_own_answer, rows)) for name, rows in read.items()}
+    elif given.demonstrations is not None:
         path = Path(given.demonstrations).expanduser()
         turns = demonstration_turns(read_records(path, option="--demonstrations"))
         if not {"data", "prompts"} & read.keys():

@@ -15,8 +15,21 @@ from conch_dna.training.settings import SYSTEMS, TEACHER, KDConfig
 
 # What only the teacher reads: a text, which stands above the first prompt, or turns before it.
 CONTEXT = "context"
+# As demonstrations: each record's own answer.
+OWN_ANSWER = "answer"
+# As a teacher's name: the student itself.
+SELF = "self"
 # Beside a record whose turns have no system prompt, those of both sides.
 EXTRAS = (CONTEXT, *SYSTEMS.values())
+
+
+def taught_by(teacher: str, student: str) -> str:
+    """The model that teaches: the student itself, which then reads more, where it is called self.
+
+    >>> taught_by("self", "embedded:student")
+    'embedded:student'
+    """
+    return student if teacher == SELF else teacher
 
 
 def context_problem(context: Any) -> str | None:
@@ -51,6 +64,27 @@ def demonstration_turns(records: Sequence[Mapping[str, Any]]) -> list[Turn]:
             raise ConchError(f"demonstration {number}: {why}; give prompt and completion")
         turns += own
     return turns
+
+
+def with_own_answer(record: Record) -> Record:
+    """A record whose context shows its own last answer, as an example of one.
+
+    As in self-distillation from demonstrations (arXiv 2601.19897): the teacher is to answer in its
+    own words having seen it.
+
+    Raises:
+        ConchError: It has a context, or is a plain text.
+    """
+    if record.get(CONTEXT):
+        raise ConchError("a record has a context already: leave out --demonstrations answer")
+    if "messages" in record:
+        answer = _text(next(t for t in record["messages"][::-1] if t["role"] == "assistant"))
+    elif "completion" in record:
+        answer = record["completion"]
+    else:
+        raise ConchError("a plain text has no answer to show: give prompt and completion")
+    shown = f"This is an example of a good answer:\n\n{answer}\n\nAnswer in your own words."
+    return {**record, CONTEXT: shown}
 
 
 def with_context(record: str | Record, turns: Sequence[Turn]) -> Record:

@@ -65,6 +65,7 @@ from conch_dna.training.runs.on_policy.own_answers import (
     own_answers,
 )
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
+from conch_dna.training.runs.privilege import require_help
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
@@ -301,6 +302,8 @@ class DomainRun:
         self._phase("evaluating the student")
         student = self.student.load()
         before = self._figures(student, data.split.heldout, data)
+        if self.teacher.weights_digest == self.student.weights_digest:
+            require_help(data.split.heldout, data.targets, before, self.config, self.report)
         before_test = self._figures(student, data.split.test, data) if data.split.test else None
         before_texts = sample_texts(student, data.prompts, self.config)
         answers = answers_of(student, data.heldout_questions, self.config)

@@ -15,6 +15,7 @@ from conch_dna.option_fields import named_settings
 from conch_dna.training.data.forms import parse_mapping
 from conch_dna.training.data.records import read_lines
 from conch_dna.training.data.sources import Given
+from conch_dna.training.data.views import taught_by
 from conch_dna.training.distillation import DEMONSTRATIONS, DOMAIN_PROMPTS
 from conch_dna.training.runs.mlx_lm_names import NAMES, understood
 from conch_dna.training.runs.reporters import parse_names
@@ -116,7 +117,7 @@ def requested(
         raise ConchError(f"{shown} cannot go with --all, only with one --domain")
     return Request(
         domain=asked.get("domain"),
-        models=(asked.get("teacher", DEFAULT_TEACHER), asked.get("student", DEFAULT_STUDENT)),
+        models=named_models(asked),
         given=given_in(asked),
         config=config,
         reporters=parse_names(asked.get("report_to", "")),
@@ -124,6 +125,12 @@ def requested(
         notes=notes,
         with_steps="num_iters" in in_file or "num_iters" in values,
     )
+
+
+def named_models(asked: Mapping[str, Any]) -> tuple[str, str]:
+    """Teacher and student of what was asked for by its RUN_KEYS."""
+    student = asked.get("student", DEFAULT_STUDENT)
+    return taught_by(asked.get("teacher", DEFAULT_TEACHER), student), student
 
 
 def given_in(asked: Mapping[str, Any]) -> Given:

@@ -15,7 +15,7 @@ from conch_dna.training.settings import CHECKPOINT_PREFIX, MAY_CHANGE, is_folder
 
 RUN_FILE = "run.json"
 # Where a run lies and whether code may run do not change what it computes.
-NOT_IDENTITY = ("output_dir", "adapter_subdir", "run", "trust_remote_code")
+NOT_IDENTITY = ("output_dir", "adapter_subdir", "run", "trust_remote_code", "force")
 _ELSEWHERE = "--run NAME to keep both, or choose another --output-dir"
 
 

@@ -16,7 +16,7 @@ from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import pairs_table, print_tables
 from conch_dna.training.cli import OF_KD_CONFIG, distill
-from conch_dna.training.settings import DEFAULT_STUDENT, DEFAULT_TEACHER, KDConfig
+from conch_dna.training.settings import KDConfig
 from conch_dna.training.sweeps.grid import SWEEPABLE, GridRun, grid_runs, settings_text
 
 SHARED_OPTIONS = (
@@ -73,7 +73,13 @@ def sweep(
     combination is a run. The best is measured once on --test-data.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.training.runs.request import RUN_KEYS, given_in, settings_in, with_texts
+    from conch_dna.training.runs.request import (
+        RUN_KEYS,
+        given_in,
+        named_models,
+        settings_in,
+        with_texts,
+    )
 
     values, notes = settings_in(Path(config_file)) if config_file else ({}, [])
     values |= {name: value for name, value in given.items() if value is not None}
@@ -110,11 +116,11 @@ def sweep(
 
     teacher, student = (
         ModelSource(
-            asked.get(role, default),
+            name_of_model,
             trust_remote_code=shared.trust_remote_code,
             weights=not dry_run,
         )
-        for role, default in (("teacher", DEFAULT_TEACHER), ("student", DEFAULT_STUDENT))
+        for name_of_model in named_models(asked)
     )
     longest = max((each.config for each in runs), key=lambda config: config.num_iters)
     plan = plan_domain(teacher, student, longest, name, **source)

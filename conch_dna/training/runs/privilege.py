@@ -1,0 +1,64 @@
+"""Whether what only the teacher reads helps it, where teacher and student are the same model.
+
+Knows held-out examples, the teacher's targets and the student's figures; no models.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from conch_dna.errors import ConchError, number_of
+from conch_dna.metrics import BETTER, verdict
+from conch_dna.progress import Report
+from conch_dna.training.batches import PairedExample, sequential_batches
+from conch_dna.training.evaluation import HeldoutFigures
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.soft_targets import Targets
+
+
+def require_help(
+    heldout: Sequence[Any],
+    targets: Targets,
+    before: HeldoutFigures,
+    config: KDConfig,
+    report: Report,
+) -> None:
+    """Refuse to learn from a teacher that is the student itself and reads more to no avail.
+
+    What it reads helps where it makes the held-out answers likelier.
+
+    Args:
+        heldout: Held-out examples.
+        targets: Of them.
+        before: The student's figures on them, without an adapter.
+        config: `force` goes on all the same; batch size and seed.
+        report: Gets a warning where the examples are too few to tell.
+
+    Raises:
+        ConchError: It does not help; with the figures.
+    """
+    order = [heldout[i] for part in sequential_batches(heldout, config.batch_size) for i in part]
+    if not any(isinstance(example, PairedExample) for example in order):
+        return
+    sums = [-float(targets.gold(example).sum(dtype=np.float64)) for example in order]
+    counts = [float(example.count) for example in order]
+    own, informed = before.by_example["cross_entropy"], np.array([sums, counts])
+    found = verdict(own, informed, seed=config.seed)
+    alone, with_it = (float(pair[0].sum() / pair[1].sum()) for pair in (own, informed))
+    said = (
+        f"cross-entropy of the held-out answers {alone:.4f} without what only the teacher reads, "
+        f"{with_it:.4f} with it"
+    )
+    if found["verdict"] == BETTER or config.force:
+        report("message", {"message": said})
+    elif found["interval"] is None:
+        few = number_of(found["examples"], "held-out example")
+        report("warning", {"message": f"{said}: {few}, too few to tell whether it helps"})
+    else:
+        low, high = found["interval"]
+        raise ConchError(
+            f"the teacher is the student itself, and what only it reads is not shown to help: "
+            f"{said} ({found['difference']:+.4f}, 95% interval {low:+.4f} to {high:+.4f}); give "
+            "better demonstrations or another system prompt, or go on with --force"
+        )
