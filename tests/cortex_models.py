@@ -59,7 +59,7 @@ def train_adapter(
     *,
     prompt: str = "",
     steps: int = 30,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     **settings: Any,
 ) -> Path:
     """Train an adapter to say one text and stop.
@@ -70,9 +70,11 @@ def train_adapter(
         text: What to say.
         prompt: What goes before it, and is not learnt.
         steps: Of Adam.
-        learning_rate: Of Adam; full weights take half of it.
+        learning_rate: Of Adam; full weights take half of it. By default 5e-4 where all layers are
+            trained, since at twice that which text is learned depends on how products are rounded.
         **settings: Of `KDConfig`.
     """
+    learning_rate = learning_rate or (5e-4 if settings.get("lora_keys") == "all" else 1e-3)
     student = ModelSource(model_id).load()
     config = make_trainable(student, KDConfig(**settings))
     tokenizer = student.tokenizer

@@ -5,9 +5,7 @@ are made from or compared with these fields. To add an option: a field with its 
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from fractions import Fraction
 from functools import partial
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from conch_dna.errors import ConchError
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_system
+from conch_dna.training.runs.on_policy.shares import own_answer_problems, own_batches
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
 TEACHER, STUDENT = "teacher", "student"
@@ -53,15 +52,6 @@ DIVERGENCES = (
 _option = partial(option, between="between {low:,} and {high:,}")
 # As these messages have always had it.
 _KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
-
-
-def own_batches(share: float, batches: int) -> int:
-    """How many of the first so many batches are the student's own answers, spread evenly.
-
-    >>> [own_batches(0.5, count) for count in range(5)]
-    [0, 0, 1, 1, 2]
-    """
-    return floor(Fraction(share).limit_denominator(1_000) * batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +215,8 @@ class KDConfig:
             )
         if not problems and self.full and self.dora:
             problems.append("full and dora are both true: choose one of them")
-        if not problems and self.on_policy and not self.alpha:
-            problems.append(
-                "on_policy is above 0 and alpha is 0: of its own answers the student learns only "
-                "what the teacher thinks of them; raise alpha"
-            )
-        if not problems and self.on_policy and self.train_on_prompt:
-            problems.append("on_policy and train_on_prompt do not go together: leave one")
+        if not problems:
+            problems = own_answer_problems(self)
         if problems:
             raise ConchError("; ".join(problems))
 

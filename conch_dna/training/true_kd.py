@@ -21,13 +21,14 @@ from conch_dna.training.chats.conversations import require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
-from conch_dna.training.data.records import Record, json_lines, split_heldout
+from conch_dna.training.data.records import Record, json_lines, numbered, split_heldout
 from conch_dna.training.data.sources import leak_warnings
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
-from conch_dna.training.runs.on_policy.rounds import rollouts_of_a_round
+from conch_dna.training.runs.on_policy.questions import questions_of
+from conch_dna.training.runs.on_policy.rounds import require_room_for_own, rollouts_of_a_round
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -333,7 +334,17 @@ def plan_domain(
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
     if config.on_policy:
-        size = rollouts_of_a_round(len({prompt_text(p) for p in prompts or ()}) or count, config)
+        asked = count - heldout_count
+        if data is None:
+            texts = {prompt_text(prompt) for prompt in prompts or ()}
+            asked = len(texts) - (
+                0 if valid_data else -(-heldout_count // config.samples_per_prompt)
+            )
+        else:
+            questions = questions_of(split.train_records, numbered(split.train), student.tokenizer)
+            require_room_for_own(questions, student, config)
+            asked = len(questions)
+        size = rollouts_of_a_round(asked, config)
         drawn = -(-config.own_batches * config.batch_size // (size * config.rollout_reuse)) * size
         tokens += drawn * config.rollout_tokens
     # The digests are not needed for the size, so no weights have to be there.

@@ -34,10 +34,16 @@ from conch_dna.training.runs.on_policy.residency import (
     parked,
     same_random_numbers,
 )
-from conch_dna.training.runs.on_policy.rounds import Rounds, rollouts_of_a_round, round_figures
+from conch_dna.training.runs.on_policy.rounds import (
+    Rounds,
+    require_room_for_own,
+    rollouts_of_a_round,
+    round_figures,
+)
+from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.runs.on_policy.stream import MixedBatches
 from conch_dna.training.runs.report import own_answers_rows
-from conch_dna.training.settings import KDConfig, own_batches
+from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
@@ -157,7 +163,6 @@ class TestQuestions:
 @pytest.mark.parametrize(
     ("prompts", "changes", "message"),
     [
-        (10, {"rollouts": 6}, "rollouts is 6, which is no multiple of batch_size 4"),
         (10, {"rollouts": 12}, "12 answers to different prompts, and there are 10 .*--rollouts"),
         (3, {}, "4 answers to different prompts, and there are 3 .* lower --batch-size"),
     ],
@@ -178,6 +183,8 @@ def test_a_round_asks_all_prompts_in_whole_batches():
         ({"alpha": 0.0}, "on_policy is above 0 and alpha is 0"),
         ({"train_on_prompt": True}, "on_policy and train_on_prompt do not go together"),
         ({"on_policy": 1.5}, "on_policy is 1.5"),
+        ({"on_policy": 0.01, "num_iters": 6}, "makes none of 6 batches"),
+        ({"rollouts": 6}, "rollouts is 6, which is no multiple of batch_size 4"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str):
@@ -260,9 +267,9 @@ class TestRounds:
         assert read_json(path, needs={})["state"] != before
 
     def test_prompts_without_room_are_refused(self, rounds: Rounds):
-        rounds.config = replace(rounds.config, rollout_tokens=250)
+        config = replace(rounds.config, rollout_tokens=250)
         with pytest.raises(ConchError, match=r"the prompt of cat has .* lower --rollout-tokens"):
-            rounds._require_room()
+            require_room_for_own(rounds.questions, rounds.student.source, config)
 
     def test_what_the_teacher_cannot_read_is_left_out(self, rounds: Rounds):
         examples = rounds.examples

@@ -290,7 +290,7 @@ class DomainRun:
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         with dated(self._record["begun"]):
-            questions = questions_for(readers, split, self.student.tokenizer)
+            questions = questions_for(readers, split, self.student)
             measured = heldout_questions(config, split, self.student.tokenizer)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))

@@ -299,12 +299,17 @@ def _advice(result: KDResult) -> str:
 def _facts(result: KDResult) -> dict[str, Any]:
     """What is known of a run besides its settings."""
     metadata, config = result.metadata, result.metadata["config"]
-    left_out = {"config", "domain", "peak_memory_bytes", "best_step"}
+    left_out = {"config", "domain", "peak_memory_bytes", "best_step", "rounds"}
+    rounds = metadata.get("rounds", [])
+    drawn = sum(each["rollouts"] for each in rounds)
+    seconds = (sum(r[f"{name}_seconds"] for r in rounds) for name in ("rollout", "scoring"))
+    own = "{:,} in {:,} rounds, {:,.0f} s to draw and {:,.0f} s to score"
     return {
         "finished": result.timestamp,
         "kept": f"step {metadata['best_step']} of {config['num_iters']}",
         "training took": f"{result.training_time_seconds:,.0f} s",
         "peak memory": f"{metadata['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        **({"own answers": own.format(drawn, len(rounds), *seconds)} if rounds else {}),
         **{name: value for name, value in metadata.items() if name not in left_out},
     }
 

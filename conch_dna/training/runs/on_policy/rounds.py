@@ -30,7 +30,8 @@ from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.runs.on_policy.questions import Question, questions_of
 from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
-from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig, own_batches
+from conch_dna.training.runs.on_policy.shares import own_batches
+from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
 from conch_dna.training.soft_targets import Targets
 
 FOLDER = "rollouts"
@@ -106,23 +107,9 @@ class Rounds:
         self.residency = residency
         self.report = report
         self.size = rollouts_of_a_round(len(self.questions), config)
-        self._require_room()
+        require_room_for_own(self.questions, student.source, config)
         self._warned_of_cuts = False
         self._current: tuple[int, list[Any], Targets] | None = None
-
-    def _require_room(self) -> None:
-        longest = min(
-            self.student.source.context_length or self.config.max_seq_length,
-            self.config.max_seq_length,
-        )
-        for question in self.questions:
-            if len(question.ids) + self.config.rollout_tokens > longest:
-                raise ConchError(
-                    f"the prompt of {question.name} has {len(question.ids)} tokens; with "
-                    f"{self.config.rollout_tokens} for the student's own answer it exceeds "
-                    f"{longest}, the student's context or --max-seq-length: shorten it, or lower "
-                    "--rollout-tokens"
-                )
 
     @cached_property
     def batches_per_round(self) -> int:
@@ -312,15 +299,10 @@ def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
         config: `rollouts` (0 for as many as there are prompts, at most 64) and `batch_size`.
 
     Raises:
-        ConchError: There are fewer prompts, or the number is no multiple of the batch.
+        ConchError: There are fewer prompts.
     """
     size = config.batch_size
     wanted = config.rollouts or max(size, min(prompts, MOST_ROLLOUTS) // size * size)
-    if wanted % size:
-        raise ConchError(
-            f"rollouts is {wanted}, which is no multiple of batch_size {size}: some would never be "
-            "used; give another number"
-        )
     if wanted > prompts:
         raise ConchError(
             f"a round asks for {wanted} answers to different prompts, and there are {prompts} to "
@@ -330,24 +312,43 @@ def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
     return wanted
 
 
-def questions_for(runs: Sequence[KDConfig], split: Split, tokenizer: Any) -> list[Question]:
+def require_room_for_own(
+    questions: Sequence[Question], student: ModelSource, config: KDConfig
+) -> None:
+    """Refuse prompts that leave too little room for the student's own answers.
+
+    Raises:
+        ConchError: One does; it is named.
+    """
+    longest = min(student.context_length or config.max_seq_length, config.max_seq_length)
+    for question in questions:
+        if len(question.ids) + config.rollout_tokens > longest:
+            raise ConchError(
+                f"the prompt of {question.name} has {len(question.ids)} tokens; with "
+                f"{config.rollout_tokens} for the student's own answer it exceeds {longest}, the "
+                "student's context or --max-seq-length: shorten it, or lower --rollout-tokens"
+            )
+
+
+def questions_for(runs: Sequence[KDConfig], split: Split, student: ModelSource) -> list[Question]:
     """What the student may be asked for its own answers; nothing where no run learns from them.
 
     Args:
         runs: The settings of those that share the data.
         split: Of these.
-        tokenizer: The student's.
+        student: For its tokenizer and its context.
 
     Raises:
-        ConchError: There are too few prompts for a round.
+        ConchError: There are too few prompts for a round, or one leaves no room.
     """
     learners = [config for config in runs if config.on_policy]
     if not learners:
         return []
     names = [example.name for example in split.train]
-    questions = questions_of(split.train_records, names, tokenizer)
+    questions = questions_of(split.train_records, names, student.tokenizer)
     for config in learners:
         rollouts_of_a_round(len(questions), config)
+        require_room_for_own(questions, student, config)
     return questions
 
 

@@ -18,7 +18,7 @@ from conch_dna.training.data.examples import Examples
 from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.runs.on_policy.residency import chosen_residency
 from conch_dna.training.runs.on_policy.rounds import Rounds
-from conch_dna.training.settings import own_batches
+from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.trainer import BatchStream
 
 
