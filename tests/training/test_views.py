@@ -24,6 +24,7 @@ from conch_dna.training.data.views import (
     view,
     with_systems,
 )
+from conch_dna.training.runs.request import with_texts
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer
@@ -230,3 +231,27 @@ def test_another_tokenizer_reads_its_own_prompt(
     assert SYSTEM not in text_of(source, example)
     counted = teacher.tokenizer.decode(example.teacher.ids[example.teacher.counted].tolist())
     assert counted.removesuffix("<|endoftext|>").strip() == RECORD["completion"]
+
+
+def test_a_file_holds_a_system_prompt_as_it_is(tmp_path: Path):
+    path = tmp_path / "rules.txt"
+    path.write_text("First.\n\n  Second.\n")
+    assert with_texts({"teacher_system": str(path)}) == {"teacher_system": "First.\n\n  Second."}
+    given = {"teacher_system": "Be brief.", "student_system": "none"}
+    assert with_texts(given) == given
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is a folder: give a text, or a file"),
+        ("gone.txt", "there is no such file"),
+        ("empty.txt", "is empty: write the system prompt into it"),
+        ("bytes.txt", "line 1: not .* save the file as UTF-8"),
+    ],
+)
+def test_what_holds_no_system_prompt_is_refused(name: str, message: str, tmp_path: Path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConchError, match=message):
+        with_texts({"student_system": str(tmp_path / name)})

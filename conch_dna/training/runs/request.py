@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.command_parts import read_yaml
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, decoded, told
 from conch_dna.option_fields import named_settings
 from conch_dna.training.data.forms import parse_mapping
-from conch_dna.training.data.records import read_lines
 from conch_dna.training.data.sources import Given
 from conch_dna.training.data.views import taught_by
 from conch_dna.training.distillation import DEMONSTRATIONS, DOMAIN_PROMPTS
@@ -168,19 +167,31 @@ def with_texts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which a file that holds a system prompt is replaced by its text.
 
     Raises:
-        ConchError: Such a file cannot be read, or is empty.
+        ConchError: Such a file cannot be read, is empty, or is a folder.
     """
     found = dict(values)
     for name in SYSTEMS.values():
         value = found.get(name)
         if isinstance(value, str) and 0 < len(value) < LONGEST_NAME and "\n" not in value:
-            path = Path(value).expanduser()
-            if path.is_file():
-                text = "\n".join(read_lines(path, f"--{name.replace('_', '-')}")).strip()
-                found[name] = text
-            elif path.suffix in (".txt", ".md"):
-                raise ConchError(f"--{name.replace('_', '-')} {value}: there is no such file")
+            found[name] = _text_of(value, f"--{name.replace('_', '-')} {value}")
     return found
+
+
+def _text_of(value: str, said: str) -> str:
+    """The text in a file of that name, or the value itself where there is none."""
+    path = Path(value).expanduser()
+    if path.is_dir():
+        raise ConchError(f"{said} is a folder: give a text, or a file with it")
+    if not path.is_file():
+        if path.suffix in (".txt", ".md"):
+            raise ConchError(f"{said}: there is no such file")
+        return value
+    with told(f"cannot read {said}"):
+        content = path.read_bytes()
+    text = decoded(content, f"cannot read {said}").strip()
+    if not text:
+        raise ConchError(f"{said} is empty: write the system prompt into it, or give none")
+    return text
 
 
 def settings_in(path: Path) -> tuple[dict[str, Any], list[str]]:
