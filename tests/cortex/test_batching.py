@@ -346,7 +346,7 @@ def test_the_context_ends_an_answer(base, bank):
 
 
 def test_max_tokens_ends_an_answer(base, bank):
-    request = make(base, "thinking", PROMPTS[0], max_tokens=3)
+    request = make(base, "thinking", TEXTS["thinking"][:15], max_tokens=3)
     with closing(AnswerEngine(bank)) as engine:
         [pieces] = engine.run([request])
     assert [piece.finish_reason for piece in pieces] == [None, None, "length"]
