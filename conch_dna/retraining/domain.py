@@ -47,6 +47,7 @@ from conch_dna.training.runs.domain_run import DATA_FILE as TRAINING_DATA
 from conch_dna.training.settings import (
     EXPERIENCE_FOLDER,
     LINES,
+    SYSTEMS,
     KDConfig,
     domain_systems,
     get_kd_adapter_path,
@@ -81,21 +82,31 @@ def distillation_settings(adapters_dir: Path, domain: str) -> KDConfig:
     Raises:
         ConchError: The adapter's configuration cannot be read, or has other settings.
     """
+    recorded, source = _recorded_settings(adapters_dir, domain)
+    return KDConfig.from_json(recorded, source=source)
+
+
+def _recorded_settings(adapters_dir: Path, domain: str) -> tuple[dict[str, Any], str]:
+    """The settings that a distillation wrote down, and where."""
     folder = distillation_folder(adapters_dir, domain)
     document = adapter_config(folder) if folder.is_dir() else {}
     recorded = written_down(document).get("config") or {}
     if not isinstance(recorded, dict):
         raise ConchError(f"{folder / ADAPTER_CONFIG} has no mapping as its config")
-    return KDConfig.from_json(recorded, source=str(folder / ADAPTER_CONFIG))
+    return recorded, str(folder / ADAPTER_CONFIG)
 
 
 def read_systems(adapters_dir: Path, domain: str) -> tuple[str, str]:
     """The system prompts that a domain's teacher and its adapter read; empty for none.
 
+    Other settings are not looked at: an adapter of another version answers all the same.
+
     Raises:
-        ConchError: See `distillation_settings`.
+        ConchError: The adapter's configuration cannot be read, or one of them is no text.
     """
-    return domain_systems(domain, distillation_settings(adapters_dir, domain))
+    recorded, source = _recorded_settings(adapters_dir, domain)
+    systems = {name: recorded[name] for name in SYSTEMS.values() if name in recorded}
+    return domain_systems(domain, KDConfig.from_json(systems, source=source))
 
 
 def known_domains(adapters_dir: Path) -> list[str]:

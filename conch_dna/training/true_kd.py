@@ -17,6 +17,7 @@ from conch_dna.language_model import ModelSource
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
+from conch_dna.training.batches import read_by_teacher
 from conch_dna.training.chats.conversations import require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.answers import teacher_prompt_ids
@@ -297,7 +298,7 @@ def plan_domain(
         split = pair.split(data, valid=valid_data, test=test_data)
         examples = [*split.train, *split.heldout]
         count, heldout_count = len(examples), len(split.heldout)
-        read = (getattr(example, "teacher", example) for example in split.read(config))
+        read = map(read_by_teacher, split.read(config))
         tokens = sum({example.digest: example.count for example in read}.values())
         aligned = pair.described(examples)
         longest = max(len(example.ids) for example in examples)
@@ -317,7 +318,7 @@ def plan_domain(
         ]
         judging = pair.as_read([*valid_data, *test_data])
         made = pair.make(judging)[1] if judging else []
-        tokens = sum(getattr(example, "teacher", example).count for example in made)
+        tokens = sum(read_by_teacher(example).count for example in made)
         if valid_data:
             count, heldout_count = len(wanted) + len(valid_data), len(valid_data)
         else:

@@ -24,8 +24,8 @@ from conch_dna.training.runs.on_policy import rounds as rounds_module
 from conch_dna.training.runs.on_policy.own_answers import (
     answer_figures,
     compared,
+    readable_answers,
     repetition,
-    score,
     teacher_distances,
 )
 from conch_dna.training.runs.on_policy.questions import question_of_record, questions_of
@@ -472,9 +472,11 @@ class TestOwnAnswers:
         questions = questions_of(RECORDS[:2], "ab", student.tokenizer)
         answers = [question.ids[-3:] for question in questions]
         targets = examples.targets(tmp_path)
-        score(examples, [(questions, answers)], targets)
+        read = readable_answers(examples, questions, answers)
+        targets.fill(teacher, list(read.values()), batch_size=2)
         model = student.load()
-        found = teacher_distances(model, examples, questions, answers, targets)
+        distances = teacher_distances(model, read, targets, config)
+        found = [distances[number] for number in range(len(answers))]
         of_teacher = teacher.load()
         for question, answer, distance in zip(questions, answers, found, strict=True):
             ids = mx.array([[*question.ids, *answer]])

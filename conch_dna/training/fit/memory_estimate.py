@@ -232,19 +232,19 @@ def _outlined(source: ModelSource, role: str, found: _Phases) -> LanguageModel |
     if model is None:
         found.unknown.append(f"all phases of the {role}: its own code is not here yet")
         return None
-    weights = sum(a.nbytes for a in named_arrays(model.model.parameters()).values())
-    found.parts[f"{role}'s weights"] = weights
+    found.parts[f"{role}'s weights"] = bytes_of_weights(model)
     return model
 
 
-def _weights(model: LanguageModel) -> int:
+def bytes_of_weights(model: LanguageModel) -> int:
+    """Bytes of a model's arrays, whether they are computed or only known by shape."""
     return sum(array.nbytes for array in named_arrays(model.model.parameters()).values())
 
 
 def _teacher_phases(
     found: _Phases, model: LanguageModel, config: KDConfig, work: Workload, speed: Speed | None
 ) -> None:
-    weights = _weights(model)
+    weights = bytes_of_weights(model)
     samples = _answers(model, min(SAMPLES, work.heldout), work, config)
     if work.prompts:
         size = min(config.generation_batch_size, work.prompts)
@@ -268,7 +268,7 @@ def _teacher_phases(
 def _student_phases(
     found: _Phases, model: LanguageModel, config: KDConfig, work: Workload, speed: Speed | None
 ) -> None:
-    weights = _weights(model)
+    weights = bytes_of_weights(model)
     arrays = _batch(work.longest, work.counted, config)
     try:
         few = min(config.batch_size, work.heldout)
@@ -316,7 +316,7 @@ def _own_answers(
     found: _Phases, teacher: LanguageModel, student: LanguageModel, config: KDConfig
 ) -> None:
     """What it takes to draw answers in training and to score them; their time is not told."""
-    of_teacher, of_student = _weights(teacher), _weights(student)
+    of_teacher, of_student = bytes_of_weights(teacher), bytes_of_weights(student)
     training, targets = found.phases.get("training"), found.phases.get("the teacher's targets")
     name = "the teacher scores the student's own answers"
     if training is None or targets is None:

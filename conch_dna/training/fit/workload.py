@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from conch_dna.training.batches import read_by_teacher
 from conch_dna.training.data.answers import openings
 from conch_dna.training.data.examples import Split
 from conch_dna.training.settings import KDConfig
@@ -63,7 +64,7 @@ class Workload:
 def given_examples(split: Split, config: KDConfig) -> Workload:
     """The workload of given data; the batch of the longest examples has the largest shape."""
     examples = [*split.train, *split.heldout]
-    teachers = [getattr(example, "teacher", example) for example in examples]
+    teachers = list(map(read_by_teacher, examples))
     lengths = [len(example.ids) for example in examples]
     return Workload(
         longest=max(lengths),

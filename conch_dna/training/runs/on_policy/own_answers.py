@@ -4,7 +4,8 @@ Knows answers as tokens and texts, and how a teacher scores them; nothing of tra
 something else of an answer: a key in `answer_figures`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conch_dna.checkpoints import remove_folder
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import BETTER, NOT_SHOWN, WORSE, paired_interval
+from conch_dna.training.batches import sequential_batches
 from conch_dna.training.data.answers import answer_batch, answer_text
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.evaluation import figures_on
@@ -97,16 +99,22 @@ def own_answers(
     tokenizer = examples.student.tokenizer
     place = folder / FOLDER
     targets = examples.targets(place)
-    score(examples, [(questions, each) for each in answers], targets)
+    readable = [readable_answers(examples, questions, each) for each in answers]
+    scored = [example for each in readable for example in each.values()]
+    targets.fill(examples.teacher, scored, batch_size=examples.config.batch_size)
+    examples.teacher.release()
     rows = []
-    for said, path in zip(answers, (None, adapter), strict=True):
+    for said, read, path in zip(answers, readable, (None, adapter), strict=True):
         student = examples.student.load(adapter_path=path)
-        distances = teacher_distances(student, examples, questions, said, targets)
+        distances = teacher_distances(student, read, targets, examples.config)
         student.release()
         rows.append(
             [
-                {"kl_nats": distance, **answer_figures(question, answer, tokenizer, domain)}
-                for question, answer, distance in zip(questions, said, distances, strict=True)
+                {
+                    "kl_nats": distances.get(number, math.nan),
+                    **answer_figures(question, answer, tokenizer, domain),
+                }
+                for number, (question, answer) in enumerate(zip(questions, said, strict=True))
             ]
         )
     remove_folder(place)
@@ -144,61 +152,51 @@ def answer_figures(
     return figures
 
 
-def teacher_distances(
-    model: LanguageModel,
-    examples: Examples,
-    questions: Sequence[Question],
-    answers: Sequence[Sequence[int]],
-    targets: Targets,
-) -> list[float]:
-    """KL(teacher‖model) a token on each answer, in nats; NaN where the teacher cannot read it.
+def readable_answers(
+    examples: Examples, questions: Sequence[Question], answers: Sequence[Sequence[int]]
+) -> dict[int, Any]:
+    """Examples of the answers that the teacher can read, by their number.
 
     Args:
-        model: That gave the answers.
         examples: Of the run.
         questions: What was asked.
         answers: One for each question.
-        targets: Of the answers, from `score`.
     """
-    distances = [float("nan")] * len(answers)
-    for place, example in _readable(examples, questions, answers):
-        figures = figures_on(model, [example], targets, examples.config)
-        name = "kl_nats" if figures.metrics.kl_nats is not None else "chunk_kl_nats"
-        total, count = figures.by_example[name][:, 0]
-        if count:
-            distances[place] = float(total / count)
-    return distances
-
-
-def score(
-    examples: Examples,
-    asked: Sequence[tuple[Sequence[Question], Sequence[Sequence[int]]]],
-    targets: Targets,
-) -> None:
-    """Let the teacher score answers; it is released afterwards.
-
-    Args:
-        examples: Of the run; they know the teacher.
-        asked: Questions and answers, set by set.
-        targets: Where to.
-    """
-    readable = [each for pair in asked for _, each in _readable(examples, *pair)]
-    targets.fill(examples.teacher, readable, batch_size=examples.config.batch_size)
-    examples.teacher.release()
-
-
-def _readable(
-    examples: Examples, questions: Sequence[Question], answers: Sequence[Sequence[int]]
-) -> list[tuple[int, Any]]:
-    found = []
+    found = {}
     tokenizer = examples.student.tokenizer
-    for place, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         try:
-            made, _ = examples.of_rollouts([question.answered(tokenizer, list(answer))], 0)
+            [found[number]], _ = examples.of_rollouts([question.answered(tokenizer, [*answer])], 0)
         except ConchError:
             continue
-        found.append((place, made[0]))
     return found
+
+
+def teacher_distances(
+    model: LanguageModel, answers: Mapping[int, Any], targets: Targets, config: KDConfig
+) -> dict[int, float]:
+    """KL(teacher‖model) a token on each answer, in nats, by its number.
+
+    Where no token of any answer can be compared it is that of chunks, a chunk.
+
+    Args:
+        model: That gave the answers.
+        answers: Of `readable_answers`; their targets are there.
+        targets: Of the answers.
+        config: How many examples and logits exist at once.
+    """
+    if not answers:
+        return {}
+    numbers, examples = list(answers), list(answers.values())
+    figures = figures_on(model, examples, targets, config)
+    name = "kl_nats" if figures.metrics.kl_nats is not None else "chunk_kl_nats"
+    order = np.concatenate(sequential_batches(examples, config.batch_size))
+    sums, counts = figures.by_example[name]
+    return {
+        numbers[index]: float(total / count)
+        for index, total, count in zip(order, sums, counts, strict=True)
+        if count
+    }
 
 
 def compared(

@@ -1,7 +1,7 @@
 """Who is in memory when a teacher scores what its student has just said.
 
-Knows a student in training and its teacher's source; nothing of batches. `Turns` is what a round of
-rollouts needs of both.
+Knows a student in training and its teacher's source; nothing of batches. Who is there when is what
+`fit.memory_estimate.takes_turns` says.
 """
 
 import gc
@@ -17,7 +17,11 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.presentation import bytes_text
 from conch_dna.training.adapters import make_trainable
-from conch_dna.training.fit.memory_estimate import machine_memory, takes_turns
+from conch_dna.training.fit.memory_estimate import (
+    bytes_of_weights,
+    machine_memory,
+    takes_turns,
+)
 from conch_dna.training.settings import KDConfig
 
 ONE, BOTH = "one", "both"
@@ -44,8 +48,7 @@ def chosen_residency(
         )
     if config.resident != "auto":
         return config.resident
-    own = sum(array.nbytes for array in named_arrays(student.model.parameters()).values())
-    together = own + (teacher.weight_bytes or 0)
+    together = bytes_of_weights(student) + (teacher.weight_bytes or 0)
     memory, whose = machine_memory()
     fits = not takes_turns(together, memory, config)
     say(
