@@ -343,6 +343,15 @@ class ModelSource:
             self._resident = self.load()
         return self._resident
 
+    @contextmanager
+    def lent(self, model: "LanguageModel") -> Iterator[None]:
+        """Makes a model that is in memory anyway what `resident` gives meanwhile."""
+        own, self._resident = self._resident, model
+        try:
+            yield
+        finally:
+            self._resident = own
+
     def release(self) -> None:
         """Free the memory of the resident model, if there is one."""
         if self._resident is not None:
@@ -391,9 +400,14 @@ class LanguageModel:
         rows = int(self.model(mx.array([[0]])).shape[-1])
         return min(self.source.token_count, rows)
 
-    def body(self, inputs: mx.array) -> mx.array:
-        """Ids `[B, T]` to the hidden states `[B, T, D]` that the head takes."""
-        hidden: mx.array = self.model.model(inputs)
+    def body(self, inputs: mx.array, *, cache: list[Any] | None = None) -> mx.array:
+        """Ids `[B, T]` to the hidden states `[B, T, D]` that the head takes.
+
+        Args:
+            inputs: Behind what the cache holds.
+            cache: mlx_lm's prompt cache of as many rows; it grows.
+        """
+        hidden: mx.array = self.model.model(inputs, **_given(cache))
         return hidden
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -404,12 +418,17 @@ class LanguageModel:
             logits = self.model.model.embed_tokens.as_linear(hidden)
         return logits[..., : self.vocabulary_size]
 
-    def logits(self, inputs: mx.array) -> mx.array:
-        """Ids `[B, T]` to logits of the real tokens `[B, T, V]`."""
-        return self.model(inputs)[..., : self.vocabulary_size]
+    def logits(self, inputs: mx.array, *, cache: list[Any] | None = None) -> mx.array:
+        """Ids `[B, T]` to logits of the real tokens `[B, T, V]`; see `body` for the cache."""
+        return self.model(inputs, **_given(cache))[..., : self.vocabulary_size]
 
     def logits_at(
-        self, inputs: mx.array, positions: mx.array, *, chunk: int
+        self,
+        inputs: mx.array,
+        positions: mx.array,
+        *,
+        chunk: int,
+        cache: list[Any] | None = None,
     ) -> Iterator[tuple[slice, mx.array]]:
         """Logits of some positions, a chunk of them at a time.
 
@@ -420,12 +439,13 @@ class LanguageModel:
             inputs: Ids `[B, T]`.
             positions: Indices into the flattened `[B * T]` positions `[N]`.
             chunk: Positions at once; 0 takes all.
+            cache: Of what comes before, see `body`.
 
         Yields:
             Which of the positions, and their logits of the real tokens `[n, V]`.
         """
         plain = self.has_plain_head
-        states = self.body(inputs) if plain else self.logits(inputs)
+        states = self.body(inputs, cache=cache) if plain else self.logits(inputs, cache=cache)
         states = states.reshape(-1, states.shape[-1])[positions]
         size = chunk or len(states)
         for start in range(0, len(states), size):
@@ -450,6 +470,10 @@ class LanguageModel:
         self.model = nn.Module()
         gc.collect()
         mx.clear_cache()
+
+
+def _given(cache: list[Any] | None) -> dict[str, Any]:
+    return {"cache": cache} if cache else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -105,8 +105,8 @@ class Progress:
         elif event == "heldout":
             best = " (best so far)" if row["best_step"] == row["step"] else ""
             self._line(f"step {row['step']}: held out {_figures(row)}{best}")
-        elif event == "evaluating":
-            self._evaluating(row["batch"], row["batches"])
+        elif event == "within":
+            self._within(row["text"])
         elif event == "resumed":
             self._done = self._first = row["step"]
             if self._task is not None:
@@ -140,8 +140,8 @@ class Progress:
             return f"{self._done:,}/{self._total:,}"
         return f"{self._done:,}" if self._done else ""
 
-    def _evaluating(self, batch: int, batches: int) -> None:
-        text = f"held-out batch {batch} of {batches}"
+    def _within(self, text: str) -> None:
+        """Where a step of this phase is."""
         if self._bars:
             if self._task is not None:
                 self._bars.update(self._task, note=text)

@@ -220,13 +220,13 @@ def test_long_silence_is_broken_in_plain_output(plain, clock):
 
 def test_an_evaluation_before_the_first_step_is_seen(plain, clock, live):
     live("phase", {"name": "training", "total": 60, "unit": "steps"})
-    live("evaluating", {"batch": 2, "batches": 9})
+    live("within", {"text": "held-out batch 2 of 9"})
     live._bars.refresh()
     assert "0/60" in terminal(live) and "held-out batch 2 of 9" in terminal(live)
     plain("phase", {"name": "training", "total": 60, "unit": "steps"})
-    plain("evaluating", {"batch": 1, "batches": 9})
+    plain("within", {"text": "held-out batch 1 of 9"})
     clock.now += EVERY_S
-    plain("evaluating", {"batch": 2, "batches": 9})
+    plain("within", {"text": "held-out batch 2 of 9"})
     assert lines(plain)[1:] == ["training: held-out batch 2 of 9"]
 
 

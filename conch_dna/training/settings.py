@@ -96,6 +96,13 @@ class KDConfig:
         1.0, "Temperature of its own answers; 0 is greedy.", low=0, high=10
     )
     rollout_reuse: int = _option(1, "How often each of them is used.", low=1, high=100)
+    teacher_ema: float = _option(
+        1.0,
+        "How much of a teacher that is the student itself stays when it follows the student's "
+        "adapter, at each round; 1 is one that does not follow.",
+        low=0,
+        high=1,
+    )
     resident: str = _option(
         "auto",
         "Whether teacher and student are both in memory while the student answers and is scored, "

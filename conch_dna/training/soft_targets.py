@@ -23,9 +23,11 @@ from conch_dna.training.batches import (
     Example,
     ExampleBatches,
     collate,
+    first_counted,
     read_by_teacher,
     sequential_batches,
 )
+from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.trainer import Loss
@@ -192,6 +194,8 @@ def compute_targets(
 ) -> list[dict[str, np.ndarray]]:
     """Run the teacher over examples in batches of similar length.
 
+    A beginning that all of them share, as a system prompt, is computed once.
+
     The head is applied to 512 counted positions at a time, so logits of a whole batch never
     exist where the head can be taken apart from the body.
 
@@ -199,14 +203,20 @@ def compute_targets(
         For each example the arrays of `compress`, with N its counted tokens.
     """
     results: list[dict[str, np.ndarray]] = [{} for _ in examples]
+    texts = [example.ids for example in examples]
+    # The last of them predicts the first token that counts; a text may have none.
+    before = [first_counted(e) - 1 if e.count else len(e.ids) - 1 for e in examples]
+    shared = SharedBeginning(teacher.model, texts, before)
     for indices in sequential_batches(examples, batch_size):
-        chosen = [examples[i] for i in indices]
+        chosen = [_behind(examples[i], shared.length) for i in indices]
         batch = collate(chosen)
         inputs, positions, labels = (
             mx.array(batch.arrays[name]) for name in ("inputs", "positions", "labels")
         )
         parts = []
-        for rows, logits in teacher.logits_at(inputs, positions, chunk=HEAD_ROWS):
+        for rows, logits in teacher.logits_at(
+            inputs, positions, chunk=HEAD_ROWS, cache=shared.cache(len(chosen))
+        ):
             part = compress(
                 logits,
                 labels[rows],
@@ -233,6 +243,13 @@ def compute_targets(
             start += example.count
         report("advance", {"by": batch.count})
     return results
+
+
+def _behind(example: Example, length: int) -> Example:
+    """An example without its first tokens, none of which counts."""
+    if not length:
+        return example
+    return replace(example, ids=example.ids[length:], counted=example.counted[length:])
 
 
 class SoftTargetCache:

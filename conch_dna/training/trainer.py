@@ -231,7 +231,12 @@ class Trainer:
         settings = self.settings
         while self.step < settings.num_iters:
             began = time.perf_counter()
-            sums, count, norm = self._take_step()
+            try:
+                sums, count, norm = self._take_step()
+            except Interrupted:
+                # Asked to stop while the step's batches were made: nothing has moved.
+                self._save()
+                raise self._stopped() from None
             self.step += 1
             since = self._unreported
             since["seconds"] += time.perf_counter() - began
@@ -249,10 +254,12 @@ class Trainer:
             if self.step % settings.steps_per_save == 0 or last or self._stop:
                 self._save()
             if self._stop and not last:
-                raise Interrupted(
-                    f"stopped after step {self.step}; its state is in {self.folder}. "
-                    "Add --resume to go on"
-                )
+                raise self._stopped()
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted(
+            f"stopped after step {self.step}; its state is in {self.folder}. Add --resume to go on"
+        )
 
     def _end(self) -> None:
         """Report and evaluate the last step, where that was not its turn.
@@ -346,7 +353,8 @@ class Trainer:
         self.model.eval()
         totals: dict[str, float] = {}
         for number, batch in enumerate(self.heldout_batches, 1):
-            self.report("evaluating", {"batch": number, "batches": len(self.heldout_batches)})
+            text = f"held-out batch {number} of {len(self.heldout_batches)}"
+            self.report("within", {"text": text})
             arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
             sums = self._compiled_loss(arrays)
             mx.eval(sums)

@@ -28,6 +28,7 @@ from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
+from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.questions import questions_of
 from conch_dna.training.runs.on_policy.rounds import require_room_for_own, rollouts_of_a_round
 from conch_dna.training.runs.stages import RunData
@@ -292,6 +293,7 @@ def plan_domain(
     batches = config.given_batches if config.alpha > 0 else 0
     validate_domain(domain, with_own_data=prompts is not None or data is not None)
     require_trainable(student, config, weights=False)
+    require_own(teacher, student, config)
     pair = Examples(teacher, student, config, domain=domain)
     aligned: dict[str, Any] = {"alignment": pair.alignment}
     if data is not None:
@@ -345,8 +347,8 @@ def plan_domain(
             questions = questions_of(split.train_records, numbered(split.train), student.tokenizer)
             require_room_for_own(questions, student, config)
             asked = len(questions)
-        size = rollouts_of_a_round(asked, config)
-        drawn = -(-config.own_batches * config.batch_size // (size * config.rollout_reuse)) * size
+        rollouts_of_a_round(asked, config)
+        drawn = -(-config.own_batches // config.rollout_reuse) * config.batch_size
         tokens += drawn * config.rollout_tokens
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)

@@ -263,6 +263,26 @@ class Operations:
             commands=lambda folder: [[*command, *options] for command in training.commands(folder)]
         )
 
+    def self_taught(self) -> Operation:
+        """A student that teaches itself and is followed by its teacher."""
+        path = self.folder / "shown.jsonl"
+        animals = ("cat", "dog", "bird", "fox", "frog", "pig", "hen", "cow")
+        path.write_text(
+            "".join(
+                json.dumps({"prompt": f"Once a {each}", "completion": f" ran to the big {each}."})
+                + "\n"
+                for each in animals
+            )
+        )
+        own = {"on-policy": 1, "rollouts": 4, "rollout-tokens": 12, "teacher-ema": 0.5}
+        own |= {"teacher": "self", "demonstrations": "answer"}
+        options = [part for name, value in own.items() for part in (f"--{name}", str(value))]
+        return self.training()._replace(
+            commands=lambda folder: [
+                [*self._distill(folder, "--data", path), *options, "--force", "--resume"]
+            ]
+        )
+
     def _distill(self, folder: Path, source: str, path: object) -> Command:
         settings = {
             "domain": DOMAIN,
@@ -431,4 +451,13 @@ class Operations:
         return Operation(base, commands, lost, result)
 
 
-NAMES = ("training", "on_policy", "ingest", "activation", "deletion", "promotion", "retraining")
+NAMES = (
+    "training",
+    "on_policy",
+    "self_taught",
+    "ingest",
+    "activation",
+    "deletion",
+    "promotion",
+    "retraining",
+)

@@ -3,6 +3,7 @@
 The models are tiny and random; what the teacher says of an answer is told by full logits.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from mlx.utils import tree_map
 
 from conch_dna.checkpoints import read_json
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.data.examples import Examples
@@ -229,15 +230,29 @@ class TestRounds:
 
     def test_each_answer_is_used_as_often_as_asked(self, rounds: Rounds):
         size = rounds.config.batch_size
-        assert rounds.batches_per_round == 2 * (rounds.size // size)
-        for place in range(rounds.batches_per_round):
+        _, _, batches = rounds.place_in_round(0)
+        assert batches == 2 * (rounds.size // size)
+        for place in range(batches):
             rounds.batch(place, step=0, last_step=0)
         first = rounds._current
-        rounds.batch(rounds.batches_per_round, step=4, last_step=5)
+        rounds.batch(batches, step=4, last_step=5)
         assert rounds._current is not None and first is not None
         assert rounds._current[0] == first[0] + 1
         ages = [row["last_age"] for row in round_figures(rounds.folder.parent)]
         assert ages == [0, 1]
+
+    def test_the_last_round_stays_as_it_was_where_more_steps_follow(self, rounds: Rounds):
+        whole = rounds.place_in_round(0)
+        rounds.config = replace(rounds.config, num_iters=2)
+        assert (whole, rounds.place_in_round(0)) == ((0, 0, 4), (0, 0, 2))
+        rounds.batch(0, step=0, last_step=1)
+        rounds.config = replace(rounds.config, num_iters=8)
+        assert [rounds.place_in_round(place) for place in (1, 2, 5, 6)] == [
+            (0, 1, 2),
+            (1, 0, 4),
+            (1, 3, 4),
+            (2, 0, 2),
+        ]
 
     def test_rounds_go_through_all_prompts(self, rounds: Rounds):
         asked = [q.name for number in range(3) for q in rounds._asked(number)]
@@ -351,7 +366,8 @@ class TestRun:
         assert same(adapter(both), adapter(one))
         rounds = both.metadata["rounds"]
         assert [row["step"] for row in rounds] == [1, 5]
-        assert all(row["rollouts"] == 4 for row in rounds)
+        # The last draws no more than what the steps that are left need.
+        assert [row["rollouts"] for row in rounds] == [4, 2]
 
     def test_it_learns_something_else_than_from_given_texts(self, models, tmp_path):
         own = distil(models, config_of(tmp_path / "a", on_policy=1.0))
@@ -374,7 +390,7 @@ class TestRun:
         whole = distil(models, config_of(tmp_path / "a", **changes))
         calls = {"n": 0}
         places: dict[str, tuple[Any, str, int]] = {
-            "rollouts": (rounds_module, "answer_batch", 4),
+            "rollouts": (rounds_module, "answer_batch", 3),
             "scoring": (SoftTargetCache, "_write", 3),
             "training": (Trainer, "_take_step", 4),
         }
@@ -397,6 +413,30 @@ class TestRun:
         again = distil(models, config, said, resume=True)
         assert same(adapter(whole), adapter(again))
         assert whole.evaluation["after"] == again.evaluation["after"]
+
+    @pytest.mark.parametrize("where", ["drawn", "scored"])
+    def test_ctrl_c_in_a_round_acts_before_its_end(self, models, tmp_path, where):
+        changes = {"on_policy": 1.0, "rollouts": 8, "generation_batch_size": 4}
+        whole = distil(models, config_of(tmp_path / "a", **changes))
+        said: list[str] = []
+
+        def press(event: str, row: dict[str, Any]) -> None:
+            if event == "within" and where in row["text"] and not said:
+                said.append(row["text"])
+                signal.raise_signal(signal.SIGINT)
+
+        config = config_of(tmp_path / "b", **changes)
+        with pytest.raises(Interrupted, match=r"stopped after step 0; .* --resume"):
+            distil(models, config, press)
+        assert said[0].startswith("round 0: ")
+        again = distil(models, config, resume=True)
+        assert same(adapter(whole), adapter(again))
+
+    def test_more_steps_go_on_behind_a_round_that_was_cut(self, models, tmp_path):
+        changes = {"on_policy": 1.0, "rollouts": 8}
+        distil(models, config_of(tmp_path, num_iters=2, **changes))
+        result = distil(models, config_of(tmp_path, num_iters=4, **changes), resume=True)
+        assert [row["rollouts"] for row in result.metadata["rounds"]] == [4, 4]
 
     def test_a_teacher_with_another_tokenizer_scores_by_text(self, models, tmp_path):
         tokenizer = byte_level_tokenizer(tmp_path / "t", size=300)

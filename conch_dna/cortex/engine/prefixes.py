@@ -9,10 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-STEP = 2048
+from conch_dna.training.data.beginnings import prompt_cache
 
 _Key = tuple[str | None, tuple[int, ...]]
 
@@ -47,11 +46,11 @@ class PrefixCaches:
             prefix: Token ids; an empty cache is for none.
         """
         if not prefix:
-            return _computed(tree, prefix)
+            return prompt_cache(tree, prefix)
         key = (owner, tuple(prefix))
         entry = self._kept.get(key)
         if entry is None or entry[0] is not tree:
-            cache = _computed(tree, prefix)
+            cache = prompt_cache(tree, prefix)
             entry = (tree, cache, sum(part.nbytes for part in cache))
             self.computed += 1
             self._kept[key] = entry
@@ -64,14 +63,3 @@ class PrefixCaches:
         """Drop all that was kept for an owner."""
         for key in [key for key in self._kept if key[0] == owner]:
             del self._kept[key]
-
-
-def _computed(tree: nn.Module, prefix: Sequence[int]) -> list[Any]:
-    """A tree's prompt cache of a beginning."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache: list[Any] = make_prompt_cache(tree)
-    for start in range(0, len(prefix), STEP):
-        tree(mx.array([list(prefix[start : start + STEP])]), cache=cache)
-        mx.eval([entry.state for entry in cache])
-    return cache

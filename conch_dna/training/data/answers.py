@@ -25,6 +25,7 @@ from conch_dna.training.chats.conversations import (
     require_room,
 )
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
+from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.data.records import TOKENS, Record
 from conch_dna.training.data.views import CONTEXT, asked_turns, context_of, prompt_text
 from conch_dna.training.settings import STUDENT, SYSTEMS, TEACHER, KDConfig
@@ -111,7 +112,9 @@ def answer_batch(
     )
     context = model.source.context_length or 2**31
     room = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    order = generator.insert([list(prompt) for prompt in prompts], room)
+    shared = SharedBeginning(model.model, prompts, [len(prompt) - 1 for prompt in prompts])
+    caches = [shared.cache(1) for _ in prompts] if shared.length else None
+    order = generator.insert([[*prompt[shared.length :]] for prompt in prompts], room, caches)
     answers: dict[int, list[int]] = {uid: [] for uid in order}
     try:
         while responses := generator.next_generated():

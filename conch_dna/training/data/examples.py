@@ -381,14 +381,18 @@ class Examples:
             with_digests=with_digests,
         )
 
-    def targets(self, folder: Path, *, also_at: Iterable[float] = ()) -> Targets:
+    def targets(
+        self, folder: Path, *, also_at: Iterable[float] = (), report: Report | None = None
+    ) -> Targets:
         """The teacher's targets, cached in a folder, for examples that `make` made.
 
         Args:
             folder: Of the cache.
             also_at: Other temperatures than the configuration's at which they are to be exact.
+            report: Gets their progress, instead of the one that all has.
         """
-        cache = SoftTargetCache(folder, self.identity(also_at=also_at), report=self.report)
+        identity = self.identity(also_at=also_at)
+        cache = SoftTargetCache(folder, identity, report=report or self.report)
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)

@@ -64,6 +64,7 @@ from conch_dna.training.runs.on_policy.own_answers import (
     heldout_questions,
     own_answers,
 )
+from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
 from conch_dna.training.runs.privilege import require_help
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
@@ -143,9 +144,10 @@ class DomainRun:
 
         Raises:
             ConchError: It was made with other settings, or is there and neither to be resumed nor
-                overwritten; or the student cannot be trained so.
+                overwritten; or the student cannot be trained so, or its teacher cannot follow it.
         """
         require_trainable(self.student, self.config)
+        require_own(self.teacher, self.student, self.config)
         remove_unfinished(self.folder)
         identity = self.identity(source)
         subdir = self.config.adapter_subdir

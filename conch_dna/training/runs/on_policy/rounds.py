@@ -6,10 +6,9 @@ goes on bit by bit as it would have.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from conch_dna.checkpoints import (
     remove_folder,
     write_json,
 )
-from conch_dna.errors import ConchError, NotWholeError, number_of
+from conch_dna.errors import ConchError, Interrupted, NotWholeError, number_of
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
-from conch_dna.progress import Report
-from conch_dna.training.batches import Batch, bucketed_batches
+from conch_dna.progress import Report, first_interrupt
+from conch_dna.training.batches import Batch, bucketed_batches, read_by_teacher
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.runs.on_policy.own_teacher import VALUES_FILE, OwnTeacher
 from conch_dna.training.runs.on_policy.questions import Question, questions_of
 from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
 from conch_dna.training.runs.on_policy.shares import own_batches
@@ -80,6 +80,7 @@ class Rounds:
         config: `rollouts`, `rollout_tokens`, `rollout_temperature`, `rollout_reuse` and more.
         folder: Of the run.
         residency: `residency.ONE` or `BOTH`.
+        own_teacher: Where the teacher is the student's own model.
         report: Gets progress.
 
     Raises:
@@ -96,6 +97,7 @@ class Rounds:
         folder: Path,
         *,
         residency: str,
+        own_teacher: OwnTeacher | None = None,
         report: Report,
     ) -> None:
         self.student = student
@@ -105,16 +107,41 @@ class Rounds:
         self.config = config
         self.folder = folder / FOLDER
         self.residency = residency
+        self.own_teacher = own_teacher
         self.report = report
         self.size = rollouts_of_a_round(len(self.questions), config)
         require_room_for_own(self.questions, student.source, config)
         self._warned_of_cuts = False
+        self._stop = False
+        self._sizes: dict[int, int] = {}
         self._current: tuple[int, list[Any], Targets] | None = None
 
-    @cached_property
-    def batches_per_round(self) -> int:
-        """How many batches a round gives, each as often as rollouts are used."""
-        return self.size // self.config.batch_size * self.config.rollout_reuse
+    def place_in_round(self, place: int) -> tuple[int, int, int]:
+        """Where batch `place` of all rounds is: its round, its place there, and their number.
+
+        The last round is no larger than the steps need. It stays so where a run later goes on with
+        more of them.
+
+        Args:
+            place: From 0.
+        """
+        config, number, first = self.config, 0, 0
+        while True:
+            left = max(1, config.own_batches - first)
+            needed = -(-left // config.rollout_reuse) * config.batch_size
+            size = self._recorded_size(number) or min(self.size, needed)
+            batches = size // config.batch_size * config.rollout_reuse
+            if place < first + batches:
+                return number, place - first, batches
+            number, first = number + 1, first + batches
+
+    def _recorded_size(self, number: int) -> int:
+        """How many answers a round drew that is there already; 0 for one that is to come."""
+        if number not in self._sizes:
+            with suppress(NotWholeError):
+                row = read_json(self._folder_of(number) / ROUND_FILE, needs={"rollouts": int})
+                self._sizes[number] = row["rollouts"]
+        return self._sizes.get(number, 0)
 
     @property
     def digest(self) -> str:
@@ -132,17 +159,19 @@ class Rounds:
             step: Steps that are taken already.
             last_step: Steps that will have been taken before the round's last batch is used.
         """
-        number, within = divmod(place, self.batches_per_round)
+        number, within, batches = self.place_in_round(place)
+        per_use = batches // self.config.rollout_reuse
+        size = per_use * self.config.batch_size
         if self._current is None or self._current[0] != number:
             self._current = None
-            with same_random_numbers():
-                examples, targets = self._round(number, step, last_step, begins=within == 0)
+            asked = self._asked(number)[:size]
+            with same_random_numbers(), first_interrupt(self._request_stop):
+                examples, targets = self._round(number, asked, step, last_step, begins=within == 0)
             self._current = (number, examples, targets)
         _, examples, targets = self._current
-        per_use = self.size // self.config.batch_size
         use, index = divmod(within, per_use)
-        # Where some were left out, others are read twice, so that every round has as many batches.
-        order = np.resize(np.arange(len(examples)), self.size)
+        # Where some were left out, others are read twice, so that a round has as many batches.
+        order = np.resize(np.arange(len(examples)), size)
         lengths = [len(examples[one].ids) for one in order]
         epoch = number * self.config.rollout_reuse + use
         drawn = bucketed_batches(
@@ -162,23 +191,24 @@ class Rounds:
         return asked
 
     def _round(
-        self, number: int, step: int, last_step: int, *, begins: bool
+        self, number: int, asked: Sequence[Question], step: int, last_step: int, *, begins: bool
     ) -> tuple[list[Any], Targets]:
-        folder = self.folder / f"{number:05d}"
-        asked = self._asked(number)
+        folder = self._folder_of(number)
         began = time.perf_counter()
+        if begins and self.own_teacher:
+            self.own_teacher.follow(folder, self._folder_of(number - 1) if number else None)
         answers = self._drawn(folder, number, asked, begins=begins)
         drawn = time.perf_counter()
         tokenizer = self.student.tokenizer
         records = [q.answered(tokenizer, a) for q, a in zip(asked, answers, strict=True)]
         examples, left_out = self.examples.of_rollouts(records, number)
-        targets = self.examples.targets(folder)
+        targets = self.examples.targets(folder, report=self._scoring(number, examples))
         if targets.missing(examples):
-            alone = parked(self.student, self.config) if self.residency == ONE else nullcontext()
-            with alone:
+            if not begins and self.own_teacher:
+                self.own_teacher.recall(folder)
+            with self._teacher_there():
                 targets.fill(self.teacher, examples, batch_size=self.config.batch_size)
-                if self.residency == ONE:
-                    self.teacher.release()
+            self._stop_where_asked()
         ends = tokenizer.eos_token_ids
         ended = [answer for answer in answers if answer[-1] in ends]
         figures = RoundFigures(
@@ -196,6 +226,45 @@ class Rounds:
         self._keep(folder, figures)
         self._remove_old()
         return examples, targets
+
+    def _request_stop(self) -> None:
+        self._stop = True
+
+    def _stop_where_asked(self) -> None:
+        """What was drawn and scored so far is kept, and the run goes on with it."""
+        if self._stop:
+            raise Interrupted
+
+    def _scoring(self, number: int, examples: Sequence[Any]) -> Report:
+        """Says how far the teacher is; a run's own progress counts steps meanwhile."""
+        total = sum(read_by_teacher(example).count for example in examples)
+        done = [0]
+
+        def report(event: str, row: dict[str, Any]) -> None:
+            if event != "advance":
+                self.report(event, row)
+                return
+            done[0] += row["by"]
+            text = f"round {number}: {done[0]:,} of {total:,} tokens scored"
+            self.report("within", {"text": text})
+
+        return report
+
+    def _folder_of(self, number: int) -> Path:
+        return self.folder / f"{number:05d}"
+
+    @contextmanager
+    def _teacher_there(self) -> Iterator[None]:
+        """Makes room for the teacher, or lends it the student's own model."""
+        if self.own_teacher:
+            with self.own_teacher.speaking() as model, self.teacher.lent(model):
+                yield
+        elif self.residency == ONE:
+            with parked(self.student, self.config):
+                yield
+                self.teacher.release()
+        else:
+            yield
 
     def _drawn(
         self, folder: Path, number: int, asked: Sequence[Question], *, begins: bool
@@ -225,7 +294,10 @@ class Rounds:
                 )
                 digest = content_digest(str(prompts), str(kept))
                 write_json(path, {"state": state, "answers": kept, "digest": digest})
+                text = f"round {number}: {start + len(kept)} of {len(asked)} answers drawn"
+                self.report("within", {"text": text})
             answers += kept
+            self._stop_where_asked()
         return answers
 
     def _state(self) -> str:
@@ -268,13 +340,15 @@ class Rounds:
         if not checkpoints:
             return
         batches = checkpoints[0][0] * self.config.accumulation_steps
-        needed = own_batches(self.config.on_policy, batches) // self.batches_per_round
+        needed, _, _ = self.place_in_round(own_batches(self.config.on_policy, batches))
         for folder in self.folder.glob("[0-9]*"):
             if folder.name.isdigit() and int(folder.name) < needed:
+                # A teacher that follows the student goes on from the round before.
+                kept = {ROUND_FILE, *([VALUES_FILE] if int(folder.name) == needed - 1 else ())}
                 for path in folder.iterdir():
                     if path.is_dir():
                         remove_folder(path)
-                    elif path.name != ROUND_FILE:
+                    elif path.name not in kept:
                         path.unlink(missing_ok=True)
 
 

@@ -29,6 +29,11 @@ def own_answer_problems(config: Any) -> list[str]:
             f"rollouts is {config.rollouts}, which is no multiple of batch_size "
             f"{config.batch_size}: some would never be used; give another number"
         )
+    if config.teacher_ema < 1 and config.on_policy < 1:
+        problems.append(
+            f"teacher_ema is {config.teacher_ema:g} and on_policy {config.on_policy:g}: a teacher "
+            "that follows the student scores its own answers only; use on_policy 1"
+        )
     if not config.on_policy:
         return problems
     if not config.alpha:

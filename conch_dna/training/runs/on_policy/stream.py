@@ -15,8 +15,9 @@ from conch_dna.language_model import LanguageModel
 from conch_dna.progress import Report
 from conch_dna.training.batches import Batch
 from conch_dna.training.data.examples import Examples
+from conch_dna.training.runs.on_policy.own_teacher import OwnTeacher
 from conch_dna.training.runs.on_policy.questions import Question
-from conch_dna.training.runs.on_policy.residency import chosen_residency
+from conch_dna.training.runs.on_policy.residency import BOTH, chosen_residency
 from conch_dna.training.runs.on_policy.rounds import Rounds
 from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.trainer import BatchStream
@@ -51,14 +52,28 @@ def mixed_batches(
     def say(text: str) -> None:
         report("message", {"message": text})
 
-    residency = chosen_residency(teacher, student, config, say=say)
+    own_teacher = None
+    if teacher.weights_digest == student.source.weights_digest:
+        own_teacher = OwnTeacher(student, config.teacher_ema)
+        residency = BOTH
+        say("teacher and student are one model, which is in memory once")
+    else:
+        residency = chosen_residency(teacher, student, config, say=say)
     rounds = Rounds(
-        student, teacher, questions, examples, config, folder, residency=residency, report=report
+        student,
+        teacher,
+        questions,
+        examples,
+        config,
+        folder,
+        residency=residency,
+        own_teacher=own_teacher,
+        report=report,
     )
     total = config.own_batches + config.given_batches
     say(
-        f"{config.own_batches} of {total} batches are the student's own answers, {rounds.size} a "
-        "round"
+        f"{config.own_batches} of {total} batches are the student's own answers, at most "
+        f"{rounds.size} a round"
     )
     if not resume:
         rounds.remove()
@@ -99,8 +114,8 @@ class MixedBatches:
         if before == behind:
             assert self.given is not None
             return self.given.batch(index - before)
-        per_round = self.rounds.batches_per_round
-        last_place = (before // per_round + 1) * per_round - 1
+        _, within, batches = self.rounds.place_in_round(before)
+        last_place = before - within + batches - 1
         batch = self.rounds.batch(
             before,
             step=index // self.accumulation_steps,

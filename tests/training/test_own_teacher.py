@@ -1,0 +1,201 @@
+"""A student's own model as its teacher: as it was, or following the student, and in memory once.
+
+The models are tiny and random; the values that a teacher should have are worked out beside it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from conch_dna.errors import ConchError
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.training.adapters import make_trainable
+from conch_dna.training.runs.on_policy import rounds as rounds_module
+from conch_dna.training.runs.on_policy.own_teacher import VALUES_FILE, OwnTeacher
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.soft_targets import SoftTargetCache
+from conch_dna.training.trainer import CHECKPOINT_PREFIX, Trainer
+from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
+from models import QUICK, make_model_folder
+
+IDS = mx.array([[5, 9, 3, 7]])
+RECORDS = [
+    {"prompt": f"Who saw {n}?", "completion": f" It was number {n}.", "context": "Read this."}
+    for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model_folder(tmp_path_factory.mktemp("models") / "student"))
+
+
+@pytest.fixture(params=["lora", "dora", "full"])
+def student(request: pytest.FixtureRequest, model: str) -> LanguageModel:
+    student = ModelSource(model).load()
+    made = {} if request.param == "lora" else {request.param: True}
+    make_trainable(student, KDConfig(lora_dropout=0.5, **made))
+    return student
+
+
+def learn(student: LanguageModel, by: float) -> None:
+    """Move all that is trained."""
+    parameters = student.model.trainable_parameters()
+    student.model.update(tree_map(lambda array: array + by, parameters))
+    student.model.train()
+
+
+def test_a_teacher_that_does_not_follow_is_the_model_before(student: LanguageModel, model: str):
+    base = ModelSource(model).load().logits(IDS)
+    teacher = OwnTeacher(student, 1.0)
+    learn(student, 0.05)
+    own = named_arrays(student.model.trainable_parameters())
+    moved = student.logits(IDS)
+    with teacher.speaking() as speaking:
+        said = speaking.logits(IDS)
+    assert np.allclose(said, base, atol=1e-5)
+    assert not np.allclose(moved, base, atol=1e-3)
+    after = named_arrays(student.model.trainable_parameters())
+    assert all(mx.array_equal(after[name], own[name]) for name in own)
+
+
+def test_a_teacher_that_follows_is_an_average_of_what_the_student_was(
+    student: LanguageModel, tmp_path: Path
+):
+    teacher = OwnTeacher(student, 0.75)
+    first = {n: np.array(v) for n, v in named_arrays(student.model.trainable_parameters()).items()}
+    rounds = [tmp_path / str(number) for number in range(3)]
+    teacher.follow(rounds[0], None)
+    learn(student, 1.0)
+    teacher.follow(rounds[1], rounds[0])
+    learn(student, 1.0)
+    teacher.follow(rounds[2], rounds[1])
+    # 0.75 (0.75 * 0 + 0.25 * 1) + 0.25 * 2
+    expected = {0: 0.0, 1: 0.25, 2: 0.6875}
+    for number, moved in expected.items():
+        again = OwnTeacher(student, 0.75)
+        again.recall(rounds[number])
+        with again.speaking() as speaking:
+            now = named_arrays(speaking.model.trainable_parameters())
+        for name, value in first.items():
+            assert np.allclose(now[name], value + moved, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["absent", "damaged", "other"])
+def test_values_that_are_not_whole_are_named(student: LanguageModel, tmp_path: Path, how: str):
+    teacher = OwnTeacher(student, 0.5)
+    teacher.follow(tmp_path, None)
+    path = tmp_path / VALUES_FILE
+    if how == "absent":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        mx.save_safetensors(str(path), {"a": mx.ones(2)}, {"digest": "0"})
+    with pytest.raises(ConchError, match=r"teacher\.safetensors is not whole.*--overwrite"):
+        teacher.recall(tmp_path)
+
+
+def config_of(folder: Path, **changes: Any) -> KDConfig:
+    settings = {
+        **QUICK,
+        "batch_size": 2,
+        "on_policy": 1.0,
+        "rollouts": 4,
+        "rollout_tokens": 6,
+        "num_iters": 6,
+        "force": True,
+        "learning_rate": 1e-2,
+        "steps_per_save": 1,
+        "output_dir": str(folder),
+    }
+    return KDConfig(**{**settings, **changes})
+
+
+def distil(model: str, config: KDConfig, **how: Any) -> dict[str, mx.array]:
+    """Train, and give the adapter after the last step, which need not be the best."""
+    distiller = TrueKnowledgeDistiller("self", model, config)
+    distiller.distill_domain("own", data=RECORDS, **how)
+    (last,) = Path(config.output_dir).glob(f"own/{CHECKPOINT_PREFIX}{config.num_iters}")
+    tensors = mx.load(str(last / "adapters.safetensors"))
+    assert isinstance(tensors, dict)
+    return tensors
+
+
+def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
+    return one.keys() == other.keys() and all(mx.array_equal(one[n], other[n]) for n in one)
+
+
+def test_the_model_is_loaded_once_while_it_trains(model: str, tmp_path: Path, monkeypatch: Any):
+    loaded: list[str] = []
+    real, step = ModelSource.load, Trainer._take_step
+
+    def load(self: ModelSource, **how: Any) -> LanguageModel:
+        loaded.append("load")
+        return real(self, **how)
+
+    def take(self: Trainer) -> Any:
+        loaded.append("step")
+        return step(self)
+
+    monkeypatch.setattr(ModelSource, "load", load)
+    monkeypatch.setattr(Trainer, "_take_step", take)
+    distil(model, config_of(tmp_path))
+    steps = [place for place, what in enumerate(loaded) if what == "step"]
+    assert loaded[steps[0] : steps[-1]] == ["step"] * 5
+
+
+def test_a_teacher_that_follows_teaches_something_else(model: str, tmp_path: Path):
+    still = distil(model, config_of(tmp_path / "a"))
+    following = distil(model, config_of(tmp_path / "b", teacher_ema=0.5))
+    assert not same(still, following)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "stop"),
+    [
+        (rounds_module, "answer_batch", 2),
+        (SoftTargetCache, "_write", 3),
+        (Trainer, "_take_step", 4),
+        (OwnTeacher, "follow", 3),
+    ],
+)
+def test_a_stop_anywhere_changes_no_bit(
+    model: str, tmp_path: Path, monkeypatch: Any, where: Any, name: str, stop: int
+):
+    whole = distil(model, config_of(tmp_path / "a", teacher_ema=0.5))
+    calls = {"n": 0}
+    real = getattr(where, name)
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        calls["n"] += 1
+        if calls["n"] == stop:
+            raise RuntimeError("stopped")
+        return real(*args, **kwargs)
+
+    config = config_of(tmp_path / "b", teacher_ema=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            distil(model, config)
+    assert calls["n"] == stop
+    assert same(whole, distil(model, config, resume=True))
+
+
+def test_another_model_cannot_follow(model: str, tmp_path: Path):
+    other = str(make_model_folder(tmp_path / "other", seed=9))
+    config = config_of(tmp_path, teacher_ema=0.9)
+    message = "teacher_ema is 0.9, but .* is another model .*: use --teacher self"
+    with pytest.raises(ConchError, match=message):
+        TrueKnowledgeDistiller(other, model, config).distill_domain("own", data=RECORDS)
+    with pytest.raises(ConchError, match=message):
+        plan_domain(ModelSource(other), ModelSource(model), config, "own", data=RECORDS)
+
+
+def test_given_texts_have_no_teacher_that_follows(tmp_path: Path):
+    with pytest.raises(ConchError, match="scores its own answers only; use on_policy 1"):
+        config_of(tmp_path, teacher_ema=0.9, on_policy=0.5)
