@@ -44,7 +44,12 @@ from conch_dna.generations.manifest import (
     settings_digest,
 )
 from conch_dna.generations.promotion import Measures, gate_verdicts, measure, tone_drift
-from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.self_taught import (
+    parent_examples,
+    self_taught_data,
+    train_self_taught,
+)
+from conch_dna.generations.settings import SDFT, TWO_TEACHERS, EvolveConfig
 from conch_dna.generations.tables import draw_learning
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.generations.train_child import (
@@ -68,6 +73,7 @@ from conch_dna.training.chats.templates import dated
 from conch_dna.training.data.answers import openings
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
+from conch_dna.training.runs.report import draw_curve
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
 SAMPLES_FILE = "samples.json"
@@ -75,6 +81,9 @@ LOG_FILE = "training_log.json"
 REPORT_FILE = "report.png"
 RUN_FILE = "run.json"
 WORK = "work-"
+TARGETS = "soft_targets"
+# What was learned from, the child, its parent's measures, and what nobody may teach.
+Learned = tuple[GenerationData, TrainedChild, Measures, TabooTokens | None]
 
 
 class Evolution:
@@ -115,7 +124,9 @@ class Evolution:
             self.parent = line.head
             self._require_whole()
             ancestors = line.ancestors(self.parent)
-            self.grandparent = ancestors[0] if ancestors and config.critic else None
+            self.grandparent = None
+            if config.method == TWO_TEACHERS and config.critic and ancestors:
+                self.grandparent = ancestors[0]
             self.chain = [self.parent, *ancestors]
             self._read_base()
             self.teachers = self._teachers()
@@ -125,29 +136,55 @@ class Evolution:
             if (judged := self._judged()) is not None:
                 return judged
             self._begin(resume=resume, overwrite=overwrite)
-            if len(self.teachers) == 1:
-                why = "is the first generation" if not ancestors else "teaches alone, as was asked"
-                self._message(f"{self.parent} {why}: there is one teacher")
-            own = Examples(
-                self._source(self.parent), self.base, config.training, report=self.report
-            )
-            foreign = {each.role: each.examples for each in self.teachers if each.foreign}
-            # What templates write must be the same in a resumed run.
-            with dated(self._begun):
-                data = gather(line, self.chain, own, self.records, config, foreign=foreign)
-            targets, parent = self._ask_teachers(data)
-            child = train_child(
-                self.base,
-                line.adapter(self.parent),
-                data,
-                targets,
-                config,
-                self.work,
-                # Checkpoints of a run that is not to be resumed are gone.
-                resume=resume,
-                report=self.report,
-            )
-            return self._finish(data, child, parent, targets.taboo)
+            learn = self._taught_by_itself if config.method == SDFT else self._taught_by_teachers
+            return self._finish(*learn(ancestors, resume=resume))
+
+    def _taught_by_teachers(self, ancestors: list[str], *, resume: bool) -> Learned:
+        """Targets of parent and grandparent, and the child that learns from them."""
+        line, config = self.line, self.config
+        if len(self.teachers) == 1:
+            why = "is the first generation" if not ancestors else "teaches alone, as was asked"
+            self._message(f"{self.parent} {why}: there is one teacher")
+        own = Examples(self._source(self.parent), self.base, config.training, report=self.report)
+        foreign = {each.role: each.examples for each in self.teachers if each.foreign}
+        # What templates write must be the same in a resumed run.
+        with dated(self._begun):
+            data = gather(line, self.chain, own, self.records, config, foreign=foreign)
+        targets, parent = self._ask_teachers(data)
+        child = train_child(
+            self.base,
+            line.adapter(self.parent),
+            data,
+            targets,
+            config,
+            self.work,
+            # Checkpoints of a run that is not to be resumed are gone.
+            resume=resume,
+            report=self.report,
+        )
+        return data, child, parent, targets.taboo
+
+    def _taught_by_itself(self, ancestors: list[str], *, resume: bool) -> Learned:
+        """The child's own answers, scored by its parent that reads more."""
+        line, config = self.line, self.config
+        source = self._source(self.parent)
+        examples = parent_examples(source, self.base, config, self.report)
+        with dated(self._begun):
+            records = examples.as_read(self.records)
+            data = gather(line, self.chain, examples, records, config, foreign={})
+            learned = self_taught_data(examples, data, line.folder / TARGETS, self.report)
+        parent = self._measure_parent(source, data)
+        source.release()
+        child = train_self_taught(
+            examples,
+            line.adapter(self.parent),
+            learned,
+            config.ema_decay,
+            self.work,
+            resume=resume,
+            report=self.report,
+        )
+        return data, child, parent, None
 
     def _message(self, text: str) -> None:
         self.report("message", {"message": text})
@@ -294,7 +331,7 @@ class Evolution:
         parent = None
         caches: list[TeacherCache] = []
         for teacher in self.teachers:
-            folder, batch_size = self.line.folder / "soft_targets", config.training.batch_size
+            folder, batch_size = self.line.folder / TARGETS, config.training.batch_size
             caches.append(filled_cache(teacher, data, folder, batch_size, self.report))
             if teacher.of_line and teacher.path == self.parent:
                 parent = self._measure_parent(teacher.source, data)
@@ -368,14 +405,13 @@ class Evolution:
             "best_step": training.best_step,
             "skipped_steps": training.skipped_steps,
             "peak_memory_bytes": mx.get_peak_memory(),
+            **({"rounds": trained.rounds} if trained.rounds else {}),
         }
-        draw = partial(
-            draw_learning,
-            history=training.history,
-            title=f"{self.parent}'s child: what taught it",
-            best=training.best_step,
-            teachers=len(self.teachers),
-        )
+        title = f"{self.parent}'s child: what taught it"
+        drawn: dict[str, Any] = {"history": training.history, "best": training.best_step}
+        draw = partial(draw_learning, **drawn, title=title, teachers=len(self.teachers))
+        if self.config.method == SDFT:
+            draw = partial(draw_curve, **drawn, title=title)
         write_folder(
             self.line.candidate,
             arrays={ADAPTER_FILE: trained.tensors},

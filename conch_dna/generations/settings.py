@@ -6,6 +6,7 @@ takes it from here.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -34,8 +35,34 @@ UNUSED = (
     "adapter_subdir",
     "run",
     "trust_remote_code",
+    "own_answers",
+    "resident",
 )
-LOSS_PARTS = ("alpha", "beta", "gamma", "blend")
+TWO_TEACHERS, SDFT = "two_teachers", "sdft"
+METHODS = (TWO_TEACHERS, SDFT)
+# What means something to one of them only, of a distillation's settings and of a generation's.
+OF_SDFT = (
+    "on_policy",
+    "rollouts",
+    "rollout_tokens",
+    "rollout_temperature",
+    "rollout_reuse",
+    "teacher_ema",
+    "teacher_system",
+    "student_system",
+    "force",
+)
+OF_TWO_TEACHERS = (
+    "alpha",
+    "beta",
+    "gamma",
+    "blend",
+    "first_teacher",
+    "second_teacher",
+    "taboo_words",
+    "taboo_ids",
+)
+LOSS_PARTS = ("method", "alpha", "beta", "gamma", "blend")
 STABILIZERS = ("ema_decay", "replay_share", "replay_size", "taboo_words", "taboo_ids")
 EVALUATION = ("measured", "answers")
 MAPPINGS = ("training_params", "stabilizers", "evaluation", "gates")
@@ -154,6 +181,12 @@ class EvolveConfig:
     """
 
     training: KDConfig = field(default_factory=KDConfig)
+    method: str = option(
+        TWO_TEACHERS,
+        "Who teaches: parent and grandparent, or with sdft the parent that reads demonstrations, "
+        "on the child's own answers.",
+        choices=METHODS,
+    )
     alpha: float = option(0.5, "Share of cross-entropy in the loss.", low=0)
     beta: float = option(0.5, "Share of the teachers' target.", low=0)
     gamma: float = option(
@@ -187,7 +220,20 @@ class EvolveConfig:
         problems = option_problems(self)
         if not problems and self.alpha + self.beta + self.gamma == 0:
             problems.append("alpha, beta and gamma are all 0: nothing would be learned")
+        if not problems:
+            problems = self._of_another_method()
         _refuse(problems)
+
+    def _of_another_method(self) -> list[str]:
+        """Settings that would be silently without effect."""
+        if self.method != SDFT:
+            set_ = _changed(self.training, KDConfig(), OF_SDFT)
+            return [f"{name} is of --method {SDFT}, not of {self.method}" for name in set_]
+        set_ = _changed(self, EvolveConfig(), OF_TWO_TEACHERS)
+        problems = [f"{name} is of --method {TWO_TEACHERS}, not of {SDFT}" for name in set_]
+        if not self.training.on_policy:
+            problems.append("on_policy is 0, but with sdft the child learns from its own answers")
+        return problems
 
     @classmethod
     def from_manifest(
@@ -229,6 +275,9 @@ class EvolveConfig:
         }
         for name, (values, names) in known.items():
             refuse_unknown(values, names, source=f"{source}, {name},")
+        chosen = {**loss, **(overriding or {})}
+        if chosen.get("method") == SDFT:
+            params = {**_for_sdft(chosen | stabilizers, training or {}), **params}
         distillation = KDConfig.from_json(
             params, source=f"{source}, training_params,", overriding=training
         )
@@ -262,6 +311,17 @@ class EvolveConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+def _changed(given: object, plain: object, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(given, name) != getattr(plain, name)]
+
+
+def _for_sdft(own: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a generation that teaches itself: all but the replayed are its own answers."""
+    replayed = own.get("replay_share", EvolveConfig.replay_share)
+    follows = training.get("teacher_ema", 1.0) < 1
+    return {"on_policy": 1.0 if follows else 1.0 - replayed, "temperature": 1.0}
 
 
 def requested(

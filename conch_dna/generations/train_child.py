@@ -4,7 +4,7 @@ Knows models, examples and settings; nothing of lines, gates or promotion. Three
 resident together: each teacher answers and leaves before the next one comes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,13 @@ class TrainedChild:
         training: The trainer's figures.
         adapter_config: What mlx_lm must be told of the adapter.
         tensors: What was trained.
+        rounds: Figures of the rounds of its own answers, if it learned from such.
     """
 
     training: TrainingResult
     adapter_config: dict[str, Any]
     tensors: dict[str, mx.array]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def teacher_examples(

@@ -205,10 +205,13 @@ def distill(
 
     for note in request.notes:
         click.echo(f"note: {note}", err=True)
-    source = read_given(request.given, lambda note: click.echo(f"note: {note}", err=True))
+    sources = {
+        name: read_given(request.given_to(name), lambda note: click.echo(f"note: {note}", err=True))
+        for name in request.domains
+    }
     config = request.config
     if dry_run:
-        _print_plan(request, source, resume=resume, overwrite=overwrite)
+        _print_plan(request, sources, resume=resume, overwrite=overwrite)
         return
     from conch_dna.progress import Progress
     from conch_dna.training.runs.reporters import Reporting
@@ -223,10 +226,11 @@ def distill(
 
         distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
         if request.domain is None:
-            summary = distiller.distill_all(resume=resume, overwrite=overwrite)
+            asked = {name: source.get("prompts") for name, source in sources.items()}
+            summary = distiller.distill_all(prompts=asked, resume=resume, overwrite=overwrite)
         else:
             result = distiller.distill_domain(
-                request.domain, **source, resume=resume, overwrite=overwrite
+                request.domain, **sources[request.domain], resume=resume, overwrite=overwrite
             )
             summary = {"results": {result.domain: result}, "failures": {}}
     _print_summary(distiller, summary)
@@ -292,7 +296,7 @@ def vocab(
 
 
 def _print_plan(
-    request: "Request", source: dict[str, Any], *, resume: bool, overwrite: bool
+    request: "Request", sources: dict[str, dict[str, Any]], *, resume: bool, overwrite: bool
 ) -> None:
     from conch_dna.training.runs.run_file import outlook
 
@@ -313,7 +317,7 @@ def _print_plan(
     )
     plans = {}
     for name, folder in folders.items():
-        plan = plans[name] = plan_domain(teacher, student, config, name, **source)
+        plan = plans[name] = plan_domain(teacher, student, config, name, **sources[name])
         bound = "" if plan["counted_tokens_exact"] else "at most "
         aligned, counted = "by index, the tokenizers are the same", ""
         if plan["alignment"] != INDEX:
@@ -331,6 +335,7 @@ def _print_plan(
             "teacher's tokens to compute": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
             "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
+            **({"its own answers": _own_answers(plan, config)} if config.on_policy else {}),
             "soft targets on disk": f"{bound}{bytes_text(plan['disk_bytes'])}",
             "logits of a chunk in memory": bytes_text(plan["logits_bytes"]),
             "output folder": str(folder),
@@ -341,6 +346,16 @@ def _print_plan(
             click.echo(f"warning: {warning}", err=True)
     longest = max(plans, key=lambda name: plans[name]["longest_example"])
     print_tables(fit_table(longest, teacher, student, config, plans[longest]["workload"]))
+
+
+def _own_answers(plan: dict[str, Any], config: KDConfig) -> str:
+    own = plan["own_answers"]
+    batches = config.own_batches + config.given_batches
+    return (
+        f"{config.own_batches} of {batches} batches: {own['answers']} answers of at most "
+        f"{config.rollout_tokens} tokens to {own['prompts']} prompts, in {own['rounds']} rounds; "
+        "their time is not estimated"
+    )
 
 
 def name_for_mlx_lm(model_id: str, folder: Path) -> str:

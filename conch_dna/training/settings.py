@@ -272,9 +272,17 @@ class KDConfig:
             side: `TEACHER` or `STUDENT`.
             own: What it would read anyway: what a record has.
             domain: The domain's; may be empty.
+
+        Raises:
+            ConchError: It is to be the domain's, which has none.
         """
         setting = getattr(self, SYSTEMS[side])
         if setting == OF_DOMAIN:
+            if not domain:
+                raise ConchError(
+                    f"{SYSTEMS[side]} is {OF_DOMAIN}, and this domain has no system prompt of its "
+                    "own: give a text, or a file with it"
+                )
             return domain
         return own if not setting else "" if setting == NO_SYSTEM else str(setting)
 
@@ -290,8 +298,8 @@ class KDConfig:
 
     @property
     def examples_read(self) -> int:
-        """How many examples all steps read together, each as often as it is read."""
-        return self.num_iters * self.batch_size * self.accumulation_steps
+        """How many given examples all steps read together, each as often as it is read."""
+        return self.given_batches * self.batch_size
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""

@@ -278,7 +278,7 @@ class Trainer:
             return
         self._record(
             "train",
-            {name: value / since["tokens"] for name, value in since["sums"].items()},
+            _means(since["sums"], since["tokens"]),
             learning_rate=self.optimizer.learning_rate.item(),
             gradient_norm=since["gradient_norm"],
             tokens_per_second=since["tokens"] / since["seconds"],
@@ -311,6 +311,10 @@ class Trainer:
             self._stepped = True
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+            if "ce" in totals:
+                # Not every token of a student's own answers counts in it.
+                counted = float(np.sum(batch.arrays.get("ce_weights", batch.count)))
+                totals[f"ce{COUNT}"] = totals.get(f"ce{COUNT}", 0.0) + counted
         if not (math.isfinite(totals["loss"]) and math.isfinite(norm.item())):
             saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
             raise NonFiniteLossError(
@@ -361,11 +365,7 @@ class Trainer:
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         tokens = sum(batch.count for batch in self.heldout_batches)
-        means = {
-            name: value / totals.get(f"{name}{COUNT}", tokens)
-            for name, value in totals.items()
-            if not name.endswith(COUNT)
-        }
+        means = _means(totals, tokens)
         if not all(map(math.isfinite, means.values())):
             raise NonFiniteLossError(
                 f"the held-out figures at step {self.step} are {means}. {self._remedy()}"
@@ -488,3 +488,9 @@ class Trainer:
 
     def _request_stop(self) -> None:
         self._stop = True
+
+
+def _means(sums: dict[str, float], tokens: int) -> dict[str, float]:
+    """Sums over tokens, each by how many stand behind it; one that none does is left out."""
+    counts = {name: sums.get(f"{name}{COUNT}", tokens) for name in sums if not name.endswith(COUNT)}
+    return {name: sums[name] / count for name, count in counts.items() if count}

@@ -5,7 +5,7 @@ knows nothing of how a domain's run works.
 Run it: python -m conch_dna.training.true_kd --domain thinking
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
@@ -29,8 +29,8 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
-from conch_dna.training.runs.on_policy.questions import questions_of
-from conch_dna.training.runs.on_policy.rounds import require_room_for_own, rollouts_of_a_round
+from conch_dna.training.runs.on_policy.questions import questions_of, require_room_for_own
+from conch_dna.training.runs.on_policy.rounds import rollouts_of_a_round
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -199,6 +199,7 @@ class TrueKnowledgeDistiller:
         self,
         domains: Sequence[str] | None = None,
         *,
+        prompts: Mapping[str, Sequence[str | Record] | None] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> dict[str, Any]:
@@ -208,6 +209,7 @@ class TrueKnowledgeDistiller:
 
         Args:
             domains: Names; all of DOMAIN_PROMPTS by default.
+            prompts: What the teacher answers, by domain; its own examples where there is nothing.
             resume: Go on with stopped runs, each from its newest whole checkpoint.
             overwrite: Start again over unfinished runs, and replace finished ones.
 
@@ -231,12 +233,13 @@ class TrueKnowledgeDistiller:
 
         def prepare(run: DomainRun) -> None:
             locks.enter_context(run.lock())
-            finished = run.begin([[], []], resume=resume, overwrite=overwrite)
+            asked = (prompts or {}).get(run.domain)
+            finished = run.begin([list(asked or []), []], resume=resume, overwrite=overwrite)
             if finished:
                 results[run.domain] = finished
                 return
             with run.failure_recorded():
-                ready[run.domain] = run.prepare(run.generate(None))
+                ready[run.domain] = run.prepare(run.generate(asked))
 
         def train(run: DomainRun) -> None:
             run_data = ready.pop(run.domain)
@@ -281,6 +284,7 @@ def plan_domain(
         `examples`, `heldout_examples`, `test_examples` (those of a test set are none of the
         `examples`), `counted_tokens` of the teacher (or an upper bound where it has yet to
         answer: `counted_tokens_exact` tells), `longest_example`, `epochs`,
+        `own_answers` (`prompts`, `answers` and `rounds`; None where there are none),
         `warnings` of too little data, `disk_bytes` of the soft targets, `teacher_bytes` and
         `student_bytes` of the weights
         (None where they are still on the hub and their size is unknown) and
@@ -336,6 +340,7 @@ def plan_domain(
             f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "
             f"{config.batch_size}: give more data or a smaller --batch-size"
         )
+    own_answers = None
     if config.on_policy:
         asked = count - heldout_count
         if data is None:
@@ -347,9 +352,10 @@ def plan_domain(
             questions = questions_of(split.train_records, numbered(split.train), student.tokenizer)
             require_room_for_own(questions, student, config)
             asked = len(questions)
-        rollouts_of_a_round(asked, config)
+        size = rollouts_of_a_round(asked, config)
         drawn = -(-config.own_batches // config.rollout_reuse) * config.batch_size
         tokens += drawn * config.rollout_tokens
+        own_answers = {"prompts": asked, "answers": drawn, "rounds": -(-drawn // size)}
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)
     chunk = config.head_chunk or config.batch_size * longest
@@ -364,6 +370,7 @@ def plan_domain(
         "counted_tokens_exact": data is not None and not config.on_policy,
         "longest_example": longest,
         "epochs": config.examples_read / max(1, count - heldout_count),
+        "own_answers": own_answers,
         "disk_bytes": tokens * identity.bytes_per_token,
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,

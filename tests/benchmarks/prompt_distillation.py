@@ -14,7 +14,6 @@ import conch_dna  # noqa: F401  # isort: skip  (loads a BLAS before mlx)
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -133,7 +132,7 @@ class Domain:
             folder=self.folder / "answers",
         )
 
-    def _figures(self, condition: str) -> list[dict[str, float]]:
+    def _figures(self, condition: str) -> list[dict[str, float | None]]:
         student_system = "domain" if condition == "system" else "none"
         config = replace(self.greedy, student_system=student_system)
         examples = Examples(self.model, self.model, config, domain=self.name)
@@ -169,8 +168,8 @@ class Domain:
         student.release()
         return [
             {
-                "kl_given": on_given.get(number, math.nan),
-                "kl_own": on_own.get(number, math.nan),
+                "kl_given": on_given.get(number),
+                "kl_own": on_own.get(number),
                 **self._figures_of(question, answer),
             }
             for number, (question, answer) in enumerate(zip(questions, said, strict=True))
@@ -220,9 +219,9 @@ def share(values: Sequence[float]) -> str:
     return f"{good} of {len(values)} ({low:.2f} to {high:.2f})"
 
 
-def mean(values: Sequence[float], seed: int = 0) -> str:
+def mean(values: Sequence[float | None], seed: int = 0) -> str:
     """A mean with its bootstrapped 95% interval."""
-    known = np.array([value for value in values if math.isfinite(value)])
+    known = np.array([value for value in values if value is not None])
     low, high = paired_interval(known, np.zeros(len(known)), confidence=0.95, seed=seed)
     return f"{known.mean():.3f} ({low:.3f} to {high:.3f})"
 

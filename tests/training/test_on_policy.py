@@ -29,7 +29,11 @@ from conch_dna.training.runs.on_policy.own_answers import (
     repetition,
     teacher_distances,
 )
-from conch_dna.training.runs.on_policy.questions import question_of_record, questions_of
+from conch_dna.training.runs.on_policy.questions import (
+    question_of_record,
+    questions_of,
+    require_room_for_own,
+)
 from conch_dna.training.runs.on_policy.residency import (
     chosen_residency,
     parked,
@@ -37,7 +41,6 @@ from conch_dna.training.runs.on_policy.residency import (
 )
 from conch_dna.training.runs.on_policy.rounds import (
     Rounds,
-    require_room_for_own,
     rollouts_of_a_round,
     round_figures,
 )

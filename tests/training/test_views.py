@@ -136,7 +136,7 @@ def test_demonstrations_stand_before_what_is_there():
 
 
 def test_a_plain_text_has_no_place_for_more():
-    with pytest.raises(ConchError, match="a plain text has no prompt"):
+    with pytest.raises(ConchError, match="is a plain text: it has no prompt"):
         view({"text": "a", "context": "b"}, TEACHER, template=True)
 
 

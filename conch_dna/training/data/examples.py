@@ -238,7 +238,7 @@ class Examples:
             example = paired_example(record, tokenizer, name=name)
         else:
             example = tokenize_record(
-                view(record, STUDENT, template=tokenizer.has_chat_template),
+                view(record, STUDENT, template=tokenizer.has_chat_template, name=name),
                 tokenizer,
                 name=name,
                 train_on_prompt=self.config.train_on_prompt,
@@ -417,7 +417,7 @@ def paired_example(record: Record, tokenizer: Any, *, name: str) -> PairedExampl
         plain = with_answer(plain, "?")
     sides = []
     for side in (TEACHER, STUDENT):
-        read = view(plain, side, template=tokenizer.has_chat_template)
+        read = view(plain, side, template=tokenizer.has_chat_template, name=name)
         sides.append(record_tokens(read, tokenizer, name=name))
     (teacher, spans), _ = sides
     answers = [teacher[start:end] for start, end in spans]

@@ -45,7 +45,8 @@ def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     try:
         content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     except (OSError, ValueError) as error:
-        raise ConchError(f"cannot read {option} {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConchError(f"cannot read {option} {path}: {reason}") from error
     text = decoded(content, f"cannot read {option} {path}")
     # Not str.splitlines, which would also cut at characters that JSON allows inside strings.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -114,19 +114,36 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
     read |= {f"{role}_data": records for role, records in found.items()}
     if contexts := sum(bool(context_of(each)) for rows in read.values() for each in rows):
         note(f"{number_of(contexts, 'record')} with a context, which only the teacher reads")
-    if given.demonstrations == OWN_ANSWER:
+    shown = given.demonstrations not in (None, OWN_ANSWER)
+    if shown and not {"data", "prompts"} & read.keys():
+        read["prompts"] = domain_examples(given.domain)
+    return with_demonstrations(read, given.demonstrations)
+
+
+def with_demonstrations(
+    read: Mapping[str, Sequence[Any]], demonstrations: str | None
+) -> dict[str, Any]:
+    """Prompts and records with what is shown to the teacher before them.
+
+    Args:
+        read: `data` or `prompts`, and what is judged by.
+        demonstrations: A file of records, or `OWN_ANSWER` for each record's own; None for nothing.
+
+    Raises:
+        ConchError: The file cannot be read, or holds no demonstrations; or a record has a context
+            that does not go with them.
+    """
+    if demonstrations is None:
+        return dict(read)
+    if demonstrations == OWN_ANSWER:
         if "data" not in read:
             raise ConchError(
                 "--demonstrations answer shows the teacher a record's own answer: give --data"
             )
-        read = {name: list(map(with_own_answer, rows)) for name, rows in read.items()}
-    elif given.demonstrations is not None:
-        path = Path(given.demonstrations).expanduser()
-        turns = demonstration_turns(read_records(path, option="--demonstrations"))
-        if not {"data", "prompts"} & read.keys():
-            read["prompts"] = domain_examples(given.domain)
-        read = {name: behind(rows, turns) for name, rows in read.items()}
-    return read
+        return {name: list(map(with_own_answer, rows)) for name, rows in read.items()}
+    path = Path(demonstrations).expanduser()
+    turns = demonstration_turns(read_records(path, option="--demonstrations"), str(path))
+    return {name: behind(rows, turns) for name, rows in read.items()}
 
 
 def leak_warnings(data: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> list[str]:

@@ -44,12 +44,18 @@ def context_problem(context: Any) -> str | None:
     return "context ends with a user's turn that nobody answers" if len(roles) % 2 else None
 
 
-def demonstration_turns(records: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def demonstration_turns(records: Sequence[Mapping[str, Any]], source: str = "") -> list[Turn]:
     """Records as turns that come before a prompt.
 
+    Args:
+        records: Demonstrations.
+        source: Where they come from, for the message.
+
     Raises:
-        ConchError: One is a plain text, or no conversation of two sides.
+        ConchError: One is a plain text, no conversation of two sides, or reads more than its
+            turns, which nobody would see.
     """
+    where = f"{source}: " if source else ""
     turns: list[Turn] = []
     for number, record in enumerate(records, 1):
         if "completion" in record:
@@ -58,10 +64,17 @@ def demonstration_turns(records: Sequence[Mapping[str, Any]]) -> list[Turn]:
                 {"role": "assistant", "content": record["completion"]},
             ]
         else:
-            own = [t for t in record.get("messages", []) if t["role"] != "system"]
+            own = list(record.get("messages", []))
+        unseen = [name for name in EXTRAS if record.get(name)]
+        if unseen or (own and own[0]["role"] == "system"):
+            what = unseen[0] if unseen else "a system prompt"
+            raise ConchError(
+                f"{where}demonstration {number} has {what}, which would not be shown: give it as "
+                "--teacher-system, or leave it out"
+            )
         if not own or (problem := context_problem(own)):
             why = problem if own else "it has no prompt"
-            raise ConchError(f"demonstration {number}: {why}; give prompt and completion")
+            raise ConchError(f"{where}demonstration {number}: {why}; give prompt and completion")
         turns += own
     return turns
 
@@ -157,13 +170,14 @@ def asked_turns(prompt: str, context: str | Sequence[Turn]) -> list[Turn]:
     return [*context, {"role": "user", "content": prompt}]
 
 
-def view(record: Record, side: str, *, template: bool) -> Record:
+def view(record: Record, side: str, *, template: bool, name: str = "a record") -> Record:
     """A record as one side reads it, without what stands beside it for the other.
 
     Args:
         record: In one of mlx-lm's forms, with or without extras.
         side: `settings.TEACHER` or `STUDENT`.
         template: Whether the side's tokenizer has a chat template.
+        name: What messages call it.
 
     Raises:
         ConchError: A plain text has no prompt before which more could stand.
@@ -178,8 +192,8 @@ def view(record: Record, side: str, *, template: bool) -> Record:
         return plain
     if "text" in record:
         raise ConchError(
-            "a plain text has no prompt before which a system prompt or a context could stand: "
-            "give prompt and completion, or messages"
+            f"{name} is a plain text: it has no prompt before which a system prompt or a context "
+            "could stand; give prompt and completion, or messages"
         )
     if "messages" in plain:
         turns = plain.pop("messages")

@@ -30,6 +30,14 @@ def _metadata(name: str) -> Callable[[Row], Any]:
     return lambda row: row["result"]["metadata"].get(name)
 
 
+def _own_answers(name: str) -> Callable[[Row], Any]:
+    def after(row: Row) -> Any:
+        own = row["result"]["evaluation"].get("own_answers", {})
+        return own.get(name, {}).get("after")
+
+    return after
+
+
 FIGURES: dict[str, Callable[[Row], Any]] = {
     "verdict": _verdict("verdict"),
     "judged by": _verdict("figure"),
@@ -43,6 +51,9 @@ FIGURES: dict[str, Callable[[Row], Any]] = {
     "bits per byte after": _held_out("after", "bits_per_byte"),
     "top-1 agreement before": _held_out("before", "top1_agreement"),
     "top-1 agreement after": _held_out("after", "top1_agreement"),
+    "KL on its own answers after": _own_answers("kl_nats"),
+    "repetition in them after": _own_answers("repetition"),
+    "valid of them after": _own_answers("valid"),
     "held-out tokens": _held_out("after", "tokens"),
     "kept step": _metadata("best_step"),
     "training seconds": lambda row: row["result"]["training_time_seconds"],

@@ -38,6 +38,7 @@ from conch_dna.training.adapters import (
     save_adapter,
     trained_tensors,
 )
+from conch_dna.training.batches import PairedExample
 from conch_dna.training.chats.templates import dated
 from conch_dna.training.data.answers import (
     cached_answer_batch,
@@ -293,7 +294,7 @@ class DomainRun:
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         with dated(self._record["begun"]):
             questions = questions_for(readers, split, self.student)
-            measured = heldout_questions(config, split, self.student.tokenizer)
+            measured = heldout_questions(config, split, self.student)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))
         return RunData(records, split, targets, prompts, texts, reasons, questions, measured)
@@ -304,7 +305,8 @@ class DomainRun:
         self._phase("evaluating the student")
         student = self.student.load()
         before = self._figures(student, data.split.heldout, data)
-        if self.teacher.weights_digest == self.student.weights_digest:
+        own_teacher = self.teacher.weights_digest == self.student.weights_digest
+        if own_teacher:
             require_help(data.split.heldout, data.targets, before, self.config, self.report)
         before_test = self._figures(student, data.split.test, data) if data.split.test else None
         before_texts = sample_texts(student, data.prompts, self.config)
@@ -319,6 +321,7 @@ class DomainRun:
             data,
             self._figure(before),
             self.folder,
+            own_teacher=own_teacher,
             resume=self._resume,
             report=self.report,
         )
@@ -459,6 +462,8 @@ class DomainRun:
         decode = self.student.tokenizer.decode
         prompts = [decode(prompt, skip_special_tokens=True) for prompt in data.prompts]
         draw = f"temperature {self.config.sampling_temperature:g}, seed {self.config.seed}"
+        if any(isinstance(example, PairedExample) for example in data.split.heldout):
+            draw += "; the teacher reads more than the prompts that stand here"
         return samples_text(self.domain, prompts, columns, draw=draw)
 
     def _phase(self, name: str, total: int = 0, unit: str = "") -> None:

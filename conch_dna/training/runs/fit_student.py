@@ -26,6 +26,8 @@ def fit_student(
     figure: str,
     folder: Path,
     *,
+    own_teacher: bool,
+    ema_decay: float = 0.0,
     resume: bool,
     report: Report,
 ) -> TrainingResult:
@@ -37,6 +39,8 @@ def fit_student(
         data: Examples, targets and questions.
         figure: The held-out figure that the run is judged by.
         folder: Of the run.
+        own_teacher: Whether the student as it is now is the teacher.
+        ema_decay: See `TrainerSettings`.
         resume: Go on with the checkpoints that lie there.
         report: Gets the progress.
 
@@ -63,9 +67,11 @@ def fit_student(
     trainer = Trainer(
         student.model,
         loss,
-        _batches(student, examples, data, folder, resume=resume, report=report),
+        _batches(
+            student, examples, data, folder, own_teacher=own_teacher, resume=resume, report=report
+        ),
         heldout,
-        trainer_settings(config),
+        trainer_settings(config, ema_decay=ema_decay),
         folder,
         heldout_loss=heldout_loss,
         select_by=select_by,
@@ -80,6 +86,7 @@ def _batches(
     data: RunData,
     folder: Path,
     *,
+    own_teacher: bool,
     resume: bool,
     report: Report,
 ) -> BatchStream:
@@ -96,5 +103,12 @@ def _batches(
     if not config.on_policy:
         return given
     return mixed_batches(
-        student, examples, data.questions, given, folder, resume=resume, report=report
+        student,
+        examples,
+        data.questions,
+        given,
+        folder,
+        own_teacher=own_teacher,
+        resume=resume,
+        report=report,
     )

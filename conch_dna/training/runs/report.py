@@ -174,7 +174,7 @@ def advice(result: "KDResult", config: "KDConfig") -> str:
     if found["interval"] is None:
         tries = ["more data", f"a higher --val-fraction than {config.val_fraction:g}"]
         tries = ["more --valid-data"] if metadata.get("own_heldout") else tries
-    elif times < 1:
+    elif times < 1 and not config.on_policy:
         tries = [f"{longer} ({data})"]
     elif metadata["best_step"] == config.num_iters and found["difference"] < 0:
         # Nothing was overdone: the last step was the best.

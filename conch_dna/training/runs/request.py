@@ -66,6 +66,17 @@ class Request:
         """The names of its domains."""
         return [self.domain] if self.domain else list(DOMAIN_PROMPTS)
 
+    def given_to(self, domain: str) -> Given:
+        """What one of its domains learns from and is judged by.
+
+        Raises:
+            ConchError: It is to be shown its own demonstrations, and has none.
+        """
+        given = replace(self.given, domain=domain)
+        if given.demonstrations != OF_DOMAIN:
+            return given
+        return replace(given, demonstrations=str(domain_demonstrations(domain)))
+
     def going_on(self) -> "Request":
         """The same with the number of steps of the runs that lie there, where it gives none.
 
@@ -111,8 +122,11 @@ def requested(
     config = KDConfig.from_json(in_file, source=str(config_file), overriding=values)
     if all_domains == ("domain" in asked):
         raise ConchError("give either --domain NAME or --all")
-    if all_domains and any(key in asked for key in SOURCES):
-        shown = " and ".join(f"--{key.replace('_', '-')}" for key in SOURCES if key in asked)
+    own = [key for key in SOURCES if key in asked]
+    if asked.get("demonstrations") == OF_DOMAIN:
+        own.remove("demonstrations")
+    if all_domains and own:
+        shown = " and ".join(f"--{key.replace('_', '-')}" for key in own)
         raise ConchError(f"{shown} cannot go with --all, only with one --domain")
     return Request(
         domain=asked.get("domain"),
@@ -141,8 +155,8 @@ def given_in(asked: Mapping[str, Any]) -> Given:
     if "data" in asked and "prompts" in asked:
         raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
     sources = {key: asked[key] for key in SOURCES if key in asked}
-    if sources.get("demonstrations") == OF_DOMAIN:
-        sources["demonstrations"] = str(domain_demonstrations(asked.get("domain", "")))
+    if sources.get("demonstrations") == OF_DOMAIN and "domain" in asked:
+        sources["demonstrations"] = str(domain_demonstrations(asked["domain"]))
     mapping = parse_mapping(asked.get("map", []))
     return Given(
         **sources, domain=asked.get("domain", ""), mapping=mapping, with_test=asked.get("test")

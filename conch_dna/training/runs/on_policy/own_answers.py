@@ -13,13 +13,17 @@ import numpy as np
 
 from conch_dna.checkpoints import remove_folder
 from conch_dna.errors import ConchError
-from conch_dna.language_model import LanguageModel
+from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import BETTER, NOT_SHOWN, WORSE, paired_interval
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.data.answers import answer_batch, answer_text
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.evaluation import figures_on
-from conch_dna.training.runs.on_policy.questions import Question, questions_of
+from conch_dna.training.runs.on_policy.questions import (
+    Question,
+    questions_of,
+    require_room_for_own,
+)
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
@@ -59,19 +63,24 @@ def answers_of(
     return answers
 
 
-def heldout_questions(config: KDConfig, split: Split, tokenizer: Any) -> list[Question]:
+def heldout_questions(config: KDConfig, split: Split, student: ModelSource) -> list[Question]:
     """The held-out prompts whose answers are measured, each once.
 
     Args:
         config: `own_answers` says how many at most.
         split: Of the run.
-        tokenizer: The student's.
+        student: For its tokenizer and its context.
+
+    Raises:
+        ConchError: One leaves no room for an answer.
     """
     if not config.own_answers:
         return []
     names = [example.name for example in split.heldout]
-    questions = questions_of(split.heldout_records, names, tokenizer)
-    return questions if config.own_answers < 0 else questions[: config.own_answers]
+    questions = questions_of(split.heldout_records, names, student.tokenizer)
+    questions = questions if config.own_answers < 0 else questions[: config.own_answers]
+    require_room_for_own(questions, student, config, answer="max_tokens")
+    return questions
 
 
 def own_answers(

@@ -5,7 +5,7 @@ in memory once: to teach, they get other trained values for a while.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +13,32 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from conch_dna.checkpoints import content_digest, save_arrays
-from conch_dna.errors import ConchError
+from conch_dna.checkpoints import content_digest, numbered_folders, read_json, save_arrays
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
 
 VALUES_FILE = "teacher.safetensors"
+ROUND_FILE = "round.json"
+
+
+def remedy(folder: Path) -> str:
+    """What to do where what a round began with is lost.
+
+    Args:
+        folder: Of the round, in the folder of rounds in that of the run.
+    """
+    step: int | None = None
+    with suppress(NotWholeError):
+        step = read_json(folder / ROUND_FILE, needs={"step": int})["step"]
+    later = [
+        path.name
+        for number, path in numbered_folders(folder.parent.parent, CHECKPOINT_PREFIX)
+        if step is not None and number > step
+    ]
+    if not later:
+        return "start again with --overwrite"
+    return f"remove {', '.join(later)} and go on with --resume, or start again with --overwrite"
 
 
 def require_own(teacher: ModelSource, student: ModelSource, config: KDConfig) -> None:
@@ -95,8 +115,7 @@ class OwnTeacher:
             whole = False
         if not whole:
             raise ConchError(
-                f"{path} is not whole, and the round cannot be scored without it: go on from an "
-                "older checkpoint by removing the newer ones, or start again with --overwrite"
+                f"{path} is not whole, and the round cannot be scored without it: {remedy(folder)}"
             )
         return values
 

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conch_dna.errors import ConchError
+from conch_dna.language_model import ModelSource
 from conch_dna.training.chats.conversations import last_answer
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.answers import OPENING_TOKENS, answer_text
 from conch_dna.training.data.records import TOKENS, Record, record_tokens
 from conch_dna.training.data.views import EXTRAS, view
-from conch_dna.training.settings import STUDENT
+from conch_dna.training.settings import STUDENT, KDConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ def question_of_record(record: Record, tokenizer: Any, name: str) -> Question:
     """
     left_out = (TOKENS, "finish_reason")
     bare = {key: value for key, value in record.items() if key not in left_out}
-    read = view(bare, STUDENT, template=tokenizer.has_chat_template)
+    read = view(bare, STUDENT, template=tokenizer.has_chat_template, name=name)
     ids, spans = record_tokens(read, tokenizer, name=name)
     if "text" in bare:
         ids = ids[: max(1, min(OPENING_TOKENS, len(ids) - 1))]
@@ -94,3 +96,32 @@ def questions_of(records: Sequence[Record], names: Sequence[str], tokenizer: Any
         question = question_of_record(record, tokenizer, name)
         found.setdefault(tuple(question.ids), question)
     return list(found.values())
+
+
+def require_room_for_own(
+    questions: Sequence[Question],
+    student: ModelSource,
+    config: KDConfig,
+    *,
+    answer: str = "rollout_tokens",
+) -> None:
+    """Refuse prompts that leave too little room for the student's own answers.
+
+    Args:
+        questions: To be asked.
+        student: For its context.
+        config: Longest example, and longest answer.
+        answer: The setting that says the latter.
+
+    Raises:
+        ConchError: One does; it is named.
+    """
+    longest = min(student.context_length or config.max_seq_length, config.max_seq_length)
+    most = getattr(config, answer)
+    for question in questions:
+        if len(question.ids) + most > longest:
+            raise ConchError(
+                f"the prompt of {question.name} has {len(question.ids)} tokens; with {most} for "
+                f"the student's own answer it exceeds {longest}, the student's context or "
+                f"--max-seq-length: shorten it, or lower --{answer.replace('_', '-')}"
+            )

@@ -27,15 +27,23 @@ from conch_dna.progress import Report, first_interrupt
 from conch_dna.training.batches import Batch, bucketed_batches, read_by_teacher
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
-from conch_dna.training.runs.on_policy.own_teacher import VALUES_FILE, OwnTeacher
-from conch_dna.training.runs.on_policy.questions import Question, questions_of
+from conch_dna.training.runs.on_policy.own_teacher import (
+    ROUND_FILE,
+    VALUES_FILE,
+    OwnTeacher,
+    remedy,
+)
+from conch_dna.training.runs.on_policy.questions import (
+    Question,
+    questions_of,
+    require_room_for_own,
+)
 from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
 from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
 from conch_dna.training.soft_targets import Targets
 
 FOLDER = "rollouts"
-ROUND_FILE = "round.json"
 # By default a round asks all prompts, but no more than so many.
 MOST_ROLLOUTS = 64
 
@@ -280,9 +288,8 @@ class Rounds:
             if kept is None:
                 if state is None:
                     raise ConchError(
-                        f"{path} is not whole, and the adapter that drew it has learned since: go "
-                        "on from an older checkpoint by removing the newer ones, or start again "
-                        "with --overwrite"
+                        f"{path} is not whole, and the adapter that drew it has learned since: "
+                        f"{remedy(folder)}"
                     )
                 self.student.model.eval()
                 kept = answer_batch(
@@ -309,9 +316,13 @@ class Rounds:
     def _keep(self, folder: Path, figures: RoundFigures) -> None:
         """Write a round's figures once, and say them."""
         path = folder / ROUND_FILE
-        with suppress(NotWholeError):
-            read_json(path, needs={"round": int})
+        try:
+            read_json(path, needs={"round": int, "rollouts": int})
             return
+        except NotWholeError as error:
+            if path.exists():
+                text = f"{error}: the figures of round {figures.round} are written again"
+                self.report("warning", {"message": text})
         write_json(path, asdict(figures))
         self.report("message", {"message": round_text(figures)})
         if figures.ended == 0 and not self._warned_of_cuts:
@@ -384,24 +395,6 @@ def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
             + ("--rollouts" if config.rollouts else "--batch-size")
         )
     return wanted
-
-
-def require_room_for_own(
-    questions: Sequence[Question], student: ModelSource, config: KDConfig
-) -> None:
-    """Refuse prompts that leave too little room for the student's own answers.
-
-    Raises:
-        ConchError: One does; it is named.
-    """
-    longest = min(student.context_length or config.max_seq_length, config.max_seq_length)
-    for question in questions:
-        if len(question.ids) + config.rollout_tokens > longest:
-            raise ConchError(
-                f"the prompt of {question.name} has {len(question.ids)} tokens; with "
-                f"{config.rollout_tokens} for the student's own answer it exceeds {longest}, the "
-                "student's context or --max-seq-length: shorten it, or lower --rollout-tokens"
-            )
 
 
 def questions_for(runs: Sequence[KDConfig], split: Split, student: ModelSource) -> list[Question]:

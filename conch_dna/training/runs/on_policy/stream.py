@@ -30,6 +30,7 @@ def mixed_batches(
     given: BatchStream,
     folder: Path,
     *,
+    own_teacher: bool,
     resume: bool,
     report: Report,
 ) -> "MixedBatches":
@@ -41,6 +42,7 @@ def mixed_batches(
         questions: What the student may be asked.
         given: Batches of texts that are there.
         folder: Of the run.
+        own_teacher: Whether the student as it is now is the teacher.
         resume: Whether it goes on with what lies there.
         report: Gets progress, and what was chosen.
 
@@ -52,9 +54,8 @@ def mixed_batches(
     def say(text: str) -> None:
         report("message", {"message": text})
 
-    own_teacher = None
-    if teacher.weights_digest == student.source.weights_digest:
-        own_teacher = OwnTeacher(student, config.teacher_ema)
+    itself = OwnTeacher(student, config.teacher_ema) if own_teacher else None
+    if itself:
         residency = BOTH
         say("teacher and student are one model, which is in memory once")
     else:
@@ -67,7 +68,7 @@ def mixed_batches(
         config,
         folder,
         residency=residency,
-        own_teacher=own_teacher,
+        own_teacher=itself,
         report=report,
     )
     total = config.own_batches + config.given_batches
