@@ -18,7 +18,7 @@ from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.batches import read_by_teacher
-from conch_dna.training.chats.conversations import require_room
+from conch_dna.training.chats.conversations import prompt_ids, require_room
 from conch_dna.training.cross_tokenizer.vocabulary import align_vocab_sizes
 from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
@@ -311,7 +311,7 @@ def plan_domain(
         work = given_examples(split, config)
     else:
         prompts = domain_examples(domain) if prompts is None else prompts
-        system, _ = domain_systems(domain, config)
+        system, of_student = domain_systems(domain, config)
         encoded = [teacher_prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             teacher.require_rows(ids, f"prompt {number}")
@@ -334,7 +334,14 @@ def plan_domain(
         longest = max(len(ids) for ids in encoded) + config.max_tokens
         drawn = min(count - heldout_count, batches * config.batch_size)
         tokens += drawn * config.max_tokens
-        work = answers_to_come(encoded, heldout_count + len(test_data), drawn, config)
+        own = [prompt_ids(student.tokenizer, prompt_text(p), of_student) for p in prompts]
+        work = answers_to_come(
+            encoded,
+            heldout_count + len(test_data),
+            drawn,
+            config,
+            of_student=max(map(len, own)),
+        )
     if count - heldout_count < config.batch_size:
         raise ConchError(
             f"{number_of(count - heldout_count, 'training example')} cannot fill one batch of "

@@ -47,9 +47,9 @@ class SharedBeginning:
     """
 
     def __init__(self, tree: nn.Module, texts: Sequence[Ids], before: Sequence[int]) -> None:
-        self.length = _shared(texts, before) if len(texts) > 1 else 0
+        self.length = shared_length(texts, before)
         self._cache: list[Any] = []
-        if self.length and _plain(tree):
+        if self.length and can_share(tree):
             self._cache = prompt_cache(tree, [int(one) for one in texts[0][: self.length]])
         else:
             self.length = 0
@@ -80,7 +80,15 @@ def _shape(part: mx.array, length: int) -> tuple[int, int, int]:
     return part.shape[1], length, part.shape[3]
 
 
-def _shared(texts: Sequence[Ids], before: Sequence[int]) -> int:
+def shared_length(texts: Sequence[Ids], before: Sequence[int]) -> int:
+    """How many tokens texts share at their beginning; 0 for fewer than are worth it.
+
+    Args:
+        texts: Token ids of each.
+        before: How many of its first tokens each can share at most.
+    """
+    if len(texts) < 2:
+        return 0
     most = min(before)
     first = np.asarray(texts[0][:most])
     for text in texts[1:]:
@@ -90,7 +98,8 @@ def _shared(texts: Sequence[Ids], before: Sequence[int]) -> int:
     return len(first) if len(first) >= SHORTEST else 0
 
 
-def _plain(tree: nn.Module) -> bool:
+def can_share(tree: nn.Module) -> bool:
+    """Whether a model keeps of a prompt its keys and values alone."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
     return all(type(entry) is KVCache for entry in make_prompt_cache(tree))

@@ -17,6 +17,7 @@ from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable, trained_tensors
 from conch_dna.training.batches import COUNTED_MULTIPLE, LENGTH_MULTIPLE, round_up
 from conch_dna.training.data.answers import SAMPLES
+from conch_dna.training.data.beginnings import can_share
 from conch_dna.training.fit.phases import (
     CACHE_STEP,
     batch_arrays,
@@ -245,10 +246,12 @@ def _teacher_phases(
     found: _Phases, model: LanguageModel, config: KDConfig, work: Workload, speed: Speed | None
 ) -> None:
     weights = bytes_of_weights(model)
+    # What is computed once takes less time; the peaks are told as if it were not.
+    shared = work.shared if can_share(model.model) else 0
     samples = _answers(model, min(SAMPLES, work.heldout), work, config)
     if work.prompts:
         size = min(config.generation_batch_size, work.prompts)
-        peak, cache, batch_s = _answers(model, size, work, config, speed)
+        peak, cache, batch_s = _answers(model, size, work, config, speed, shared=shared)
         found.parts[f"KV cache of {size} answers at once"] = cache
         found.phases["the teacher answers"] = weights + peak
         if speed:
@@ -261,6 +264,9 @@ def _teacher_phases(
         return
     found.phases["the teacher's targets"] = weights + max(cost.peak_bytes, samples[0])
     if speed:
+        if shared:
+            own = _batch(max(2, work.teacher_longest - shared), work.teacher_counted, config)
+            cost = targets_cost(model, own, config)
         batches = work.examples / config.batch_size * work.mean_share
         found.seconds["the teacher's targets"] = batches * _seconds(cost, speed)
 
@@ -358,6 +364,8 @@ def _answers(
     work: Workload,
     config: KDConfig,
     speed: Speed | None = None,
+    *,
+    shared: int = 0,
 ) -> tuple[int, int, float]:
     """Peak of answering a batch beside the weights, bytes of its cache at the end, and seconds."""
     prompt, end = work.longest_prompt, work.longest_prompt + config.max_tokens
@@ -370,6 +378,8 @@ def _answers(
     peak = max(prefill.peak_bytes, before + decode.peak_bytes)
     seconds = 0.0
     if speed:
+        if shared:
+            prefill = prefill_cost(model, size, max(1, prompt - shared))
         seconds = _seconds(prefill, speed) + config.max_tokens * _seconds(decode, speed)
     return peak, cache, seconds
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conch_dna.training.batches import read_by_teacher
+from conch_dna.training.batches import first_counted, read_by_teacher
 from conch_dna.training.data.answers import openings
+from conch_dna.training.data.beginnings import shared_length
 from conch_dna.training.data.examples import Split
 from conch_dna.training.settings import KDConfig
 
@@ -28,6 +29,7 @@ class Workload:
         heldout: Held-out examples.
         prompts: Prompts to answer; 0 where the data are given.
         longest_prompt: Tokens of the longest prompt, also of a held-out beginning.
+        shared: Tokens that all of the teacher's texts share at their beginning.
     """
 
     longest: int
@@ -39,6 +41,7 @@ class Workload:
     heldout: int
     prompts: int
     longest_prompt: int
+    shared: int = 0
 
     def within(self, config: KDConfig, changed: KDConfig) -> "Workload":
         """The same with other batches, and without what is longer than another longest example.
@@ -76,6 +79,9 @@ def given_examples(split: Split, config: KDConfig) -> Workload:
         heldout=len(split.heldout),
         prompts=0,
         longest_prompt=max(length for _, length in openings(split.heldout)),
+        shared=shared_length(
+            [each.ids for each in teachers], [first_counted(each) - 1 for each in teachers]
+        ),
     )
 
 
@@ -86,7 +92,12 @@ def _counted(examples: Sequence[Any], size: int) -> int:
 
 
 def answers_to_come(
-    prompts: Sequence[Sequence[int]], heldout: int, drawn: int, config: KDConfig
+    prompts: Sequence[Sequence[int]],
+    heldout: int,
+    drawn: int,
+    config: KDConfig,
+    *,
+    of_student: int,
 ) -> Workload:
     """The workload of prompts, of which the teacher's answers are as long as they may be.
 
@@ -95,13 +106,14 @@ def answers_to_come(
         heldout: Answers that will be held out.
         drawn: Answers that steps will read.
         config: Lengths and batch sizes.
+        of_student: Tokens of the longest prompt as the student reads it.
     """
     longest_prompt = max(len(ids) for ids in prompts)
-    longest = longest_prompt + config.max_tokens
+    longest = of_student + config.max_tokens
     counted = config.batch_size * (longest - 1 if config.train_on_prompt else config.max_tokens)
     return Workload(
         longest=longest,
-        teacher_longest=longest,
+        teacher_longest=longest_prompt + config.max_tokens,
         counted=counted,
         teacher_counted=counted,
         mean_share=1.0,
@@ -109,4 +121,5 @@ def answers_to_come(
         heldout=heldout,
         prompts=len(prompts) * config.samples_per_prompt,
         longest_prompt=longest_prompt,
+        shared=shared_length(prompts, [len(ids) - 1 for ids in prompts]),
     )
