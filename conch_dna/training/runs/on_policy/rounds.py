@@ -148,7 +148,8 @@ class Rounds:
         if number not in self._sizes:
             with suppress(NotWholeError):
                 row = read_json(self._folder_of(number) / ROUND_FILE, needs={"rollouts": int})
-                self._sizes[number] = row["rollouts"]
+                if row["rollouts"] >= self.config.batch_size:
+                    self._sizes[number] = row["rollouts"]
         return self._sizes.get(number, 0)
 
     @property
@@ -176,6 +177,7 @@ class Rounds:
             with same_random_numbers(), first_interrupt(self._request_stop):
                 examples, targets = self._round(number, asked, step, last_step, begins=within == 0)
             self._current = (number, examples, targets)
+            self._stop_where_asked()
         _, examples, targets = self._current
         use, index = divmod(within, per_use)
         # Where some were left out, others are read twice, so that a round has as many batches.
