@@ -417,7 +417,7 @@ def test_a_dry_run_loads_no_weights(
     whole = "roots, the tokenizers differ; 100.0% of the student's tokens are covered"
     assert rows["alignment"] == [whole]
     assert rows["teacher's tokens to compute"][0].endswith(" of the teacher")
-    given = [*command, "--teacher", command[command.index("--student") + 1]]
+    given = [*command, "--force", "--teacher", command[command.index("--student") + 1]]
     rows = table(finish(*given, "--dry-run", "--output-dir", tmp_path / "out").stdout)
     assert rows["alignment"] == ["by index, the tokenizers are the same"]
     assert rows["teacher's tokens to compute"][0].isdigit()
@@ -439,7 +439,7 @@ def test_data_that_cannot_be_aligned_end_in_one_line(
 def test_the_same_tokenizer_says_that_the_alignment_is_not_needed(
     command: list[str], tmp_path: Path
 ) -> None:
-    given = [*command, "--teacher", command[command.index("--student") + 1]]
+    given = [*command, "--force", "--teacher", command[command.index("--student") + 1]]
     result = finish(*given, "--alignment", "alm", "--output-dir", tmp_path)
     assert result.stderr.splitlines()[0].startswith("both tokenizers are the same: ")
     lines = result.stdout.splitlines()

@@ -25,7 +25,7 @@ from conch_dna.command_parts import (
     write_figures,
 )
 from conch_dna.errors import ConchError
-from conch_dna.generations.settings import SDFT, UNUSED, EvolveConfig, requested
+from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 from conch_dna.presentation import print_tables
 from conch_dna.training.settings import KDConfig
 
@@ -129,6 +129,7 @@ def _manifest(path: str | None) -> dict[str, Any]:
         "Teachers": "critic",
         "How to run": "json_file",
         "Targets": "temperature",
+        "With --method sdft": "teacher_system",
         "What is trained": "lora_rank",
         "Steps": "learning_rate",
         "Held-out data": "val_fraction",
@@ -143,12 +144,6 @@ def _manifest(path: str | None) -> dict[str, Any]:
     metavar="FILE",
     help="YAML or JSON with the parts of a generation's manifest: evolution_request (line, data), "
     "teachers, training_params, stabilizers, evaluation, gates and laws.",
-)
-@click.option(
-    "--demonstrations",
-    metavar="FILE|answer",
-    help="With --method sdft: records that the parent reads before every prompt; answer: each "
-    "record's own.",
 )
 @click.option("--laws", metavar="FILE", help="YAML of what every answer must keep to.")
 @click.option(
@@ -168,14 +163,13 @@ def evolve(
     root: Path,
     data: str | None,
     manifest_file: str | None,
-    demonstrations: str | None,
     laws: str | None,
     json_file: str | None,
     resume: bool,
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Learn from parent and grandparent; replace the parent if every gate passes.
+    """Learn from parent and grandparent, or by itself; replace the parent if every gate passes.
 
     Exit code 1 says that the child was refused and archived.
     """
@@ -186,7 +180,6 @@ def evolve(
     from conch_dna.generations.line import Line
     from conch_dna.progress import Progress
     from conch_dna.training.data.records import read_records
-    from conch_dna.training.data.sources import with_demonstrations
 
     source = manifest_file or "the command line"
     manifest = _manifest(manifest_file)
@@ -198,10 +191,7 @@ def evolve(
     config = EvolveConfig.from_manifest(manifest, source=source, training=named, overriding=own)
     line = Line(root, names["line"])
     _ = line.head
-    if demonstrations and config.method != SDFT:
-        raise ConchError("--demonstrations are of --method sdft: choose it, or leave them out")
     records = read_records(Path(names["data"]))
-    records = with_demonstrations({"data": records}, demonstrations)["data"]
     with Progress() as progress:
         outcome = train_generation_with_teachers(
             line, records, config, report=progress, resume=resume, overwrite=overwrite

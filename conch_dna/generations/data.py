@@ -23,7 +23,9 @@ from conch_dna.training.batches import Batch, Example
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record, json_lines, read_records, split_heldout
+from conch_dna.training.data.views import view
 from conch_dna.training.runs.domain_run import HELDOUT_FILE
+from conch_dna.training.settings import STUDENT
 
 DATA_FILE = "data.jsonl"
 
@@ -178,6 +180,14 @@ def earlier_records(line: Line, names: Sequence[str], file: str) -> dict[str, li
     }
 
 
+def _as_learned(earlier: Mapping[str, Sequence[Record]], template: bool) -> dict[str, list[Record]]:
+    """Earlier records as their generations read them: what only a teacher was shown is gone."""
+    return {
+        name: [view(record, STUDENT, template=template) for record in records]
+        for name, records in earlier.items()
+    }
+
+
 def gather(
     line: Line,
     chain: Sequence[str],
@@ -202,7 +212,8 @@ def gather(
         ConchError: Earlier generations kept nothing to be measured on, or to replay.
     """
     seed = config.training.seed
-    earlier = earlier_records(line, chain, HELDOUT_FILE)
+    template = examples.student.tokenizer.has_chat_template
+    earlier = _as_learned(earlier_records(line, chain, HELDOUT_FILE), template)
     recall = create_replay_buffer(earlier, config.measured, seed=seed)
     aligned: dict[str, dict[str, AlignedExample]] = {role: {} for role in foreign}
     kept, new = _examples(examples, foreign, records, aligned)
@@ -210,7 +221,7 @@ def gather(
     train, heldout = split_heldout(records, config.training.val_fraction, seed=seed)
     replay: list[Record] = []
     if config.replay_share:
-        earlier = earlier_records(line, chain, DATA_FILE)
+        earlier = _as_learned(earlier_records(line, chain, DATA_FILE), template)
         replay = create_replay_buffer(earlier, config.replay_size, seed=seed)
     return GenerationData(
         train=[new[index] for index in train],
@@ -234,8 +245,8 @@ def _examples(
     What the foreign ones read is added to `aligned`.
     """
     kept, ours = examples.make(records)
-    for role, view in foreign.items():
-        places, theirs = view.make([records[index] for index in kept])
+    for role, theirs_of in foreign.items():
+        places, theirs = theirs_of.make([records[index] for index in kept])
         kept = [kept[place] for place in places]
         ours = [ours[place] for place in places]
         pairs = zip(ours, theirs, strict=True)

@@ -73,6 +73,7 @@ from conch_dna.training.chats.templates import dated
 from conch_dna.training.data.answers import openings
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
+from conch_dna.training.data.sources import with_demonstrations
 from conch_dna.training.runs.report import draw_curve
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
@@ -100,7 +101,8 @@ class Evolution:
         self, line: Line, records: Sequence[Record], config: EvolveConfig, report: Report
     ) -> None:
         self.line = line
-        self.records = list(records)
+        shown = {"data": list(records)}
+        self.records = with_demonstrations(shown, config.demonstrations or None)["data"]
         self.config = config
         self.report = report
 
@@ -249,7 +251,7 @@ class Evolution:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        names = {"output_dir", "adapter_subdir", "run", "trust_remote_code"}
+        names = {"output_dir", "adapter_subdir", "run", "trust_remote_code", "force"}
         settings = self.config.to_json()
         training = {k: v for k, v in settings.pop("training").items() if k not in names}
         # As JSON gives it back, where there are no tuples.
@@ -304,12 +306,15 @@ class Evolution:
             before = read_json(path, needs={})
         begun = before.pop("begun", None)
         checkpoints = numbered_folders(self.work, CHECKPOINT_PREFIX)
+        if resume and not before:
+            self._message("there is no unfinished generation to go on with: a new one begins")
         if before and resume and (changed := differences(before, identity)):
             raise ConchError(
                 f"{self.work} was begun with other settings: {'; '.join(changed)}. Resume with the "
                 "same ones, or start again with --overwrite"
             )
-        if checkpoints and not (resume or overwrite):
+        drawn = any(self.work.glob("rollouts/*/answers_*.json"))
+        if (checkpoints or drawn) and not (resume or overwrite):
             raise ConchError(
                 f"{self.work} holds an unfinished generation: add --resume to go on with it, or "
                 "--overwrite to start again"

@@ -4,7 +4,6 @@ Self-distillation (arXiv 2601.19897) on a line. Knows models, examples and setti
 lines, gates or promotion.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from conch_dna.errors import number_of
@@ -18,15 +17,9 @@ from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.runs.fit_student import fit_student
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
-from conch_dna.training.runs.privilege import require_help
+from conch_dna.training.runs.privilege import require_help, require_more
 from conch_dna.training.runs.stages import RunData
-from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
-
-
-def settings_of(config: EvolveConfig) -> KDConfig:
-    """The settings of a distillation that a generation's come to: the teacher's word alone."""
-    return replace(config.training, alpha=1.0)
 
 
 def self_taught_data(
@@ -47,6 +40,7 @@ def self_taught_data(
             parent reads is not shown to help it.
     """
     config = examples.config
+    require_more([*data.train, *data.heldout], config)
     given = data.replay
     if len(given) < config.batch_size and config.given_batches:
         given = data.train
@@ -54,7 +48,7 @@ def self_taught_data(
         report("message", {"message": f"{few} cannot fill a batch: the new texts are given too"})
     split = Split(given, data.heldout, data.train_records, data.heldout_records)
     asked = Split(data.train, data.heldout, data.train_records, data.heldout_records)
-    questions = questions_for([config], asked, examples.student)
+    questions = questions_for([config], asked, examples.teacher, examples.student)
     targets = examples.targets(folder)
     needed = split.read(config) if config.given_batches else data.heldout
     if missing := targets.missing(needed):
@@ -131,4 +125,4 @@ def parent_examples(
     parent: ModelSource, base: ModelSource, config: EvolveConfig, report: Report
 ) -> Examples:
     """Makes the examples of a child that teaches itself: what each side reads of a record."""
-    return Examples(parent, base, settings_of(config), report=report)
+    return Examples(parent, base, config.distillation, report=report)

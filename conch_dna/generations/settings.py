@@ -7,7 +7,7 @@ takes it from here.
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,12 @@ UNUSED = (
     "trust_remote_code",
     "own_answers",
     "resident",
+    "on_policy",
 )
 TWO_TEACHERS, SDFT = "two_teachers", "sdft"
 METHODS = (TWO_TEACHERS, SDFT)
 # What means something to one of them only, of a distillation's settings and of a generation's.
 OF_SDFT = (
-    "on_policy",
     "rollouts",
     "rollout_tokens",
     "rollout_temperature",
@@ -51,8 +51,10 @@ OF_SDFT = (
     "teacher_system",
     "student_system",
     "force",
+    "select_by",
 )
 OF_TWO_TEACHERS = (
+    "critic",
     "alpha",
     "beta",
     "gamma",
@@ -62,11 +64,13 @@ OF_TWO_TEACHERS = (
     "taboo_words",
     "taboo_ids",
 )
-LOSS_PARTS = ("method", "alpha", "beta", "gamma", "blend")
+LOSS_PARTS = ("method", "demonstrations", "alpha", "beta", "gamma", "blend")
 STABILIZERS = ("ema_decay", "replay_share", "replay_size", "taboo_words", "taboo_ids")
 EVALUATION = ("measured", "answers")
 MAPPINGS = ("training_params", "stabilizers", "evaluation", "gates")
 REQUEST = ("evolution_request", "teachers", *MAPPINGS, "laws")
+# The last of them are only said of what became of it.
+REQUESTED = ("line", "data", "records", "train", "heldout", "recall", "replay")
 # What a generation's manifest says besides, of what became of it.
 RECORDED = (
     "format",
@@ -184,8 +188,13 @@ class EvolveConfig:
     method: str = option(
         TWO_TEACHERS,
         "Who teaches: parent and grandparent, or with sdft the parent that reads demonstrations, "
-        "on the child's own answers.",
+        "on the child's own answers, at temperature 1 unless told otherwise.",
         choices=METHODS,
+    )
+    demonstrations: str = option(
+        "",
+        "With sdft: a file of records that the parent reads before every prompt, or answer for "
+        "each record's own.",
     )
     alpha: float = option(0.5, "Share of cross-entropy in the loss.", low=0)
     beta: float = option(0.5, "Share of the teachers' target.", low=0)
@@ -227,13 +236,28 @@ class EvolveConfig:
     def _of_another_method(self) -> list[str]:
         """Settings that would be silently without effect."""
         if self.method != SDFT:
-            set_ = _changed(self.training, KDConfig(), OF_SDFT)
-            return [f"{name} is of --method {SDFT}, not of {self.method}" for name in set_]
-        set_ = _changed(self, EvolveConfig(), OF_TWO_TEACHERS)
-        problems = [f"{name} is of --method {TWO_TEACHERS}, not of {SDFT}" for name in set_]
-        if not self.training.on_policy:
-            problems.append("on_policy is 0, but with sdft the child learns from its own answers")
+            set_ = _changed(self.training, ("on_policy", *OF_SDFT))
+            set_ += _changed(self, ("demonstrations",))
+            return [_of_other(name, self.method) for name in set_]
+        set_ = _changed(self, OF_TWO_TEACHERS)
+        problems = [_of_other(name, self.method) for name in set_]
+        try:
+            _ = self.distillation
+        except ConchError as error:
+            problems.append(str(error))
+        if self.training.teacher_ema < 1 and self.replay_share:
+            problems.append(
+                f"teacher_ema is {self.training.teacher_ema:g} and replay_share "
+                f"{self.replay_share:g}: a teacher that follows the child scores its own answers "
+                "only; use replay_share 0"
+            )
         return problems
+
+    @property
+    def distillation(self) -> KDConfig:
+        """The settings of a child that teaches itself: all but what is replayed is its own."""
+        share = round(1.0 - self.replay_share, 9)
+        return replace(self.training, alpha=1.0, on_policy=share)
 
     @classmethod
     def from_manifest(
@@ -275,9 +299,17 @@ class EvolveConfig:
         }
         for name, (values, names) in known.items():
             refuse_unknown(values, names, source=f"{source}, {name},")
-        chosen = {**loss, **(overriding or {})}
-        if chosen.get("method") == SDFT:
-            params = {**_for_sdft(chosen | stabilizers, training or {}), **params}
+        chosen = {**loss, **stabilizers, **(overriding or {})}
+        given = {**params, **(training or {})}
+        method = chosen.get("method", TWO_TEACHERS)
+        if method == SDFT:
+            params = {"temperature": 1.0, **params}
+            if given.get("teacher_ema", 1) != 1:
+                params["on_policy"] = 1.0
+                stabilizers = {"replay_share": 0.0, **stabilizers}
+        elif others := [name for name in OF_SDFT if name in given and name != "select_by"]:
+            # Some of them would be refused for another reason first.
+            _refuse([_of_other(name, method) for name in others if _says(given, name)])
         distillation = KDConfig.from_json(
             params, source=f"{source}, training_params,", overriding=training
         )
@@ -300,9 +332,11 @@ class EvolveConfig:
         """The parts of a manifest that `from_manifest` reads, but for the teachers."""
         values = self.to_json()
         training = {n: v for n, v in values["training"].items() if n not in UNUSED}
+        without = OF_TWO_TEACHERS if self.method == SDFT else (*OF_SDFT, "demonstrations")
+        training |= {name: values[name] for name in LOSS_PARTS}
         return {
-            "training_params": {**training, **{name: values[name] for name in LOSS_PARTS}},
-            "stabilizers": {name: values[name] for name in STABILIZERS},
+            "training_params": {n: v for n, v in training.items() if n not in without},
+            "stabilizers": {n: values[n] for n in STABILIZERS if n not in without},
             "evaluation": {name: values[name] for name in EVALUATION},
             "gates": values["gates"],
             "laws": [law.to_json() for law in self.laws],
@@ -313,15 +347,25 @@ class EvolveConfig:
         return asdict(self)
 
 
-def _changed(given: object, plain: object, names: Sequence[str]) -> list[str]:
-    return [name for name in names if getattr(given, name) != getattr(plain, name)]
+def _changed(given: Any, names: Sequence[str]) -> list[str]:
+    """Which of some settings have another value than by default."""
+    chosen = [each for each in fields(given) if each.name in names]
+    return [each.name for each in chosen if getattr(given, each.name) != _default(each)]
 
 
-def _for_sdft(own: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of a generation that teaches itself: all but the replayed are its own answers."""
-    replayed = own.get("replay_share", EvolveConfig.replay_share)
-    follows = training.get("teacher_ema", 1.0) < 1
-    return {"on_policy": 1.0 if follows else 1.0 - replayed, "temperature": 1.0}
+def _default(setting: Any) -> Any:
+    made = setting.default_factory
+    return setting.default if made is MISSING else made()
+
+
+def _of_other(name: str, method: str) -> str:
+    other = TWO_TEACHERS if method == SDFT else SDFT
+    return f"{name} is of --method {other}, not of {method}"
+
+
+def _says(given: dict[str, Any], name: str) -> bool:
+    """Whether a value is another than if it had not been given."""
+    return bool(given[name] != getattr(KDConfig(), name))
 
 
 def requested(
@@ -342,6 +386,7 @@ def requested(
         ConchError: One of them is said by neither.
     """
     request = _mapping(manifest, "evolution_request", source)
+    refuse_unknown(request, REQUESTED, source=f"{source}, evolution_request,")
     names = {"line": line or request.get("line"), "data": data or request.get("data")}
     if missing := [name for name, value in names.items() if not value]:
         raise ConchError(

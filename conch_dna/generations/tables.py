@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from conch_dna.errors import NotWholeError
 from conch_dna.generations.line import FAILED, Line
+from conch_dna.generations.settings import SDFT
 from conch_dna.presentation import drawing, pairs_table, text_table
 from conch_dna.training.runs.report import draw_losses, step_legend
 
@@ -64,18 +65,31 @@ def manifest_table(name: str, manifest: dict[str, Any]) -> "Table":
                 "teachers": ", ".join(f"{t['path']} ({t['role']})" for t in manifest["teachers"]),
                 "data": f"{request['train']} to learn, {request['heldout']} held out, "
                 f"{request['recall']} earlier ones to recall",
-                "loss": f"{training['alpha']:g} CE + {training['beta']:g} KL + "
-                f"{training['gamma']:g} R at temperature {training['temperature']:g}",
+                "loss": _loss(training),
                 "steps": f"{training['num_iters']} of {training['batch_size']}, "
                 f"{'every weight' if training['full'] else 'LoRA'}",
                 "stabilizers": f"EMA {stabilizers['ema_decay']:g}, replay "
                 f"{stabilizers['replay_share']:.0%} of {request['replay']} records, "
-                f"{len(stabilizers['taboo_words'])} taboo words",
+                f"{len(stabilizers.get('taboo_words', ()))} taboo words",
                 "decision": manifest["decision"],
             }
         versions = [f"{package} {version}" for package, version in manifest["versions"].items()]
         rows["versions"] = ", ".join(versions)
     return pairs_table(name, rows)
+
+
+def _loss(training: dict[str, Any]) -> str:
+    at = f"at temperature {training['temperature']:g}"
+    if training.get("method") != SDFT:
+        shares = ("alpha", "CE"), ("beta", "KL"), ("gamma", "R")
+        return f"{' + '.join(f'{training[name]:g} {word}' for name, word in shares)} {at}"
+    follows = training["teacher_ema"]
+    return (
+        f"{training['divergence']} {at} on its own answers of at most "
+        f"{training['rollout_tokens']} tokens, by its parent"
+        + (f" that follows it ({follows:g} a round)" if follows < 1 else "")
+        + (f", shown {shown}" if (shown := training["demonstrations"]) else "")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conch_dna.command_parts import command, json_option, options_of, write_figures
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER
 from conch_dna.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
@@ -334,7 +334,8 @@ def _print_plan(
             "alignment": aligned,
             "teacher's tokens to compute": f"{bound}{plan['counted_tokens']:,}{counted}",
             "longest example": f"{bound}{plan['longest_example']} tokens",
-            "training": f"{config.num_iters} steps, {plan['epochs']:.1f} times the data",
+            "training": f"{config.num_iters} steps"
+            + (f", {plan['epochs']:.1f} times the data" if plan["epochs"] else ""),
             **({"its own answers": _own_answers(plan, config)} if config.on_policy else {}),
             "soft targets on disk": f"{bound}{bytes_text(plan['disk_bytes'])}",
             "logits of a chunk in memory": bytes_text(plan["logits_bytes"]),
@@ -353,8 +354,8 @@ def _own_answers(plan: dict[str, Any], config: KDConfig) -> str:
     batches = config.own_batches + config.given_batches
     return (
         f"{config.own_batches} of {batches} batches: {own['answers']} answers of at most "
-        f"{config.rollout_tokens} tokens to {own['prompts']} prompts, in {own['rounds']} rounds; "
-        "their time is not estimated"
+        f"{config.rollout_tokens} tokens to {own['prompts']} prompts, in "
+        f"{number_of(own['rounds'], 'round')}; their time is not estimated"
     )
 
 

@@ -87,7 +87,7 @@ class KDConfig:
     )
     rollouts: int = _option(
         0,
-        "Prompts that it answers in a round; 0 asks all, at most 64, in whole batches.",
+        "Prompts that it answers in a round, a multiple of the batch; 0 is all, at most 64.",
         low=0,
         high=10**6,
     )

@@ -30,7 +30,8 @@ from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.questions import questions_of, require_room_for_own
-from conch_dna.training.runs.on_policy.rounds import rollouts_of_a_round
+from conch_dna.training.runs.on_policy.rounds import require_room_to_score, rollouts_of_a_round
+from conch_dna.training.runs.privilege import require_more
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -303,6 +304,8 @@ def plan_domain(
     if data is not None:
         split = pair.split(data, valid=valid_data, test=test_data)
         examples = [*split.train, *split.heldout]
+        if teacher.model_id == student.model_id:
+            require_more(examples, config)
         count, heldout_count = len(examples), len(split.heldout)
         read = map(read_by_teacher, split.read(config))
         tokens = sum({example.digest: example.count for example in read}.values())
@@ -358,6 +361,7 @@ def plan_domain(
         else:
             questions = questions_of(split.train_records, numbered(split.train), student.tokenizer)
             require_room_for_own(questions, student, config)
+            require_room_to_score(split.train, teacher, config)
             asked = len(questions)
         size = rollouts_of_a_round(asked, config)
         drawn = -(-config.own_batches // config.rollout_reuse) * config.batch_size

@@ -25,13 +25,14 @@ from conch_dna.training.data.views import with_own_answer
 from conch_dna.training.runs.on_policy.own_teacher import OwnTeacher
 from lines import copied, quick_config, sums
 
-TRAINING = {"num_iters": 6, "on_policy": 0.75, "rollout_tokens": 6, "rollouts": 4, "force": True}
+TRAINING = {"num_iters": 6, "rollout_tokens": 6, "rollouts": 4, "force": True}
 OPEN = {"generalize_gain": -1.0, "recall_margin": 1.0, "max_tone_drift": 9.0}
 IDS = mx.array([[5, 9, 3, 7]])
 
 
 def config_of(**changes: Any) -> EvolveConfig:
     training = {**TRAINING, **changes.pop("training", {})}
+    changes = {"replay_share": 0.25, **changes}
     return quick_config(method="sdft", training=training, gates=OPEN, **changes)
 
 
@@ -91,7 +92,8 @@ def test_the_manifest_asks_for_the_same_again(line: Line) -> None:
 def test_a_stop_changes_no_bit(tiny_line: Line, tmp_path: Path) -> None:
     lines = [copied(tiny_line, tmp_path / name) for name in "ab"]
     # The average is of all steps, so that the last one counts.
-    config = config_of(training={"steps_per_save": 1, "teacher_ema": 0.5, "on_policy": 1.0})
+    training = {"steps_per_save": 1, "teacher_ema": 0.5, "on_policy": 1.0}
+    config = config_of(training=training, replay_share=0.0)
     evolve(lines[0], shown(4), config)
 
     def stop(event: str, row: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ def test_demonstrations_that_do_not_help_are_refused_before_it_trains(line: Line
     assert line.head == "G002"
 
 
-def test_new_texts_stand_in_for_too_few_replayed_ones(line: Line) -> None:
+def test_without_replay_all_is_its_own(line: Line) -> None:
     said: list[str] = []
 
     def report(event: str, row: dict[str, Any]) -> None:
@@ -129,18 +131,62 @@ def test_new_texts_stand_in_for_too_few_replayed_ones(line: Line) -> None:
             said.append(row["message"])
 
     evolve(line, shown(4), config_of(replay_share=0.0), report=report)
-    assert any(text.startswith("0 replayed examples cannot fill a batch") for text in said)
+    assert any(text.startswith("6 of 6 batches are the student's own") for text in said)
+
+
+def test_new_texts_stand_in_for_too_few_replayed_ones(line: Line) -> None:
+    said: list[str] = []
+
+    def report(event: str, row: dict[str, Any]) -> None:
+        if event == "message":
+            said.append(row["message"])
+
+    evolve(line, shown(4), config_of(replay_size=2), report=report)
+    assert any(text.startswith("2 replayed examples cannot fill a batch") for text in said)
+
+
+def test_a_parent_that_reads_no_more_is_refused(line: Line) -> None:
+    config = config_of(training={"force": False})
+    with pytest.raises(ConchError, match="reads nothing that the student does not: give --demon"):
+        evolve(line, sums(4, 16), config)
+
+
+def test_what_was_only_shown_to_a_parent_is_not_replayed(line: Line) -> None:
+    evolve(line, shown(4), config_of())
+    assert "context" in (line.path("G003") / "data.jsonl").read_text()
+    # Records of which the teacher reads more would be refused with this.
+    config = quick_config(training={"train_on_prompt": True}, replay_share=0.5)
+    assert evolve(line, sums(5, 16), config).promoted
+
+
+def test_a_file_of_demonstrations_is_part_of_the_request(line: Line, tmp_path: Path) -> None:
+    path = tmp_path / "shown.jsonl"
+    path.write_text(json_lines(sums(9, 2)))
+    evolve(line, sums(4, 16), config_of(demonstrations=str(path)))
+    manifest = line.manifest("G003")
+    assert manifest["training_params"]["demonstrations"] == str(path)
+    assert "context" in (line.path("G003") / "data.jsonl").read_text()
+    result = CliRunner().invoke(
+        main, ["generations", "show", line.name, "--root", str(line.folder.parent), "G003"]
+    )
+    assert "its own answers of at most 6 tokens" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "sdft"}, "on_policy is 0, but with sdft"),
         ({"training": {"on_policy": 0.5}}, "on_policy is of --method sdft, not of two_teachers"),
         ({"training": {"student_system": "none"}}, "student_system is of --method sdft"),
+        ({"training": {"select_by": "kl"}}, "select_by is of --method sdft"),
+        ({"demonstrations": "answer"}, "demonstrations is of --method sdft"),
+        ({"method": "sdft", "critic": False}, "critic is of --method two_teachers, not of sdft"),
         (
-            {"method": "sdft", "training": {"on_policy": 0.5}, "gamma": 0.1, "taboo_words": ("a",)},
+            {"method": "sdft", "gamma": 0.1, "taboo_words": ("a",)},
             "gamma is of --method two_teachers, not of sdft; taboo_words is of",
+        ),
+        (
+            {"method": "sdft", "training": {"teacher_ema": 0.9, "on_policy": 1.0}},
+            "teacher_ema is 0.9 and replay_share 0.3: .* use replay_share 0",
         ),
     ],
 )
@@ -149,14 +195,23 @@ def test_settings_of_the_other_method_are_refused(changes: dict[str, Any], messa
         quick_config(**changes)
 
 
-def test_by_default_all_but_what_is_replayed_are_its_own_answers() -> None:
-    def share(**parts: Any) -> float:
-        params = {"training_params": {"method": "sdft", **parts.pop("params", {})}, **parts}
-        return EvolveConfig.from_manifest(params, source="a test").training.on_policy
+def made(**parts: Any) -> EvolveConfig:
+    params = {"training_params": {"method": "sdft", **parts.pop("params", {})}, **parts}
+    return EvolveConfig.from_manifest(params, source="a test")
 
-    assert share() == pytest.approx(0.9)
-    assert share(stabilizers={"replay_share": 0.25}) == pytest.approx(0.75)
-    assert share(params={"on_policy": 0.5}) == 0.5
+
+def test_all_but_what_is_replayed_are_its_own_answers() -> None:
+    assert made().distillation.on_policy == pytest.approx(0.9)
+    assert made(stabilizers={"replay_share": 0.25}).distillation.on_policy == 0.75
+    follows = made(params={"teacher_ema": 0.9})
+    assert (follows.replay_share, follows.distillation.on_policy) == (0.0, 1.0)
+    assert made().training.temperature == 1.0
+
+
+@pytest.mark.parametrize("name", ["teacher_ema", "rollouts"])
+def test_a_manifest_of_two_teachers_is_told_whose_a_setting_is(name: str) -> None:
+    with pytest.raises(ConchError, match=f"{name} is of --method sdft, not of two_teachers$"):
+        EvolveConfig.from_manifest({"training_params": {name: 0.5}}, source="a test")
 
 
 def run(line: Line, data: Path, *more: str) -> Any:
@@ -169,7 +224,7 @@ def test_the_command(line: Line, tmp_path: Path) -> None:
     data.write_text(json_lines(sums(4, 16)))
     steps = ["--iters", "4", "--batch-size", "4", "--rollout-tokens", "6", "--max-tokens", "6"]
     refused = run(line, data, "--demonstrations", "answer")
-    assert "--demonstrations are of --method sdft" in refused.output
+    assert "demonstrations is of --method sdft" in refused.output
     options = [
         "--lora-rank",
         "8",

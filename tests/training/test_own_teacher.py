@@ -3,6 +3,7 @@
 The models are tiny and random; the values that a teacher should have are worked out beside it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.runs.on_policy import rounds as rounds_module
 from conch_dna.training.runs.on_policy.own_teacher import VALUES_FILE, OwnTeacher
+from conch_dna.training.runs.on_policy.questions import questions_of
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import CHECKPOINT_PREFIX, Trainer
@@ -199,3 +201,59 @@ def test_another_model_cannot_follow(model: str, tmp_path: Path):
 def test_given_texts_have_no_teacher_that_follows(tmp_path: Path):
     with pytest.raises(ConchError, match="scores its own answers only; use on_policy 1"):
         config_of(tmp_path, teacher_ema=0.9, on_policy=0.5)
+
+
+def test_a_teacher_that_reads_the_same_is_refused(model: str, tmp_path: Path):
+    bare = [{"prompt": each["prompt"], "completion": each["completion"]} for each in RECORDS]
+    message = "reads nothing that the student does not: give --demonstrations"
+    for settings in ({}, {"on_policy": 0.0}):
+        config = config_of(tmp_path, force=False, **settings)
+        with pytest.raises(ConchError, match=message):
+            TrueKnowledgeDistiller("self", model, config).distill_domain("own", data=bare)
+        source = ModelSource(model)
+        with pytest.raises(ConchError, match=message):
+            plan_domain(source, source, config, "own", data=bare)
+
+
+def test_one_prompt_with_several_contexts_asks_with_each(model: str, tmp_path: Path):
+    records = [{**RECORDS[0], "context": f"Read {n}."} for n in range(4)]
+    records += [{"prompt": f"Who is {n}?", "completion": " A cat."} for n in range(4)]
+    tokenizer = ModelSource(model).tokenizer
+    names = [str(n) for n in range(8)]
+    assert len(questions_of([*records, records[0]], [*names, "8"], tokenizer)) == 8
+
+
+def test_a_teacher_without_room_for_the_answers_is_refused(model: str, tmp_path: Path):
+    long = [{**each, "context": "Read this. " * 20} for each in RECORDS]
+    config = config_of(tmp_path, rollout_tokens=170)
+    message = r"the teacher reads \d+ tokens before the answer of example .* lower --rollout-tokens"
+    with pytest.raises(ConchError, match=message):
+        TrueKnowledgeDistiller("self", model, config).distill_domain("own", data=long)
+
+
+def test_what_was_drawn_is_not_drawn_again_without_a_word(
+    model: str, tmp_path: Path, monkeypatch: Any
+):
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("stopped")
+
+    config = config_of(tmp_path)
+    with monkeypatch.context() as patch:
+        # Behind the answers of the first round, before the first checkpoint.
+        patch.setattr(Trainer, "_save", stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            distil(model, config)
+    with pytest.raises(ConchError, match="holds an unfinished run: add --resume"):
+        distil(model, config)
+    distil(model, config, resume=True)
+
+
+def test_figures_of_a_round_that_were_altered_are_not_believed(model: str, tmp_path: Path):
+    config = config_of(tmp_path)
+    distil(model, replace(config, num_iters=3))
+    # The last round was cut to 2 answers.
+    path = tmp_path / "own" / "rollouts" / "00001" / "round.json"
+    path.write_text(path.read_text().replace('"rollouts": 2', '"rollouts": 4'))
+    message = r"answers_00000\.json is not whole, .*: remove checkpoint_3 and go on with --resume"
+    with pytest.raises(ConchError, match=message):
+        distil(model, config, resume=True)

@@ -97,7 +97,9 @@ def test_no_weights_have_to_be_there_and_nothing_is_written(tmp_path, tiny_teach
     folder = shutil.copytree(tiny_teacher, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     source = ModelSource(str(folder))
-    found = plan(source, source, data=DATA, config={"output_dir": str(tmp_path / "out")})
+    found = plan(
+        source, source, data=DATA, config={"output_dir": str(tmp_path / "out"), "force": True}
+    )
     assert found["teacher_bytes"] is None and found["student_bytes"] is None
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConchError, match="not complete"):
@@ -151,7 +153,7 @@ def test_another_tokenizer_is_aligned_and_its_coverage_told(teacher, shared_data
     planned = plan(teacher, other, data=DATA)
     assert planned["alignment"] == "roots"
     assert planned["coverage"]["uncovered"] < 0.1
-    assert plan(teacher, teacher, data=DATA)["alignment"] == "index"
+    assert plan(teacher, teacher, data=DATA, config={"force": True})["alignment"] == "index"
 
 
 # What cannot be trained is refused before the teacher works

@@ -17,11 +17,11 @@ from conch_dna.training.data.answers import generate_answers, teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, paired_example
 from conch_dna.training.data.records import Record, checked, read_prompts, record_tokens
 from conch_dna.training.data.views import (
-    behind,
     context_problem,
     demonstration_turns,
     differs,
     view,
+    with_context,
     with_systems,
 )
 from conch_dna.training.runs.request import with_texts
@@ -126,11 +126,11 @@ def test_a_conversation_without_a_template_has_a_context_too(source: ModelSource
 
 def test_demonstrations_stand_before_what_is_there():
     turns = demonstration_turns([RECORD])
-    assert behind(["Hi"], turns) == [{"prompt": "Hi", "context": turns}]
-    (record,) = behind([{**RECORD, "context": SHOWN}], turns)
+    assert with_context("Hi", turns) == {"prompt": "Hi", "context": turns}
+    record = with_context({**RECORD, "context": SHOWN}, turns)
     assert record["context"] == [*turns, *SHOWN]
     with pytest.raises(ConchError, match="cannot stand behind demonstrations"):
-        behind([{**RECORD, "context": "text"}], turns)
+        with_context({**RECORD, "context": "text"}, turns)
     with pytest.raises(ConchError, match="demonstration 1: it has no prompt"):
         demonstration_turns([{"text": "a"}])
 
@@ -186,7 +186,7 @@ def test_the_targets_are_those_of_the_teachers_own_prompt(source: ModelSource, t
 
 
 def test_a_teacher_answers_behind_what_only_it_reads(source: ModelSource, tmp_path: Path):
-    prompts = behind(["Who is it?", "What now?"], SHOWN)
+    prompts = [with_context(each, SHOWN) for each in ("Who is it?", "What now?")]
     config = KDConfig(max_tokens=4, sampling_temperature=0)
     records = generate_answers(
         source, prompts, system=SYSTEM, student_system="", config=config, folder=tmp_path

@@ -213,9 +213,9 @@ def require_room(prompts: Sequence[Sequence[int]], *, answer: int, longest: int)
     for number, ids in enumerate(prompts, 1):
         if len(ids) + answer > longest:
             raise ConchError(
-                f"prompt {number} has {len(ids)} tokens with its system prompt; with {answer} for "
-                f"the answer it exceeds {longest}, the teacher's context or --max-seq-length: "
-                "shorten it, or lower --max-tokens"
+                f"prompt {number} has {len(ids)} tokens with its system prompt and what else is "
+                f"read before it; with {answer} for the answer it exceeds {longest}, the teacher's "
+                "context or --max-seq-length: shorten one of them, or lower --max-tokens"
             )
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from conch_dna.training.data.records import (
 )
 from conch_dna.training.data.views import (
     OWN_ANSWER,
-    behind,
     context_of,
     demonstration_turns,
+    with_context,
     with_own_answer,
 )
 from conch_dna.training.distillation import domain_examples
+from conch_dna.training.settings import OF_DOMAIN
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 # What `datasets` calls them, the first that is there.
@@ -140,10 +142,23 @@ def with_demonstrations(
             raise ConchError(
                 "--demonstrations answer shows the teacher a record's own answer: give --data"
             )
-        return {name: list(map(with_own_answer, rows)) for name, rows in read.items()}
+        return {name: _each(with_own_answer, rows) for name, rows in read.items()}
+    if demonstrations == OF_DOMAIN:
+        raise ConchError("--demonstrations domain is of distill: give a file of records, or answer")
     path = Path(demonstrations).expanduser()
     turns = demonstration_turns(read_records(path, option="--demonstrations"), str(path))
-    return {name: behind(rows, turns) for name, rows in read.items()}
+    return {name: _each(partial(with_context, turns=turns), rows) for name, rows in read.items()}
+
+
+def _each(change: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
+    """What becomes of each row; an error says which of them."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(change(row))
+        except ConchError as error:
+            raise ConchError(f"record {number}: {error}") from error
+    return found
 
 
 def leak_warnings(data: Sequence[Record], others: Mapping[str, Sequence[Record]]) -> list[str]:

@@ -118,11 +118,6 @@ def with_context(record: str | Record, turns: Sequence[Turn]) -> Record:
     return {**record, CONTEXT: [*turns, *own]}
 
 
-def behind(given: Sequence[str | Record], turns: Sequence[Turn]) -> list[Any]:
-    """Prompts or records, each with some turns before it that only the teacher reads."""
-    return [with_context(each, turns) for each in given]
-
-
 def prompt_text(prompt: str | Record) -> str:
     """What a prompt asks, whether or not it has a context."""
     return prompt if isinstance(prompt, str) else str(prompt["prompt"])

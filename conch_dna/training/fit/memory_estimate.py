@@ -329,6 +329,10 @@ def _own_answers(
         found.lacking(name, ConchError("a phase that it begins from is not known"))
         return
     trained = found.parts["adapter, gradients, AdamW's moments"] or 0
+    if teacher.model_id == student.model_id:
+        # In memory once, besides what its trained values were.
+        found.phases[name] = targets + trained + (of_student if config.full else 0)
+        return
     memory, _ = machine_memory()
     if takes_turns(of_teacher + of_student, memory, config):
         found.phases[name] = targets + trained

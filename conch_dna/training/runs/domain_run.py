@@ -67,7 +67,7 @@ from conch_dna.training.runs.on_policy.own_answers import (
 )
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
-from conch_dna.training.runs.privilege import require_help
+from conch_dna.training.runs.privilege import require_help, require_more
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
@@ -273,6 +273,8 @@ class DomainRun:
         records = self.examples.as_read(records)
         with dated(self._record["begun"]):
             split = self.examples.split(records, valid=valid, test=test)
+        if self.teacher.weights_digest == self.student.weights_digest:
+            require_more([*split.train, *split.heldout], config)
         sizes = len(split.train), len(split.heldout)
         warnings = data_warnings(*sizes, config, own_heldout=split.own_heldout)
         warnings += leak_warnings(records, {"validation": valid, "test": test})
@@ -293,7 +295,7 @@ class DomainRun:
         )
         texts = texts_of(self.teacher.tokenizer, teacher_prompts, answers)
         with dated(self._record["begun"]):
-            questions = questions_for(readers, split, self.student)
+            questions = questions_for(readers, split, self.teacher, self.student)
             measured = heldout_questions(config, split, self.student)
         kept = [*split.train_records, *split.heldout_records]
         reasons = dict(Counter(str(r.get("finish_reason", "given")) for r in kept))

@@ -93,14 +93,16 @@ def _batches(
     config, train = examples.config, data.split.train
     if not config.alpha:
         return ExampleBatches(train, config.batch_size, seed=config.seed)
-    given = TargetBatches(
-        train,
-        config.batch_size,
-        data.targets,
-        temperature=examples.temperature,
-        seed=config.seed,
-    )
-    if not config.on_policy:
+    given = None
+    if config.given_batches:
+        given = TargetBatches(
+            train,
+            config.batch_size,
+            data.targets,
+            temperature=examples.temperature,
+            seed=config.seed,
+        )
+    if given and not config.on_policy:
         return given
     return mixed_batches(
         student,

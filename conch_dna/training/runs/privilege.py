@@ -17,6 +17,26 @@ from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import Targets
 
 
+def require_more(examples: Sequence[Any], config: KDConfig) -> None:
+    """Refuse to learn from a teacher that is the student itself and reads the same.
+
+    Args:
+        examples: Of the run, or some of them.
+        config: `force` goes on all the same; with `alpha` 0 nothing is learned from it.
+
+    Raises:
+        ConchError: It does.
+    """
+    if config.force or not config.alpha or config.teacher_ema < 1:
+        return
+    if not any(isinstance(example, PairedExample) for example in examples):
+        raise ConchError(
+            "the teacher is the student itself and reads nothing that the student does not: give "
+            "--demonstrations, --teacher-system, --student-system none or records with a context, "
+            "or go on with --force"
+        )
+
+
 def require_help(
     heldout: Sequence[Any],
     targets: Targets,

@@ -127,7 +127,9 @@ def requested(
         own.remove("demonstrations")
     if all_domains and own:
         shown = " and ".join(f"--{key.replace('_', '-')}" for key in own)
+        shown = shown.replace("--demonstrations", "--demonstrations other than domain")
         raise ConchError(f"{shown} cannot go with --all, only with one --domain")
+    notes += without_effect(config)
     return Request(
         domain=asked.get("domain"),
         models=named_models(asked),
@@ -138,6 +140,16 @@ def requested(
         notes=notes,
         with_steps="num_iters" in in_file or "num_iters" in values,
     )
+
+
+def without_effect(config: KDConfig) -> list[str]:
+    """Settings of a student's own answers in a run that has none, in a sentence."""
+    if config.on_policy:
+        return []
+    names = [each.name for each in fields(KDConfig) if each.name.startswith("rollout")]
+    names.append("resident")
+    given = [name for name in names if getattr(config, name) != getattr(KDConfig(), name)]
+    return [f"{' and '.join(given)} without effect: on_policy is 0"] if given else []
 
 
 def named_models(asked: Mapping[str, Any]) -> tuple[str, str]:

@@ -47,12 +47,17 @@ def earlier_run(
     names = [adapter, *([run["adapter"]] if run and is_folder_name(run.get("adapter")) else [])]
     if any((folder / name).is_dir() for name in names):
         raise ConchError(_refusal(folder, run, changed, identity, done))
-    if run and not run["finished"] and done:
+    if run and not run["finished"] and (done or _drawn(folder)):
         raise ConchError(
             f"{folder} holds an unfinished run: add --resume to go on with it, --overwrite to "
             f"start again, {_ELSEWHERE}"
         )
     return run
+
+
+def _drawn(folder: Path) -> bool:
+    """Whether answers of a student lie there that no checkpoint knows of yet."""
+    return any(folder.glob("rollouts/*/answers_*.json"))
 
 
 def own_steps(folder: Path) -> int | None:
@@ -101,10 +106,11 @@ def outlook(
             return f"would be refused: {error}"
         if finished and run and run["identity"].get("num_iters") == settings["num_iters"]:
             return "holds a finished run: its result would be shown"
-        return f"would go on from step {done}" if done else "would begin anew"
+        anew = "would go on with its own answers" if _drawn(folder) else "would begin anew"
+        return f"would go on from step {done}" if done else anew
     if overwrite:
         return f"holds {what}, which would be replaced"
-    if kept or done:
+    if kept or done or (run and not finished and _drawn(folder)):
         on = f", --resume to go on from step {done}" if done and not finished else ""
         return f"holds {what}: would be refused without --overwrite or --run NAME{on}"
     return ""

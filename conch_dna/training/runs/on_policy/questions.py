@@ -4,6 +4,7 @@ Knows records and the student's tokenizer; no models. To ask by another kind of 
 `question_of_record`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,17 +85,17 @@ def question_of_record(record: Record, tokenizer: Any, name: str) -> Question:
 
 
 def questions_of(records: Sequence[Record], names: Sequence[str], tokenizer: Any) -> list[Question]:
-    """The questions of records, each once.
+    """The questions of records, each once; with another context or system prompt it is another.
 
     Args:
         records: In mlx-lm's forms.
         names: What messages call them.
         tokenizer: The student's.
     """
-    found: dict[tuple[int, ...], Question] = {}
+    found: dict[str, Question] = {}
     for record, name in zip(records, names, strict=True):
         question = question_of_record(record, tokenizer, name)
-        found.setdefault(tuple(question.ids), question)
+        found.setdefault(json.dumps([question.ids, question.record], sort_keys=True), question)
     return list(found.values())
 
 

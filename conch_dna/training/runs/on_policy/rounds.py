@@ -24,7 +24,8 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, Interrupted, NotWholeError, number_of
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.progress import Report, first_interrupt
-from conch_dna.training.batches import Batch, bucketed_batches, read_by_teacher
+from conch_dna.training.batches import Batch, bucketed_batches, first_counted, read_by_teacher
+from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.runs.on_policy.own_teacher import (
@@ -61,8 +62,8 @@ class RoundFigures:
         ended: How many gave their end of sequence.
         empty: How many of these said nothing before it.
         last_age: Steps between the draw and the last step that uses it.
-        rollout_seconds: To draw, by the process that did.
-        scoring_seconds: To score.
+        rollout_seconds: To draw them, by whatever process did.
+        scoring_seconds: To score what this process scored.
     """
 
     round: int
@@ -147,7 +148,7 @@ class Rounds:
         """How many answers a round drew that is there already; 0 for one that is to come."""
         if number not in self._sizes:
             with suppress(NotWholeError):
-                row = read_json(self._folder_of(number) / ROUND_FILE, needs={"rollouts": int})
+                row = _read_round(self._folder_of(number) / ROUND_FILE)
                 if row["rollouts"] >= self.config.batch_size:
                     self._sizes[number] = row["rollouts"]
         return self._sizes.get(number, 0)
@@ -204,10 +205,9 @@ class Rounds:
         self, number: int, asked: Sequence[Question], step: int, last_step: int, *, begins: bool
     ) -> tuple[list[Any], Targets]:
         folder = self._folder_of(number)
-        began = time.perf_counter()
         if begins and self.own_teacher:
             self.own_teacher.follow(folder, self._folder_of(number - 1) if number else None)
-        answers = self._drawn(folder, number, asked, begins=begins)
+        answers, seconds = self._drawn(folder, number, asked, begins=begins)
         drawn = time.perf_counter()
         tokenizer = self.student.tokenizer
         records = [q.answered(tokenizer, a) for q, a in zip(asked, answers, strict=True)]
@@ -230,7 +230,7 @@ class Rounds:
             ended=len(ended),
             empty=sum(len(answer) == 1 for answer in ended),
             last_age=last_step - step,
-            rollout_seconds=drawn - began,
+            rollout_seconds=seconds,
             scoring_seconds=time.perf_counter() - drawn,
         )
         self._keep(folder, figures)
@@ -278,11 +278,12 @@ class Rounds:
 
     def _drawn(
         self, folder: Path, number: int, asked: Sequence[Question], *, begins: bool
-    ) -> list[list[int]]:
-        """The answers of a round, from disk where they are there."""
+    ) -> tuple[list[list[int]], float]:
+        """The answers of a round, from disk where they are there, and the seconds they took."""
         config = self.config
         state = self._state() if begins else None
         answers: list[list[int]] = []
+        seconds = 0.0
         for start in range(0, len(asked), config.generation_batch_size):
             prompts = [q.ids for q in asked[start : start + config.generation_batch_size]]
             path = folder / f"answers_{start:05d}.json"
@@ -294,20 +295,24 @@ class Rounds:
                         f"{remedy(folder)}"
                     )
                 self.student.model.eval()
-                kept = answer_batch(
+                began = time.perf_counter()
+                drawn = answer_batch(
                     self.student,
                     prompts,
                     max_tokens=config.rollout_tokens,
                     temperature=config.rollout_temperature,
                     seed=(config.seed, number, start),
                 )
-                digest = content_digest(str(prompts), str(kept))
-                write_json(path, {"state": state, "answers": kept, "digest": digest})
-                text = f"round {number}: {start + len(kept)} of {len(asked)} answers drawn"
+                kept = drawn, time.perf_counter() - began
+                digest = content_digest(str(prompts), str(drawn))
+                row = {"state": state, "answers": drawn, "seconds": kept[1], "digest": digest}
+                write_json(path, row)
+                text = f"round {number}: {start + len(drawn)} of {len(asked)} answers drawn"
                 self.report("within", {"text": text})
-            answers += kept
+            answers += kept[0]
+            seconds += kept[1]
             self._stop_where_asked()
-        return answers
+        return answers, seconds
 
     def _state(self) -> str:
         """Content address of the adapter as it is."""
@@ -319,13 +324,14 @@ class Rounds:
         """Write a round's figures once, and say them."""
         path = folder / ROUND_FILE
         try:
-            read_json(path, needs={"round": int, "rollouts": int})
+            _read_round(path)
             return
         except NotWholeError as error:
             if path.exists():
                 text = f"{error}: the figures of round {figures.round} are written again"
                 self.report("warning", {"message": text})
-        write_json(path, asdict(figures))
+        row = asdict(figures)
+        write_json(path, {**row, "digest": content_digest(str(row))})
         self.report("message", {"message": round_text(figures)})
         if figures.ended == 0 and not self._warned_of_cuts:
             self._warned_of_cuts = True
@@ -374,8 +380,20 @@ def round_figures(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted((folder / FOLDER).glob(f"*/{ROUND_FILE}")):
         with suppress(NotWholeError):
-            rows.append(read_json(path, needs={"round": int}))
+            rows.append(_read_round(path))
     return rows
+
+
+def _read_round(path: Path) -> dict[str, Any]:
+    """The figures of a round, as they were written.
+
+    Raises:
+        NotWholeError: They are not there, or altered.
+    """
+    row = read_json(path, needs={"round": int, "rollouts": int, "digest": str})
+    if row.pop("digest") != content_digest(str(row)):
+        raise NotWholeError(f"{path} was altered")
+    return row
 
 
 def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
@@ -399,12 +417,15 @@ def rollouts_of_a_round(prompts: int, config: KDConfig) -> int:
     return wanted
 
 
-def questions_for(runs: Sequence[KDConfig], split: Split, student: ModelSource) -> list[Question]:
+def questions_for(
+    runs: Sequence[KDConfig], split: Split, teacher: ModelSource, student: ModelSource
+) -> list[Question]:
     """What the student may be asked for its own answers; nothing where no run learns from them.
 
     Args:
         runs: The settings of those that share the data.
         split: Of these.
+        teacher: For its context.
         student: For its tokenizer and its context.
 
     Raises:
@@ -418,7 +439,30 @@ def questions_for(runs: Sequence[KDConfig], split: Split, student: ModelSource) 
     for config in learners:
         rollouts_of_a_round(len(questions), config)
         require_room_for_own(questions, student, config)
+        require_room_to_score(split.train, teacher, config)
     return questions
+
+
+def require_room_to_score(examples: Sequence[Any], teacher: ModelSource, config: KDConfig) -> None:
+    """Refuse prompts behind which the teacher could not read the student's own answers.
+
+    Args:
+        examples: Training examples; those of another tokenizer are only known when they are there.
+        teacher: For its context.
+        config: Longest example, and longest answer.
+
+    Raises:
+        ConchError: One is; it is named.
+    """
+    longest = min(teacher.context_length or config.max_seq_length, config.max_seq_length)
+    for example in examples:
+        prompt = first_counted(read_by_teacher(example))
+        if not isinstance(example, AlignedExample) and prompt + config.rollout_tokens > longest:
+            raise ConchError(
+                f"the teacher reads {prompt} tokens before the answer of {example.name}; with "
+                f"{config.rollout_tokens} of the student's own answer it exceeds {longest}, its "
+                "context or --max-seq-length: shorten what it reads, or lower --rollout-tokens"
+            )
 
 
 def round_text(figures: RoundFigures) -> str:
@@ -435,12 +479,12 @@ def round_text(figures: RoundFigures) -> str:
 
 def _kept_answers(
     path: Path, prompts: Sequence[Sequence[int]], state: str | None
-) -> list[list[int]] | None:
-    """Answers that were drawn before; None where there are none, or none of this state."""
+) -> tuple[list[list[int]], float] | None:
+    """Answers that were drawn before and their seconds; None for none, or none of this state."""
+    needs = {"answers": list, "digest": str, "state": str, "seconds": float}
     with suppress(NotWholeError):
-        kept = read_json(path, needs={"answers": list, "digest": str, "state": str})
+        kept = read_json(path, needs=needs)
         whole = kept["digest"] == content_digest(str(list(prompts)), str(kept["answers"]))
         if whole and state in (None, kept["state"]):
-            answers: list[list[int]] = kept["answers"]
-            return answers
+            return kept["answers"], kept["seconds"]
     return None

@@ -27,7 +27,7 @@ def mixed_batches(
     student: LanguageModel,
     examples: Examples,
     questions: Sequence[Question],
-    given: BatchStream,
+    given: BatchStream | None,
     folder: Path,
     *,
     own_teacher: bool,
@@ -40,7 +40,7 @@ def mixed_batches(
         student: In training.
         examples: Of the run; they know teacher and settings.
         questions: What the student may be asked.
-        given: Batches of texts that are there.
+        given: Batches of texts that are there; None where all are the student's own.
         folder: Of the run.
         own_teacher: Whether the student as it is now is the teacher.
         resume: Whether it goes on with what lies there.
@@ -78,8 +78,7 @@ def mixed_batches(
     )
     if not resume:
         rounds.remove()
-    some = given if config.given_batches else None
-    return MixedBatches(some, rounds, config.on_policy, config.accumulation_steps)
+    return MixedBatches(given, rounds, config.on_policy, config.accumulation_steps)
 
 
 class MixedBatches:
