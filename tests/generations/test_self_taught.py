@@ -166,10 +166,9 @@ def test_a_file_of_demonstrations_is_part_of_the_request(line: Line, tmp_path: P
     manifest = line.manifest("G003")
     assert manifest["training_params"]["demonstrations"] == str(path)
     assert "context" in (line.path("G003") / "data.jsonl").read_text()
-    result = CliRunner().invoke(
-        main, ["generations", "show", line.name, "--root", str(line.folder.parent), "G003"]
-    )
-    assert "its own answers of at most 6 tokens" in " ".join(result.output.split())
+    command = ["generations", "show", line.name, "--root", str(line.folder.parent), "G003"]
+    result = CliRunner().invoke(main, command, env={"COLUMNS": "300"})
+    assert "its own answers of at most 6 tokens" in result.output
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_both_models_of_a_dry_run_can_be_files(llama, tmp_path):
     lines = [{"prompt": f"{n} cats", "completion": " ran home."} for n in range(12)]
     data.write_text("\n".join(map(json.dumps, lines)))
     arguments = ["distill", "--domain", "own", "--teacher", str(path), "--student", str(path)]
-    arguments += ["--data", str(data), "--dry-run"]
+    arguments += ["--data", str(data), "--dry-run", "--force"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     assert "a.gguf" in done.output
