@@ -48,6 +48,7 @@ from conch_dna.generations.self_taught import (
     parent_examples,
     self_taught_data,
     train_self_taught,
+    written_down,
 )
 from conch_dna.generations.settings import SDFT, TWO_TEACHERS, EvolveConfig
 from conch_dna.generations.tables import draw_learning
@@ -376,7 +377,7 @@ class Evolution:
         adapter_config = {
             **trained.adapter_config,
             "model": self.base.openable_name,
-            "conch_dna": {"student": self.base.model_id},
+            "conch_dna": written_down(self.base, self.config),
         }
         save_adapter(self.work / "candidate", trained.tensors, adapter_config)
         model = load_verified(self.base, self.work / "candidate", trained.tensors)

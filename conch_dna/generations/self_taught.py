@@ -5,10 +5,11 @@ lines, gates or promotion.
 """
 
 from pathlib import Path
+from typing import Any
 
 from conch_dna.errors import number_of
 from conch_dna.generations.data import GenerationData
-from conch_dna.generations.settings import EvolveConfig
+from conch_dna.generations.settings import SDFT, EvolveConfig
 from conch_dna.generations.train_child import TrainedChild
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report
@@ -19,6 +20,7 @@ from conch_dna.training.runs.fit_student import fit_student
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
 from conch_dna.training.runs.privilege import require_help, require_more
 from conch_dna.training.runs.stages import RunData
+from conch_dna.training.settings import SYSTEMS
 from conch_dna.training.soft_targets import Targets
 
 
@@ -126,3 +128,11 @@ def parent_examples(
 ) -> Examples:
     """Makes the examples of a child that teaches itself: what each side reads of a record."""
     return Examples(parent, base, config.distillation, report=report)
+
+
+def written_down(base: ModelSource, config: EvolveConfig) -> dict[str, Any]:
+    """What a child's adapter_config.json says of its making; CORTEX reads the system prompts."""
+    recorded: dict[str, Any] = {"student": base.model_id}
+    if config.method == SDFT:
+        recorded["config"] = {name: getattr(config.training, name) for name in SYSTEMS.values()}
+    return recorded

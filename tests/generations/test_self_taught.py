@@ -3,6 +3,7 @@
 The line is of a tiny random model; that it learns something of use is not asked here.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_the_manifest_asks_for_the_same_again(line: Line) -> None:
     evolve(line, shown(4), config_of())
     again = EvolveConfig.from_manifest(line.manifest("G003"), source="G003")
     assert again == config_of()
+
+
+def test_the_adapter_says_what_it_was_taught_without(line: Line) -> None:
+    systems = {"teacher_system": "Be brief.", "student_system": "none"}
+    evolve(line, sums(4, 16), config_of(training=systems))
+    document = json.loads((line.path("G003") / "adapter_config.json").read_text())
+    assert document["conch_dna"]["config"] == systems
 
 
 def test_a_stop_changes_no_bit(tiny_line: Line, tmp_path: Path) -> None:
