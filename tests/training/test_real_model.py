@@ -57,6 +57,7 @@ def test_a_real_model_answers_learns_and_opens_in_mlx_lm(smollm2, tmp_path, monk
         steps_per_eval=2,
         learning_rate=1e-3,
         output_dir=str(tmp_path / "out"),
+        force=True,
     )
     said = []
     distiller = TrueKnowledgeDistiller(
