@@ -207,6 +207,7 @@ def peak_of(what: str) -> None:
         training = replace(settings_of(0, 6, folder), max_seq_length=352)
         name = "embedded:student"
         if what == "distillation":
+            training = replace(training, force=True)
             TrueKnowledgeDistiller(name, name, training).distill_domain("stories", data=texts)
         else:
             config = EvolveConfig(training=training, gates=ALL_PASS)
