@@ -7,8 +7,8 @@ words in `range_text`.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import field, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -54,6 +54,23 @@ def option(
     limits = {"low": low, "high": high, "above": above, "below": below, "besides": besides}
     metadata = {"help": help, **limits, "choices": choices, "between": between}
     return field(default=default, metadata=metadata)
+
+
+def changed(settings: Any, names: Collection[str]) -> list[str]:
+    """Which of some settings have another value than by default, in their order.
+
+    Args:
+        settings: A dataclass.
+        names: Of its fields.
+    """
+    chosen = [each for each in fields(settings) if each.name in names]
+    return [each.name for each in chosen if getattr(settings, each.name) != default_of(each)]
+
+
+def default_of(setting: Any) -> Any:
+    """The value of a dataclass's field where none is given."""
+    made = setting.default_factory
+    return setting.default if made is MISSING else made()
 
 
 def kind_of(option: Any) -> str:

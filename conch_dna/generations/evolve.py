@@ -45,7 +45,6 @@ from conch_dna.generations.manifest import (
 )
 from conch_dna.generations.promotion import Measures, gate_verdicts, measure, tone_drift
 from conch_dna.generations.self_taught import (
-    parent_examples,
     self_taught_data,
     train_self_taught,
     written_down,
@@ -76,6 +75,7 @@ from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
 from conch_dna.training.data.sources import with_demonstrations
 from conch_dna.training.runs.report import draw_curve
+from conch_dna.training.runs.run_file import holds_answers
 from conch_dna.training.trainer import CHECKPOINT_PREFIX
 
 SAMPLES_FILE = "samples.json"
@@ -171,7 +171,7 @@ class Evolution:
         """The child's own answers, scored by its parent that reads more."""
         line, config = self.line, self.config
         source = self._source(self.parent)
-        examples = parent_examples(source, self.base, config, self.report)
+        examples = Examples(source, self.base, config.distillation, report=self.report)
         with dated(self._begun):
             records = examples.as_read(self.records)
             data = gather(line, self.chain, examples, records, config, foreign={})
@@ -314,8 +314,7 @@ class Evolution:
                 f"{self.work} was begun with other settings: {'; '.join(changed)}. Resume with the "
                 "same ones, or start again with --overwrite"
             )
-        drawn = any(self.work.glob("rollouts/*/answers_*.json"))
-        if (checkpoints or drawn) and not (resume or overwrite):
+        if (checkpoints or holds_answers(self.work)) and not (resume or overwrite):
             raise ConchError(
                 f"{self.work} holds an unfinished generation: add --resume to go on with it, or "
                 "--overwrite to start again"

@@ -10,10 +10,10 @@ from typing import Any
 from conch_dna.errors import number_of
 from conch_dna.generations.data import GenerationData
 from conch_dna.generations.settings import SDFT, EvolveConfig
-from conch_dna.generations.train_child import TrainedChild
+from conch_dna.generations.train_child import TrainedChild, loaded_child
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report
-from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
+from conch_dna.training.adapters import trained_tensors
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.runs.fit_student import fit_student
@@ -96,12 +96,7 @@ def train_self_taught(
         ConchError: See `Rounds`.
         Interrupted: Ctrl-C; its state was saved.
     """
-    config = examples.config
-    student = examples.student.load()
-    adapter_config = make_trainable(student, config, start=start)
-    if config.grad_checkpoint:
-        checkpoint_layers(student.model)
-    report("phase", {"name": "training", "total": config.num_iters, "unit": "steps"})
+    student, adapter_config = loaded_child(examples.student, examples.config, start, report)
     training = fit_student(
         student,
         examples,
@@ -121,13 +116,6 @@ def train_self_taught(
         tensors=tensors,
         rounds=round_figures(folder),
     )
-
-
-def parent_examples(
-    parent: ModelSource, base: ModelSource, config: EvolveConfig, report: Report
-) -> Examples:
-    """Makes the examples of a child that teaches itself: what each side reads of a record."""
-    return Examples(parent, base, config.distillation, report=report)
 
 
 def written_down(base: ModelSource, config: EvolveConfig) -> dict[str, Any]:

@@ -6,14 +6,19 @@ takes it from here.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.generations.laws import Law, laws_of
-from conch_dna.option_fields import option, option_problems, refuse_unknown
+from conch_dna.option_fields import (
+    changed,
+    default_of,
+    option,
+    option_problems,
+    refuse_unknown,
+)
 from conch_dna.training.settings import KDConfig
 
 GENERATION_NAME = re.compile(r"HEAD|G\d{3,}")
@@ -236,10 +241,10 @@ class EvolveConfig:
     def _of_another_method(self) -> list[str]:
         """Settings that would be silently without effect."""
         if self.method != SDFT:
-            set_ = _changed(self.training, ("on_policy", *OF_SDFT))
-            set_ += _changed(self, ("demonstrations",))
+            set_ = changed(self.training, ("on_policy", *OF_SDFT))
+            set_ += changed(self, ("demonstrations",))
             return [_of_other(name, self.method) for name in set_]
-        set_ = _changed(self, OF_TWO_TEACHERS)
+        set_ = changed(self, OF_TWO_TEACHERS)
         problems = [_of_other(name, self.method) for name in set_]
         try:
             _ = self.distillation
@@ -307,9 +312,11 @@ class EvolveConfig:
             if given.get("teacher_ema", 1) != 1:
                 params["on_policy"] = 1.0
                 stabilizers = {"replay_share": 0.0, **stabilizers}
-        elif others := [name for name in OF_SDFT if name in given and name != "select_by"]:
+        else:
             # Some of them would be refused for another reason first.
-            _refuse([_of_other(name, method) for name in others if _says(given, name)])
+            plain = {each.name: default_of(each) for each in fields(KDConfig)}
+            others = [n for n in OF_SDFT if n != "select_by" and given.get(n, plain[n]) != plain[n]]
+            _refuse([_of_other(name, method) for name in others])
         distillation = KDConfig.from_json(
             params, source=f"{source}, training_params,", overriding=training
         )
@@ -347,25 +354,9 @@ class EvolveConfig:
         return asdict(self)
 
 
-def _changed(given: Any, names: Sequence[str]) -> list[str]:
-    """Which of some settings have another value than by default."""
-    chosen = [each for each in fields(given) if each.name in names]
-    return [each.name for each in chosen if getattr(given, each.name) != _default(each)]
-
-
-def _default(setting: Any) -> Any:
-    made = setting.default_factory
-    return setting.default if made is MISSING else made()
-
-
 def _of_other(name: str, method: str) -> str:
     other = TWO_TEACHERS if method == SDFT else SDFT
     return f"{name} is of --method {other}, not of {method}"
-
-
-def _says(given: dict[str, Any], name: str) -> bool:
-    """Whether a value is another than if it had not been given."""
-    return bool(given[name] != getattr(KDConfig(), name))
 
 
 def requested(

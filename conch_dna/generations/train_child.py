@@ -18,7 +18,7 @@ from conch_dna.generations.two_teachers import (
     TwoTeacherTargets,
     make_two_teacher_loss,
 )
-from conch_dna.language_model import ModelSource
+from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report
 from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
 from conch_dna.training.batches import sequential_batches
@@ -105,6 +105,25 @@ def filled_cache(
     return cache
 
 
+def loaded_child(
+    base: ModelSource, config: KDConfig, start: Path | None, report: Report
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """A child in memory as it is before its first step, and what mlx_lm is told of its adapter.
+
+    Args:
+        base: The line's model.
+        config: What is trained, for how long.
+        start: The parent's adapter; None where the parent is the base itself.
+        report: Gets that training begins.
+    """
+    student = base.load()
+    adapter_config = make_trainable(student, config, start=start)
+    if config.grad_checkpoint:
+        checkpoint_layers(student.model)
+    report("phase", {"name": "training", "total": config.num_iters, "unit": "steps"})
+    return student, adapter_config
+
+
 def train_child(
     base: ModelSource,
     start: Path | None,
@@ -142,11 +161,7 @@ def train_child(
             "every held-out token would be skipped, so the best step could not be chosen: "
             "fewer taboo words, or other thresholds"
         )
-    student = base.load()
-    adapter_config = make_trainable(student, training, start=start)
-    if training.grad_checkpoint:
-        checkpoint_layers(student.model)
-    report("phase", {"name": "training", "total": training.num_iters, "unit": "steps"})
+    student, adapter_config = loaded_child(base, training, start, report)
     trainer = Trainer(
         student.model,
         make_two_teacher_loss(student, config, with_taboo=targets.taboo is not None),

@@ -25,6 +25,7 @@ from conch_dna.training.data.sources import with_demonstrations
 from conch_dna.training.data.views import with_own_answer
 from conch_dna.training.runs.on_policy.own_teacher import OwnTeacher
 from lines import copied, quick_config, sums
+from watching import Said
 
 TRAINING = {"num_iters": 6, "rollout_tokens": 6, "rollouts": 4, "force": True}
 OPEN = {"generalize_gain": -1.0, "recall_margin": 1.0, "max_tone_drift": 9.0}
@@ -132,24 +133,14 @@ def test_demonstrations_that_do_not_help_are_refused_before_it_trains(line: Line
 
 
 def test_without_replay_all_is_its_own(line: Line) -> None:
-    said: list[str] = []
-
-    def report(event: str, row: dict[str, Any]) -> None:
-        if event == "message":
-            said.append(row["message"])
-
-    evolve(line, shown(4), config_of(replay_share=0.0), report=report)
+    said = Said()
+    evolve(line, shown(4), config_of(replay_share=0.0), report=said)
     assert any(text.startswith("6 of 6 batches are the student's own") for text in said)
 
 
 def test_new_texts_stand_in_for_too_few_replayed_ones(line: Line) -> None:
-    said: list[str] = []
-
-    def report(event: str, row: dict[str, Any]) -> None:
-        if event == "message":
-            said.append(row["message"])
-
-    evolve(line, shown(4), config_of(replay_size=2), report=report)
+    said = Said()
+    evolve(line, shown(4), config_of(replay_size=2), report=said)
     assert any(text.startswith("2 replayed examples cannot fill a batch") for text in said)
 
 

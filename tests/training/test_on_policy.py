@@ -53,6 +53,7 @@ from conch_dna.training.trainer import Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import QUICK, make_model_folder
 from tokenizers_made import byte_level_tokenizer
+from watching import Said, stopped
 
 WORDS = (
     "cat",
@@ -89,12 +90,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def config_of(folder: Path, **changes: Any) -> KDConfig:
     return KDConfig(**{**ON_POLICY, "output_dir": str(folder), **changes})
-
-
-class Said(list[str]):
-    def __call__(self, event: str, row: dict[str, Any]) -> None:
-        if event in ("message", "warning"):
-            self.append(row["message"])
 
 
 def distil(models: Sequence[str], config: KDConfig, report: Any = None, **how: Any) -> Any:
@@ -381,7 +376,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("at", "resident"), [("rollouts", "both"), ("scoring", "one"), ("training", "one")]
     )
-    def test_a_stop_anywhere_changes_no_bit(self, models, tmp_path, monkeypatch, at, resident):
+    def test_a_stop_anywhere_changes_no_bit(self, models, tmp_path, at, resident):
         # Dropout draws from the random numbers that all share.
         changes = {
             "lora_dropout": 0.2,
@@ -391,27 +386,15 @@ class TestRun:
             "resident": resident,
         }
         whole = distil(models, config_of(tmp_path / "a", **changes))
-        calls = {"n": 0}
         places: dict[str, tuple[Any, str, int]] = {
             "rollouts": (rounds_module, "answer_batch", 3),
             "scoring": (SoftTargetCache, "_write", 3),
             "training": (Trainer, "_take_step", 4),
         }
         where, name, stop = places[at]
-        real = getattr(where, name)
-
-        def stopped(*args: Any, **kwargs: Any) -> Any:
-            calls["n"] += 1
-            if calls["n"] == stop:
-                raise RuntimeError("stopped")
-            return real(*args, **kwargs)
-
         config = config_of(tmp_path / "b", **changes)
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, stopped)
-            with pytest.raises(RuntimeError, match="stopped"):
-                distil(models, config)
-        assert calls["n"] == stop
+        with stopped(where, name, call=stop):
+            distil(models, config)
         said = Said()
         again = distil(models, config, said, resume=True)
         assert same(adapter(whole), adapter(again))

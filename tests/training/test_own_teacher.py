@@ -23,6 +23,7 @@ from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import CHECKPOINT_PREFIX, Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 from models import QUICK, make_model_folder
+from watching import stopped
 
 IDS = mx.array([[5, 9, 3, 7]])
 RECORDS = [
@@ -167,24 +168,12 @@ def test_a_teacher_that_follows_teaches_something_else(model: str, tmp_path: Pat
     ],
 )
 def test_a_stop_anywhere_changes_no_bit(
-    model: str, tmp_path: Path, monkeypatch: Any, where: Any, name: str, stop: int
+    model: str, tmp_path: Path, where: Any, name: str, stop: int
 ):
     whole = distil(model, config_of(tmp_path / "a", teacher_ema=0.5))
-    calls = {"n": 0}
-    real = getattr(where, name)
-
-    def stopped(*args: Any, **kwargs: Any) -> Any:
-        calls["n"] += 1
-        if calls["n"] == stop:
-            raise RuntimeError("stopped")
-        return real(*args, **kwargs)
-
     config = config_of(tmp_path / "b", teacher_ema=0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr(where, name, stopped)
-        with pytest.raises(RuntimeError, match="stopped"):
-            distil(model, config)
-    assert calls["n"] == stop
+    with stopped(where, name, call=stop):
+        distil(model, config)
     assert same(whole, distil(model, config, resume=True))
 
 
@@ -231,18 +220,11 @@ def test_a_teacher_without_room_for_the_answers_is_refused(model: str, tmp_path:
         TrueKnowledgeDistiller("self", model, config).distill_domain("own", data=long)
 
 
-def test_what_was_drawn_is_not_drawn_again_without_a_word(
-    model: str, tmp_path: Path, monkeypatch: Any
-):
-    def stopped(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("stopped")
-
+def test_what_was_drawn_is_not_drawn_again_without_a_word(model: str, tmp_path: Path):
     config = config_of(tmp_path)
-    with monkeypatch.context() as patch:
-        # Behind the answers of the first round, before the first checkpoint.
-        patch.setattr(Trainer, "_save", stopped)
-        with pytest.raises(RuntimeError, match="stopped"):
-            distil(model, config)
+    # Behind the answers of the first round, before the first checkpoint.
+    with stopped(Trainer, "_save", call=1):
+        distil(model, config)
     with pytest.raises(ConchError, match="holds an unfinished run: add --resume"):
         distil(model, config)
     distil(model, config, resume=True)

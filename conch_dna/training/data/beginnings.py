@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from conch_dna.training.chats.conversations import common_prefix
+
 Ids = Sequence[int] | np.ndarray
 # Fewer tokens than that are not worth the trouble.
 SHORTEST = 32
@@ -90,12 +92,10 @@ def shared_length(texts: Sequence[Ids], before: Sequence[int]) -> int:
     if len(texts) < 2:
         return 0
     most = min(before)
-    first = np.asarray(texts[0][:most])
-    for text in texts[1:]:
-        other = np.asarray(text[: len(first)])
-        unequal = np.flatnonzero(first[: len(other)] != other)
-        first = first[: unequal[0] if len(unequal) else len(other)]
-    return len(first) if len(first) >= SHORTEST else 0
+    starts = [np.asarray(text[:most]).tolist() for text in texts]
+    # What the first and the last in order share all between them share too.
+    length = common_prefix(min(starts), max(starts))
+    return length if length >= SHORTEST else 0
 
 
 def can_share(tree: nn.Module) -> bool:

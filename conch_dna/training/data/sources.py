@@ -28,7 +28,7 @@ from conch_dna.training.data.views import (
     with_context,
     with_own_answer,
 )
-from conch_dna.training.distillation import domain_examples
+from conch_dna.training.distillation import DEMONSTRATIONS, DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.settings import OF_DOMAIN
 
 TRAIN, VALID, TEST = "train", "valid", "test"
@@ -116,10 +116,26 @@ def read_given(given: Given, note: Note) -> dict[str, Any]:
     read |= {f"{role}_data": records for role, records in found.items()}
     if contexts := sum(bool(context_of(each)) for rows in read.values() for each in rows):
         note(f"{number_of(contexts, 'record')} with a context, which only the teacher reads")
-    shown = given.demonstrations not in (None, OWN_ANSWER)
-    if shown and not {"data", "prompts"} & read.keys():
+    shown = given.demonstrations
+    if shown == OF_DOMAIN:
+        shown = str(domain_demonstrations(given.domain))
+    if shown not in (None, OWN_ANSWER) and not {"data", "prompts"} & read.keys():
         read["prompts"] = domain_examples(given.domain)
-    return with_demonstrations(read, given.demonstrations)
+    return with_demonstrations(read, shown)
+
+
+def domain_demonstrations(domain: str) -> Path:
+    """The file of a domain's own demonstrations.
+
+    Raises:
+        ConchError: It is none of the six domains.
+    """
+    if domain not in DOMAIN_PROMPTS:
+        raise ConchError(
+            f"--demonstrations domain: {domain or 'no domain'} has none, only "
+            f"{', '.join(DOMAIN_PROMPTS)}: give a file of records"
+        )
+    return DEMONSTRATIONS / f"{domain}.jsonl"
 
 
 def with_demonstrations(

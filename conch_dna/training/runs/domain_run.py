@@ -273,7 +273,7 @@ class DomainRun:
         records = self.examples.as_read(records)
         with dated(self._record["begun"]):
             split = self.examples.split(records, valid=valid, test=test)
-        if self.teacher.weights_digest == self.student.weights_digest:
+        if self._own_teacher:
             require_more([*split.train, *split.heldout], config)
         sizes = len(split.train), len(split.heldout)
         warnings = data_warnings(*sizes, config, own_heldout=split.own_heldout)
@@ -307,8 +307,7 @@ class DomainRun:
         self._phase("evaluating the student")
         student = self.student.load()
         before = self._figures(student, data.split.heldout, data)
-        own_teacher = self.teacher.weights_digest == self.student.weights_digest
-        if own_teacher:
+        if self._own_teacher:
             require_help(data.split.heldout, data.targets, before, self.config, self.report)
         before_test = self._figures(student, data.split.test, data) if data.split.test else None
         before_texts = sample_texts(student, data.prompts, self.config)
@@ -323,7 +322,7 @@ class DomainRun:
             data,
             self._figure(before),
             self.folder,
-            own_teacher=own_teacher,
+            own_teacher=self._own_teacher,
             resume=self._resume,
             report=self.report,
         )
@@ -334,6 +333,11 @@ class DomainRun:
         return Trained(
             before, before_test, before_texts, answers, adapter_config, training, tensors, peak
         )
+
+    @property
+    def _own_teacher(self) -> bool:
+        """Whether teacher and student are one model."""
+        return self.teacher.weights_digest == self.student.weights_digest
 
     def _figure(self, before: HeldoutFigures) -> str:
         """The held-out figure that the run is judged by: the nearest to KL that there is."""

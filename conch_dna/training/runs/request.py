@@ -11,11 +11,11 @@ from typing import Any
 
 from conch_dna.command_parts import read_yaml
 from conch_dna.errors import ConchError, decoded, told
-from conch_dna.option_fields import named_settings
+from conch_dna.option_fields import changed, named_settings
 from conch_dna.training.data.forms import parse_mapping
 from conch_dna.training.data.sources import Given
 from conch_dna.training.data.views import taught_by
-from conch_dna.training.distillation import DEMONSTRATIONS, DOMAIN_PROMPTS
+from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.runs.mlx_lm_names import NAMES, understood
 from conch_dna.training.runs.reporters import parse_names
 from conch_dna.training.runs.run_file import own_steps
@@ -67,15 +67,8 @@ class Request:
         return [self.domain] if self.domain else list(DOMAIN_PROMPTS)
 
     def given_to(self, domain: str) -> Given:
-        """What one of its domains learns from and is judged by.
-
-        Raises:
-            ConchError: It is to be shown its own demonstrations, and has none.
-        """
-        given = replace(self.given, domain=domain)
-        if given.demonstrations != OF_DOMAIN:
-            return given
-        return replace(given, demonstrations=str(domain_demonstrations(domain)))
+        """What one of its domains learns from and is judged by."""
+        return replace(self.given, domain=domain)
 
     def going_on(self) -> "Request":
         """The same with the number of steps of the runs that lie there, where it gives none.
@@ -147,8 +140,7 @@ def without_effect(config: KDConfig) -> list[str]:
     if config.on_policy:
         return []
     names = [each.name for each in fields(KDConfig) if each.name.startswith("rollout")]
-    names.append("resident")
-    given = [name for name in names if getattr(config, name) != getattr(KDConfig(), name)]
+    given = changed(config, [*names, "resident"])
     return [f"{' and '.join(given)} without effect: on_policy is 0"] if given else []
 
 
@@ -167,26 +159,10 @@ def given_in(asked: Mapping[str, Any]) -> Given:
     if "data" in asked and "prompts" in asked:
         raise ConchError("give either --data or --prompts: with data the teacher answers nothing")
     sources = {key: asked[key] for key in SOURCES if key in asked}
-    if sources.get("demonstrations") == OF_DOMAIN and "domain" in asked:
-        sources["demonstrations"] = str(domain_demonstrations(asked["domain"]))
     mapping = parse_mapping(asked.get("map", []))
     return Given(
         **sources, domain=asked.get("domain", ""), mapping=mapping, with_test=asked.get("test")
     )
-
-
-def domain_demonstrations(domain: str) -> Path:
-    """The file of a domain's own demonstrations.
-
-    Raises:
-        ConchError: It is none of the six domains.
-    """
-    if domain not in DOMAIN_PROMPTS:
-        raise ConchError(
-            f"--demonstrations domain: {domain or 'no domain'} has none, only "
-            f"{', '.join(DOMAIN_PROMPTS)}: give a file of records"
-        )
-    return DEMONSTRATIONS / f"{domain}.jsonl"
 
 
 def with_texts(values: Mapping[str, Any]) -> dict[str, Any]:

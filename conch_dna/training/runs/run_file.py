@@ -14,6 +14,8 @@ from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.training.settings import CHECKPOINT_PREFIX, MAY_CHANGE, is_folder_name
 
 RUN_FILE = "run.json"
+# In a run's folder that of its rounds, and how files of a student's own answers begin there.
+ROLLOUTS, ANSWERS = "rollouts", "answers_"
 # Where a run lies and whether code may run do not change what it computes.
 NOT_IDENTITY = ("output_dir", "adapter_subdir", "run", "trust_remote_code", "force")
 _ELSEWHERE = "--run NAME to keep both, or choose another --output-dir"
@@ -47,7 +49,7 @@ def earlier_run(
     names = [adapter, *([run["adapter"]] if run and is_folder_name(run.get("adapter")) else [])]
     if any((folder / name).is_dir() for name in names):
         raise ConchError(_refusal(folder, run, changed, identity, done))
-    if run and not run["finished"] and (done or _drawn(folder)):
+    if run and not run["finished"] and (done or holds_answers(folder)):
         raise ConchError(
             f"{folder} holds an unfinished run: add --resume to go on with it, --overwrite to "
             f"start again, {_ELSEWHERE}"
@@ -55,9 +57,9 @@ def earlier_run(
     return run
 
 
-def _drawn(folder: Path) -> bool:
-    """Whether answers of a student lie there that no checkpoint knows of yet."""
-    return any(folder.glob("rollouts/*/answers_*.json"))
+def holds_answers(folder: Path) -> bool:
+    """Whether answers of a student lie in the folder of a run, known to a checkpoint or not."""
+    return any(folder.glob(f"{ROLLOUTS}/*/{ANSWERS}*.json"))
 
 
 def own_steps(folder: Path) -> int | None:
@@ -106,11 +108,11 @@ def outlook(
             return f"would be refused: {error}"
         if finished and run and run["identity"].get("num_iters") == settings["num_iters"]:
             return "holds a finished run: its result would be shown"
-        anew = "would go on with its own answers" if _drawn(folder) else "would begin anew"
+        anew = "would go on with its own answers" if holds_answers(folder) else "would begin anew"
         return f"would go on from step {done}" if done else anew
     if overwrite:
         return f"holds {what}, which would be replaced"
-    if kept or done or (run and not finished and _drawn(folder)):
+    if kept or done or (run and not finished and holds_answers(folder)):
         on = f", --resume to go on from step {done}" if done and not finished else ""
         return f"holds {what}: would be refused without --overwrite or --run NAME{on}"
     return ""

@@ -41,10 +41,10 @@ from conch_dna.training.runs.on_policy.questions import (
 )
 from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random_numbers
 from conch_dna.training.runs.on_policy.shares import own_batches
+from conch_dna.training.runs.run_file import ANSWERS, ROLLOUTS
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
 from conch_dna.training.soft_targets import Targets
 
-FOLDER = "rollouts"
 # By default a round asks all prompts, but no more than so many.
 MOST_ROLLOUTS = 64
 
@@ -114,7 +114,7 @@ class Rounds:
         self.questions = list(questions)
         self.examples = examples
         self.config = config
-        self.folder = folder / FOLDER
+        self.folder = folder / ROLLOUTS
         self.residency = residency
         self.own_teacher = own_teacher
         self.report = report
@@ -248,14 +248,15 @@ class Rounds:
     def _scoring(self, number: int, examples: Sequence[Any]) -> Report:
         """Says how far the teacher is; a run's own progress counts steps meanwhile."""
         total = sum(read_by_teacher(example).count for example in examples)
-        done = [0]
+        done = 0
 
         def report(event: str, row: dict[str, Any]) -> None:
+            nonlocal done
             if event != "advance":
                 self.report(event, row)
                 return
-            done[0] += row["by"]
-            text = f"round {number}: {done[0]:,} of {total:,} tokens scored"
+            done += row["by"]
+            text = f"round {number}: {done:,} of {total:,} tokens scored"
             self.report("within", {"text": text})
 
         return report
@@ -286,7 +287,7 @@ class Rounds:
         seconds = 0.0
         for start in range(0, len(asked), config.generation_batch_size):
             prompts = [q.ids for q in asked[start : start + config.generation_batch_size]]
-            path = folder / f"answers_{start:05d}.json"
+            path = folder / f"{ANSWERS}{start:05d}.json"
             kept = _kept_answers(path, prompts, state)
             if kept is None:
                 if state is None:
@@ -378,7 +379,7 @@ def round_figures(folder: Path) -> list[dict[str, Any]]:
         folder: Of the run.
     """
     rows = []
-    for path in sorted((folder / FOLDER).glob(f"*/{ROUND_FILE}")):
+    for path in sorted((folder / ROLLOUTS).glob(f"*/{ROUND_FILE}")):
         with suppress(NotWholeError):
             rows.append(_read_round(path))
     return rows
