@@ -20,6 +20,7 @@ from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.loading.full_precision import for_this_device, log_once
 from conch_dna.loading.gguf_model import SUFFIX, model_folder
 from conch_dna.loading.hub import EMBEDDED_HINT, download
+from conch_dna.loading.output_head import OutputHead, rows_at_once
 from conch_dna.progress import Report
 
 ASSETS = Path(__file__).parent / "assets"
@@ -400,23 +401,28 @@ class LanguageModel:
         rows = int(self.model(mx.array([[0]])).shape[-1])
         return min(self.source.token_count, rows)
 
+    @cached_property
+    def output_head(self) -> OutputHead | None:
+        """Its last layer; None where the model cannot be taken apart there."""
+        try:
+            return OutputHead(self.model)
+        except ValueError:
+            return None
+
     def body(self, inputs: mx.array, *, cache: list[Any] | None = None) -> mx.array:
-        """Ids `[B, T]` to the hidden states `[B, T, D]` that the head takes.
+        """Ids `[B, T]` to the hidden states `[B, T, D]` that the head takes, where there is one.
 
         Args:
             inputs: Behind what the cache holds.
             cache: mlx_lm's prompt cache of as many rows; it grows.
         """
-        hidden: mx.array = self.model.model(inputs, **_given(cache))
-        return hidden
+        assert self.output_head is not None
+        return self.output_head.states(inputs, **_given(cache))
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Hidden states `[..., D]` to logits of the real tokens `[..., V]`."""
-        if "lm_head" in self.model:
-            logits = self.model.lm_head(hidden)
-        else:
-            logits = self.model.model.embed_tokens.as_linear(hidden)
-        return logits[..., : self.vocabulary_size]
+        """Hidden states `[..., D]` to logits of the real tokens `[..., V]`, scaled or capped."""
+        assert self.output_head is not None
+        return self.output_head.logits(hidden, self.vocabulary_size)
 
     def logits(self, inputs: mx.array, *, cache: list[Any] | None = None) -> mx.array:
         """Ids `[B, T]` to logits of the real tokens `[B, T, V]`; see `body` for the cache."""
@@ -427,7 +433,7 @@ class LanguageModel:
         inputs: mx.array,
         positions: mx.array,
         *,
-        chunk: int,
+        memory: float,
         cache: list[Any] | None = None,
     ) -> Iterator[tuple[slice, mx.array]]:
         """Logits of some positions, a chunk of them at a time.
@@ -438,32 +444,19 @@ class LanguageModel:
         Args:
             inputs: Ids `[B, T]`.
             positions: Indices into the flattened `[B * T]` positions `[N]`.
-            chunk: Positions at once; 0 takes all.
+            memory: Megabytes for a chunk's logits and what is made of them, see `rows_at_once`.
             cache: Of what comes before, see `body`.
 
         Yields:
             Which of the positions, and their logits of the real tokens `[n, V]`.
         """
-        plain = self.has_plain_head
-        states = self.body(inputs, cache=cache) if plain else self.logits(inputs, cache=cache)
+        apart = self.output_head is not None
+        states = self.body(inputs, cache=cache) if apart else self.logits(inputs, cache=cache)
         states = states.reshape(-1, states.shape[-1])[positions]
-        size = chunk or len(states)
+        size = rows_at_once(memory, self.vocabulary_size)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
-            yield part, self.head(states[part]) if plain else states[part]
-
-    @cached_property
-    def has_plain_head(self) -> bool:
-        """Whether `head(body(x))` is, to the bit, what the model computes.
-
-        A soft-cap or a scale after the head makes it false; so does a model built otherwise.
-        """
-        inputs = mx.arange(min(8, self.vocabulary_size))[None]
-        try:
-            split = self.head(self.body(inputs))
-        except (AttributeError, KeyError, TypeError):
-            return False
-        return bool(mx.array_equal(split, self.logits(inputs)))
+            yield part, self.head(states[part]) if apart else states[part]
 
     def release(self) -> None:
         """Drop the weights and give their memory back; the object is of no use afterwards."""

@@ -4,7 +4,7 @@ Knows nothing of models, tokens' meaning, masks' origin or training.
 To add a divergence: write the function and its entry in LOSSES; the oracle table tests it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -197,6 +197,48 @@ def kept_and_rest(logits: mx.array, kept_ids: mx.array, temperature: float = 1.0
     others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
     outcomes = mx.concatenate([kept, log_sum_exp(others)], axis=-1)
     return outcomes - log_sum_exp(outcomes)
+
+
+def _powered(values: mx.array, exponent: float) -> mx.array:
+    if exponent == 1:
+        return values
+    return mx.square(values) if exponent == 2 else mx.power(values, exponent)
+
+
+class Rest:
+    """What a distribution gives to tokens that are not kept, at several temperatures.
+
+    Of each token one exponential is taken, at the highest temperature; those at others are its
+    powers.
+
+    Args:
+        logits: `[N, V]`, float32, at temperature 1.
+        kept_ids: Distinct token ids `[N, K]`, K at most V.
+        temperatures: Above 0.
+    """
+
+    def __init__(self, logits: mx.array, kept_ids: mx.array, temperatures: Sequence[float]) -> None:
+        others = mx.put_along_axis(logits, kept_ids, mx.array(-mx.inf), axis=-1)
+        largest = others.max(axis=-1, keepdims=True)
+        # Where everything is kept there are no others: their maximum is -inf and their share 0.
+        self._largest = mx.where(largest == -mx.inf, 0.0, largest)
+        base = max(temperatures)
+        exp = mx.exp((others - self._largest) / base)
+        self._powers = {t: _powered(exp, base / t) for t in temperatures}
+        self._sums = {t: sum_last(powers) for t, powers in self._powers.items()}
+
+    def log_sum(self, temperature: float) -> mx.array:
+        """`log Σ exp(logit / t)` over these tokens `[N, 1]`, at one of the temperatures.
+
+        It is -inf where there are none. Summed itself, not `log(1 - Σ kept)`, it is as exact
+        however small it is.
+        """
+        return self._largest / temperature + mx.log(self._sums[temperature])
+
+    def shares(self, temperature: float, total: mx.array) -> mx.array:
+        """Each token's part `[N, V]` of a total `[N, 1]`, by its probability at t; 0 if kept."""
+        summed = self._sums[temperature]
+        return self._powers[temperature] * (total / mx.where(summed == 0, 1.0, summed))
 
 
 def token_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

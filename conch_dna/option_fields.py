@@ -92,10 +92,11 @@ def range_text(option: Any) -> str:
     low, high, above, below = (option.metadata[n] for n in ("low", "high", "above", "below"))
     if kind_of(option) in ("bool", "str"):
         return ""
+    besides = option.metadata["besides"]
     if low is not None and high is not None:
-        return str(option.metadata["between"]).format(low=low, high=high)
+        text = str(option.metadata["between"]).format(low=low, high=high)
+        return text if besides is None else f"{besides:g}, or {text}"
     if low is not None and below is None:
-        besides = option.metadata["besides"]
         return f"{low:g} or more" if besides is None else f"{besides:g}, or {low:g} or more"
     words = {"at least": low, "above": above, "at most": high, "below": below}
     parts = [f"{word} {limit:g}" for word, limit in words.items() if limit is not None]

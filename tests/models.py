@@ -14,8 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 
 import conch_dna
+from conch_dna.loading.output_head import LOGIT_ARRAYS
 from conch_dna.training.batches import Example
 
 ASSETS = Path(conch_dna.__file__).parent / "assets"
@@ -183,3 +185,17 @@ def keep_layers(source: Path, folder: Path, layers: Sequence[int]) -> Path:
         kept[".".join(parts)] = value
     mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "mlx"})
     return folder
+
+
+def stored_rows(folder: Path) -> int:
+    """How many of a teacher's tokens have targets in a folder or below."""
+    rows = 0
+    for shard in folder.rglob("*.safetensors"):
+        with safe_open(str(shard), framework="numpy") as stored:
+            rows += json.loads(stored.metadata()["entries"])[-1][2]
+    return rows
+
+
+def memory_of(rows: int, model: Any) -> float:
+    """Megabytes into which so many rows of a model's logits fit, and no more."""
+    return rows * 4 * LOGIT_ARRAYS * model.vocabulary_size * 1.000001 / 1e6

@@ -30,7 +30,7 @@ from conch_dna.training.cli import _print_summary, distill
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
-from models import ANIMALS, QUICK
+from models import ANIMALS, QUICK, stored_rows
 
 MODULES = ("conch_dna.training.true_kd", "conch_dna distill")
 PROMPTS = [f"Once upon a time there was a little {animal} who" for animal in ANIMALS]
@@ -606,8 +606,7 @@ class TestDryRun:
         planned = table(finish("--dry-run", *options).stdout)
         assert not (tmp_path / "out").exists()
         finish(*options)
-        shards = (tmp_path / "out" / "s" / "soft_targets").rglob("*.safetensors")
-        tokens = sum(len(mx.load(str(shard))["gold_log_prob"]) for shard in shards)
+        tokens = stored_rows(tmp_path / "out" / "s" / "soft_targets")
         assert planned["teacher's tokens to compute"] == str(tokens)
         assert planned["data"] == "given"
 

@@ -324,15 +324,15 @@ def test_the_vocabulary_is_not_larger_than_the_head(tmp_path, tiny_teacher):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantize", [True, False])
-def test_a_llama_has_a_plain_head(tmp_path, tied, quantize):
+def test_a_llama_is_its_body_and_its_head(tmp_path, tied, quantize):
     folder = make_model_folder(tmp_path / "model", tie_word_embeddings=tied, quantize=quantize)
     model = ModelSource(str(folder)).load()
-    assert model.has_plain_head
+    assert model.output_head is not None and model.output_head.is_last
     ids = mx.array([[9, 8, 7, 6]])
     np.testing.assert_array_equal(model.head(model.body(ids)), model.logits(ids))
 
 
-def test_a_model_that_changes_its_logits_has_no_plain_head(tiny_teacher):
+def test_what_a_model_does_to_its_logits_is_part_of_the_head(tiny_teacher):
     from mlx_lm.models import gemma2, gpt2
 
     source = ModelSource(str(tiny_teacher))
@@ -365,8 +365,32 @@ def test_a_model_that_changes_its_logits_has_no_plain_head(tiny_teacher):
     )
     for model in (capped, otherwise):
         language_model = LanguageModel(source, model)
-        assert not language_model.has_plain_head
-        assert language_model.logits(mx.array([[1, 2]])).shape == (1, 2, size)
+        head = language_model.output_head
+        assert head is not None and head.is_last == (model is otherwise)
+        ids = mx.array([[1, 2]])
+        expected = language_model.logits(ids)
+        assert expected.shape == (1, 2, size)
+        assert mx.array_equal(language_model.head(language_model.body(ids)), expected)
+        few = head.logits(language_model.body(ids), 7)
+        np.testing.assert_allclose(few, expected[..., :7], atol=1e-6)
+
+
+def test_a_model_that_uses_its_head_twice_is_not_taken_apart(tiny_teacher):
+    plain = ModelSource(str(tiny_teacher)).load()
+
+    class Twice(type(plain.model)):
+        def __call__(self, inputs, *args, **kwargs):
+            states = self.model(inputs, *args, **kwargs)
+            head = self.model.embed_tokens.as_linear
+            return head(states) + head(2 * states)
+
+    twice = Twice(plain.model.args)
+    twice.update(plain.model.parameters())
+    model = LanguageModel(plain.source, twice)
+    ids = mx.array([[1, 2, 3]])
+    assert model.output_head is None
+    for part, logits in model.logits_at(ids, mx.array([0, 2]), memory=1):
+        assert mx.array_equal(logits, model.logits(ids)[0][mx.array([0, 2])][part])
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def _manifest(path: str | None) -> dict[str, Any]:
         "Steps": "learning_rate",
         "Held-out data": "val_fraction",
         "Examples and answers": "max_seq_length",
-        "Memory and seed": "head_chunk",
+        "Memory and seed": "loss_memory",
     },
 )
 @click.option("--data", metavar="FILE", help="JSONL of the new data; else the manifest says it.")

@@ -22,7 +22,7 @@ from conch_dna.metrics import paired_interval
 from conch_dna.training.batches import Example
 from conch_dna.training.data.answers import sample_texts
 from conch_dna.training.evaluation import token_scores
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 
 WORD = re.compile(r"\w+")
 
@@ -54,7 +54,11 @@ class TextScores:
 
 
 def text_scores(
-    model: LanguageModel, examples: Sequence[Example], *, batch_size: int, chunk: int = 1024
+    model: LanguageModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    memory: float = LOSS_MEMORY,
 ) -> TextScores:
     """Score every text under a model.
 
@@ -62,9 +66,9 @@ def text_scores(
         model: Loaded.
         examples: With at least one counted token each.
         batch_size: Texts at once.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
     """
-    scores = token_scores(model, examples, batch_size=batch_size, chunk=chunk)
+    scores = token_scores(model, examples, batch_size=batch_size, memory=memory)
     return TextScores(
         np.array([each.likeliest.mean(dtype=np.float64) for each in scores]),
         np.array([-each.log_probs.mean(dtype=np.float64) for each in scores]),
@@ -121,7 +125,7 @@ def measure(
         config: Batch size, and how answers are drawn.
     """
     scores = [
-        text_scores(model, part, batch_size=config.batch_size, chunk=config.head_chunk)
+        text_scores(model, part, batch_size=config.batch_size, memory=config.loss_memory)
         for part in (recall, generalize)
     ]
     return Measures(scores[0], scores[1], sample_texts(model, prompts, config))

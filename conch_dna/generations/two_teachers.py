@@ -365,7 +365,7 @@ def make_two_teacher_loss(
     plain = config.training.divergence == "forward_kl" and config.gamma == 0 and not with_taboo
     names = [*ROWS, *(["excluded_ids"] if with_taboo else [])]
     rule = closed if plain else autodiff(sums_of)
-    loss = make_logit_loss(student, names, sums_of, rule, chunk=config.training.head_chunk)
+    loss = make_logit_loss(student, names, sums_of, rule, memory=config.training.loss_memory)
 
     def with_counts(model: nn.Module, arrays: Sums) -> Sums:
         hard = config.alpha * arrays["ce_weights"] + config.beta * arrays["gold_weights"]

@@ -42,7 +42,7 @@ OF_KD_CONFIG = {
     "Steps": "learning_rate",
     "Held-out data and reports": "val_fraction",
     "Examples and the teacher's answers": "max_seq_length",
-    "Memory, seed and folders": "head_chunk",
+    "Memory, seed and folders": "loss_memory",
 }
 
 

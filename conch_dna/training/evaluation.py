@@ -15,7 +15,13 @@ import numpy as np
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl
 from conch_dna.metrics import COMPARABLE, TokenMetrics, closed_gap, token_metrics, verdict
-from conch_dna.training.batches import Batch, Example, collate, sequential_batches
+from conch_dna.training.batches import (
+    Batch,
+    Example,
+    collate,
+    read_by_teacher,
+    sequential_batches,
+)
 from conch_dna.training.head_loss import (
     Sums,
     autodiff,
@@ -24,7 +30,7 @@ from conch_dna.training.head_loss import (
     make_logit_loss,
     with_nothing,
 )
-from conch_dna.training.settings import KDConfig
+from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import Loss
 
@@ -78,14 +84,14 @@ class HeldoutFigures:
 
 
 def heldout_metrics(
-    model: LanguageModel, batches: Iterable[Batch], *, chunk: int = 1024
+    model: LanguageModel, batches: Iterable[Batch], *, memory: float = LOSS_MEMORY
 ) -> TokenMetrics:
     """The figures of `heldout_figures` over all examples."""
-    return heldout_figures(model, batches, chunk=chunk).metrics
+    return heldout_figures(model, batches, memory=memory).metrics
 
 
 def heldout_figures(
-    model: LanguageModel, batches: Iterable[Batch], *, chunk: int = 1024
+    model: LanguageModel, batches: Iterable[Batch], *, memory: float = LOSS_MEMORY
 ) -> HeldoutFigures:
     """Figures of a model on held-out batches, at temperature 1.
 
@@ -94,7 +100,7 @@ def heldout_figures(
     Args:
         model: Student or other model with the student's tokenizer.
         batches: Of `Targets.evaluation_batch`.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
     """
     examples: dict[str, list[np.ndarray]] = {name: [] for name in COMPARABLE}
     totals = dict.fromkeys(("kl", "agreeing", "compared", "gold", "chunk_kl", "chunks"), 0.0)
@@ -105,7 +111,7 @@ def heldout_figures(
         text_bytes += batch.text_bytes
         arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
         gold, kl, sure, right = [], [], [], []
-        for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
+        for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], memory=memory):
             rows = {name: arrays[name][part] for name in _ROWS if name in arrays}
             gold.append(gold_log_probs(logits, rows["labels"]))
             likeliest = mx.argmax(logits, axis=-1)
@@ -150,7 +156,7 @@ def figures_on(
         model: A student, with or without an adapter.
         examples: Of `Examples.make`.
         targets: The teacher's.
-        config: How many examples and logits exist at once.
+        config: How many examples exist at once, and the memory for logits.
 
     Returns:
         Their sums by example stand in the order of `sequential_batches`, which is by length.
@@ -160,7 +166,7 @@ def figures_on(
         for indices in sequential_batches(examples, config.batch_size)
     )
     batches = map(targets.evaluation_batch, chosen)
-    return heldout_figures(model, batches, chunk=config.head_chunk)
+    return heldout_figures(model, batches, memory=config.loss_memory)
 
 
 def judged(
@@ -257,7 +263,7 @@ def with_evaluation(batch: Batch, evaluation: Batch) -> Batch:
     return replace(batch, arrays={**batch.arrays, **rows})
 
 
-def and_kl(loss: Loss, student: LanguageModel, figure: str, *, chunk: int) -> Loss:
+def and_kl(loss: Loss, student: LanguageModel, figure: str, *, memory: float) -> Loss:
     """A held-out loss with `kl` beside its sums: what `heldout_figures` reports, at each step.
 
     Compiled together, both share the pass through the student's body.
@@ -266,7 +272,7 @@ def and_kl(loss: Loss, student: LanguageModel, figure: str, *, chunk: int) -> Lo
         loss: Over the batches without `with_evaluation`.
         student: Loaded model, adapter attached.
         figure: `kl_nats` or `chunk_kl_nats`, which stands under the name of `kl`.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
     """
 
     def sums_of(logits: mx.array, rows: Sums) -> Sums:
@@ -274,11 +280,11 @@ def and_kl(loss: Loss, student: LanguageModel, figure: str, *, chunk: int) -> Lo
         return {"loss": kl.sum(), "kl_count": rows["soft_weights"].sum()}
 
     names = ("kept_ids", "teacher_log_probs", "soft_weights")
-    token_kl = make_logit_loss(student, names, sums_of, autodiff(sums_of), chunk=chunk)
+    token_kl = make_logit_loss(student, names, sums_of, autodiff(sums_of), memory=memory)
 
     def chunk_kl(arrays: Sums) -> Sums:
         gold = []
-        for part, logits in student.logits_at(arrays["inputs"], arrays["positions"], chunk=chunk):
+        for part, logits in student.logits_at(arrays["inputs"], arrays["positions"], memory=memory):
             gold.append(gold_log_probs(logits, arrays["labels"][part]))
         ours = chunk_log_probs(mx.concatenate(gold), arrays)
         weights = arrays["chunk_weights"]
@@ -328,10 +334,12 @@ def teacher_confidence(
     """
     if not targets.identity.top_k:
         return None
-    stored = [targets.read(example) for example in examples]
-    likeliest = np.concatenate([rows["kept_log_probs"][:, 0] for rows in stored])
-    gold = np.concatenate([rows["gold_log_prob"] for rows in stored])
-    return np.exp(likeliest), likeliest == gold
+    sure, right = [], []
+    for example in examples:
+        rows, read = targets.read(example), read_by_teacher(example)
+        sure.append(np.exp(rows["kept_log_probs"][:, 0]))
+        right.append(rows["kept_ids"][:, 0] == read.ids[read.counted])
+    return np.concatenate(sure), np.concatenate(right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,7 +356,11 @@ class TokenScores:
 
 
 def token_scores(
-    model: LanguageModel, examples: Sequence[Example], *, batch_size: int, chunk: int = 1024
+    model: LanguageModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    memory: float = LOSS_MEMORY,
 ) -> list[TokenScores]:
     """Score the counted tokens of every example.
 
@@ -356,7 +368,7 @@ def token_scores(
         model: Loaded.
         examples: With at least one counted token each.
         batch_size: Examples at once.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
 
     Returns:
         Scores in the order of the examples.
@@ -368,7 +380,7 @@ def token_scores(
         positions = mx.array(batch.arrays["positions"][: batch.count])
         labels = mx.array(batch.arrays["labels"][: batch.count])
         log_probs, likeliest = [], []
-        for part, logits in model.logits_at(inputs, positions, chunk=chunk):
+        for part, logits in model.logits_at(inputs, positions, memory=memory):
             log_probs.append(gold_log_probs(logits, labels[part]))
             likeliest.append(mx.argmax(logits, axis=-1) == labels[part])
             # Here, so that only one chunk's logits exist.

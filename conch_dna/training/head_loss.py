@@ -12,15 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from conch_dna.language_model import LanguageModel
+from conch_dna.loading.output_head import LOGIT_ARRAYS, rows_at_once
 from conch_dna.losses import (
     LOSSES,
+    Rest,
     forward_kl,
     kept_and_rest,
     log_softmax,
     log_sum_exp,
-    sum_last,
     token_cross_entropy,
 )
+from conch_dna.training.settings import LOSS_MEMORY
 
 Sums = dict[str, mx.array]
 LogitLoss = Callable[[mx.array, Sums], tuple[Sums, mx.array]]
@@ -97,8 +99,8 @@ def forward_kl_and_gradient(
     """`distillation_sums` for forward KL with the gradient by logits in closed form.
 
     With q over K + 1 outcomes and s_v a token's share of the rest, the gradient of t² KL is
-    t (q_v - p_v) at a kept token and t s_v (q_rest - p_rest) at any other. Each exponential over
-    the vocabulary is taken once and serves loss and gradient.
+    t (q_v - p_v) at a kept token and t s_v (q_rest - p_rest) at any other. One exponential over
+    the vocabulary serves both temperatures, loss and gradient.
 
     Returns:
         The sums, and the gradient of `loss` by the logits `[N, V]`, float32.
@@ -106,33 +108,23 @@ def forward_kl_and_gradient(
     logits = logits.astype(mx.float32)
     kept_ids, labels = targets["kept_ids"], targets["labels"][:, None]
     kd_weights, ce_weights, hard_share = _shares(targets, alpha, hard)
-    scaled = logits / temperature
-    kept = mx.take_along_axis(scaled, kept_ids, axis=-1)
-    others = mx.put_along_axis(scaled, kept_ids, mx.array(-mx.inf), axis=-1)
-    others_max = others.max(axis=-1, keepdims=True)
-    # Where everything is kept there are no others: their maximum is -inf and their share 0.
-    rest_max = mx.where(others_max == -mx.inf, 0.0, others_max)
-    rest_exp = mx.exp(others - rest_max)
-    rest_sum = sum_last(rest_exp)
-    outcomes = mx.concatenate([kept, rest_max + mx.log(rest_sum)], axis=-1)
+    rest = Rest(logits, kept_ids, (1.0, temperature))
+    kept = mx.take_along_axis(logits, kept_ids, axis=-1)
+    outcomes = mx.concatenate([kept / temperature, rest.log_sum(temperature)], axis=-1)
     student = outcomes - log_sum_exp(outcomes)
     teacher = targets["teacher_log_probs"]
     kd = temperature**2 * (forward_kl(teacher, student) * kd_weights).sum()
 
-    full_max = temperature * mx.maximum(others_max, kept.max(axis=-1, keepdims=True))
-    full_exp = mx.exp(logits - full_max)
-    full_sum = sum_last(full_exp)
+    full = log_sum_exp(mx.concatenate([kept, rest.log_sum(1.0)], axis=-1))
     gold = mx.take_along_axis(logits, labels, axis=-1)
-    ce = ((full_max + mx.log(full_sum) - gold).squeeze(-1) * ce_weights).sum()
+    ce = ((full - gold).squeeze(-1) * ce_weights).sum()
 
     soft = kd_weights[:, None] * (alpha * temperature)
     gold_scale = ce_weights[:, None] * hard_share
     excess = soft * (mx.exp(student) - mx.exp(teacher))
-    rest_scale = excess[:, -1:] / mx.where(rest_sum == 0, 1.0, rest_sum)
-    hard_scale = gold_scale / full_sum
-    gradient = rest_exp * rest_scale + full_exp * hard_scale
-    # exp(-inf) made the rest's part 0 at the kept tokens, so theirs is added to what is there.
-    kept_gradient = mx.take_along_axis(gradient, kept_ids, axis=-1) + excess[:, :-1]
+    gradient = rest.shares(temperature, excess[:, -1:])
+    gradient += rest.shares(1.0, gold_scale * mx.exp(rest.log_sum(1.0) - full))
+    kept_gradient = excess[:, :-1] + gold_scale * mx.exp(kept - full)
     gradient = mx.put_along_axis(gradient, kept_ids, kept_gradient, axis=-1)
     gold_gradient = mx.take_along_axis(gradient, labels, axis=-1) - gold_scale
     gradient = mx.put_along_axis(gradient, labels, gold_gradient, axis=-1)
@@ -209,6 +201,7 @@ def chunked_loss(
     loss_and_gradient: LogitLoss | None,
     chunk: int,
     *,
+    after: Callable[[mx.array], mx.array] | None = None,
     with_gold: bool = False,
     before: int = 0,
     backward: bool = True,
@@ -235,6 +228,7 @@ def chunked_loss(
         loss_and_gradient: Logits and targets of a chunk to sums and the gradient of `loss`; None
             for no sums.
         chunk: Tokens per chunk; 0 takes all at once.
+        after: What the model does to the logits, such as a soft-cap.
         with_gold: Give the log-probability of each row's own token too.
         before: Rows before a chunk's own whose logits `loss_and_gradient` gets as well (fewer at
             the beginning); its gradient is by these too, its targets are those of its own.
@@ -242,6 +236,7 @@ def chunked_loss(
             then no gradient goes through the head; the sums are the same to the bit.
     """
     size = chunk or hidden.shape[0]
+    pulled_back = partial(_pulled_back, head, after)
 
     def evaluate(states: mx.array) -> dict[str, Any]:
         sums: Sums = {}
@@ -254,12 +249,13 @@ def chunked_loss(
                 # for their gradient or for their sums.
                 last = [array for arrays in parts.values() for array in arrays[-1:]]
                 part = mx.depends([part], [*last, *sums.values()])[0]
-            logits = head(part)
+            raw = head(part)
+            logits = raw if after is None else after(raw)
             own = {name: value[start : start + size] for name, value in targets.items()}
             if loss_and_gradient is not None:
                 chunk_sums, by_logits = loss_and_gradient(logits, own)
                 if backward:
-                    by_states = _pulled_back(head, part, by_logits.astype(logits.dtype))
+                    by_states = pulled_back(part, raw, by_logits)
                     if shared:
                         last_rows = parts["gradient"][-1][-shared:] + by_states[:shared]
                         parts["gradient"][-1] = mx.concatenate(
@@ -271,9 +267,8 @@ def chunked_loss(
                 gold, by_logits = gold_and_gradient(logits[shared:], own)
                 parts["gold"].append(gold)
                 if backward:
-                    parts["gold_gradient"].append(
-                        _pulled_back(head, part[shared:], by_logits.astype(logits.dtype))
-                    )
+                    by_states = pulled_back(part[shared:], raw[shared:], by_logits)
+                    parts["gold_gradient"].append(by_states)
         joined = {name: mx.concatenate(arrays) for name, arrays in parts.items() if arrays}
         return {"sums": sums, **joined}
 
@@ -295,9 +290,19 @@ def chunked_loss(
 
 
 def _pulled_back(
-    head: Callable[[mx.array], mx.array], states: mx.array, by_logits: mx.array
+    head: Callable[[mx.array], mx.array],
+    after: Callable[[mx.array], mx.array] | None,
+    states: mx.array,
+    raw: mx.array,
+    by_logits: mx.array,
 ) -> mx.array:
-    """A gradient by logits `[n, V]` as one by the hidden states `[n, D]` behind them."""
+    """A gradient by logits `[n, V]` as one by the hidden states `[n, D]` behind them.
+
+    `raw` is what the head made of these states.
+    """
+    by_logits = by_logits.astype(raw.dtype)
+    if after is not None:
+        by_logits = mx.vjp(after, [raw], [by_logits])[1][0]
     return mx.vjp(head, [states], [by_logits])[1][0]
 
 
@@ -307,19 +312,19 @@ def make_distillation_loss(
     temperature: float,
     alpha: float,
     divergence: str = "forward_kl",
-    chunk: int = 1024,
+    memory: float = LOSS_MEMORY,
 ) -> Callable[[nn.Module, Sums], Sums]:
     """The loss of a student whose head is frozen, for the trainer.
 
-    Models that change logits after the head (soft-cap, scale) or whose head is trained take the
-    dense path: logits of the counted positions all at once, differentiated by MLX.
+    Models whose head is trained, or is none that can be taken apart from the body, take the dense
+    path: logits of the counted positions all at once, differentiated by MLX.
 
     Args:
         student: Loaded model, adapter attached.
         temperature: t of the soft part.
         alpha: Share of the soft part.
         divergence: A key of LOSSES.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
 
     Returns:
         `loss(model, arrays)` as `trainer.Loss` wants it, with sums `loss`, `kd` and `ce`.
@@ -331,18 +336,18 @@ def make_distillation_loss(
     closed = partial(forward_kl_and_gradient, temperature=temperature, alpha=alpha)
     rule: LogitLoss = closed if divergence == "forward_kl" else autodiff(sums_of)
     return make_logit_loss(
-        student, names, sums_of, rule, chunk=chunk, optional=("kd_weights", "ce_weights")
+        student, names, sums_of, rule, memory=memory, optional=("kd_weights", "ce_weights")
     )
 
 
 def make_cross_entropy_loss(
-    student: LanguageModel, *, chunk: int = 1024
+    student: LanguageModel, *, memory: float = LOSS_MEMORY
 ) -> Callable[[nn.Module, Sums], Sums]:
     """Cross-entropy alone, for batches that carry nothing of a teacher.
 
     Args:
         student: Loaded model, adapter attached.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
 
     Returns:
         `loss(model, arrays)` as `trainer.Loss` wants it, with the equal sums `loss` and `ce`.
@@ -352,7 +357,9 @@ def make_cross_entropy_loss(
         ce = (token_cross_entropy(logits, targets["labels"]) * targets["weights"]).sum()
         return {"loss": ce, "ce": ce}
 
-    return make_logit_loss(student, ("labels", "weights"), sums_of, autodiff(sums_of), chunk=chunk)
+    return make_logit_loss(
+        student, ("labels", "weights"), sums_of, autodiff(sums_of), memory=memory
+    )
 
 
 def make_logit_loss(
@@ -361,7 +368,7 @@ def make_logit_loss(
     sums_of: Callable[[mx.array, Sums], Sums],
     rule: LogitLoss,
     *,
-    chunk: int,
+    memory: float,
     optional: Sequence[str] = (),
 ) -> Callable[[nn.Module, Sums], Sums]:
     """A loss of logits as the trainer wants it, in chunks where the student's head allows it.
@@ -371,7 +378,7 @@ def make_logit_loss(
         names: The arrays of a batch with a row for each counted token that the loss needs.
         sums_of: Logits `[N, V]` and these arrays to sums.
         rule: The same with the gradient of `loss` by the logits.
-        chunk: Tokens whose logits exist at once; 0 takes all.
+        memory: Megabytes for logits and what is made of them.
         optional: More such arrays, of which a batch may lack some.
     """
 
@@ -382,9 +389,9 @@ def make_logit_loss(
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
         hidden = at_positions(student.body(arrays["inputs"]), arrays)
         targets = of_rows(arrays)
-        return chunked_loss(
-            student.head, hidden, targets, rule, chunk, backward=model.training
-        ).sums
+        head, chunk, after = head_parts(student, memory)
+        backward = model.training
+        return chunked_loss(head, hidden, targets, rule, chunk, after=after, backward=backward).sums
 
     def dense(model: nn.Module, arrays: Sums) -> Sums:
         logits = at_positions(student.logits(arrays["inputs"]), arrays)
@@ -393,10 +400,24 @@ def make_logit_loss(
     return chunked if takes_chunks(student) else dense
 
 
+def head_parts(
+    student: LanguageModel, memory: float, arrays: int = LOGIT_ARRAYS
+) -> tuple[Callable[[mx.array], mx.array], int, Callable[[mx.array], mx.array] | None]:
+    """What `chunked_loss` takes of a model: `head`, `chunk` and `after`.
+
+    Args:
+        student: Whose head can be taken apart.
+        memory: Megabytes into which a chunk and what is made of it are to fit.
+        arrays: Of the vocabulary's width, that a chunk takes; see `rows_at_once`.
+    """
+    head = student.output_head
+    assert head is not None
+    rows = rows_at_once(memory, student.vocabulary_size, arrays)
+    linear = partial(head.linear, rows=student.vocabulary_size)
+    return linear, rows, None if head.is_last else head.after
+
+
 def takes_chunks(student: LanguageModel) -> bool:
     """Whether a student's head can be taken apart from its body and is frozen."""
-    if not student.has_plain_head:
-        return False
-    model = student.model
-    head = model.lm_head if "lm_head" in model else model.model.embed_tokens
-    return not head.trainable_parameters()
+    head = student.output_head
+    return head is not None and not head.module.trainable_parameters()

@@ -20,8 +20,8 @@ TEACHER, STUDENT = "teacher", "student"
 # The settings of what both read before a prompt, and what stands for a system prompt in them.
 SYSTEMS = {TEACHER: "teacher_system", STUDENT: "student_system"}
 NO_SYSTEM, OF_DOMAIN = "none", "domain"
-# In the output folder, where named runs lie beside each other.
 RUNS = "runs"
+LOSS_MEMORY = 256.0
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
 RUN_NAMES = (
     "answers",
@@ -48,9 +48,7 @@ DIVERGENCES = (
     "total_variation",
 )
 
-
 _option = partial(option, between="between {low:,} and {high:,}")
-# As these messages have always had it.
 _KIND_WORDS = {**KIND_WORDS, "bool": "a true or false", "str": "a text"}
 
 
@@ -73,6 +71,9 @@ class KDConfig:
     )
     divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    target_bits: int = _option(
+        7, "Bits of their log-probabilities on disk; 32 is float32.", low=4, high=8, besides=32
+    )
     teacher_system: str = _option(
         "",
         "System prompt that the teacher reads: a text or a file with it, none, or domain for the "
@@ -185,11 +186,11 @@ class KDConfig:
         0.7, "Temperature of the teacher's answers; 0 is greedy.", low=0, high=10
     )
     generation_batch_size: int = _option(16, "Prompts the teacher answers at once.", low=1)
-    head_chunk: int = _option(
-        512,
-        "Tokens whose logits exist at once in the loss; 0 computes all at once.",
-        low=0,
-        high=10**7,
+    loss_memory: float = _option(
+        LOSS_MEMORY,
+        "Megabytes for logits and what is made of them, in losses, targets and evaluation.",
+        low=0.1,
+        high=10**6,
     )
     grad_checkpoint: bool = _option(
         False, "Recompute activations in the backward pass: less memory, more time."

@@ -14,6 +14,7 @@ from typing import Any
 from conch_dna.checkpoints import write_atomically, write_json
 from conch_dna.errors import ConchError, Interrupted, number_of
 from conch_dna.language_model import ModelSource
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
 from conch_dna.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
@@ -369,7 +370,8 @@ def plan_domain(
         own_answers = {"prompts": asked, "answers": drawn, "rounds": -(-drawn // size)}
     # The digests are not needed for the size, so no weights have to be there.
     identity = pair.identity(with_digests=False)
-    chunk = config.head_chunk or config.batch_size * longest
+    width = max(teacher.token_count, student.token_count)
+    rows = min(rows_at_once(config.loss_memory, width), config.batch_size * longest)
     return {
         "domain": domain,
         "teacher": teacher.model_id,
@@ -385,7 +387,7 @@ def plan_domain(
         "disk_bytes": tokens * identity.bytes_per_token,
         "teacher_bytes": teacher.weight_bytes,
         "student_bytes": student.weight_bytes,
-        "logits_bytes": 4 * chunk * max(teacher.token_count, student.token_count),
+        "logits_bytes": 4 * rows * width,
         "workload": work,
         "test_examples": len(test_data),
         "warnings": [

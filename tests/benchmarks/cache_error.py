@@ -16,9 +16,10 @@ from _setting import print_setting, shared_data, stories
 from conch_dna.language_model import ModelSource
 from conch_dna.losses import forward_kl, log_softmax
 from conch_dna.training.batches import collate, sequential_batches
+from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.records import fitting, tokenize_records
 from conch_dna.training.evaluation import heldout_metrics
-from conch_dna.training.soft_targets import SoftTargetCache, target_identity
+from conch_dna.training.soft_targets import SoftTargetCache
 from models import keep_layers
 
 

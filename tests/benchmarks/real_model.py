@@ -31,16 +31,18 @@ from rich.console import Console
 
 from conch_dna.checkpoints import provenance, read_json, write_atomically, write_json
 from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.presentation import text_table
 from conch_dna.progress import Progress
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.batches import collate
 from conch_dna.training.data.answers import generate_answers
 from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.outcomes import compress
 from conch_dna.training.data.records import Record, json_lines, read_records
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, trainer_settings
-from conch_dna.training.soft_targets import HEAD_ROWS, TargetBatches, compress
+from conch_dna.training.soft_targets import TargetBatches
 from conch_dna.training.students.block_influence import (
     WINDOW,
     Removal,
@@ -236,7 +238,8 @@ def target_parts(model: LanguageModel, arrays: dict[str, mx.array]) -> dict[str,
     states = model.body(arrays["inputs"]).reshape(-1, model.model.args.hidden_size)
     states = states[arrays["positions"]]
     mx.eval(states)
-    parts = [slice(at, at + HEAD_ROWS) for at in range(0, len(states), HEAD_ROWS)]
+    rows = rows_at_once(CONFIG.loss_memory, model.vocabulary_size)
+    parts = [slice(at, at + rows) for at in range(0, len(states), rows)]
 
     def head() -> None:
         for part in parts:

@@ -42,7 +42,7 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 OLD, OLD_TEXTS, OLD_CHARACTERS = ("tinystories", "gsm8k"), 24, 500
-ON_POLICY: dict[str, Any] = {"on_policy": 1.0, "rollout_tokens": 64, "rollouts": 32}
+ON_POLICY: dict[str, Any] = {"on_policy": 1.0, "rollout_tokens": 64, "rollouts": 24}
 METHODS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"alpha": 0.0},
     "prompted": {**ON_POLICY, "teacher_system": "domain"},

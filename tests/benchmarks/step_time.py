@@ -22,10 +22,11 @@ from mlx_lm.tuner.trainer import default_loss
 from conch_dna.language_model import ModelSource
 from conch_dna.training.adapters import attach_lora
 from conch_dna.training.batches import collate
+from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.records import fitting, tokenize_records
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches, target_identity
+from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches
 from conch_dna.training.trainer import Trainer, TrainerSettings
 from models import keep_layers
 

@@ -23,10 +23,11 @@ from conch_dna.generations.two_teachers import (
 )
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
+from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.records import tokenize_records
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache, target_identity
-from models import make_model_folder
+from conch_dna.training.soft_targets import SoftTargetCache
+from models import make_model_folder, memory_of
 
 TEXTS = [
     {"prompt": "Once upon a time", "completion": " there was a little cat who was happy."},
@@ -234,7 +235,7 @@ def test_the_loss_and_its_gradient_are_the_formula(
     batch = targets.collate(examples, TEMPERATURE)
     arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
     student = ModelSource(str(tiny_student)).load()
-    training = KDConfig(temperature=TEMPERATURE, head_chunk=12)
+    training = KDConfig(temperature=TEMPERATURE, loss_memory=memory_of(12, student))
     config = EvolveConfig(alpha=0.1, beta=0.8, gamma=gamma, training=training)
     first, second = (logits_of(teachers[name], examples) for name in names)
     expected = expected_of(first, second, targets.settings)
@@ -253,7 +254,8 @@ def test_the_loss_and_its_gradient_are_the_formula(
     results = []
     for plain in (True, False):
         model = LanguageModel(student.source, student.model)
-        model.__dict__["has_plain_head"] = plain
+        if not plain:
+            model.__dict__["output_head"] = None
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
         loss = make_two_teacher_loss(model, config)

@@ -17,7 +17,7 @@ from conch_dna.training.batches import Example
 from conch_dna.training.data import answers
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.beginnings import SHORTEST, SharedBeginning
-from conch_dna.training.soft_targets import compute_targets, target_identity
+from conch_dna.training.data.outcomes import compute_targets, target_identity
 from models import EXPERTS, make_gemma2_folder, make_model_folder
 
 BEGINNING = SHORTEST + 8

@@ -13,14 +13,15 @@ import oracle
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.training.batches import Batch, Example, sequential_batches
+from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.evaluation import (
     heldout_figures,
     heldout_metrics,
     teacher_confidence,
     teacher_metrics,
 )
-from conch_dna.training.soft_targets import SoftTargetCache, target_identity
-from models import random_examples
+from conch_dna.training.soft_targets import SoftTargetCache
+from models import memory_of, random_examples
 
 TOP_K = 20
 
@@ -94,31 +95,31 @@ def assert_metrics(found: TokenMetrics, expected: dict[str, Any]) -> None:
     assert found.to_json() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 17, 1024])
+@pytest.mark.parametrize("rows", [1, 17, 1024])
 def test_figures_of_the_student(
     student: LanguageModel,
     teacher: ModelSource,
     examples: list[Example],
     batches: list[Batch],
-    chunk: int,
+    rows: int,
 ) -> None:
     """The batches differ in tokens, so a mean of the batches' means would be off."""
     assert len({batch.count for batch in batches}) > 1
-    found = heldout_metrics(student, batches, chunk=chunk)
+    found = heldout_metrics(student, batches, memory=memory_of(rows, student))
     expected = expected_metrics(student, teacher.resident(), examples)
     assert_metrics(found, expected)
     assert found.kl_nats and found.top1_agreement is not None
     assert found.kl_nats > 0.01 and found.top1_agreement < 1
 
 
-def test_figures_of_a_model_without_a_plain_head(
+def test_figures_of_a_model_that_is_not_taken_apart(
     student: LanguageModel,
     teacher: ModelSource,
     examples: list[Example],
     batches: list[Batch],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(student.__dict__, "has_plain_head", False)
+    monkeypatch.setitem(student.__dict__, "output_head", None)
     monkeypatch.setattr(student, "head", None)
     expected = expected_metrics(student, teacher.resident(), examples)
     assert_metrics(heldout_metrics(student, batches), expected)
@@ -135,16 +136,16 @@ def test_the_teacher_measured_as_a_student_is_the_teacher(
     assert own.to_json() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [0, 17])
+@pytest.mark.parametrize("rows", [1024, 17])
 def test_figures_of_each_token_are_those_of_dense_logits(
     student: LanguageModel,
     teacher: ModelSource,
     examples: list[Example],
     batches: list[Batch],
     cache: SoftTargetCache,
-    chunk: int,
+    rows: int,
 ) -> None:
-    found = heldout_figures(student, batches, chunk=chunk).by_token
+    found = heldout_figures(student, batches, memory=memory_of(rows, student)).by_token
     ordered = [examples[i] for part in sequential_batches(examples, 3) for i in part]
     own, of_teacher = (dense_logits(m, ordered) for m in (student, teacher.resident()))
     labels = np.concatenate([example.ids[example.counted] for example in ordered])

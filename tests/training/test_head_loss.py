@@ -7,6 +7,7 @@ knows it; a new kind of head is one more entry of HEADS.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,10 +19,12 @@ from mlx_lm.models import llama
 
 import oracle
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.losses import LOSSES
 from conch_dna.training import head_loss
 from conch_dna.training.adapters import adapter_tensors, attach_lora
 from conch_dna.training.batches import collate
+from conch_dna.training.data.outcomes import compress
 from conch_dna.training.head_loss import (
     chunked_loss,
     cross_entropy_sums,
@@ -30,8 +33,7 @@ from conch_dna.training.head_loss import (
     make_distillation_loss,
 )
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import compress
-from models import make_model_folder, random_examples
+from models import make_model_folder, memory_of, random_examples
 
 HEADS: dict[str, dict[str, Any]] = {
     "tied": {},
@@ -256,10 +258,10 @@ def test_loss_and_adapter_gradient_of_every_kind_of_head(
     folders: dict[str, Path], head: str, divergence: str
 ) -> None:
     student = with_adapter(load(folders[head]))
-    assert student.has_plain_head
+    assert student.output_head is not None
     arrays = batch_arrays(student)
     options = {"temperature": 2.0, "alpha": 0.7, "divergence": divergence}
-    chunked = make_distillation_loss(student, chunk=50, **options)
+    chunked = make_distillation_loss(student, memory=memory_of(50, student), **options)
     sums, gradients = value_and_gradients(student, chunked, arrays)
     rows = expected_rows(
         logits_of_counted(student, arrays),
@@ -279,7 +281,7 @@ def test_every_divergence_in_chunks(folders: dict[str, Path], divergence: str) -
     student = with_adapter(load(folders["tied"]))
     arrays = batch_arrays(student, t=1.5)
     options = {"temperature": 1.5, "alpha": 1.0, "divergence": divergence}
-    chunked = make_distillation_loss(student, chunk=33, **options)
+    chunked = make_distillation_loss(student, memory=memory_of(33, student), **options)
     sums, gradients = value_and_gradients(student, chunked, arrays)
     dense, expected = value_and_gradients(student, dense_loss(student, **options), arrays)
     for name in dense:
@@ -300,7 +302,9 @@ def test_padding_of_the_batch_contributes_nothing(folders: dict[str, Path]) -> N
             padding[:, None], arrays["teacher_log_probs"][:, ::-1], arrays["teacher_log_probs"]
         ),
     }
-    loss = make_distillation_loss(student, temperature=2.0, alpha=0.7, chunk=40)
+    loss = make_distillation_loss(
+        student, temperature=2.0, alpha=0.7, memory=memory_of(40, student)
+    )
     sums, gradients = value_and_gradients(student, loss, arrays)
     sums_other, gradients_other = value_and_gradients(student, loss, other)
     for name in sums:
@@ -334,22 +338,30 @@ class SoftCapped(llama.Model):
         return 2.0 * mx.tanh(super().__call__(inputs, *args, **kwargs) / 2.0)
 
 
-def test_a_soft_cap_takes_the_dense_path(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_soft_cap_is_part_of_the_loss(folders: dict[str, Path], apart: bool) -> None:
+    """In chunks, and where the head cannot be taken apart from the body."""
     plain = load(folders["tied"])
     capped = SoftCapped(plain.model.args)
     capped.update(plain.model.parameters())
     capped.eval()
     student = with_adapter(LanguageModel(plain.source, capped))
-    assert plain.has_plain_head and not student.has_plain_head
+    without_cap = plain.output_head
+    assert without_cap is not None and without_cap.is_last
+    assert student.output_head is not None and not student.output_head.is_last
     arrays = batch_arrays(student)
+    states = student.body(arrays["inputs"])
+    assert mx.array_equal(student.head(states), student.logits(arrays["inputs"]))
+    uncapped = without_cap.logits(states, student.vocabulary_size)
+    assert mx.abs(uncapped - student.logits(arrays["inputs"])).max().item() > 0.1
+    if not apart:
+        student.__dict__["output_head"] = None
     options = {"temperature": 2.0, "alpha": 0.7, "divergence": "forward_kl"}
-    loss = make_distillation_loss(student, **options)
+    loss = make_distillation_loss(student, memory=memory_of(30, student), **options)
     sums, gradients = value_and_gradients(student, loss, arrays)
     targets = {n: arrays[n] for n in ("kept_ids", "teacher_log_probs", "labels", "weights")}
     rows = expected_rows(logits_of_counted(student, arrays), targets, t=2.0, alpha=0.7)
     assert_sums(sums, rows)
-    without_cap = student.head(student.body(arrays["inputs"]))
-    assert mx.abs(without_cap - student.logits(arrays["inputs"])).max().item() > 0.1
     _, expected = value_and_gradients(student, dense_loss(student, **options), arrays)
     assert_same_gradients(gradients, expected, 1e-6)
 
@@ -361,7 +373,7 @@ def test_a_trained_head_gets_its_gradient(folders: dict[str, Path], head: str) -
     student.model.unfreeze()
     arrays = batch_arrays(student)
     options = {"temperature": 2.0, "alpha": 0.7, "divergence": "forward_kl"}
-    loss = make_distillation_loss(student, chunk=16, **options)
+    loss = make_distillation_loss(student, memory=memory_of(16, student), **options)
     _, gradients = value_and_gradients(student, loss, arrays)
     _, expected = value_and_gradients(student, dense_loss(student, **options), arrays)
     assert_same_gradients(gradients, expected, 1e-5)
@@ -380,7 +392,7 @@ def test_identical_teacher_and_student(folders: dict[str, Path], divergence: str
     outcomes = mx.concatenate([at_t, stored["log_rest"][:, 1:]], axis=-1)
     arrays = {**arrays, "kept_ids": stored["kept_ids"], "teacher_log_probs": outcomes}
     loss = make_distillation_loss(
-        student, temperature=2.0, alpha=1.0, divergence=divergence, chunk=48
+        student, temperature=2.0, alpha=1.0, divergence=divergence, memory=memory_of(48, student)
     )
     sums, gradients = value_and_gradients(student, loss, arrays)
     tokens = arrays["weights"].sum().item()
@@ -396,7 +408,7 @@ def test_a_student_in_half_precision(folders: dict[str, Path]) -> None:
     with_adapter(student)
     arrays = batch_arrays(student)
     options = {"temperature": 2.0, "alpha": 0.7, "divergence": "forward_kl"}
-    loss = make_distillation_loss(student, chunk=50, **options)
+    loss = make_distillation_loss(student, memory=memory_of(50, student), **options)
     sums, gradients = value_and_gradients(student, loss, arrays)
     dense, expected = value_and_gradients(student, dense_loss(student, **options), arrays)
     assert sums["loss"].dtype == mx.float32
@@ -422,7 +434,9 @@ def test_cross_entropy_of_a_batch(folders: dict[str, Path]) -> None:
 def test_compiled_as_the_trainer_compiles_it(folders: dict[str, Path]) -> None:
     student = with_adapter(load(folders["tied"]))
     arrays = batch_arrays(student)
-    loss = make_distillation_loss(student, temperature=2.0, alpha=0.7, chunk=50)
+    loss = make_distillation_loss(
+        student, temperature=2.0, alpha=0.7, memory=memory_of(50, student)
+    )
     plain = value_and_gradients(student, loss, arrays)
     step = nn.value_and_grad(student.model, lambda a: loss(student.model, a)["loss"])
     value, gradients = mx.compile(step, inputs=[student.model.state])(arrays)
@@ -430,46 +444,51 @@ def test_compiled_as_the_trainer_compiles_it(folders: dict[str, Path]) -> None:
     assert_same_gradients(named_arrays(gradients), plain[1])
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jsd", marks=pytest.mark.slow)])
-def test_peak_memory_is_one_chunk(divergence: str) -> None:
-    """At 32,000 tokens in the vocabulary, 32 positions at a time instead of 512.
+def wide_student(capped: bool, tokens: int) -> LanguageModel:
+    """A small body with a vocabulary of size, a few rows of which are padding."""
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=16,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        num_attention_heads=1,
+        rms_norm_eps=1e-5,
+        vocab_size=tokens + 9,
+    )
+    model = (SoftCapped if capped else llama.Model)(arguments)
+    mx.eval(model.parameters())
+    return LanguageModel(SimpleNamespace(token_count=tokens), model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("capped", [True, False])
+@pytest.mark.parametrize("divergence", sorted(LOSSES))
+def test_the_loss_keeps_to_its_memory(divergence: str, capped: bool, compiled: bool) -> None:
+    """Whatever the head and the divergence; what the loss takes is made of logits and their kind.
 
     It grew with the number of chunks while a chunk's sums could wait for the last chunk's end.
     """
-    vocabulary, count = 32_000, 512
-    random = np.random.default_rng(0)
-    weight = mx.array(random.normal(0, 1, (vocabulary, 16)).astype(np.float32))
-    hidden = mx.array(random.normal(0, 1, (count, 16)).astype(np.float32))
-    options = {"temperature": 2.0, "alpha": 0.7}
-    targets = random_targets(count, 64, k=8, t=2.0)
-
-    def rule(logits: mx.array, rows: Arrays) -> tuple[Arrays, mx.array]:
-        if divergence == "forward_kl":
-            return forward_kl_and_gradient(logits, rows, **options)
-
-        def total(x: mx.array) -> tuple[mx.array, Arrays]:
-            sums = distillation_sums(x, rows, divergence=divergence, **options)
-            return sums["loss"], sums
-
-        (_, sums), gradient = mx.value_and_grad(total)(logits)
-        return sums, gradient
-
-    def peak(chunk: int) -> tuple[int, mx.array]:
-        def total(states: mx.array) -> mx.array:
-            return chunked_loss(lambda x: x @ weight.T, states, targets, rule, chunk).sums["loss"]
-
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        gradient = mx.grad(total)(hidden)
-        mx.eval(gradient)
-        return mx.get_peak_memory() - before, gradient
-
-    mx.eval(weight, hidden, targets)
-    (dense, expected), (chunked, found) = peak(0), peak(32)
-    print(f"\n{divergence}: {dense / 2**20:.0f} MiB at once, {chunked / 2**20:.0f} MiB in chunks")
-    assert chunked < dense / 5
-    assert oracle.error_of_gradient(np.asarray(found), np.asarray(expected)) < 1e-5
+    vocabulary, count, budget = 16_000, 192, 24
+    student = wide_student(capped, vocabulary)
+    rows = rows_at_once(budget, vocabulary)
+    assert 5 < count / rows < 10
+    arrays = random_targets(count, 64, k=8, t=2.0)
+    arrays |= {"inputs": mx.ones((1, count), mx.int32), "positions": mx.arange(count)}
+    options: dict[str, Any] = {"temperature": 2.0, "alpha": 0.7, "divergence": divergence}
+    loss = make_distillation_loss(with_adapter(student), memory=budget, **options)
+    step = nn.value_and_grad(student.model, lambda batch: loss(student.model, batch)["loss"])
+    student.model.train()
+    if compiled:
+        state = [student.model.state]
+        step = mx.compile(step, inputs=state, outputs=state)
+        mx.eval(step(arrays))
+    mx.eval(arrays)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(step(arrays))
+    peak = (mx.get_peak_memory() - before) / 1e6
+    assert 0.4 * budget < peak < budget
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
@@ -480,7 +499,7 @@ def test_evaluation_goes_forward_only(
     student = load(folders["tied"])
     arrays = batch_arrays(student)
     loss = make_distillation_loss(
-        student, temperature=2, alpha=0.7, divergence=divergence, chunk=16
+        student, temperature=2, alpha=0.7, divergence=divergence, memory=memory_of(16, student)
     )
     student.model.train()
     trained = loss(student.model, arrays)

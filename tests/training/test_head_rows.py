@@ -15,7 +15,7 @@ import pytest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.training.data.examples import KINDS, Examples
-from conch_dna.training.soft_targets import compress
+from conch_dna.training.data.outcomes import compress
 from conch_dna.training.true_kd import KDConfig, TrueKnowledgeDistiller, plan_domain
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, tokenizer_with_marker

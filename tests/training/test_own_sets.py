@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 
 from conch_dna.training.cli import distill
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from models import stored_rows
 
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
 SETS = {
@@ -130,8 +130,7 @@ def test_a_dry_run_counts_what_the_teacher_will_compute(finished):
     cells = [line.split("│") for line in result.stdout.splitlines() if line.count("│") > 2]
     rows = {row[1].strip(): row[2].strip() for row in cells}
     assert rows["examples"] == "19, of which 7 held out; 6 to test"
-    shards = (finished.folder / "soft_targets").rglob("*.safetensors")
-    tokens = sum(len(mx.load(str(shard))["gold_log_prob"]) for shard in shards)
+    tokens = stored_rows(finished.folder / "soft_targets")
     assert rows["teacher's tokens to compute"] == str(tokens)
 
 

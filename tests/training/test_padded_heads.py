@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from conch_dna.language_model import ASSETS, LanguageModel, ModelSource, open_tokenizer
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.training.cross_tokenizer.vocabulary import (
     SAME,
     SAME_UP_TO_PADDING,
@@ -49,7 +50,7 @@ TINY: dict[str, Any] = {
     "val_fraction": 0.1,
     "steps_per_eval": 2,
     "steps_per_save": 2,
-    "head_chunk": 64,
+    "loss_memory": 1.0,
 }
 
 
@@ -215,7 +216,7 @@ def test_what_stands_in_padding_rows_changes_nothing(
 def test_padding_rows_are_never_drawn_nor_kept(small: Padded, tmp_path: Path) -> None:
     """Neither in the teacher's answers nor in its targets."""
     teacher = loud_copy(small.teacher, tmp_path / "loud", small.tokens)
-    config = KDConfig(**TINY, output_dir=str(tmp_path / "out"))
+    config = KDConfig(**TINY, target_bits=32, output_dir=str(tmp_path / "out"))
     distiller = TrueKnowledgeDistiller(str(teacher), small.student.model_id, config)
     distiller.distill_domain("s", prompts=[record["prompt"] for record in RECORDS])
     (shard,) = (tmp_path / "out" / "s" / "soft_targets").rglob("*.safetensors")
@@ -297,4 +298,5 @@ def test_nor_do_they_where_the_tokenizers_differ(small: Padded, tmp_path: Path) 
 def test_a_dry_run_counts_real_tokens(padded: Padded) -> None:
     planned = plan_domain(padded.teacher, padded.student, KDConfig(**TINY), "s", data=RECORDS)
     assert planned["alignment"] == "index"
-    assert planned["logits_bytes"] == 4 * TINY["head_chunk"] * padded.tokens
+    rows = rows_at_once(TINY["loss_memory"], padded.tokens)
+    assert planned["logits_bytes"] == 4 * rows * padded.tokens

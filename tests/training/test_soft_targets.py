@@ -6,6 +6,7 @@ tokens and a rest lose of the full divergence.
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,19 +28,19 @@ from conch_dna.losses import LOSSES, compute_kd_loss
 from conch_dna.training import soft_targets
 from conch_dna.training.adapters import attach_lora
 from conch_dna.training.batches import Example, collate
-from conch_dna.training.evaluation import heldout_metrics
-from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import (
+from conch_dna.training.data import outcomes, target_shards
+from conch_dna.training.data.outcomes import (
     TARGET_ARRAYS,
-    SoftTargetCache,
-    TargetBatches,
     TargetIdentity,
     compress,
     compute_targets,
     target_identity,
 )
-from models import ASSETS, make_model_folder, random_examples
+from conch_dna.training.evaluation import heldout_metrics
+from conch_dna.training.head_loss import make_distillation_loss
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches
+from models import ASSETS, make_model_folder, memory_of, random_examples
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 
@@ -173,14 +174,14 @@ def test_padded_rows_of_the_teachers_head_take_no_part(tmp_path: Path) -> None:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_teacher_without_a_plain_head(
+def test_a_teacher_that_is_not_taken_apart(
     source: ModelSource, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = source.load()
     identity = target_identity(source, top_k=12, temperature=2.0)
     options: dict[str, Any] = {"batch_size": 3, "report": lambda event, row: None}
     plain = compute_targets(teacher, examples, identity, **options)
-    monkeypatch.setitem(teacher.__dict__, "has_plain_head", False)
+    monkeypatch.setitem(teacher.__dict__, "output_head", None)
     monkeypatch.setattr(teacher, "head", None)
     whole = compute_targets(teacher, examples, identity, **options)
     for found, expected in zip(whole, plain, strict=True):
@@ -232,7 +233,7 @@ def test_the_format_changes_the_address(
 ) -> None:
     identity = target_identity(source, top_k=12, temperature=2.0)
     before = identity.digest
-    monkeypatch.setattr(soft_targets, "FORMAT", "soft targets of tomorrow")
+    monkeypatch.setattr(outcomes, "ADDRESS", "soft targets of tomorrow")
     assert identity.digest != before
 
 
@@ -279,6 +280,60 @@ def test_what_is_read_is_what_was_computed(
         assert str(shards(cache)[0]) in maps.read_text(), "shards are read by memory map"
 
 
+def test_few_bits_are_near_to_what_was_computed(
+    tmp_path: Path, source: ModelSource, examples: list[Example]
+) -> None:
+    exact = filled(tmp_path / "exact", source, examples)
+    compact = filled(tmp_path / "compact", source, examples, bits=7)
+    sizes = [shards(cache)[0].stat().st_size for cache in (exact, compact)]
+    assert sizes[1] < 0.8 * sizes[0]
+    for example in examples:
+        expected, found = exact.read(example), compact.read(example)
+        for name in ("log_rest", "gold_log_prob"):
+            np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(found["kept_ids"][:, 0], expected["kept_ids"][:, 0])
+    for temperature in (1.0, 2.0):
+        parts = [cache.outcomes(examples, temperature, 192) for cache in (exact, compact)]
+        dense = [np.full((192, source.token_count + 1), -np.inf) for _ in parts]
+        for row, part in zip(dense, parts, strict=True):
+            np.put_along_axis(row, part["kept_ids"], part["teacher_log_probs"][:, :-1], axis=1)
+            row[:, -1] = part["teacher_log_probs"][:, -1]
+            np.testing.assert_allclose(np.exp(row).sum(1), 1, atol=1e-5)
+        assert np.array_equal(*(np.isfinite(row) for row in dense))
+        assert oracle.kl(np.exp(dense[0]), np.exp(dense[1])).max() < 1e-4
+
+
+def test_what_is_stored_as_it_is_serves_where_few_bits_are_asked(
+    tmp_path: Path,
+    source: ModelSource,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = filled(tmp_path, source, examples[:-1])
+    compact = SoftTargetCache(tmp_path, replace(exact.identity, bits=7))
+    assert compact.missing(examples) == examples[-1:]
+    assert same(compact.read(examples[0]), exact.read(examples[0]))
+    compact.fill(source, examples, batch_size=3)
+    assert [len(shards(cache)) for cache in (exact, compact)] == [1, 1]
+    again = SoftTargetCache(tmp_path, exact.identity)
+    assert again.missing(examples) == examples[-1:], "few bits do not serve where all are asked"
+
+
+def test_another_teachers_shard_is_not_read(
+    tmp_path: Path, source: ModelSource, examples: list[Example]
+) -> None:
+    cache = filled(tmp_path, source, examples)
+    other = SoftTargetCache(tmp_path, target_identity(source, top_k=12, temperature=3.0))
+    other.folder.mkdir()
+    (shard,) = shards(cache)
+    shutil.copy(shard, other.folder)
+    warnings: list[str] = []
+    again = SoftTargetCache(
+        tmp_path, other.identity, report=lambda event, row: warnings.append(row["message"])
+    )
+    assert again.missing(examples) == examples and "another teacher" in warnings[0]
+
+
 def test_size_on_disk_is_as_announced(
     tmp_path: Path, source: ModelSource, examples: list[Example]
 ) -> None:
@@ -290,23 +345,26 @@ def test_size_on_disk_is_as_announced(
     assert len(content) - header == tokens * cache.identity.bytes_per_token
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 def test_a_full_cache_never_loads_the_teacher(
     tmp_path: Path,
     source: ModelSource,
+    bits: int,
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    filled(tmp_path, source, examples)
-    identity = target_identity(source, top_k=12, temperature=2.0)
+    filled(tmp_path, source, examples, bits=bits)
+    identity = target_identity(source, top_k=12, temperature=2.0, bits=bits)
     with teacher_must_stay_away(monkeypatch):
         again = SoftTargetCache(tmp_path, identity)
         assert again.fill(source, examples[::-1], batch_size=2) == 0
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 def test_a_changed_data_set_computes_only_what_is_new(
-    tmp_path: Path, source: ModelSource, examples: list[Example]
+    tmp_path: Path, source: ModelSource, bits: int, examples: list[Example]
 ) -> None:
-    cache = filled(tmp_path, source, examples)
+    cache = filled(tmp_path, source, examples, bits=bits)
     before = [cache.read(example) for example in examples]
     new = random_examples(2, source.token_count, seed=9)
     advanced: list[int] = []
@@ -330,15 +388,17 @@ def test_what_counts_is_part_of_an_examples_address(
     assert len(cache.read(fewer)["kept_ids"]) == len(cache.read(examples[0])["kept_ids"]) - 1
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 def test_many_shards(
     tmp_path: Path,
     source: ModelSource,
+    bits: int,
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = filled(tmp_path / "whole", source, examples)
+    whole = filled(tmp_path / "whole", source, examples, bits=bits)
     monkeypatch.setattr(soft_targets, "SHARD_POSITIONS", 30)
-    parts = filled(tmp_path / "parts", source, examples)
+    parts = filled(tmp_path / "parts", source, examples, bits=bits)
     assert len(shards(whole)) == 1 < len(shards(parts))
     again = SoftTargetCache(tmp_path / "parts", parts.identity)
     assert again.missing(examples) == []
@@ -356,11 +416,12 @@ def test_other_settings_live_side_by_side(
     assert first.folder != second.folder and first.folder.parent == second.folder.parent
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 def test_shards_are_the_same_bytes_every_time(
-    tmp_path: Path, source: ModelSource, examples: list[Example]
+    tmp_path: Path, source: ModelSource, bits: int, examples: list[Example]
 ) -> None:
-    first = filled(tmp_path / "a", source, examples)
-    second = filled(tmp_path / "b", source, examples)
+    first = filled(tmp_path / "a", source, examples, bits=bits)
+    second = filled(tmp_path / "b", source, examples, bits=bits)
     names = [[(path.name, file_digest(path)) for path in shards(c)] for c in (first, second)]
     assert names[0] == names[1] and names[0]
 
@@ -383,11 +444,12 @@ def test_k_equal_to_the_vocabulary(
 # Damage
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
 def test_a_truncated_shard_is_computed_again(
-    tmp_path: Path, source: ModelSource, examples: list[Example], kept: int
+    tmp_path: Path, source: ModelSource, bits: int, examples: list[Example], kept: int
 ) -> None:
-    cache = filled(tmp_path, source, examples)
+    cache = filled(tmp_path, source, examples, bits=bits)
     before = [{n: v.copy() for n, v in cache.read(e).items()} for e in examples]
     (shard,) = shards(cache)
     content = shard.read_bytes()
@@ -397,34 +459,36 @@ def test_a_truncated_shard_is_computed_again(
     assert shard.read_bytes() == content
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 @pytest.mark.parametrize(
     "listing",
     ["[" * 100_000, "{}", '["a"]', '[["a", 0, 9999]]', '[["a", 1, 0]]', '[["a", 0.5, 1]]'],
 )
 def test_a_listing_of_another_form_is_computed_again(
-    tmp_path: Path, source: ModelSource, examples: list[Example], listing: str
+    tmp_path: Path, source: ModelSource, bits: int, examples: list[Example], listing: str
 ) -> None:
     """Its digest is right: whoever wrote it meant it."""
-    cache = filled(tmp_path, source, examples)
+    cache = filled(tmp_path, source, examples, bits=bits)
     before = [{n: v.copy() for n, v in cache.read(e).items()} for e in examples]
     (shard,) = shards(cache)
     with safe_open(str(shard), framework="numpy") as file:
-        arrays = {name: file.get_tensor(name) for name in TARGET_ARRAYS}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
-    metadata |= {"entries": listing, "digest": soft_targets._data_digest(listing, arrays)}
+    metadata |= {"entries": listing, "digest": target_shards._data_digest(listing, arrays)}
     shard.unlink()
     mx.save_safetensors(str(shard), {n: mx.array(v) for n, v in arrays.items()}, metadata)
     assert_recomputed(cache.identity, tmp_path, source, examples, before, str(shard))
 
 
+@pytest.mark.parametrize("bits", [32, 7])
 def test_a_flipped_bit_in_the_data_is_computed_again(
-    tmp_path: Path, source: ModelSource, examples: list[Example]
+    tmp_path: Path, source: ModelSource, bits: int, examples: list[Example]
 ) -> None:
-    cache = filled(tmp_path, source, examples)
+    cache = filled(tmp_path, source, examples, bits=bits)
     before = [{n: v.copy() for n, v in cache.read(e).items()} for e in examples]
     (shard,) = shards(cache)
     content = bytearray(shard.read_bytes())
-    content[-1000] ^= 4
+    content[-100] ^= 4
     shard.unlink()
     shard.write_bytes(content)
     assert_recomputed(cache.identity, tmp_path, source, examples, before, "was altered")
@@ -452,10 +516,13 @@ def assert_recomputed(
     assert all(same(again.read(e), old) for e, old in zip(examples, before, strict=True))
 
 
-def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path: Path, source: ModelSource) -> None:
+@pytest.mark.parametrize("bits", [32, 7])
+def test_no_flipped_bit_of_the_header_goes_unnoticed(
+    tmp_path: Path, source: ModelSource, bits: int
+) -> None:
     """Either the shard is refused, or what is read is unharmed."""
     examples = random_examples(2, source.token_count)
-    cache = filled(tmp_path, source, examples)
+    cache = filled(tmp_path, source, examples, bits=bits)
     before = [{n: v.copy() for n, v in cache.read(e).items()} for e in examples]
     (shard,) = shards(cache)
     content = shard.read_bytes()
@@ -559,7 +626,7 @@ def test_where_everything_is_kept_the_loss_is_the_dense_one(
     student = ModelSource(str(tiny_student)).load()
     attach_lora(student, KDConfig(lora_rank=2))
     loss = make_distillation_loss(
-        student, temperature=2.0, alpha=1.0, divergence=divergence, chunk=50
+        student, temperature=2.0, alpha=1.0, divergence=divergence, memory=memory_of(50, student)
     )
     student.model.train()
     step = nn.value_and_grad(student.model, lambda: loss(student.model, arrays)["loss"])

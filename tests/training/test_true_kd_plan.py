@@ -18,7 +18,7 @@ from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
-from models import EXPERTS, make_model_folder
+from models import EXPERTS, make_model_folder, memory_of
 
 DATA = [{"text": f"{number} dogs ran to the park." + " They ran." * number} for number in range(20)]
 OPENINGS = [f"Once upon a time there were {number} birds" for number in range(10)]
@@ -82,14 +82,18 @@ def test_a_known_domain_needs_neither_data_nor_prompts(tmp_path):
 
 
 def test_sizes_are_those_of_the_files_and_arrays(teacher, student):
-    found = plan(teacher, student, data=DATA, config={"head_chunk": 64, "temperature": 2.0})
+    found = plan(
+        teacher,
+        student,
+        data=DATA,
+        config={"loss_memory": memory_of(64, teacher), "temperature": 2.0},
+    )
     assert found["teacher_bytes"] == (teacher.folder / "model.safetensors").stat().st_size
     assert found["student_bytes"] == (student.folder / "model.safetensors").stat().st_size
     assert found["logits_bytes"] == 4 * 64 * teacher.token_count
-    # Eight kept tokens: uint16 id and float32 log-probability each; at two temperatures a
-    # normaliser and a rest; the log-probability of the text's own token.
-    assert found["disk_bytes"] == found["counted_tokens"] * (8 * (2 + 4) + 2 * 2 * 4 + 4)
-    at_once = plan(teacher, student, data=DATA, config={"head_chunk": 0})
+    # Eight kept tokens in about 12 bits each, the rest at two temperatures, the text's own token.
+    assert found["disk_bytes"] == found["counted_tokens"] * (8 * (7 + 5) // 8 + 2 * 4 + 8)
+    at_once = plan(teacher, student, data=DATA, config={"loss_memory": 10_000})
     assert at_once["logits_bytes"] == 4 * 4 * at_once["longest_example"] * teacher.token_count
 
 

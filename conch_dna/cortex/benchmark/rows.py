@@ -252,7 +252,7 @@ class DomainBenchmark:
                     for indices in sequential_batches(examples, config.batch_size)
                 )
                 model = LanguageModel(suite.source, suite.bank.tree(adapter))
-                rows[name] = heldout_metrics(model, batches, chunk=config.head_chunk)
+                rows[name] = heldout_metrics(model, batches, memory=config.loss_memory)
             rows[EGO] = teacher_metrics(examples, targets)
         figures = {name: metrics.to_json() for name, metrics in rows.items()}
         return {

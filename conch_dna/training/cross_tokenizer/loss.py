@@ -5,6 +5,7 @@ tokenizers. To compare distributions otherwise: a `SoftLoss`, which a kind of ta
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,7 @@ from conch_dna.training.head_loss import (
     chunk_log_probs,
     chunked_loss,
     gold_log_probs,
+    head_parts,
     takes_chunks,
     with_nothing,
 )
@@ -35,6 +37,8 @@ from conch_dna.training.trainer import Loss
 NO_ROWS = ("inputs", "chunk_log_probs", "chunk_weights")
 # Another one would change a class of many tokens more than one of few, see `roots`.
 CLASS_TEMPERATURE = 1.0
+# Of the vocabulary's width, that a chunk of classes takes at a time, the next one's among them.
+ARRAYS = 32
 # Student's logits `[n, V]` of a chunk and its arrays to what the distributions' comparison adds
 # to the loss, a differentiable sum over tokens.
 SoftLoss = Callable[[mx.array, Sums], mx.array]
@@ -76,14 +80,16 @@ def class_sum(
     teacher = rows["teacher_log_probs"]
     scaled = logits.astype(mx.float32) / CLASS_TEMPERATURE
     own = scaled[-len(teacher) :]
-    classes = with_nothing(gather_roots(own, roots), nothing)
-    student = kept_and_rest(classes, rows["kept_ids"])
+    classes = gather_roots(own, roots)
+    student = kept_and_rest(with_nothing(classes, nothing), rows["kept_ids"])
     student = with_reaching(scaled, student, rows, nothing=nothing)
     between = LOSSES[divergence](teacher, student) * rows["soft_weights"]
     # Each divergence is a sum over outcomes, so that of all places of a row is one sum.
     inner = inner_log_probs(own, rows, nothing=nothing)
     inside = LOSSES[divergence](rows["inner_log_probs"], inner)
-    return (between + inside).sum() + open_sum(logits[-len(teacher) :], rows, roots)
+    columns = mx.array(columns_of_roots(roots, own.shape[-1]))
+    within = mx.take_along_axis(classes, columns[rows["labels"]][:, None], axis=-1)
+    return (between + inside).sum() + open_sum(own, within, rows)
 
 
 def gather_roots(logits: mx.array, roots: np.ndarray) -> mx.array:
@@ -96,19 +102,33 @@ def gather_roots(logits: mx.array, roots: np.ndarray) -> mx.array:
     Returns:
         `[n, V]`: a class's score in its root's column, -inf in the columns of its other members.
     """
-    own = np.arange(logits.shape[-1])
-    roots = roots[: logits.shape[-1]]
-    members = np.flatnonzero((roots >= 0) & (roots != own))
-    if not len(members):
-        return logits
-    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    columns, targets = mx.array(members.astype(np.int32)), mx.array(roots[members].astype(np.int32))
-    sums = mx.zeros(logits.shape).at[:, targets].add(mx.exp(logits[:, columns] - largest))
-    # The inner where keeps the gradient finite where a class has no other members.
-    others = mx.where(sums > 0, largest + mx.log(mx.where(sums > 0, sums, 1.0)), -mx.inf)
-    member = np.zeros(len(own), bool)
-    member[members] = True
-    return mx.where(mx.array(member), -mx.inf, mx.logaddexp(logits, others))
+    columns = mx.array(columns_of_roots(roots, logits.shape[-1]))
+    gather: Any = mx.custom_function(lambda x: _gathered(x, columns))
+    gather.vjp(lambda x, cotangent, classes: _scattered(x, cotangent, classes, columns))
+    classes: mx.array = gather(logits)
+    return classes
+
+
+def columns_of_roots(roots: np.ndarray, size: int) -> np.ndarray:
+    """The column of each token's class, int32 `[size]`: its root's, or its own."""
+    roots, own = roots[:size], np.arange(size)
+    return np.where(roots >= 0, roots, own).astype(np.int32)
+
+
+def _gathered(logits: mx.array, columns: mx.array) -> mx.array:
+    largest = logits.max(axis=-1, keepdims=True)
+    sums = mx.zeros(logits.shape).at[:, columns].add(mx.exp(logits - largest))
+    is_root = columns == mx.arange(len(columns))
+    # Where a sum is lost below the row's largest token, the root's own score is left of it.
+    return mx.where(is_root, mx.maximum(largest + mx.log(sums), logits), -mx.inf)
+
+
+def _scattered(
+    logits: mx.array, cotangent: mx.array, classes: mx.array, columns: mx.array
+) -> mx.array:
+    """A gradient by classes as one by tokens: each by its share of its class."""
+    share = mx.exp(logits - mx.take(classes, columns, axis=-1))
+    return share * mx.take(cotangent, columns, axis=-1)
 
 
 def with_reaching(logits: mx.array, student: mx.array, rows: Sums, *, nothing: int) -> mx.array:
@@ -178,7 +198,7 @@ def inner_log_probs(logits: mx.array, rows: Sums, *, nothing: int) -> mx.array:
     return mx.where(there, logs, -mx.inf)
 
 
-def open_sum(logits: mx.array, rows: Sums, roots: np.ndarray) -> mx.array:
+def open_sum(logits: mx.array, classes: mx.array, rows: Sums) -> mx.array:
     """Cross-entropy of what classes leave open, summed: only the text can teach that.
 
     Where the teacher tells the class, it is that of the text's token within its class: 0 for a
@@ -186,16 +206,11 @@ def open_sum(logits: mx.array, rows: Sums, roots: np.ndarray) -> mx.array:
     that of the token.
 
     Args:
-        logits: `[n, V]`; differentiable.
+        logits: `[n, V]`, float32; differentiable.
+        classes: Log-scores of the classes of the text's tokens `[n, 1]`.
         rows: A chunk's arrays, of which `roots.RootTargets.arrays` says the shapes.
-        roots: `[V]`, the root of each of the student's tokens.
     """
-    logits = logits.astype(mx.float32)
-    own = np.arange(logits.shape[-1])
-    columns = np.where(roots[: len(own)] >= 0, roots[: len(own)], own).astype(np.int32)
-    of_labels = mx.array(columns)[rows["labels"]]
-    within = mx.take_along_axis(gather_roots(logits, roots), of_labels[:, None], axis=-1)
-    within = within - mx.take_along_axis(logits, rows["labels"][:, None], axis=-1)
+    within = classes - mx.take_along_axis(logits, rows["labels"][:, None], axis=-1)
     token = token_cross_entropy(logits, rows["labels"])
     by_class = rows["soft_weights"]
     open_class = by_class * (1 - rows["inner_known"])
@@ -236,19 +251,20 @@ def make_aligned_loss(
     Args:
         student: Loaded model, adapter attached.
         soft: Compares distributions; None where only likelihoods of chunks are compared.
-        config: Weights of the parts, see `combine`, and `head_chunk`, the tokens whose logits
-            exist at once.
+        config: Weights of the parts, see `combine`, and the memory for logits.
         before: Rows before its own whose logits `soft` gets as well.
     """
     rule = autodiff(lambda logits, rows: {"loss": soft(logits, rows)}) if soft else None
 
     def chunked(model: nn.Module, arrays: Sums) -> Sums:
+        head, chunk, after = head_parts(student, config.loss_memory, ARRAYS)
         sums, gold = chunked_loss(
-            student.head,
+            head,
             at_positions(student.body(arrays["inputs"]), arrays),
             {name: value for name, value in arrays.items() if name not in NO_ROWS},
             rule,
-            config.head_chunk,
+            chunk,
+            after=after,
             with_gold=True,
             before=before,
             backward=model.training,

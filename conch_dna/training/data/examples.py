@@ -39,6 +39,7 @@ from conch_dna.training.cross_tokenizer.targets import (
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import same_tokens, vocabulary_digest
 from conch_dna.training.data.answers import openings
+from conch_dna.training.data.outcomes import TargetIdentity, target_identity
 from conch_dna.training.data.records import (
     TOKENS,
     Record,
@@ -53,12 +54,7 @@ from conch_dna.training.data.records import (
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import domain_system
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
-from conch_dna.training.soft_targets import (
-    SoftTargetCache,
-    TargetIdentity,
-    Targets,
-    target_identity,
-)
+from conch_dna.training.soft_targets import SoftTargetCache, Targets
 
 AUTO_ALIGNMENT = "roots"
 # Reading the same examples more often than this is warned of.
@@ -378,6 +374,7 @@ class Examples:
             temperature=self.config.temperature,
             also_at=also_at,
             student=self.student if self.alignment == INDEX else None,
+            bits=self.config.target_bits,
             with_digests=with_digests,
         )
 
@@ -392,7 +389,9 @@ class Examples:
             report: Gets their progress, instead of the one that all has.
         """
         identity = self.identity(also_at=also_at)
-        cache = SoftTargetCache(folder, identity, report=report or self.report)
+        cache = SoftTargetCache(
+            folder, identity, memory=self.config.loss_memory, report=report or self.report
+        )
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)

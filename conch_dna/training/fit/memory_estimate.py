@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.training.adapters import make_trainable, trained_tensors
 from conch_dna.training.batches import COUNTED_MULTIPLE, LENGTH_MULTIPLE, round_up
 from conch_dna.training.data.answers import SAMPLES
@@ -301,7 +302,8 @@ def _student_phases(
             found.parts[name] = None
             found.lacking(name, error)
             found.phases.pop(name)
-    chunk = min(config.head_chunk or len(arrays["labels"]), len(arrays["labels"]))
+    rows = rows_at_once(config.loss_memory, model.vocabulary_size)
+    chunk = min(rows, len(arrays["labels"]))
     found.parts["logits of a chunk of the loss"] = 4 * chunk * model.vocabulary_size
     if (step := costs.get(config.grad_checkpoint)) is None:
         found.phases["training"] = None

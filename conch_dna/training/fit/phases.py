@@ -18,11 +18,11 @@ import conch_dna.losses
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays, weight_files
 from conch_dna.training.adapters import outline
 from conch_dna.training.data.answers import make_sampler
+from conch_dna.training.data.outcomes import compress
 from conch_dna.training.evaluation import gold_log_probs, weighted_kl
 from conch_dna.training.fit.graph import Cost, cost_of
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import HEAD_ROWS, compress
 
 # Of mlx_lm's caches: they grow by as many positions.
 CACHE_STEP = 256
@@ -45,20 +45,9 @@ def outlined(source: ModelSource) -> LanguageModel | None:
         names = ("torch_dtype", "dtype")
         stated = next((c[n] for c in (source.config, text) for n in names if c.get(n)), "float32")
         model.model.set_dtype(getattr(mx, str(stated).removeprefix("torch."), mx.float32))
-    # Both would be found out by running it.
+    # It would be found out by running it.
     model.__dict__["vocabulary_size"] = source.vocabulary_size
-    model.__dict__["has_plain_head"] = _plain_head(model)
     return model
-
-
-def _plain_head(model: LanguageModel) -> bool:
-    """Whether head and body together are the same operations as the model."""
-    inputs = {"inputs": mx.zeros((1, 8), mx.int32)}
-    try:
-        split = _traced(model, lambda given: [model.head(model.body(given["inputs"]))], inputs)
-    except (AttributeError, KeyError, TypeError):
-        return False
-    return split.work == _traced(model, lambda given: [model.logits(given["inputs"])], inputs).work
 
 
 def _traced(
@@ -131,7 +120,8 @@ def targets_cost(teacher: LanguageModel, arrays: dict[str, mx.array], config: KD
     temperatures = tuple(sorted({1.0, config.temperature}))
 
     def first(given: dict[str, mx.array]) -> list[mx.array]:
-        rows, logits = next(teacher.logits_at(given["inputs"], given["positions"], chunk=HEAD_ROWS))
+        memory = config.loss_memory
+        rows, logits = next(teacher.logits_at(given["inputs"], given["positions"], memory=memory))
         labels = given["labels"][rows]
         return list(
             compress(logits, labels, top_k=config.top_k, temperatures=temperatures).values()
@@ -144,8 +134,8 @@ def heldout_cost(student: LanguageModel, arrays: dict[str, mx.array], config: KD
     """A batch of held-out figures, up to those of its first chunk."""
 
     def first(given: dict[str, mx.array]) -> list[mx.array]:
-        chunk = config.head_chunk
-        rows, logits = next(student.logits_at(given["inputs"], given["positions"], chunk=chunk))
+        memory = config.loss_memory
+        rows, logits = next(student.logits_at(given["inputs"], given["positions"], memory=memory))
         own = {name: given[name][rows] for name in given if name != "inputs"}
         own["soft_weights"] = own["weights"]
         kl = weighted_kl(logits, own, nothing=student.vocabulary_size)
@@ -164,7 +154,7 @@ def step_cost(student: LanguageModel, arrays: dict[str, mx.array], config: KDCon
         temperature=config.temperature,
         alpha=config.alpha,
         divergence=config.divergence,
-        chunk=config.head_chunk,
+        memory=config.loss_memory,
     )
     optimizer = optim.AdamW(learning_rate=config.learning_rate, bias_correction=True)
     optimizer.init(model.trainable_parameters())

@@ -51,7 +51,7 @@ def fit_student(
     loss = heldout_loss = targets.loss(student, config)
     if not config.alpha:
         # No step needs the teacher; what is held out is still compared with it.
-        loss = make_cross_entropy_loss(student, chunk=config.head_chunk)
+        loss = make_cross_entropy_loss(student, memory=config.loss_memory)
     chosen = sequential_batches(data.split.heldout, config.batch_size, config.val_batches)
     parts = [[data.split.heldout[index] for index in indices] for indices in chosen]
     heldout = [targets.collate(part, examples.temperature) for part in parts]
@@ -59,7 +59,7 @@ def fit_student(
     if select_by in ("kl", "cross_entropy"):
         select_by = "ce" if figure == "cross_entropy" else "kl"
     if select_by == "kl":
-        heldout_loss = and_kl(heldout_loss, student, figure, chunk=config.head_chunk)
+        heldout_loss = and_kl(heldout_loss, student, figure, memory=config.loss_memory)
         heldout = [
             with_evaluation(batch, targets.evaluation_batch(part))
             for batch, part in zip(heldout, parts, strict=True)

@@ -72,7 +72,7 @@ def block_influences(model: LanguageModel, windows: Sequence[Sequence[int]]) -> 
     with _with_layers(model, [watched(number, layer) for number, layer in enumerate(layers)]):
         for window in windows:
             # Only what the layers say is computed; the last state is part of it.
-            model.body(mx.array([list(window)]))
+            model.logits(mx.array([list(window)]))
             mx.eval(sums)
             count += len(window)
     return [1 - float(np.asarray(total)) / count for total in sums]

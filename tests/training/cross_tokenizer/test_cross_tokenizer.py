@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from safetensors import safe_open
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
@@ -24,7 +23,7 @@ from conch_dna.training.data.records import Record, split_heldout
 from conch_dna.training.runs import domain_run
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
-from models import keep_layers, make_model_folder
+from models import keep_layers, make_model_folder, stored_rows
 from tokenizers_made import byte_level_tokenizer, character_tokenizer
 
 ANIMALS = ["cat", "dog", "bird", "fox", "frog", "pig", "bear", "duck", "cow", "hen", "goat", "boy"]
@@ -245,7 +244,7 @@ def test_each_alignment_keeps_only_what_it_needs_of_the_teacher(
     for alignment, run in runs.items():
         assert run.loaded == [teacher, student, student], alignment
     sizes = {name: run.result.metadata["cache_bytes_per_token"] for name, run in runs.items()}
-    assert sizes == {"alm": 4, "roots": 64 * (2 + 4) + 2 * 8 + 4}
+    assert sizes == {"alm": 4, "roots": 64 * (7 + 5) // 8 + 2 * 4 + 8}
     folders = {
         p.parent for p in Path(runs["alm"].result.adapter_path).parent.rglob("*.safetensors")
     }
@@ -304,14 +303,7 @@ def test_the_teachers_exact_tokens_are_what_it_is_asked_about(pair: Pair, tmp_pa
     lines = (tmp_path / "s" / "adapters_kd" / "training_data.jsonl").read_text().splitlines()
     answered = [json.loads(line)["tokens"] for line in lines]
     tokens = sum(len(each["ids"]) - each["prompt_length"] for each in answered)
-    assert stored_rows(tmp_path) == tokens
-
-
-def stored_rows(output: Path) -> int:
-    """How many of the teacher's tokens have targets on disk."""
-    (shard,) = (output / "s" / "soft_targets").rglob("*.safetensors")
-    with safe_open(str(shard), framework="numpy") as stored:
-        return len(stored.get_tensor("gold_log_prob"))
+    assert stored_rows(tmp_path / "s" / "soft_targets") == tokens
 
 
 def test_samples_show_three_models_on_the_same_prompts(runs: dict[str, Run]) -> None:
@@ -380,17 +372,18 @@ def test_a_dry_run_counts_what_the_run_counts(pair: Pair, tmp_path: Path) -> Non
     lost = {"prompt": "Once upon a cat", "completion": "猫", "finish_reason": "length"}
     long = {"text": "They played with the red ball. " * 9}
     data = [*RECORDS, lost, long]
-    settings = TINY | {"too_long": "skip", "output_dir": str(tmp_path)}
+    settings = TINY | {"too_long": "skip", "target_bits": 32, "output_dir": str(tmp_path)}
     teacher, student = (ModelSource(str(folder)) for folder in pair)
     planned = plan_domain(teacher, student, KDConfig(**settings), "s", data=data)
     assert not (tmp_path / "s").exists()
-    done = distil(pair, tmp_path, too_long="skip", how={"data": data}).metadata
+    chosen: dict[str, Any] = {"too_long": "skip", "target_bits": 32}
+    done = distil(pair, tmp_path, **chosen, how={"data": data}).metadata
     assert planned["examples"] == done["train_examples"] + done["heldout_examples"] == len(RECORDS)
     assert planned["heldout_examples"] == done["heldout_examples"]
     assert planned["alignment"] == done["alignment"] == "roots"
     assert planned["coverage"] == done["coverage"]
     assert planned["counted_tokens_exact"] is True
-    assert planned["counted_tokens"] == stored_rows(tmp_path)
+    assert planned["counted_tokens"] == stored_rows(tmp_path / "s" / "soft_targets")
     tokens = done["train_tokens"] + done["heldout_tokens"]
     assert planned["counted_tokens"] > tokens, "the teacher's tokens, not the student's"
     (shard,) = (tmp_path / "s" / "soft_targets").rglob("*.safetensors")
@@ -407,7 +400,7 @@ def test_a_dry_run_bounds_answers_to_come(pair: Pair, tmp_path: Path) -> None:
     done = distil(pair, tmp_path, num_iters=1, how={"prompts": PROMPTS}).metadata
     assert planned["examples"] == done["train_examples"] + done["heldout_examples"]
     assert planned["heldout_examples"] == done["heldout_examples"]
-    assert planned["counted_tokens"] >= stored_rows(tmp_path)
+    assert planned["counted_tokens"] >= stored_rows(tmp_path / "s" / "soft_targets")
 
 
 # Models of other kinds
@@ -446,9 +439,10 @@ def make_capped_folder(folder: Path, tokenizer: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("capped", ["teacher", "student"])
 def test_a_model_that_caps_its_logits(capped: str, pair: Pair, tmp_path: Path) -> None:
-    """Its head cannot be taken apart from its body, on either side."""
+    """What comes after its head counts, on either side."""
     other = make_capped_folder(tmp_path / "capped", getattr(pair, capped))
-    assert not ModelSource(str(other)).load().has_plain_head
+    head = ModelSource(str(other)).load().output_head
+    assert head is not None and not head.is_last
     models = pair._replace(**{capped: other})
     result = distil(models, tmp_path / "out", num_iters=4)
     assert result.metadata["best_step"] > 0

@@ -14,8 +14,12 @@ from mlx.utils import tree_flatten
 
 from aligned_pairs import Pair, aligned_targets
 from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.loading.output_head import rows_at_once
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.cross_tokenizer.loss import (
+    ARRAYS,
+    class_sum,
+    columns_of_roots,
     combine,
     gather_roots,
     inner_log_probs,
@@ -24,8 +28,9 @@ from conch_dna.training.cross_tokenizer.loss import (
 )
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.data.examples import KINDS, resolve_alignment
-from conch_dna.training.head_loss import make_distillation_loss
+from conch_dna.training.head_loss import autodiff, chunked_loss, make_distillation_loss
 from conch_dna.training.settings import KDConfig
+from models import memory_of
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -64,7 +69,9 @@ def test_with_one_tokenizer_distributions_are_compared_as_by_index(
     arrays = {name: mx.array(value) for name, value in by_index.arrays.items()}
     by_index_loss = make_distillation_loss(student, temperature=temperature, alpha=0.7)
     expected = by_index_loss(student.model, arrays)
-    loss = targets.loss(student, KDConfig(temperature=temperature, alpha=0.7, head_chunk=16))
+    loss = targets.loss(
+        student, KDConfig(temperature=temperature, alpha=0.7, loss_memory=memory_of(16, student))
+    )
     got = loss(student.model, arrays_of(targets, examples, temperature))
     count = by_index.count
     for name in ("loss", "kd", "ce"):
@@ -86,6 +93,26 @@ def test_classes_add_up_the_probabilities_of_their_members() -> None:
             continue
         expected = np.log(np.exp(logits[:, members]).sum(-1))
         np.testing.assert_allclose(got[:, column], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_hands_its_gradient_to_its_members_by_their_shares() -> None:
+    random = np.random.default_rng(3)
+    logits = 5 * random.normal(size=(6, 8))
+    weights = random.normal(size=(6, 8))
+    roots = np.array([0, 1, 1, 3, 0, 1, -1, 3])
+    is_root = (roots == -1) | (roots == np.arange(8))
+
+    def total(x: mx.array) -> mx.array:
+        chosen = gather_roots(x, roots)[:, mx.array(np.flatnonzero(is_root))]
+        return (chosen * mx.array(weights[:, is_root].astype(np.float32))).sum()
+
+    gradient = mx.grad(total)(mx.array(logits.astype(np.float32)))
+    expected = np.zeros_like(logits)
+    for column in np.flatnonzero(is_root):
+        members = np.flatnonzero(roots == column) if roots[column] >= 0 else [column]
+        share = np.exp(logits[:, members])
+        expected[:, members] = weights[:, [column]] * share / share.sum(1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(gradient), expected, atol=1e-5)
 
 
 def test_classes_keep_a_tiny_probability_and_a_finite_gradient() -> None:
@@ -137,11 +164,12 @@ def test_in_chunks_it_is_the_same_loss_and_gradient(
     student = source.load()
     examples, targets = aligned_targets((teacher, source), tmp_path, kind, top_k=32)
     arrays = arrays_of(targets, examples)
-    config = KDConfig(divergence=divergence, head_chunk=24)
+    config = KDConfig(divergence=divergence, loss_memory=memory_of(24, student))
     results = []
     for plain in (True, False):
         model = LanguageModel(source, student.model)
-        model.__dict__["has_plain_head"] = plain
+        if not plain:
+            model.__dict__["output_head"] = None
         student.model.freeze()
         student.model.model.layers[0].unfreeze()
         loss = targets.loss(model, config)
@@ -230,6 +258,54 @@ def test_boundaries_keep_a_finite_gradient_where_nothing_can_follow() -> None:
     assert np.isneginf(np.asarray(found)[[0, 1], [1, 0]]).all()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_classes_keep_to_their_memory(compiled: bool) -> None:
+    tokens, count, budget, top_k = 12_000, 96, 24, 32
+    random = np.random.default_rng(6)
+    head = mx.array(random.normal(size=(tokens, 16)).astype(np.float32))
+    hidden = mx.array(random.normal(size=(count, 16)).astype(np.float32))
+    roots = random.integers(-1, tokens // 3, tokens)
+    roots[: tokens // 3] = np.arange(tokens // 3)
+    none = mx.full((count, 8), tokens, dtype=mx.int32)
+    kept = np.argsort(random.random((count, tokens // 3)), axis=1)[:, :top_k]
+    rows = {
+        "kept_ids": mx.array(kept.astype(np.int32)),
+        "teacher_log_probs": mx.full((count, top_k + 1), -float(np.log(top_k + 1))),
+        "labels": mx.array(random.integers(0, tokens, count).astype(np.int32)),
+        **{name: mx.ones(count) for name in ("weights", "soft_weights")},
+        "inner_known": mx.zeros(count),
+        "inner_log_probs": mx.full((count, 4), -mx.inf),
+        "inner_blank": mx.zeros((count, 2)),
+        "outcome_places": mx.full((count, 4), 2, dtype=mx.int32),
+        "inner_tokens": none,
+        "inner_outcomes": mx.full((count, 8), 4, dtype=mx.int32),
+        "inner_places": mx.full((count, 8), 2, dtype=mx.int32),
+        "over_own": none[:, 0],
+        "over_tokens": none,
+        "over_columns": mx.full((count, 8), top_k, dtype=mx.int32),
+    }
+
+    def soft(logits: mx.array, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        options: Any = {"divergence": "forward_kl", "nothing": tokens, "roots": roots}
+        return {"loss": class_sum(logits, arrays, **options)}
+
+    def total(states: mx.array) -> mx.array:
+        chunk = rows_at_once(budget, tokens, ARRAYS)
+        assert count / chunk > 5
+        options: dict[str, Any] = {"with_gold": True, "before": 1}
+        rule = autodiff(soft)
+        found = chunked_loss(lambda x: x @ head.T, states, rows, rule, chunk, **options)
+        return found.sums["loss"] - found.gold.sum()
+
+    step = mx.compile(mx.value_and_grad(total)) if compiled else mx.value_and_grad(total)
+    mx.eval(step(hidden), head, rows)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(step(hidden))
+    assert 0.4 * budget < (mx.get_peak_memory() - before) / 1e6 < budget
+
+
 def test_what_classes_leave_open_is_taught_by_the_text() -> None:
     """Rows of a known class pay for the token in it, others for the token, inner ones nothing."""
     random = np.random.default_rng(5)
@@ -245,5 +321,8 @@ def test_what_classes_leave_open_is_taught_by_the_text() -> None:
     log_probs = log_softmax(logits)
     within = np.log(np.exp(log_probs[0, [1, 2, 3]]).sum()) - log_probs[0, 2]
     expected = within - log_probs[1, 3]
-    got = open_sum(mx.array(logits.astype(np.float32)), rows, roots).item()
+    scores = mx.array(logits.astype(np.float32))
+    columns = mx.array(columns_of_roots(roots, 5)[labels])
+    classes = mx.take_along_axis(gather_roots(scores, roots), columns[:, None], axis=-1)
+    got = open_sum(scores, classes, rows).item()
     assert got == pytest.approx(expected, rel=1e-5)
