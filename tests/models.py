@@ -47,7 +47,7 @@ def make_model_folder(
     seed: int = 0,
     tokenizer: Path = ASSETS / "student",
     chat_template: str | None = None,
-    quantize: bool = False,
+    quantize: bool | int = False,
     **changes: Any,
 ) -> Path:
     """Write a random model, a Llama by default, with a real tokenizer, which `mlx_lm.load` opens.
@@ -57,10 +57,10 @@ def make_model_folder(
         seed: Of the weights.
         tokenizer: Folder to take the tokenizer from.
         chat_template: Jinja text for the tokenizer, if it is to have one.
-        quantize: To 4 bits, groups of 32.
+        quantize: To so many bits, or 4, in groups of 32.
         **changes: To the model's configuration, such as another `model_type`.
     """
-    from mlx_lm.utils import quantize_model
+    from mlx_lm.utils import MODEL_REMAPPING, quantize_model
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -89,10 +89,13 @@ def make_model_folder(
         **changes,
     }
     mx.random.seed(seed)
-    kind = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    name = MODEL_REMAPPING.get(config["model_type"], config["model_type"])
+    kind = importlib.import_module(f"mlx_lm.models.{name}")
     model: nn.Module = kind.Model(kind.ModelArgs.from_dict(config))
     if quantize:
-        model, config = quantize_model(model, config, group_size=32, bits=4)
+        model, config = quantize_model(
+            model, config, group_size=32, bits=4 if quantize is True else quantize
+        )
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
