@@ -43,6 +43,8 @@ UNUSED = (
     "own_answers",
     "resident",
     "on_policy",
+    "targets",
+    "target_draws",
 )
 TWO_TEACHERS, SDFT = "two_teachers", "sdft"
 METHODS = (TWO_TEACHERS, SDFT)

@@ -13,7 +13,8 @@ from conch_dna.errors import ConchError
 from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_system
-from conch_dna.training.runs.on_policy.shares import own_answer_problems, own_batches
+from conch_dna.training.runs.contradictions import contradictions
+from conch_dna.training.runs.on_policy.shares import own_batches
 
 DEFAULT_TEACHER = "mlx-community/Qwen2.5-7B-Instruct-4bit"
 TEACHER, STUDENT = "teacher", "student"
@@ -71,6 +72,15 @@ class KDConfig:
     )
     divergence: str = _option("forward_kl", "Divergence of the KD loss.", choices=DIVERGENCES)
     top_k: int = _option(64, "Teacher tokens kept per position, besides the rest.", low=1)
+    targets: str = _option(
+        "topk",
+        "What a training text's targets are: the likeliest tokens and the rest, or tokens drawn "
+        "from the teacher, which are right on average. Held-out figures are always by the former.",
+        choices=("topk", "sampled"),
+    )
+    target_draws: int = _option(
+        16, "Tokens drawn from the teacher for each position, with sampled.", low=1, high=1024
+    )
     target_bits: int = _option(
         7, "Bits of their log-probabilities on disk; 32 is float32.", low=4, high=8, besides=32
     )
@@ -211,21 +221,7 @@ class KDConfig:
     def __post_init__(self) -> None:
         problems = [p for each in fields(self) if (p := self._problem(each)) is not None]
         # A comparison of values whose types or ranges are wrong would say nothing.
-        if not problems and self.samples_per_prompt > 1 and self.sampling_temperature == 0:
-            problems.append(
-                f"samples_per_prompt is {self.samples_per_prompt} with sampling_temperature 0: "
-                "all answers would be the same; raise the temperature"
-            )
-        if not problems and self.soft_weight == 0 and self.chunk_weight == 0:
-            problems.append(
-                "soft_weight and chunk_weight are both 0: a teacher with another tokenizer would "
-                "teach nothing; raise one, or use alpha 0 for fine-tuning"
-            )
-        if not problems and self.full and self.dora:
-            problems.append("full and dora are both true: choose one of them")
-        if not problems:
-            problems = own_answer_problems(self)
-        if problems:
+        if problems := problems or contradictions(self):
             raise ConchError("; ".join(problems))
 
     def _problem(self, each: Any) -> str | None:

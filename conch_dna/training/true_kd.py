@@ -369,7 +369,9 @@ def plan_domain(
         tokens += drawn * config.rollout_tokens
         own_answers = {"prompts": asked, "answers": drawn, "rounds": -(-drawn // size)}
     # The digests are not needed for the size, so no weights have to be there.
-    identity = pair.identity(with_digests=False)
+    sampled = config.targets == "sampled"
+    identity_of = pair.drawn_identity if sampled else pair.identity
+    identity = identity_of(with_digests=False)
     width = max(teacher.token_count, student.token_count)
     rows = min(rows_at_once(config.loss_memory, width), config.batch_size * longest)
     return {

@@ -51,6 +51,11 @@ from conch_dna.training.data.records import (
     tokenize_record,
     with_answer,
 )
+from conch_dna.training.data.sampled_targets import (
+    DrawnTargetCache,
+    SampledTargets,
+    drawn_identity,
+)
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import domain_system
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
@@ -378,8 +383,18 @@ class Examples:
             with_digests=with_digests,
         )
 
+    def drawn_identity(self, *, with_digests: bool = True) -> TargetIdentity:
+        """What is stored of a teacher from which tokens are drawn; see there."""
+        identity = self.identity(with_digests=with_digests)
+        return drawn_identity(identity, self.config, by_index=self.alignment == INDEX)
+
     def targets(
-        self, folder: Path, *, also_at: Iterable[float] = (), report: Report | None = None
+        self,
+        folder: Path,
+        *,
+        also_at: Iterable[float] = (),
+        report: Report | None = None,
+        split: "Split | None" = None,
     ) -> Targets:
         """The teacher's targets, cached in a folder, for examples that `make` made.
 
@@ -387,11 +402,14 @@ class Examples:
             folder: Of the cache.
             also_at: Other temperatures than the configuration's at which they are to be exact.
             report: Gets their progress, instead of the one that all has.
+            split: Which examples are trained on; without it none of them is drawn.
         """
-        identity = self.identity(also_at=also_at)
-        cache = SoftTargetCache(
-            folder, identity, memory=self.config.loss_memory, report=report or self.report
-        )
+        config, identity = self.config, self.identity(also_at=also_at)
+        options: dict[str, Any] = {"memory": config.loss_memory, "report": report or self.report}
+        cache = SoftTargetCache(folder, identity, **options)
+        if split and config.targets == "sampled":
+            drawn = DrawnTargetCache(folder, self.drawn_identity(), **options)
+            return SampledTargets(cache, drawn, split.train, [*split.heldout, *split.test])
         if self.alignment == INDEX:
             return cache
         return KINDS[self.alignment](cache, self.teacher, self.student)

@@ -134,7 +134,8 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
 def _data_digest(listing: str, arrays: Arrays) -> str:
     # In the order in which they were always digested, which is not that of their names.
     order = ("kept_ids", "kept_log_probs", "log_normalizer", "log_rest", "gold_log_prob")
-    names = [name for name in order if name in arrays] or sorted(arrays)
+    names = [name for name in order if name in arrays]
+    names += sorted(arrays.keys() - names)
     chosen = [arrays[name] for name in names]
     parts = (part for a in chosen for part in (str(a.dtype), a.tobytes()))
     return content_digest(listing, *parts)

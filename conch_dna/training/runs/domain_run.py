@@ -283,7 +283,7 @@ class DomainRun:
         readers = shared_by or [config]
         needed = list(dict.fromkeys(chain.from_iterable(map(split.read, readers))))
         also_at = [reader.temperature for reader in readers]
-        targets = self.examples.targets(self.shared / "soft_targets", also_at=also_at)
+        targets = self.examples.targets(self.shared / "soft_targets", also_at=also_at, split=split)
         missing = targets.missing(needed)
         if missing:
             tokens = sum(example.count for example in missing)
