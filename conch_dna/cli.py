@@ -17,6 +17,7 @@ from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
+from conch_dna.training.data.target_command import targets
 from conch_dna.training.runs.commands import compare, runs
 from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student
@@ -61,6 +62,7 @@ for command in (
     compare,
     report,
     vocab,
+    targets,
     student,
     cortex,
     generations,

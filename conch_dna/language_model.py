@@ -16,18 +16,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from conch_dna.checkpoints import content_digest, file_digest, read_json
-from conch_dna.errors import ConchError, NotWholeError, one_line
+from conch_dna.errors import ConchError, one_line
 from conch_dna.loading.full_precision import for_this_device, log_once
 from conch_dna.loading.gguf_model import SUFFIX, model_folder
 from conch_dna.loading.hub import EMBEDDED_HINT, download
+from conch_dna.loading.model_config import head_rows, read_config
 from conch_dna.loading.output_head import OutputHead, rows_at_once
 from conch_dna.progress import Report
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"
 TRUST_OPTION = "--trust-remote-code"
+# Stands for the weights of a teacher whose targets are there without them.
+DIGEST_FILE = "weights.json"
 ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -37,25 +40,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-# Larger than of any model there is. mlx_lm would work for minutes on the modules of more.
-_MOST = {
-    "num_hidden_layers": 1_000,
-    "num_layers": 1_000,
-    "n_layers": 1_000,
-    "n_layer": 1_000,
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
-    "num_experts": 2**14,
-    "num_local_experts": 2**14,
-    "n_routed_experts": 2**14,
-    "max_position_embeddings": 2**32,
-}
 
 
 def resolve_model(model_id: str, *, weights: bool = True) -> Path:
@@ -139,7 +123,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
@@ -157,13 +141,6 @@ def open_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> tuple[A
         folder = resolve_model(model_id, weights=False)
     rows = head_rows(read_config(folder)) if (folder / "config.json").is_file() else None
     return load_tokenizer(folder, trust_remote_code=trust_remote_code), rows
-
-
-def head_rows(config: dict[str, Any]) -> int | None:
-    """How many rows a model's configuration gives its head; None where it does not say."""
-    text = config.get("text_config")
-    rows = (text if isinstance(text, dict) else config).get("vocab_size")
-    return rows if isinstance(rows, int) else None
 
 
 class ModelSource:
@@ -261,9 +238,17 @@ class ModelSource:
             )
         return int(value) if value else None
 
+    @property
+    def is_weightless(self) -> bool:
+        """Whether only its targets were brought here, and not its weights."""
+        return not weight_files(self.folder) and (self.folder / DIGEST_FILE).is_file()
+
     @cached_property
     def weights_digest(self) -> str:
         """Content address of configuration and weights, its adapter's among them."""
+        if self.is_weightless:
+            needs = {"weights_digest": str}
+            return str(read_json(self.folder / DIGEST_FILE, needs=needs)["weights_digest"])
         files = [self.folder / "config.json", *weight_files(self.folder)]
         if self.adapter:
             files += [self.adapter / name for name in ADAPTER_FILES]
@@ -272,7 +257,7 @@ class ModelSource:
     @cached_property
     def tokenizer_digest(self) -> str:
         """Content address of everything that decides how the tokenizer works."""
-        files = [self.folder / name for name in _TOKENIZER_FILES]
+        files = [self.folder / name for name in TOKENIZER_FILES]
         return content_digest(
             *(part for file in files if file.is_file() for part in (file.name, file_digest(file)))
         )
@@ -299,6 +284,11 @@ class ModelSource:
         from mlx_lm.utils import load_adapters, maybe_set_recommended_wired_limit
 
         maybe_set_recommended_wired_limit()
+        if self.is_weightless:
+            raise ConchError(
+                f"{self.model_id} is a teacher without its weights, whose targets for this text "
+                "were not made: give the data and settings of `targets make`, or the whole teacher"
+            )
         if not weight_files(self.folder):
             raise ConchError(
                 f"{self.model_id} has no model*.safetensors in {self.folder}: it is not complete"
@@ -467,27 +457,3 @@ class LanguageModel:
 
 def _given(cache: list[Any] | None) -> dict[str, Any]:
     return {"cache": cache} if cache else {}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json.
-
-    Raises:
-        ConchError: It is missing or not JSON, or a size in it is none or above that of any model.
-    """
-    path = folder / "config.json"
-    try:
-        config = read_json(path, needs={})
-    except NotWholeError as error:
-        raise ConchError(f"cannot read a model's configuration: {error}") from error
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for name, most in _MOST.items():
-            if (value := part.get(name)) is None:
-                continue
-            values = value if isinstance(value, list) else [value]
-            numbers = all(isinstance(v, int | float) and 0 <= v <= most for v in values)
-            if not numbers or any(isinstance(v, bool) for v in values):
-                shown = one_line(repr(value))
-                raise ConchError(f"{path}: {name} is {shown}, not between 0 and {most:,}")
-    return config

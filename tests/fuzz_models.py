@@ -26,7 +26,8 @@ from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.cortex.server.openai_api import parse_chat
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
-from conch_dna.language_model import ASSETS, ModelSource, head_rows, load_tokenizer, read_config
+from conch_dna.language_model import ASSETS, ModelSource, load_tokenizer
+from conch_dna.loading.model_config import head_rows, read_config
 from conch_dna.retraining.buffer import ExperienceBuffer
 from conch_dna.retraining.experience import Experience, read_experiences
 from conch_dna.training.chats.templates import render

@@ -677,7 +677,9 @@ class TestOutput:
         assert f"{evaluation['after']['kl_nats']:.4f}" in after
         assert f"{evaluation['after']['perplexity']:.2f}" in after
         # The path is the one that the run was made with.
-        assert f"adapter: {clean}/s/adapters_kd (kept: step 4 of 4)" in text
+        result = json.loads((clean / "s" / "adapters_kd" / "kd_result.json").read_text())
+        kept = result["metadata"]["best_step"]
+        assert f"adapter: {clean}/s/adapters_kd (kept: step {kept} of 4)" in text
         assert "s: the student is NOT SHOWN TO BE BETTER: KL to the teacher" in text
         assert "on 3 held-out examples, and an interval needs 6" in text
         assert "more data, or a higher --val-fraction than 0.25" in text

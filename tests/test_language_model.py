@@ -20,9 +20,9 @@ from conch_dna.language_model import (
     ModelSource,
     load_tokenizer,
     named_arrays,
-    read_config,
     resolve_model,
 )
+from conch_dna.loading.model_config import read_config
 from models import ASSETS, make_model_folder
 
 

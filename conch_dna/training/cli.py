@@ -20,6 +20,7 @@ from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
+    TEACHER,
     KDConfig,
     KDResult,
     domain_folder,
@@ -141,6 +142,11 @@ OF_KD_CONFIG = {
     is_flag=True,
     help="Exit with 1 unless every student is shown to be better than it was.",
 )
+@click.option(
+    "--targets-only",
+    is_flag=True,
+    help="Make the teacher's answers and targets and no adapter, for a machine without it.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would run, and do nothing.")
 @options_of(
     KDConfig,
@@ -164,6 +170,7 @@ def distill(
     resume: bool,
     overwrite: bool,
     require_gain: bool,
+    targets_only: bool,
     dry_run: bool,
     **given: Any,
 ) -> None:
@@ -191,6 +198,8 @@ def distill(
         config_file=config_file,
         all_domains=all_domains,
     )
+    if targets_only and (resume or overwrite or require_gain):
+        raise ConchError("--targets-only makes no adapter: leave out --resume and the like")
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
     if request.domain:
@@ -225,7 +234,9 @@ def distill(
         from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
         distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
-        if request.domain is None:
+        if targets_only:
+            made = [distiller.make_targets(name, **sources[name]) for name in request.domains]
+        elif request.domain is None:
             asked = {name: source.get("prompts") for name, source in sources.items()}
             summary = distiller.distill_all(prompts=asked, resume=resume, overwrite=overwrite)
         else:
@@ -233,6 +244,10 @@ def distill(
                 request.domain, **sources[request.domain], resume=resume, overwrite=overwrite
             )
             summary = {"results": {result.domain: result}, "failures": {}}
+    if targets_only:
+        for folder in made:
+            click.echo(_how_to_go_on(folder))
+        return
     _print_summary(distiller, summary)
     gained = all(
         judged["verdict"]["verdict"] == BETTER
@@ -356,6 +371,16 @@ def _own_answers(plan: dict[str, Any], config: KDConfig) -> str:
         f"{config.own_batches} of {batches} batches: {own['answers']} answers of at most "
         f"{config.rollout_tokens} tokens to {own['prompts']} prompts, in "
         f"{number_of(own['rounds'], 'round')}; their time is not estimated"
+    )
+
+
+def _how_to_go_on(folder: Path) -> str:
+    from conch_dna.training.runs.domain_run import DATA_FILE
+
+    return (
+        f"{folder}: take it to the other machine, into the same output folder, and go on with the "
+        f"same student and settings and --domain {folder.name} --teacher {folder / TEACHER} "
+        f"--data {folder / DATA_FILE}"
     )
 
 

@@ -33,6 +33,7 @@ RUN_NAMES = (
     "run.lock",
     "run.lock.json",
     "soft_targets",
+    "teacher",
     "training_data.jsonl",
 )
 CHECKPOINT_PREFIX = "checkpoint_"

@@ -27,6 +27,7 @@ from conch_dna.training.data.outcomes import (
     TargetIdentity,
     compute_targets,
 )
+from conch_dna.training.data.target_files import write_about
 from conch_dna.training.data.target_shards import Shard, open_shard, write_shard
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
@@ -106,6 +107,7 @@ class SoftTargetCache:
             shard.append(example)
             if number == len(absent) or sum(e.count for e in shard) >= SHARD_POSITIONS:
                 self._write(teacher.resident(), shard, batch_size)
+                write_about(self.folder, self.identity, teacher.model_id)
                 shard = []
         return len(absent)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from conch_dna.checkpoints import write_atomically, write_json
@@ -25,6 +26,7 @@ from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines, numbered, split_heldout
 from conch_dna.training.data.sources import leak_warnings
+from conch_dna.training.data.target_files import write_weightless
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
@@ -37,6 +39,7 @@ from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
+    TEACHER,
     KDConfig,
     KDResult,
     domain_systems,
@@ -196,6 +199,37 @@ class TrueKnowledgeDistiller:
                 run_data = run.prepare(records, valid=valid_data, test=test_data)
                 self.teacher.release()
                 return run.finish(run_data, run.train(run_data))
+
+    def make_targets(
+        self,
+        domain: str,
+        *,
+        prompts: Sequence[str | Record] | None = None,
+        data: Sequence[Record] | None = None,
+        valid_data: Sequence[Record] = (),
+        test_data: Sequence[Record] = (),
+    ) -> Path:
+        """Make all that a teacher has to say, so that a machine without it can go on.
+
+        Args:
+            domain: See `distill_domain`, as the others.
+            prompts: For the teacher to answer.
+            data: Instead of its answers.
+            valid_data: To hold out.
+            test_data: To measure at the end.
+
+        Returns:
+            The domain's folder. In it lie soft_targets and answers; `teacher`, which is the
+            teacher without its weights; and training_data.jsonl.
+        """
+        run = self._run(domain, with_own_data=prompts is not None or data is not None)
+        with run.lock():
+            records = run.generate(prompts) if data is None else data
+            made = run.prepare(records, valid=valid_data, test=test_data, of_all=True)
+            self.teacher.release()
+            write_atomically(run.shared / DATA_FILE, json_lines(made.records))
+            write_weightless(self.teacher, run.shared / TEACHER)
+        return run.shared
 
     def distill_all(
         self,

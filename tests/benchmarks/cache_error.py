@@ -19,7 +19,8 @@ import mlx.core as mx
 import numpy as np
 from _setting import print_setting, shared_data, stories
 
-from conch_dna.language_model import LanguageModel, ModelSource, read_config
+from conch_dna.language_model import LanguageModel, ModelSource
+from conch_dna.loading.model_config import read_config
 from conch_dna.losses import forward_kl, log_softmax
 from conch_dna.training.batches import Example, collate, sequential_batches
 from conch_dna.training.data.outcomes import EXACT_BITS, target_identity

@@ -115,11 +115,8 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
 
     try:
         file = safe_open(str(path), framework="numpy")
-        metadata = file.metadata() or {}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = require_digest(path)
         listing = metadata["entries"]
-        if metadata["digest"] != _data_digest(listing, arrays):
-            raise NotWholeError(f"cache shard {path} was altered")
         if metadata["identity"] != identity.digest:
             raise NotWholeError(f"cache shard {path} is of another teacher or other settings")
         entries = parse_json(listing, path)
@@ -129,6 +126,29 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
     except (SafetensorError, OSError, KeyError, ValueError, lzma.LZMAError) as error:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
     return shard, [tuple(entry) for entry in entries]
+
+
+def require_digest(path: Path) -> dict[str, str]:
+    """Compare a file's content with the digest in its header.
+
+    Returns:
+        Its header's metadata.
+
+    Raises:
+        NotWholeError: It is truncated, unreadable or altered.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        whole = metadata["digest"] == _data_digest(metadata["entries"], arrays)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
+    if not whole:
+        raise NotWholeError(f"cache shard {path} was altered")
+    return metadata
 
 
 def _data_digest(listing: str, arrays: Arrays) -> str:

@@ -258,6 +258,7 @@ class DomainRun:
         valid: Sequence[Record] = (),
         test: Sequence[Record] = (),
         shared_by: Sequence[KDConfig] = (),
+        of_all: bool = False,
     ) -> RunData:
         """Tokenize, split, and compute what is missing of the teacher's targets and samples.
 
@@ -268,6 +269,7 @@ class DomainRun:
             valid: To be held out.
             test: To be measured once, at the end.
             shared_by: Settings of the runs that will read the same targets instead of this one.
+            of_all: Targets of all examples, also of those that this run's steps do not reach.
         """
         config = self.config
         records = self.examples.as_read(records)
@@ -282,6 +284,8 @@ class DomainRun:
             self.report("message", {"message": f"warning: {warning}"})
         readers = shared_by or [config]
         needed = list(dict.fromkeys(chain.from_iterable(map(split.read, readers))))
+        if of_all and config.alpha:
+            needed = list(dict.fromkeys([*split.train, *needed]))
         also_at = [reader.temperature for reader in readers]
         targets = self.examples.targets(self.shared / "soft_targets", also_at=also_at, split=split)
         missing = targets.missing(needed)
