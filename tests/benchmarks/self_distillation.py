@@ -1,6 +1,6 @@
 """A new skill learned in three ways, and what is lost of old ones.
 
-    python tests/benchmarks/self_distillation.py --model FOLDER [--domain task] [--steps 40]
+    python tests/benchmarks/self_distillation.py --model FOLDER [--domain task] [--steps 24]
         [--seeds 3] [--output FOLDER]
 
 The skill is a domain's JSON; its demonstrations are valid answers of the model that reads system
@@ -42,7 +42,7 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
 OLD, OLD_TEXTS, OLD_CHARACTERS = ("tinystories", "gsm8k"), 24, 500
-ON_POLICY: dict[str, Any] = {"on_policy": 1.0, "rollout_tokens": 64, "rollouts": 24}
+ON_POLICY: dict[str, Any] = {"on_policy": 1.0, "rollout_tokens": 112, "rollouts": 24}
 METHODS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"alpha": 0.0},
     "prompted": {**ON_POLICY, "teacher_system": "domain"},
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub id of an instruction model")
     parser.add_argument("--domain", default="task")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--test-prompts", type=int, default=32)
