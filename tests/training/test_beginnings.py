@@ -12,9 +12,8 @@ import pytest
 
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import silent
-from conch_dna.training import soft_targets
 from conch_dna.training.batches import Example
-from conch_dna.training.data import answers
+from conch_dna.training.data import answers, outcomes
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.beginnings import SHORTEST, SharedBeginning
 from conch_dna.training.data.outcomes import compute_targets, target_identity
@@ -71,7 +70,7 @@ def test_targets_behind_a_shared_beginning_are_those_of_whole_texts(
     shared = compute_targets(model, examples, identity, batch_size=2, report=silent)
     with_sharing = sum(seen)
     seen.clear()
-    monkeypatch.setattr(soft_targets, "SharedBeginning", lambda *given: _Nothing())
+    monkeypatch.setattr(outcomes, "SharedBeginning", lambda *given: _Nothing())
     whole = compute_targets(model, examples, identity, batch_size=2, report=silent)
     assert with_sharing < 0.8 * sum(seen)
     for one, other in zip(shared, whole, strict=True):

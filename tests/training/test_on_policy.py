@@ -193,7 +193,7 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], m
 
 @pytest.fixture
 def rounds(models: Any, tmp_path: Path) -> Rounds:
-    config = config_of(tmp_path, on_policy=1.0, rollout_reuse=2)
+    config = config_of(tmp_path, on_policy=1.0, rollout_reuse=2, target_bits=32)
     teacher, source = (ModelSource(name) for name in models)
     student = source.load()
     make_trainable(student, config)

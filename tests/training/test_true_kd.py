@@ -293,7 +293,8 @@ class TestFinishedRun:
         kl, cross_entropy, agreement = np.hstack(rows).mean(-1)
         figures = finished.result.evaluation[moment]
         assert figures["tokens"] == sum(row.shape[1] for row in rows)
-        assert figures["kl_nats"] == pytest.approx(kl, abs=1e-5)
+        # The teacher's distribution is that of its targets on disk, in 7 bits.
+        assert figures["kl_nats"] == pytest.approx(kl, abs=1e-4)
         assert figures["cross_entropy"] == pytest.approx(cross_entropy, abs=1e-5)
         assert figures["top1_agreement"] == pytest.approx(agreement)
 
@@ -958,7 +959,15 @@ class TestSettings:
     def test_a_student_that_is_its_own_teacher_has_no_gap(self, tiny_student, tmp_path):
         """Cross-entropy reported as KL would not be 0 here."""
         twin = shutil.copytree(tiny_student, tmp_path / "twin")
-        distiller = make(tiny_student, twin, tmp_path, num_iters=1, learning_rate=1e-12, force=True)
+        distiller = make(
+            tiny_student,
+            twin,
+            tmp_path,
+            num_iters=1,
+            learning_rate=1e-12,
+            force=True,
+            target_bits=32,
+        )
         result = distiller.distill_domain("s", prompts=PROMPTS)
         assert abs(result.evaluation["before"]["kl_nats"]) < 1e-6
         assert abs(result.final_kd_loss) < 1e-6

@@ -118,7 +118,7 @@ def targets_table(rows: Sequence[dict[str, Any]]) -> "Table":
         )
         for row in rows
     ]
-    return text_table("Soft targets", columns, cells, numbers=columns[4:])
+    return text_table("Soft targets", columns, cells, numbers=columns[2:])
 
 
 def check_shards(folder: Path) -> Iterator[tuple[Path, str | None]]:
