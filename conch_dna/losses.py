@@ -4,13 +4,17 @@ Knows nothing of models, tokens' meaning, masks' origin or training.
 To add a divergence: write the function and its entry in LOSSES; the oracle table tests it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 Divergence = Callable[[mx.array, mx.array], mx.array]
 SUM_BLOCK = 512
+_LOG2_E = float(np.float32(math.log2(math.e)))
+_LOG2_E_REST = math.log2(math.e) - _LOG2_E
 
 
 def sum_last(values: mx.array) -> mx.array:
@@ -27,6 +31,18 @@ def sum_last(values: mx.array) -> mx.array:
     return blocks.sum(axis=-1, keepdims=True) + tail
 
 
+def exponential(values: mx.array) -> mx.array:
+    """`exp` of each value, float32.
+
+    On a CPU MLX's takes 25 ns an element and its power 10, and is no less exact. The exponent is
+    the value times log₂ e in two parts, since one float32 is off by the same 1e-8 everywhere, which
+    adds up over a vocabulary.
+    """
+    if mx.default_device() != mx.cpu:
+        return mx.exp(values)
+    return mx.power(2.0, values * _LOG2_E + values * _LOG2_E_REST)
+
+
 def log_sum_exp(logits: mx.array) -> mx.array:
     """`log Σ exp` over the last axis `[..., V]` to `[..., 1]`; see `sum_last` for its precision.
 
@@ -39,13 +55,13 @@ def log_sum_exp(logits: mx.array) -> mx.array:
 def _log_sum_exp_forward(logits: mx.array) -> tuple[mx.array, ...]:
     largest = logits.max(axis=-1, keepdims=True)
     largest = mx.where(largest == -mx.inf, 0.0, largest)
-    total = sum_last(mx.exp(logits - largest))
+    total = sum_last(exponential(logits - largest))
     return largest + mx.log(total), largest, total
 
 
 def _log_sum_exp_backward(logits: mx.array, cotangents: Any, outputs: Any) -> mx.array:
     _, largest, total = outputs
-    return mx.exp(logits - largest) * (cotangents[0] / mx.where(total == 0, 1.0, total))
+    return exponential(logits - largest) * (cotangents[0] / mx.where(total == 0, 1.0, total))
 
 
 # A gradient of its own, so that no exponentials wait in memory for the backward pass.
@@ -223,7 +239,7 @@ class Rest:
         # Where everything is kept there are no others: their maximum is -inf and their share 0.
         self._largest = mx.where(largest == -mx.inf, 0.0, largest)
         base = max(temperatures)
-        exp = mx.exp((others - self._largest) / base)
+        exp = exponential((others - self._largest) / base)
         self._powers = {t: _powered(exp, base / t) for t in temperatures}
         self._sums = {t: sum_last(powers) for t, powers in self._powers.items()}
 
