@@ -286,8 +286,9 @@ class ModelSource:
         maybe_set_recommended_wired_limit()
         if self.is_weightless:
             raise ConchError(
-                f"{self.model_id} is a teacher without its weights, whose targets for this text "
-                "were not made: give the data and settings of `targets make`, or the whole teacher"
+                f"{self.model_id} is a teacher without its weights, and is asked for something "
+                "that was not made: give the data, seed, shares, lengths and temperatures of "
+                "`targets make`, or the whole teacher"
             )
         if not weight_files(self.folder):
             raise ConchError(

@@ -5,6 +5,7 @@ To add a command: a function here, with help, an example, a line in conch_dna/cl
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,8 +199,11 @@ def distill(
         config_file=config_file,
         all_domains=all_domains,
     )
-    if targets_only and (resume or overwrite or require_gain):
-        raise ConchError("--targets-only makes no adapter: leave out --resume and the like")
+    if targets_only and (require_gain or dry_run or request.config.on_policy):
+        raise ConchError(
+            "--targets-only makes no adapter and scores no answers of a student: leave out "
+            "--require-gain, --dry-run and --on-policy"
+        )
     if resume and overwrite:
         raise ConchError("give either --resume to go on or --overwrite to start again")
     if request.domain:
@@ -235,7 +239,10 @@ def distill(
 
         distiller = TrueKnowledgeDistiller(*request.models, config, report=report)
         if targets_only:
-            made = [distiller.make_targets(name, **sources[name]) for name in request.domains]
+            made = [
+                distiller.make_targets(name, **sources[name], overwrite=overwrite)
+                for name in request.domains
+            ]
         elif request.domain is None:
             asked = {name: source.get("prompts") for name, source in sources.items()}
             summary = distiller.distill_all(prompts=asked, resume=resume, overwrite=overwrite)
@@ -375,12 +382,13 @@ def _own_answers(plan: dict[str, Any], config: KDConfig) -> str:
 
 
 def _how_to_go_on(folder: Path) -> str:
-    from conch_dna.training.runs.domain_run import DATA_FILE
+    from conch_dna.training.data.target_files import DATA_FOLDER
 
+    teacher, data = (shlex.quote(str(folder / name)) for name in (TEACHER, DATA_FOLDER))
     return (
-        f"{folder}: take it to the other machine, into the same output folder, and go on with the "
-        f"same student and settings and --domain {folder.name} --teacher {folder / TEACHER} "
-        f"--data {folder / DATA_FILE}"
+        f"{folder}: take it to the other machine, into the same output folder, and go on there "
+        f"with --domain {folder.name} --teacher {teacher} --data {data}, the same student and "
+        "settings, and no --prompts or --demonstrations"
     )
 
 

@@ -27,6 +27,7 @@ LOSS_MEMORY = 256.0
 RUN_NAMES = (
     "answers",
     "candidate",
+    "data",
     "own_answers",
     "rollouts",
     "run.json",

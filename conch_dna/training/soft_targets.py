@@ -5,6 +5,7 @@ Knows a loaded teacher, tokenized examples and shards; nothing of their formats,
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, remove_unfinished
-from conch_dna.errors import NotWholeError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.progress import Report, silent
 from conch_dna.training.batches import (
@@ -28,7 +29,7 @@ from conch_dna.training.data.outcomes import (
     compute_targets,
 )
 from conch_dna.training.data.target_files import write_about
-from conch_dna.training.data.target_shards import Shard, open_shard, write_shard
+from conch_dna.training.data.target_shards import RoundedShard, Shard, open_shard, write_shard
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 from conch_dna.training.trainer import Loss
@@ -66,7 +67,7 @@ class SoftTargetCache:
         remove_unfinished(self.folder)
         self._open_all(identity)
         if identity.is_compact:
-            # What another run stored as it is serves as well.
+            # What another run stored as it is serves as well, rounded to as many bits.
             self._open_all(identity.exact)
 
     def _open_all(self, identity: TargetIdentity) -> None:
@@ -78,8 +79,15 @@ class SoftTargetCache:
             shard, entries = open_shard(path, identity)
         except NotWholeError as error:
             self.report("warning", {"message": f"{error}; its targets are computed again"})
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
             return
+        except ConchError as error:
+            # Whoever can open it may still need it.
+            self.report("warning", {"message": str(error)})
+            return
+        if identity != self.identity:
+            shard = RoundedShard(shard, self.identity)
         for key, start, end in entries:
             self._places.setdefault(key, (shard, start, end))
 

@@ -26,7 +26,12 @@ from conch_dna.training.data.answers import teacher_prompt_ids
 from conch_dna.training.data.examples import Examples, data_warnings
 from conch_dna.training.data.records import Record, json_lines, numbered, split_heldout
 from conch_dna.training.data.sources import leak_warnings
-from conch_dna.training.data.target_files import write_weightless
+from conch_dna.training.data.target_files import (
+    DATA_FOLDER,
+    require_replaceable,
+    write_data,
+    write_weightless,
+)
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
@@ -208,6 +213,7 @@ class TrueKnowledgeDistiller:
         data: Sequence[Record] | None = None,
         valid_data: Sequence[Record] = (),
         test_data: Sequence[Record] = (),
+        overwrite: bool = False,
     ) -> Path:
         """Make all that a teacher has to say, so that a machine without it can go on.
 
@@ -217,17 +223,21 @@ class TrueKnowledgeDistiller:
             data: Instead of its answers.
             valid_data: To hold out.
             test_data: To measure at the end.
+            overwrite: Replace the data of other targets.
 
         Returns:
             The domain's folder. In it lie soft_targets and answers; `teacher`, which is the
-            teacher without its weights; and training_data.jsonl.
+            teacher without its weights; and the records as the folder `data`.
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
+            require_replaceable(self.teacher, run.shared / TEACHER)
+            run.examples.trained_identity(with_digests=False)
             records = run.generate(prompts) if data is None else data
             made = run.prepare(records, valid=valid_data, test=test_data, of_all=True)
             self.teacher.release()
-            write_atomically(run.shared / DATA_FILE, json_lines(made.records))
+            sets = {"train": made.records, "valid": valid_data, "test": test_data}
+            write_data(run.shared / DATA_FOLDER, sets, overwrite=overwrite)
             write_weightless(self.teacher, run.shared / TEACHER)
         return run.shared
 
@@ -403,9 +413,7 @@ def plan_domain(
         tokens += drawn * config.rollout_tokens
         own_answers = {"prompts": asked, "answers": drawn, "rounds": -(-drawn // size)}
     # The digests are not needed for the size, so no weights have to be there.
-    sampled = config.targets == "sampled"
-    identity_of = pair.drawn_identity if sampled else pair.identity
-    identity = identity_of(with_digests=False)
+    identity = pair.trained_identity(with_digests=False)
     width = max(teacher.token_count, student.token_count)
     rows = min(rows_at_once(config.loss_memory, width), config.batch_size * longest)
     return {

@@ -1,5 +1,6 @@
 """Targets drawn from the teacher: right on average, the same in every batch, and a whole run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_a_run_learns_from_what_was_drawn(pair: tuple[str, str], tmp_path: Path)
     counts = sorted(map(stored_rows, folders))
     assert len(folders) == 2 and counts[0] < counts[1]
     assert sum(counts) == stored_rows(tmp_path / "topk" / "s" / "soft_targets")
+
+
+def test_what_is_held_out_is_measured_alike_even_if_it_is_trained_on(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    figures = []
+    for targets in ("sampled", "topk"):
+        config = KDConfig(**{**SETTINGS, "targets": targets, "output_dir": str(tmp_path / targets)})
+        distiller = TrueKnowledgeDistiller(*pair, config)
+        distiller.distill_domain("s", data=RECORDS, valid_data=RECORDS[:8])
+        rows = json.loads((tmp_path / targets / "s/adapters_kd/training_log.json").read_text())
+        assert rows[0]["split"] == "heldout" and rows[0]["step"] == 0
+        figures.append({name: rows[0][name] for name in ("kd", "kl", "ce")})
+    assert figures[0] == figures[1]
 
 
 def test_a_stopped_run_ends_alike(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import safe_open
 
 from conch_dna.cli import main
 from conch_dna.language_model import LanguageModel, ModelSource
@@ -55,10 +57,10 @@ def there(folder: Path) -> set[str]:
 
 
 def test_what_is_made_is_what_the_teacher_has_to_say(made: Path) -> None:
-    names = {"soft_targets", "answers", "teacher", "training_data.jsonl"}
+    names = {"soft_targets", "answers", "teacher", "data"}
     assert {name for name in there(made / "s") if not name.startswith("run.lock")} == names
     assert "model.safetensors" not in there(made / "s" / "teacher")
-    records = (made / "s" / "training_data.jsonl").read_text().splitlines()
+    records = (made / "s" / "data" / "train.jsonl").read_text().splitlines()
     assert len(records) == 2 * len(ANIMALS)
     lengths = [json.loads(line)["tokens"] for line in records]
     tokens = sum(len(each["ids"]) - each["prompt_length"] for each in lengths)
@@ -84,7 +86,7 @@ def test_another_machine_learns_the_same_without_the_teacher(
         return load(self, **how)
 
     monkeypatch.setattr(ModelSource, "load", watched)
-    teacher, data = there / "s" / "teacher", there / "s" / "training_data.jsonl"
+    teacher, data = there / "s" / "teacher", there / "s" / "data"
     result = run("distill", *options(teacher, models[1], there, data=data))
     assert result.exit_code == 0, result.output
     assert set(loaded) == {str(models[1])}
@@ -108,7 +110,67 @@ def test_new_texts_need_the_whole_teacher(
     assert "a teacher without its weights" in result.stderr
 
 
-def test_info_tells_what_lies_there(made: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_given_sets_go_along(models: tuple[Path, Path], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, start in (("train", "The"), ("valid", "My"), ("test", "Our")):
+        rows = [{"prompt": f"{start} {a} saw", "completion": " a ball."} for a in ANIMALS]
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "my models"
+    result = run("targets", "make", *options(*models, output, data=data))
+    assert result.exit_code == 0, result.output
+    assert f"--data '{output}/s/data'" in result.stdout
+    teacher, records = output / "s" / "teacher", output / "s" / "data"
+    result = run("distill", *options(teacher, models[1], output, data=records))
+    assert result.exit_code == 0, result.output
+    evaluation = json.loads((output / "s" / "adapters_kd" / "evaluation.json").read_text())
+    assert evaluation["test"]["after"]["tokens"] > 0
+
+
+def test_nothing_but_its_own_teacher_is_replaced(
+    made: Path, models: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(made, tmp_path / "out"))
+    again = ["targets", "make", *options(*models, output, prompts=prompts)]
+    assert run(*again).exit_code == 0
+    weightless = options(output / "s" / "teacher", models[1], output, data=output / "s" / "data")
+    assert run("targets", "make", *weightless).exit_code == 0, "it may hand itself on"
+    assert (output / "s" / "teacher" / "weights.json").exists()
+    other = run("targets", "make", *options(*models, output, prompts=prompts, seed=5))
+    assert other.exit_code != 0 and "the data of other targets" in other.stderr
+    whole = output / "s" / "teacher" / "model.safetensors"
+    whole.write_bytes(b"somebody's")
+    result = run(*again)
+    assert result.exit_code != 0 and "no teacher without its weights" in result.stderr
+    assert whole.read_bytes() == b"somebody's"
+
+
+def test_what_cannot_be_opened_stays(made: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
+    output = Path(shutil.copytree(made, tmp_path / "out"))
+    (shard,) = (output / "s" / "soft_targets").rglob("*.safetensors")
+    content = mx.load(str(shard))
+    with safe_open(str(shard), framework="numpy") as file:
+        metadata = {**file.metadata(), "format": "soft targets 9"}
+    shard.unlink()
+    mx.save_safetensors(str(shard), content, metadata)
+    again = options(output / "s" / "teacher", models[1], output, data=output / "s" / "data")
+    result = run("distill", *again)
+    assert result.exit_code != 0 and "which this version does not know" in result.stderr
+    assert shard.exists()
+
+
+@pytest.mark.parametrize("more", [["--on-policy", "0.5"], ["--dry-run"], ["--require-gain"]])
+def test_what_makes_no_sense_without_an_adapter_is_refused(
+    models: tuple[Path, Path], prompts: Path, tmp_path: Path, more: list[str]
+) -> None:
+    result = run("targets", "make", *options(*models, tmp_path / "o", prompts=prompts), *more)
+    assert result.exit_code == 2 and "makes no adapter" in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_info_tells_what_lies_there(
+    made: Path, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     figures = tmp_path / "figures.json"
     result = run("targets", "info", made, "--json", figures)
     assert result.exit_code == 0, result.output
@@ -117,7 +179,8 @@ def test_info_tells_what_lies_there(made: Path, models: tuple[Path, Path], tmp_p
     assert row["temperatures"] == [1.0, 2.0] and row["texts"] == 2 * len(ANIMALS)
     assert row["tokens"] == stored_rows(made / "s" / "soft_targets")
     assert "8 kept, 7 bits" in result.stdout
-    for place in (made / "s", made / "s" / "soft_targets", Path(row["folder"])):
+    monkeypatch.chdir(row["folder"])
+    for place in (made / "s", made / "s" / "soft_targets", "..", "."):
         assert "8 kept, 7 bits" in run("targets", "info", place).stdout
 
 

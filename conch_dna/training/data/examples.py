@@ -51,11 +51,7 @@ from conch_dna.training.data.records import (
     tokenize_record,
     with_answer,
 )
-from conch_dna.training.data.sampled_targets import (
-    DrawnTargetCache,
-    SampledTargets,
-    drawn_identity,
-)
+from conch_dna.training.data.sampled_targets import DrawnTargetCache, SampledTargets, drawn_identity
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import domain_system
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
@@ -383,9 +379,11 @@ class Examples:
             with_digests=with_digests,
         )
 
-    def drawn_identity(self, *, with_digests: bool = True) -> TargetIdentity:
-        """What is stored of a teacher from which tokens are drawn; see there."""
+    def trained_identity(self, *, with_digests: bool = True) -> TargetIdentity:
+        """What is stored of what is trained on: `identity`, or `drawn_identity`."""
         identity = self.identity(with_digests=with_digests)
+        if self.config.targets != "sampled":
+            return identity
         return drawn_identity(identity, self.config, by_index=self.alignment == INDEX)
 
     def targets(
@@ -408,7 +406,7 @@ class Examples:
         options: dict[str, Any] = {"memory": config.loss_memory, "report": report or self.report}
         cache = SoftTargetCache(folder, identity, **options)
         if split and config.targets == "sampled":
-            drawn = DrawnTargetCache(folder, self.drawn_identity(), **options)
+            drawn = DrawnTargetCache(folder, self.trained_identity(), **options)
             return SampledTargets(cache, drawn, split.train, [*split.heldout, *split.test])
         if self.alignment == INDEX:
             return cache

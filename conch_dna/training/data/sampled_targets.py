@@ -126,8 +126,12 @@ class SampledTargets:
         return sum(cache.fill(teacher, part, batch_size=batch_size) for cache, part in chosen)
 
     def collate(self, examples: Sequence[Example], temperature: float) -> Batch:
-        """A batch of examples with what was drawn, or kept where one of them is not trained on."""
-        cache = self.drawn if all(map(self._is_trained, examples)) else self.kept
+        """A batch of examples with what was drawn, or with what is kept if all are measured.
+
+        A text may be both, where what is held out repeats what is trained on.
+        """
+        trained = all(map(self._is_trained, examples)) and not all(map(self._is_kept, examples))
+        cache = self.drawn if trained else self.kept
         return cache.collate(examples, temperature)
 
     def loss(self, student: LanguageModel, config: KDConfig) -> Loss:

@@ -97,46 +97,84 @@ class Decoder:
         if len(exact) != sizes[-1]:
             raise ValueError(f"a block of {len(values)} bytes is not of {rows} rows")
         ranks = np.cumsum(_number_of(gaps.reshape(gap_bytes, rows, -1)).astype(np.int64) + 1, 1) - 1
-        steps = codes.reshape(rows, -1)
-        order = np.argsort(steps, axis=1, kind="stable")
-        ranks = np.take_along_axis(ranks, order, axis=1)
-        steps = np.take_along_axis(steps, order, axis=1)
         ranges = _number_of(spread.reshape(2, -1)).astype(np.uint16).view(np.float16)
-        distances = np.square(steps / np.float64(2**self._bits - 1)) * ranges[:, None]
         numbers = np.ascontiguousarray(_number_of(exact.reshape(4, -1)).astype(np.uint32))
-        exact_floats = numbers.view(np.float32).reshape(rows, -1)
-        rest, gold = exact_floats[:, :-1], exact_floats[:, -1]
-        # What the kept tokens have together at each temperature, from what is left to the others.
-        together = np.log(-np.expm1(rest.astype(np.float64)))
-        at_one = self._temperatures.index(1.0)
-        kept = -distances - _log_sum(-distances) + together[:, [at_one]]
-        normalizers = [
-            _log_sum(kept / t) - together[:, [column]]
-            for column, t in enumerate(self._temperatures)
-        ]
-        return {
-            "kept_ids": self._ids[ranks].astype(np.uint32),
-            "kept_log_probs": kept.astype(np.float32),
-            "log_normalizer": np.concatenate(normalizers, axis=1).astype(np.float32),
-            "log_rest": rest,
-            "gold_log_prob": gold,
-        }
+        floats_of = numbers.view(np.float32).reshape(rows, -1)
+        return _outcomes(
+            self._ids[ranks],
+            codes.reshape(rows, -1),
+            ranges[:, None],
+            floats_of[:, :-1],
+            floats_of[:, -1],
+            temperatures=self._temperatures,
+            bits=self._bits,
+        )
 
 
-def _written(arrays: Arrays, ranks: np.ndarray, bits: int) -> bytes:
-    kept = ranks[arrays["kept_ids"]]
-    order = np.argsort(kept, axis=1)
-    gaps = np.diff(np.take_along_axis(kept, order, axis=1), axis=1, prepend=-1) - 1
-    log_probs = arrays["kept_log_probs"].astype(np.float64)
-    largest = log_probs.max(axis=1, keepdims=True)
-    distances = largest - log_probs
+def rounded(arrays: Arrays, bits: int, temperatures: Sequence[float]) -> Arrays:
+    """What `encode` and `Decoder` make of rows, to the bit, without writing them."""
+    steps, ranges = _steps(arrays["kept_log_probs"], bits)
+    return _outcomes(
+        arrays["kept_ids"].astype(np.int64),
+        steps,
+        ranges,
+        arrays["log_rest"],
+        arrays["gold_log_prob"],
+        temperatures=temperatures,
+        bits=bits,
+    )
+
+
+def _steps(log_probs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities `[n, K]` in steps, and each row's range float16 `[n, 1]`."""
+    log_probs = log_probs.astype(np.float64)
+    distances = log_probs.max(axis=1, keepdims=True) - log_probs
     # What is further below the likeliest has no probability that a float could tell.
     ranges = distances.max(axis=1, keepdims=True).clip(max=6e4).astype(np.float16)
     highest = 2**bits - 1
     shares = distances / np.where(ranges > 0, ranges, 1)
     steps = np.rint(np.sqrt(shares) * highest).clip(0, highest).astype(np.int64)
     # So that the likeliest is told from the others.
-    steps = np.where(np.arange(steps.shape[1]) == log_probs.argmax(1)[:, None], 0, steps.clip(1))
+    first = np.arange(steps.shape[1]) == log_probs.argmax(1)[:, None]
+    return np.where(first, 0, steps.clip(1)), ranges
+
+
+def _outcomes(
+    ids: np.ndarray,
+    steps: np.ndarray,
+    ranges: np.ndarray,
+    rest: np.ndarray,
+    gold: np.ndarray,
+    *,
+    temperatures: Sequence[float],
+    bits: int,
+) -> Arrays:
+    """The arrays of `outcomes.compress` of ids and steps in any order."""
+    order = np.argsort(steps.astype(np.int64) * MOST_IDS + ids, axis=1)
+    ids = np.take_along_axis(ids, order, axis=1)
+    steps = np.take_along_axis(steps, order, axis=1)
+    distances = np.square(steps / np.float64(2**bits - 1)) * ranges
+    # What the kept tokens have together at each temperature, from what is left to the others.
+    together = np.log(-np.expm1(rest.astype(np.float64)))
+    at_one = list(temperatures).index(1.0)
+    kept = -distances - _log_sum(-distances) + together[:, [at_one]]
+    normalizers = [
+        _log_sum(kept / t) - together[:, [column]] for column, t in enumerate(temperatures)
+    ]
+    return {
+        "kept_ids": ids.astype(np.uint32),
+        "kept_log_probs": kept.astype(np.float32),
+        "log_normalizer": np.concatenate(normalizers, axis=1).astype(np.float32),
+        "log_rest": rest,
+        "gold_log_prob": gold,
+    }
+
+
+def _written(arrays: Arrays, ranks: np.ndarray, bits: int) -> bytes:
+    kept = ranks[arrays["kept_ids"]]
+    order = np.argsort(kept, axis=1)
+    gaps = np.diff(np.take_along_axis(kept, order, axis=1), axis=1, prepend=-1) - 1
+    steps, ranges = _steps(arrays["kept_log_probs"], bits)
     steps = np.take_along_axis(steps, order, axis=1)
     gap_bytes = 1 + int(gaps.max() >= 2**8) + int(gaps.max() >= 2**16)
     exact = np.column_stack([arrays["log_rest"], arrays["gold_log_prob"]]).astype(np.float32)

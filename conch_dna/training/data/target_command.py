@@ -72,7 +72,7 @@ def verify(folder: str) -> None:
         for _, problem in check_shards(place):
             whole, damaged = whole + (problem is None), damaged + (problem is not None)
             if problem:
-                click.echo(f"{problem}; a run computes its targets again", err=True)
+                click.echo(problem, err=True)
     click.echo(checked_text(whole, damaged))
     if damaged:
         sys.exit(1)

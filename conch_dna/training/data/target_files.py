@@ -5,13 +5,13 @@ Knows shards and what stands beside them; no model is loaded.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.checkpoints import read_json, write_folder, write_json
-from conch_dna.errors import ConchError, NotWholeError, number_of
+from conch_dna.checkpoints import read_json, remove_folder, write_folder, write_json
+from conch_dna.errors import ConchError, NotWholeError, number_of, one_line
 from conch_dna.training.data.outcomes import TargetIdentity
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from conch_dna.language_model import ModelSource
 
 ABOUT = "about.json"
+# In a domain's folder, the records that targets were made of.
+DATA_FOLDER = "data"
 
 
 def write_about(folder: Path, identity: TargetIdentity, teacher: str) -> None:
     """Write beside a folder's shards what they depend on, for people and for `check_shards`."""
-    if not (folder / ABOUT).is_file():
+    if read_about(folder) is None:
         write_json(folder / ABOUT, {"teacher_model": teacher, **asdict(identity)})
 
 
@@ -46,10 +48,11 @@ def target_folders(place: Path) -> list[Path]:
     Raises:
         ConchError: There is none.
     """
+    place = place.resolve()
     if not place.is_dir():
         raise ConchError(f"{place} is no folder: give one with soft_targets in it")
     shards = place.rglob("soft_targets/*/*.safetensors")
-    found = {path.parent for path in shards if not path.name.startswith(".")}
+    found = {path.parent for path in shards if path.is_file() and path.name[0] != "."}
     if place.parent.name == "soft_targets":
         found |= {path.parent for path in place.glob("*.safetensors")}
     elif place.name == "soft_targets":
@@ -69,7 +72,7 @@ def describe_targets(folder: Path) -> dict[str, Any]:
     about = read_about(folder)
     texts = tokens = size = 0
     unreadable = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _shards(folder):
         size += path.stat().st_size
         try:
             entries = _entries(path)
@@ -108,13 +111,13 @@ def targets_table(rows: Sequence[dict[str, Any]]) -> "Table":
     cells = [
         (
             row["folder"],
-            row["teacher"] or "?",
+            one_line(row["teacher"] or "?"),
             what(row),
             ", ".join(f"{t:g}" for t in row["temperatures"] or ()) or "-",
             f"{row['texts']:,}",
             f"{row['tokens']:,}",
-            bytes_text(row["bytes"]),
-            f"{row['bytes'] / max(1, row['tokens']):.0f} B",
+            bytes_text(row["bytes"]) if row["bytes"] >= 1e6 else f"{row['bytes']:,} B",
+            f"{row['bytes'] / row['tokens']:.0f} B" if row["tokens"] else "-",
         )
         for row in rows
     ]
@@ -131,7 +134,7 @@ def check_shards(folder: Path) -> Iterator[tuple[Path, str | None]]:
     from conch_dna.training.data.target_shards import open_shard, require_digest
 
     about = read_about(folder)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _shards(folder):
         try:
             if about is None:
                 require_digest(path)
@@ -139,10 +142,14 @@ def check_shards(folder: Path) -> Iterator[tuple[Path, str | None]]:
                 shard, entries = open_shard(path, about[0])
                 for start in range(0, entries[-1][2], BLOCK):
                     shard.read(start, min(start + BLOCK, entries[-1][2]))
-        except (NotWholeError, ValueError) as error:
+        except (ConchError, ValueError) as error:
             yield path, str(error)
         else:
             yield path, None
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def _entries(path: Path) -> list[Any]:
@@ -156,15 +163,37 @@ def _entries(path: Path) -> list[Any]:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
 
 
+def require_replaceable(teacher: "ModelSource", folder: Path) -> None:
+    """Refuse to replace what `write_weightless` did not write.
+
+    Raises:
+        ConchError: Something else lies there, such as a whole model.
+    """
+    from conch_dna.language_model import DIGEST_FILE, weight_files
+
+    own = folder.is_dir() and not folder.is_symlink() and (folder / DIGEST_FILE).is_file()
+    if (folder.exists() or folder.is_symlink()) and (not own or weight_files(folder)):
+        raise ConchError(
+            f"{folder} is there and no teacher without its weights, whose place it takes: move it, "
+            "or choose another --output-dir"
+        )
+
+
 def write_weightless(teacher: "ModelSource", folder: Path) -> None:
     """Write a teacher without its weights: enough to learn from targets that it gave before.
 
     Args:
-        teacher: With its weights.
-        folder: Where to; one that is there is replaced.
+        teacher: With its weights, or one without that was brought here.
+        folder: Where to; another of its kind that is there is replaced.
+
+    Raises:
+        ConchError: Something else lies there.
     """
     from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES
 
+    require_replaceable(teacher, folder)
+    if folder.exists() and folder.samefile(teacher.folder):
+        return
     kept = ["config.json", "generation_config.json", *TOKENIZER_FILES]
     names = [name for name in kept if (teacher.folder / name).is_file()]
 
@@ -173,8 +202,41 @@ def write_weightless(teacher: "ModelSource", folder: Path) -> None:
 
     known = {"model": teacher.model_id, "weights_digest": teacher.weights_digest}
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_folder(folder)
     write_folder(folder, writers={n: copied(n) for n in names}, documents={DIGEST_FILE: known})
+
+
+def write_data(folder: Path, sets: Mapping[str, Sequence[Any]], *, overwrite: bool) -> None:
+    """Write the records that targets were made of, as `--data` reads a folder.
+
+    Args:
+        folder: Where to.
+        sets: Records by `train`, `valid` and `test`; empty ones are left out.
+        overwrite: Replace others that are there.
+
+    Raises:
+        ConchError: Others are there, and are not to be replaced.
+    """
+    from conch_dna.training.data.records import json_lines
+
+    contents = {
+        f"{name}.jsonl": json_lines(rows).encode("utf-8") for name, rows in sets.items() if rows
+    }
+    if folder.exists():
+        there = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+        if there == contents:
+            return
+        if not overwrite:
+            raise ConchError(
+                f"{folder} holds the data of other targets: choose another --output-dir, or "
+                "--overwrite it"
+            )
+        remove_folder(folder)
+
+    def written(content: bytes) -> Any:
+        return lambda path: path.write_bytes(content)
+
+    write_folder(folder, writers={name: written(each) for name, each in contents.items()})
 
 
 def checked_text(whole: int, damaged: int) -> str:

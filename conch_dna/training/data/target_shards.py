@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, parse_json, save_arrays
-from conch_dna.errors import NotWholeError
+from conch_dna.errors import ConchError, NotWholeError, one_line
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.data.target_codec import BLOCK, Decoder, encode
+from conch_dna.training.data.target_codec import BLOCK, Decoder, encode, rounded
 
 EXACT, COMPACT = "soft targets 1", "soft targets 2"
 # Decoded blocks of a shard that stay in memory: at 64 kept tokens some 4 MB.
@@ -29,6 +29,18 @@ class Shard(Protocol):
 
     def read(self, start: int, end: int) -> Arrays:
         """The arrays of `outcomes.compress` of some rows."""
+
+
+class RoundedShard:
+    """Rows as they are, told as if they had been written in few bits."""
+
+    def __init__(self, shard: Shard, identity: TargetIdentity) -> None:
+        self._shard, self._identity = shard, identity
+
+    def read(self, start: int, end: int) -> Arrays:
+        """See `Shard`."""
+        identity = self._identity
+        return rounded(self._shard.read(start, end), identity.bits, identity.temperatures)
 
 
 class ExactShard:
@@ -64,7 +76,10 @@ class CompactShard:
     def read(self, start: int, end: int) -> Arrays:
         """See `Shard`; the blocks that hold these rows are decoded, or were shortly before."""
         numbers = range(start // BLOCK, max(start, end - 1) // BLOCK + 1)
-        blocks = [self._block(number) for number in numbers]
+        try:
+            blocks = [self._block(number) for number in numbers]
+        except (ValueError, IndexError, lzma.LZMAError) as error:
+            raise NotWholeError(f"a block of soft targets cannot be read: {error}") from error
         first = numbers[0] * BLOCK
         return {
             name: np.concatenate([block[name] for block in blocks])[start - first : end - first]
@@ -110,12 +125,18 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
 
     Raises:
         NotWholeError: It is truncated, unreadable or altered.
+        ConchError: It cannot be opened, or is of another version.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(str(path), framework="numpy")
         metadata = require_digest(path)
+        if metadata["format"] not in _FORMATS:
+            raise ConchError(
+                f"cache shard {path} is of the format {one_line(metadata['format'])}, which this "
+                "version does not know; it is left alone"
+            )
+        file = safe_open(str(path), framework="numpy")
         listing = metadata["entries"]
         if metadata["identity"] != identity.digest:
             raise NotWholeError(f"cache shard {path} is of another teacher or other settings")
@@ -123,7 +144,7 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
         if not _are_entries(entries):
             raise NotWholeError(f"cache shard {path} does not say whose its rows are")
         shard = _FORMATS[metadata["format"]](file, identity, entries[-1][2])
-    except (SafetensorError, OSError, KeyError, ValueError, lzma.LZMAError) as error:
+    except (SafetensorError, KeyError, ValueError, IndexError, lzma.LZMAError) as error:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
     return shard, [tuple(entry) for entry in entries]
 
@@ -139,6 +160,11 @@ def require_digest(path: Path) -> dict[str, str]:
     """
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise ConchError(f"cannot open cache shard {path}: {error.strerror}") from error
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata: dict[str, str] = file.metadata() or {}

@@ -149,6 +149,12 @@ class DomainRun:
         """
         require_trainable(self.student, self.config)
         require_own(self.teacher, self.student, self.config)
+        self.examples.trained_identity(with_digests=False)
+        if self.teacher.is_weightless and (self.config.on_policy or self.config.own_answers):
+            raise ConchError(
+                f"{self.teacher.model_id} is a teacher without its weights and cannot score what "
+                "a student says: leave out --on-policy and --own-answers, or give the whole one"
+            )
         remove_unfinished(self.folder)
         identity = self.identity(source)
         subdir = self.config.adapter_subdir

@@ -23,7 +23,7 @@ FIXED = {
     "steps_per_report": _NOTHING,
     "steps_per_save": _NOTHING,
     "resident": _NOTHING,
-    "loss_memory": _NOTHING,
+    "loss_memory": "runs that differ in it differ by rounding alone",
     "top_k": _OTHER_FIGURE,
     "target_bits": _OTHER_FIGURE,
     "targets": _OTHER_DATA,
@@ -140,6 +140,11 @@ def grid_runs(
             "nothing is swept: give some option several values, such as --temperature 1,2,4"
         )
     base = KDConfig(**single)
+    if base.targets == "sampled" and "temperature" in swept:
+        raise ConchError(
+            "targets is sampled and several temperatures are swept, at each of which other tokens "
+            "would be drawn: give one temperature, or use topk"
+        )
     folder = sweep_folder(domain, base)
     count = prod(len(v) for v in swept.values())
     # Only as many as it takes to know how many are left.
