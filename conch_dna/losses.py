@@ -231,16 +231,29 @@ class Rest:
         logits: `[N, V]`, float32, at temperature 1.
         kept_ids: Distinct token ids `[N, K]`, K at most V.
         temperatures: Above 0.
+        alone: Take one exponential for each temperature instead, so that what is said at one is
+            the same to the bit whatever the others are.
     """
 
-    def __init__(self, logits: mx.array, kept_ids: mx.array, temperatures: Sequence[float]) -> None:
+    def __init__(
+        self,
+        logits: mx.array,
+        kept_ids: mx.array,
+        temperatures: Sequence[float],
+        *,
+        alone: bool = False,
+    ) -> None:
         others = mx.put_along_axis(logits, kept_ids, mx.array(-mx.inf), axis=-1)
         largest = others.max(axis=-1, keepdims=True)
         # Where everything is kept there are no others: their maximum is -inf and their share 0.
         self._largest = mx.where(largest == -mx.inf, 0.0, largest)
-        base = max(temperatures)
-        exp = exponential((others - self._largest) / base)
-        self._powers = {t: _powered(exp, base / t) for t in temperatures}
+        others = others - self._largest
+        if alone:
+            self._powers = {t: exponential(others / t) for t in temperatures}
+        else:
+            base = max(temperatures)
+            exp = exponential(others / base)
+            self._powers = {t: _powered(exp, base / t) for t in temperatures}
         self._sums = {t: sum_last(powers) for t, powers in self._powers.items()}
 
     def log_sum(self, temperature: float) -> mx.array:

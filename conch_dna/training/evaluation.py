@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from conch_dna.language_model import LanguageModel
-from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl
+from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl, log_sum_exp
 from conch_dna.metrics import COMPARABLE, TokenMetrics, closed_gap, token_metrics, verdict
 from conch_dna.training.batches import (
     Batch,
@@ -113,9 +113,9 @@ def heldout_figures(
         gold, kl, sure, right = [], [], [], []
         for part, logits in model.logits_at(arrays["inputs"], arrays["positions"], memory=memory):
             rows = {name: arrays[name][part] for name in _ROWS if name in arrays}
-            gold.append(gold_log_probs(logits, rows["labels"]))
-            likeliest = mx.argmax(logits, axis=-1)
-            sure.append(mx.exp(gold_log_probs(logits, likeliest)))
+            own, likeliest, confidence = own_and_likeliest(logits, rows["labels"])
+            gold.append(own)
+            sure.append(confidence)
             right.append(likeliest == rows["labels"])
             sums = {"gold": (gold[-1] * rows["weights"]).sum()}
             if "kept_ids" in rows:
@@ -145,6 +145,26 @@ def heldout_figures(
     )
     by_example = {name: np.concatenate(parts, 1) for name, parts in examples.items()}
     return HeldoutFigures(metrics, by_example, TokenFigures.joined(by_token))
+
+
+def own_and_likeliest(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What a model says of each row's own token and of its likeliest one, at temperature 1.
+
+    Args:
+        logits: `[n, V]`.
+        labels: The rows' own tokens `[n]`.
+
+    Returns:
+        Log-probability of the own token in nats, the likeliest token, its probability; each `[n]`.
+    """
+    logits = logits.astype(mx.float32)
+    whole = log_sum_exp(logits).squeeze(-1)
+    likeliest = mx.argmax(logits, axis=-1)
+    own, best = (
+        mx.take_along_axis(logits, ids[:, None], axis=-1).squeeze(-1) - whole
+        for ids in (labels, likeliest)
+    )
+    return own, likeliest, mx.exp(best)
 
 
 def figures_on(

@@ -178,7 +178,7 @@ def compress(
         return {"gold_log_prob": (gold - log_sum_exp(logits)).squeeze(-1)}
     kept_ids = likeliest(logits[:, :kept_below], top_k)
     kept = mx.take_along_axis(logits, kept_ids, axis=-1)
-    rest = Rest(logits, kept_ids, (1.0, *temperatures))
+    rest = Rest(logits, kept_ids, (1.0, *temperatures), alone=True)
     # Differences to the likeliest, which lose less where logits are large.
     largest = kept.max(axis=-1, keepdims=True)
     wholes, rests = {}, {}

@@ -19,7 +19,7 @@ from conch_dna.language_model import LanguageModel, ModelSource, named_arrays, w
 from conch_dna.training.adapters import outline
 from conch_dna.training.data.answers import make_sampler
 from conch_dna.training.data.outcomes import compress
-from conch_dna.training.evaluation import gold_log_probs, weighted_kl
+from conch_dna.training.evaluation import own_and_likeliest, weighted_kl
 from conch_dna.training.fit.graph import Cost, cost_of
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
@@ -139,8 +139,8 @@ def heldout_cost(student: LanguageModel, arrays: dict[str, mx.array], config: KD
         own = {name: given[name][rows] for name in given if name != "inputs"}
         own["soft_weights"] = own["weights"]
         kl = weighted_kl(logits, own, nothing=student.vocabulary_size)
-        gold = gold_log_probs(logits, own["labels"])
-        return [(gold * own["weights"]).sum(), kl.sum(), gold, kl, mx.argmax(logits, axis=-1)]
+        gold, likeliest, sure = own_and_likeliest(logits, own["labels"])
+        return [(gold * own["weights"]).sum(), kl.sum(), gold, kl, likeliest, sure]
 
     return _traced(student, first, arrays)
 
