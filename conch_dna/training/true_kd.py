@@ -231,7 +231,7 @@ class TrueKnowledgeDistiller:
         """
         run = self._run(domain, with_own_data=prompts is not None or data is not None)
         with run.lock():
-            require_replaceable(self.teacher, run.shared / TEACHER)
+            require_replaceable(run.shared / TEACHER)
             run.examples.trained_identity(with_digests=False)
             records = run.generate(prompts) if data is None else data
             made = run.prepare(records, valid=valid_data, test=test_data, of_all=True)

@@ -15,7 +15,7 @@ import numpy as np
 from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, nan_array
-from conch_dna.losses import Rest, log_sum_exp
+from conch_dna.losses import Rest, exponential, log_sum_exp
 from conch_dna.progress import Report
 from conch_dna.training.batches import Example, collate, first_counted, sequential_batches
 from conch_dna.training.data.beginnings import SharedBeginning
@@ -216,7 +216,7 @@ def drawn(
     """
     logits = logits.astype(mx.float32)
     gold = compress(logits, labels, top_k=0, temperatures=())["gold_log_prob"]
-    weights = mx.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+    weights = exponential((logits - logits.max(axis=-1, keepdims=True)) / temperature)
     ends = np.cumsum(np.asarray(weights), axis=1, dtype=np.float64)
     ids = [
         np.searchsorted(row, numbers * row[-1], side="right")

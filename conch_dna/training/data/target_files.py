@@ -163,7 +163,7 @@ def _entries(path: Path) -> list[Any]:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
 
 
-def require_replaceable(teacher: "ModelSource", folder: Path) -> None:
+def require_replaceable(folder: Path) -> None:
     """Refuse to replace what `write_weightless` did not write.
 
     Raises:
@@ -191,7 +191,7 @@ def write_weightless(teacher: "ModelSource", folder: Path) -> None:
     """
     from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES
 
-    require_replaceable(teacher, folder)
+    require_replaceable(folder)
     if folder.exists() and folder.samefile(teacher.folder):
         return
     kept = ["config.json", "generation_config.json", *TOKENIZER_FILES]
