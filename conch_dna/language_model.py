@@ -394,7 +394,12 @@ class LanguageModel:
 
     @cached_property
     def output_head(self) -> OutputHead | None:
-        """Its last layer; None where the model cannot be taken apart there."""
+        """Its last layer; None where the model cannot be taken apart there.
+
+        With it also the size of the vocabulary is found out, which runs the model too: in a traced
+        training step that would draw numbers for dropout, in the first trace of a process only.
+        """
+        assert self.vocabulary_size
         try:
             return OutputHead(self.model)
         except ValueError:

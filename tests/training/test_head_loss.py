@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models import llama
 
 import oracle
+from conch_dna import language_model
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.loading.output_head import rows_at_once
 from conch_dna.losses import LOSSES
@@ -274,6 +276,26 @@ def test_loss_and_adapter_gradient_of_every_kind_of_head(
     _, expected = value_and_gradients(student, dense_loss(student, **options), arrays)
     assert all(name.endswith(("lora_a", "lora_b")) for name in gradients)
     assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_first_loss_runs_the_model_as_often_as_the_next(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    """Else its first trace draws more for dropout, and a resumed run ends otherwise."""
+    student = with_adapter(load(folders["tied"]))
+    arrays = batch_arrays(ModelSource(str(folders["tied"])).load())
+    if not apart:
+        monkeypatch.setattr(language_model, "OutputHead", Mock(side_effect=ValueError))
+    loss = make_distillation_loss(student, temperature=2.0, alpha=0.7)
+    calls = []
+    body = llama.LlamaModel.__call__
+    monkeypatch.setattr(
+        llama.LlamaModel, "__call__", lambda *given, **how: calls.append(1) or body(*given, **how)
+    )
+    for expected in (1, 2):
+        loss(student.model, arrays)
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize("divergence", sorted(LOSSES))
