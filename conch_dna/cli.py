@@ -10,11 +10,11 @@ from importlib.metadata import version
 import click
 
 from conch_dna import __version__
-from conch_dna.command_parts import HELP, OneLineGroup, example, passed_on
 from conch_dna.cortex.cli import cortex
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
+from conch_dna.options.commands import HELP, OneLineGroup, example, passed_on
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
 from conch_dna.training.data.target_command import targets

@@ -27,7 +27,6 @@ from conch_dna.checkpoints import (
     verify_folder,
     write_folder,
 )
-from conch_dna.command_parts import read_yaml
 from conch_dna.errors import ConchError
 from conch_dna.generations.laws import read_laws, violations
 from conch_dna.generations.line import Line
@@ -35,6 +34,7 @@ from conch_dna.generations.manifest import outcome_of
 from conch_dna.generations.settings import EvolveConfig, requested
 from conch_dna.generations.tables import line_tree, manifest_table, nodes_of
 from conch_dna.language_model import ModelSource
+from conch_dna.options.commands import read_yaml
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 from conch_dna.sedimentation.benchmark.collections import read_beir
 from conch_dna.sedimentation.changes.chelation_log import EVENTS_FILE, ChelationLog

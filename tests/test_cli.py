@@ -25,7 +25,7 @@ from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.loading.blas import blas_state
-from conch_dna.option_fields import kind_of
+from conch_dna.options.fields import kind_of
 from conch_dna.training.cli import _print_summary, distill
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, KDResult

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from conch_dna.__main__ import tell_loading
-from conch_dna.command_parts import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
 from conch_dna.errors import ConchError
+from conch_dna.options.commands import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
 from conch_dna.presentation import print_tables, text_table
 
 LAUGHS = "a: &a [x, x]\n" + "".join(

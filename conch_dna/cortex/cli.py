@@ -13,16 +13,6 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import (
-    HELP,
-    OneLineGroup,
-    command,
-    example,
-    json_option,
-    options_of,
-    read_yaml,
-    write_figures,
-)
 from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.commands.shared_options import (
     adapters_option,
@@ -39,6 +29,16 @@ from conch_dna.cortex.commands.shared_options import (
 )
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.errors import ConchError, Interrupted, one_line
+from conch_dna.options.commands import (
+    HELP,
+    OneLineGroup,
+    command,
+    example,
+    json_option,
+    options_of,
+    read_yaml,
+    write_figures,
+)
 from conch_dna.presentation import print_tables
 
 

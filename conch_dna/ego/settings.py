@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from urllib.parse import SplitResult, urlsplit
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import option, option_problem
+from conch_dna.options.fields import option, option_problem
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.settings import DEFAULT_TEACHER
 
@@ -22,7 +22,7 @@ _LAST_SEED = 10**9
 class EgoConfig:
     """Which teacher EGO is, and how it answers.
 
-    The fields say themselves what they are, see `option_fields.option`. The key of an API is
+    The fields say themselves what they are, see `options.fields.option`. The key of an API is
     never kept in a file or shown.
 
     Raises:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import (
+from conch_dna.errors import ConchError
+from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
+from conch_dna.options.commands import (
     HELP,
     OneLineGroup,
     command,
@@ -24,8 +26,6 @@ from conch_dna.command_parts import (
     read_yaml,
     write_figures,
 )
-from conch_dna.errors import ConchError
-from conch_dna.generations.settings import UNUSED, EvolveConfig, requested
 from conch_dna.presentation import print_tables
 from conch_dna.training.settings import KDConfig
 
@@ -54,7 +54,7 @@ def _command(
         *lines: The example with which its help ends.
         named: Whether the line's name must be given; else the function gets the name, which may be
             None, and the folder of all lines instead.
-        headings: As of `command_parts.command`.
+        headings: As of `options.commands.command`.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from conch_dna.command_parts import parse_yaml
 from conch_dna.errors import ConchError
+from conch_dna.options.commands import parse_yaml
 
 Check = Callable[[str, Any], bool]
 EXAMPLE = "write for example '- {name: short, max_words: 80}'"

@@ -12,7 +12,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.generations.laws import Law, laws_of
-from conch_dna.option_fields import (
+from conch_dna.options.fields import (
     changed,
     default_of,
     option,

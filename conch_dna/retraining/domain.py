@@ -37,7 +37,7 @@ from conch_dna.generations.manifest import Outcome
 from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import MAPPINGS, EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.option_fields import named_settings
+from conch_dna.options.fields import named_settings
 from conch_dna.progress import Report
 from conch_dna.retraining.adapter_config import adapter_config, shape_of, student_name, written_down
 from conch_dna.retraining.lessons import EXPERIENCE, Lessons

@@ -12,7 +12,7 @@ from typing import Any
 
 from conch_dna.checkpoints import content_digest, parse_json, require_plain
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.option_fields import refuse_unknown
+from conch_dna.options.fields import refuse_unknown
 from conch_dna.training.data.records import read_lines
 from conch_dna.training.settings import validate_domain
 

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import write_json
-from conch_dna.command_parts import HELP, OneLineErrors, example, options_of
 from conch_dna.errors import Interrupted
+from conch_dna.options.commands import HELP, OneLineErrors, example, options_of
 from conch_dna.presentation import print_tables, report_path, write_report
 from conch_dna.progress import Progress, Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import (
+from conch_dna.errors import ConchError
+from conch_dna.options.commands import (
     HELP,
     OneLineGroup,
     command,
@@ -24,7 +25,6 @@ from conch_dna.command_parts import (
     passed_on,
     write_figures,
 )
-from conch_dna.errors import ConchError
 from conch_dna.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import (

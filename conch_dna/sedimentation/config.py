@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import named_settings, option, option_problem
+from conch_dna.options.fields import named_settings, option, option_problem
 
 # Kinds of adapters, and how the teacher's weight changes over the epochs of a cycle.
 KINDS = ("identity", "ridge", "procrustes", "low_rank", "residual")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import options_of, read_yaml
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.options.commands import options_of, read_yaml
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import MOST_DIGITS
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.command_parts import command, json_option, options_of, write_figures
 from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER
+from conch_dna.options.commands import command, json_option, options_of, write_figures
 from conch_dna.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import KIND_WORDS, named_settings, option, option_problem
+from conch_dna.options.fields import KIND_WORDS, named_settings, option, option_problem
 from conch_dna.training.cross_tokenizer.alignments import ALIGNMENTS, AUTO
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_system
 from conch_dna.training.runs.contradictions import contradictions

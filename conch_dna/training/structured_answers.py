@@ -6,22 +6,19 @@ prompt, which a test compares. To word another schema keyword: a branch in `_in_
 """
 
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.errors import ConchError
+from conch_dna.web.strict_json import MAX_DEPTH, JsonError, quoted, read_json
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
-# Deeper than any answer; Python's own limit would end in a RecursionError.
-MAX_DEPTH = 64
 # So many problems stand in the message that asks for a repair; of more their number.
 MAX_PROBLEMS = 8
 # Of more of them no more is found out than that: each takes the schema's library some 50 us.
@@ -48,10 +45,6 @@ _WORDS = {
     "uniqueItems": "{place} holds the same item more than once",
 }
 
-# So many doubled keys are named; of more their number.
-MOST_NAMED = 8
-# An escaped half of a surrogate pair.
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -299,61 +292,6 @@ def _regions(text: str, start: int) -> Iterator[tuple[int, int, int]]:
         yield begin, start, deepest
 
 
-class JsonError(Exception):
-    """Why a text is no JSON, and after how many characters of it, if that is known."""
-
-    def __init__(self, reason: str, offset: int | None = None):
-        super().__init__(reason)
-        self.offset = offset
-
-
-def read_json(text: str) -> Any:
-    """A JSON value as RFC 8259 has it, without doubled keys, NaN, infinities or half characters.
-
-    Raises:
-        JsonError: The text is none; not so for nesting deeper than Python's own limit, which is a
-            RecursionError.
-    """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(items)
-        if len(value) < len(items):
-            twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
-            more = f" and {len(twice) - MOST_NAMED} more" if len(twice) > MOST_NAMED else ""
-            raise JsonError(
-                f"the key {_quoted(twice[:MOST_NAMED])}{more} stands in it more than once"
-            )
-        return value
-
-    def constant(name: str) -> Any:
-        raise JsonError(f"{name} is no JSON number")
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise JsonError(f"the number {digits} is too large")
-        return value
-
-    try:
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
-        )
-        text.encode()
-        if _HALF.search(text):
-            # Two halves may be a whole one, which only the value tells.
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-            raise JsonError("it ends before its last brace is closed", len(text)) from None
-        raise JsonError(error.msg.removesuffix(" at"), error.pos) from None
-    except UnicodeEncodeError:
-        raise JsonError("it holds half of a surrogate pair") from None
-    except ValueError as error:
-        # Python refuses whole numbers of more than some thousand digits.
-        raise JsonError("it holds a whole number that is too long") from error
-    return value
-
-
 class _Places:
     """Lines and columns of a text, of which those asked for one after the other take no time."""
 
@@ -417,16 +355,16 @@ def _in_words(error: "ValidationError") -> str:
     keyword = error.validator
     if keyword == "required":
         # There is one error for each missing key; all of them get these words, which stand once.
-        return f"{place} lacks {_quoted(key for key in bound if key not in value)}"
+        return f"{place} lacks {quoted(key for key in bound if key not in value)}"
     if keyword == "additionalProperties" and bound is False:
         extra = [key for key in value if key not in error.schema.get("properties", {})]
-        return f"{place} must not have {_quoted(extra)}"
+        return f"{place} must not have {quoted(extra)}"
     if keyword == "type":
         names = [bound] if isinstance(bound, str) else bound
         kinds = " or ".join(_KINDS[name] for name in names)
         return f"{place} must be {kinds}, and is {_kind(value)}"
     if keyword == "enum":
-        return f"{place} must be one of {_quoted(bound)}, and is {_quoted([value])}"
+        return f"{place} must be one of {quoted(bound)}, and is {quoted([value])}"
     if keyword == "pattern" and isinstance(value, str) and not value.strip():
         return f"{place} is blank"
     if keyword in _WORDS:
@@ -444,10 +382,6 @@ def _place(path: Sequence[str | int]) -> str:
         else:
             words = json.dumps(part, ensure_ascii=False) + (f" in {words}" if words else "")
     return words or "the object"
-
-
-def _quoted(values: Iterable[Any]) -> str:
-    return ", ".join(json.dumps(value, ensure_ascii=False) for value in values)
 
 
 def _kind(value: Any) -> str:

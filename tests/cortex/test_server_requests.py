@@ -6,10 +6,11 @@ import time
 import pytest
 
 from conch_dna.cortex.options import ServerSettings
-from conch_dna.cortex.server.openai_api import ApiError, Shapes, parse_chat
+from conch_dna.cortex.server.openai_api import Shapes, parse_chat
 from conch_dna.cortex.turn import Answer
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError
+from conch_dna.web.door import ApiError
 
 ASKED = {"model": "owls", "messages": [{"role": "user", "content": "hello"}]}
 

@@ -148,7 +148,7 @@ def test_a_manifest_is_the_whole_request(line: Path, tmp_path: Path) -> None:
 
 
 def test_the_manifest_in_the_readme_is_one(tmp_path: Path) -> None:
-    from conch_dna.command_parts import read_yaml
+    from conch_dna.options.commands import read_yaml
 
     text = (Path(__file__).parents[2] / "docs/generations.md").read_text(encoding="utf-8")
     block = text.split("```yaml\nevolution_request")[1].split("```")[0]

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import range_text
+from conch_dna.options.fields import range_text
 from conch_dna.sedimentation.config import ChelationConfig
 
 OPTIONS = {each.name: each for each in dataclasses.fields(ChelationConfig)}

@@ -12,7 +12,7 @@ import pytest
 
 from conch_dna.errors import ConchError
 from conch_dna.losses import LOSSES
-from conch_dna.option_fields import kind_of, range_text
+from conch_dna.options.fields import kind_of, range_text
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import (
     DIVERGENCES,

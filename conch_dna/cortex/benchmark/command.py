@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from conch_dna.checkpoints import provenance
-from conch_dna.command_parts import command, options_of
 from conch_dna.cortex.benchmark.report import domain_table, draw_benchmark
 from conch_dna.cortex.benchmark.rows import DomainBenchmark
 from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
@@ -25,6 +24,7 @@ from conch_dna.cortex.commands.shared_options import (
 )
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.options.commands import command, options_of
 from conch_dna.presentation import print_tables, report_path, write_report
 from conch_dna.progress import Progress, Report, silent
 from conch_dna.training.data.records import Record, read_records

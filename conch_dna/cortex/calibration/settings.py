@@ -7,7 +7,7 @@ without them. To add a setting: a field made by `option`, and its use where cali
 from dataclasses import dataclass, fields
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import option, option_problem
+from conch_dna.options.fields import option, option_problem
 
 METHODS = ("isotonic", "temperature", "none")
 # With fewer answers neither a fit nor the held-out figures mean anything.
@@ -18,7 +18,7 @@ MIN_ANSWERS = 20
 class CalibrationSettings:
     """How a neuron's confidence is measured and calibrated.
 
-    The fields say themselves what they are, see `option_fields.option`.
+    The fields say themselves what they are, see `options.fields.option`.
 
     Raises:
         ConchError: A value is out of its range; all such values are named at once.
@@ -45,7 +45,7 @@ class CalibrationSettings:
 class AdapterBenchmarkSettings(CalibrationSettings):
     """How a benchmark measures, and how it calibrates for that.
 
-    The fields say themselves what they are, see `option_fields.option`.
+    The fields say themselves what they are, see `options.fields.option`.
 
     Raises:
         ConchError: A value is out of its range; all such values are named at once.

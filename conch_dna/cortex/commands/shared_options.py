@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.command_parts import options_of
 from conch_dna.cortex.options import AskOptions
 from conch_dna.errors import ConchError, Interrupted
+from conch_dna.options.commands import options_of
 from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:

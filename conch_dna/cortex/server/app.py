@@ -6,23 +6,19 @@ event to send: a branch in `_Connection`.
 """
 
 import asyncio
-import hmac
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conch_dna import __version__
-from conch_dna.cortex.options import is_loopback
 from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
 from conch_dna.cortex.server.openai_api import (
     COMMENT,
-    ApiError,
     Shapes,
     model_entry,
     parse_chat,
@@ -31,6 +27,7 @@ from conch_dna.cortex.server.openai_api import (
 )
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError, one_line
+from conch_dna.web.door import ApiError, check_door, json_response, read_body
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -39,17 +36,12 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 CLIENT_GONE = 499
-# A host and perhaps a port; no user before it, nothing behind it.
-_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]{1,5})?")
-_ORIGIN = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://{_HOST.pattern}")
 UNKNOWN = "unknown"
 # Bodies from here on are read by another thread, so that short ones do not wait for them.
 _LARGE = 2**15
 # After a long body its thread rests so many times as long as it worked: Python's threads share one
 # lock, and long bodies of a few clients would keep it from those who answer.
 _REST = 3.0
-# What is read of a body that is too large, so that the client gets to read why.
-_DRAINED = 16
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -97,50 +89,6 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     # It would send clients to wherever the Host header says.
     app.router.redirect_slashes = False
     return app, chat
-
-
-def json_response(
-    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
-) -> "Response":
-    """A reply whose body is JSON."""
-    from starlette.responses import JSONResponse
-
-    return JSONResponse(content, status, headers=headers)
-
-
-def check_door(request: "Request", *, key: bytes) -> None:
-    """Refuse who may not ask.
-
-    Without a key only programs of this machine may, and no web page that a browser on it shows:
-    neither by its own name (the Origin header) nor by a name that it lets point here (the Host
-    header).
-
-    Args:
-        request: Its headers tell.
-        key: That clients must send; empty where they need none.
-
-    Raises:
-        ApiError: It is one of those, or the key is not the right one.
-    """
-    if not key:
-        for header in ("host", "origin"):
-            value = request.headers.get(header, "")
-            parts = (_ORIGIN if header == "origin" else _HOST).fullmatch(value)
-            if value and not (parts and is_loopback(parts["host"].lower())):
-                raise ApiError(
-                    403, f"the {header} is {value!r}: without a key only this machine may ask"
-                )
-        return
-    kind, _, sent = request.headers.get("authorization", "").partition(" ")
-    # As the bytes that came, which Starlette reads as Latin-1.
-    right = hmac.compare_digest(sent.strip().encode("latin-1"), key)
-    if kind.lower() != "bearer" or not right:
-        raise ApiError(
-            401,
-            "the key is missing or wrong: send it as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
 
 
 @dataclass
@@ -331,32 +279,6 @@ class ChatEndpoint:
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
             connection.close()
-
-
-async def read_body(request: "Request", most: int) -> bytes:
-    """The body of a request.
-
-    Raises:
-        ApiError: It is larger than it may be, or not said to be JSON.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # What a web page of another site can send without being asked has another type.
-        raise ApiError(415, f"the content type is {kind!r}: send application/json")
-    too_large = ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 20 or int(declared) > _DRAINED * most):
-        raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= most:
-            parts.append(part)
-        if size > _DRAINED * most:
-            break
-    if size > most:
-        raise too_large
-    return b"".join(parts)
 
 
 @dataclass

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.cortex.server.openai_api import ApiError, ChatRequest
+from conch_dna.cortex.server.openai_api import ChatRequest
 from conch_dna.cortex.turn import Answer, Turn
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.training.chats.conversations import prompt_ids, prompt_turns
+from conch_dna.web.door import ApiError
 
 # A text is a part of the answer that is final; the first is empty, and says that the request can be
 # answered. The last event of a request is an Answer or an ApiError.

@@ -18,10 +18,11 @@ from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
-from conch_dna.cortex.server.openai_api import ApiError, ChatRequest, unknown_model
+from conch_dna.cortex.server.openai_api import ChatRequest, unknown_model
 from conch_dna.cortex.turn import Answer, Turn
 from conch_dna.errors import ConchError, one_line
 from conch_dna.training.settings import EGO
+from conch_dna.web.door import ApiError
 
 STOPPING = "the server is stopping: ask again when it is back"
 # Longest sleep of an idle loop, in seconds; what comes in wakes it.

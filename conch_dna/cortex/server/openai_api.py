@@ -6,7 +6,6 @@ beyond that API: a field of `Answer`.
 """
 
 import json
-import re
 import reprlib
 import secrets
 import time
@@ -28,19 +27,15 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from conch_dna.cortex.options import AskOptions, HandOver
 from conch_dna.cortex.turn import Answer
-from conch_dna.errors import ConchError
-from conch_dna.training.structured_answers import MAX_DEPTH, JsonError, read_json
+from conch_dna.web.door import ApiError, json_object
 
 # A seed is any number of 64 bits; as many different draws there are.
 FIRST_SEED, LAST_SEED = -(2**63), 2**63 - 1
 SEEDS = 10**9 + 1
-# A string of JSON; one that never ends reaches to the end, so that each character is read once.
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 # Most values of a body: each may be a problem of its own, and each problem takes its time.
 MAX_VALUES = 50_000
 # So many problems of a request are told; of more their number.
 MAX_PROBLEMS = 8
-_LONGEST_REASON = 300
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
 
@@ -76,45 +71,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Of an answer, what stands elsewhere in the reply.
 _ELSEWHERE = ("domain", "text", "finish_reason", "prompt_tokens", "completion_tokens")
-
-
-class ApiError(ConchError):
-    """A refusal as OpenAI's API tells it.
-
-    Attributes:
-        status: Of HTTP.
-        param: What of the body is meant; may be None.
-        code: A word for programs; may be None.
-        headers: To be sent with it.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def to_json(self) -> dict[str, Any]:
-        """The body of the reply."""
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {
-            "error": {
-                "message": str(self),
-                "type": kinds.get(self.status, kind),
-                "param": self.param,
-                "code": self.code,
-            }
-        }
 
 
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
@@ -263,20 +219,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         ApiError: It is no JSON object, or something of it is not supported or out of its range; all
             of that is named.
     """
-    try:
-        text = body.decode(json.detect_encoding(body))
-        # Before a hundred thousand objects are made of it.
-        if text.count(",") > MAX_VALUES and _STRING.sub("", text).count(",") > MAX_VALUES:
-            raise _too_many_values()
-        fields = read_json(text)
-    except (JsonError, UnicodeDecodeError, RecursionError) as error:
-        why = str(error) if isinstance(error, JsonError) else type(error).__name__
-        if len(why) > _LONGEST_REASON:
-            why = f"{why[: _LONGEST_REASON // 2]} … {why[-_LONGEST_REASON // 2 :]}"
-        raise ApiError(400, f"the body is no JSON ({why}): send one JSON object") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "the body is no JSON object: send one, with model and messages")
-    _require_bounds(fields)
+    fields = json_object(body, most_values=MAX_VALUES)
     try:
         return ChatRequest.model_validate(
             {name: value for name, value in fields.items() if _matters(name, value)}
@@ -287,29 +230,6 @@ def parse_chat(body: bytes) -> ChatRequest:
     if len(problems) > MAX_PROBLEMS:
         messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
     raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
-
-
-def _too_many_values() -> ApiError:
-    message = f"the body has more than {MAX_VALUES:,} values: shorten the conversation"
-    return ApiError(400, message)
-
-
-def _require_bounds(fields: dict[str, Any]) -> None:
-    """Refuse a body that is nested too deep or has too many values."""
-    level: list[Any] = [fields]
-    depth, values = 0, 1
-    while True:
-        parts = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [value for part in parts for value in part]
-        values += len(level)
-        depth += 1
-        level = [value for value in level if isinstance(value, dict | list)]
-        if values > MAX_VALUES:
-            raise _too_many_values()
-        if not level:
-            return
-        if depth == MAX_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MAX_DEPTH} deep: make it flatter")
 
 
 def _matters(name: str, value: Any) -> bool:

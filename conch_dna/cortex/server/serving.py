@@ -5,7 +5,6 @@ loop.py. More to listen to than one socket: `CortexServer.__init__`.
 """
 
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -18,16 +17,11 @@ from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.loop import ServerLoop
-from conch_dna.errors import ConchError, one_line
+from conch_dna.web.connections import guarded_server, listening
 
-# For connections that stay open when all answers are sent.
-_CLOSING_S = 2
 # The longest that a thread which reads a long body keeps the others waiting; Python's 5 ms are as
 # long as a step of a small model, which waits several times a step.
 _SWITCH_S = 0.0005
-# Connections beside those that wait for an answer: between two requests, or sending one.
-_SPARE_CONNECTIONS = 256
-
 
 _to_standard_error = partial(click.echo, err=True)
 
@@ -58,33 +52,14 @@ class CortexServer:
         *,
         report: Callable[[str], None] = _to_standard_error,
     ) -> None:
-        import uvicorn
-
-        from conch_dna.cortex.server.connections import guarded_protocol
-
         self.settings = settings or ServerSettings()
         self._report = report
         self._loop = ServerLoop(suite, self.settings, report=report)
         app, chat = make_app(self._loop, self.settings.key())
         self._chat = chat
         self._loop.unfinished = lambda: chat.unfinished
-        self._socket = _listening(self.settings)
-        host, port = self._socket.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        config = uvicorn.Config(
-            app,
-            http=guarded_protocol(
-                head_timeout_s=self.settings.head_timeout_s,
-                most=self.settings.max_queue + _SPARE_CONNECTIONS,
-            ),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=_CLOSING_S,
-        )
-        self._connections = uvicorn.Server(config)
+        self._socket, self.url = listening(self.settings)
+        self._connections = guarded_server(app, self.settings)
 
     def run(self) -> None:
         """Answer until `stop`, and then until those who wait have their answers."""
@@ -115,17 +90,6 @@ class CortexServer:
         finally:
             # Without connections there is nothing left to answer.
             self._loop.stop(0)
-
-
-def _listening(settings: ServerSettings) -> socket.socket:
-    host, port = settings.host.strip("[]"), settings.port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise ConchError(
-            f"cannot listen at {host}, port {port} ({one_line(error)}): name another by --port"
-        ) from error
 
 
 def serve(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from conch_dna.command_parts import (
+from conch_dna.options.commands import (
     HELP,
     OneLineErrors,
     OneLineGroup,

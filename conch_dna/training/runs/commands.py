@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, example
+from conch_dna.options.commands import HELP, OneLineErrors, example
 from conch_dna.training.settings import KDConfig
 
 _JSON = click.option("--json", "json_file", metavar="FILE", help="Write the figures there too.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import refuse_unknown
+from conch_dna.options.fields import refuse_unknown
 
 # Names that mean the same.
 SAME = {

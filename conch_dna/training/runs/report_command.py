@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from conch_dna.command_parts import command
+from conch_dna.options.commands import command
 
 
 @command(

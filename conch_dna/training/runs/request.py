@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from conch_dna.command_parts import read_yaml
 from conch_dna.errors import ConchError, decoded, told
-from conch_dna.option_fields import changed, named_settings
+from conch_dna.options.commands import read_yaml
+from conch_dna.options.fields import changed, named_settings
 from conch_dna.training.data.forms import parse_mapping
 from conch_dna.training.data.sources import Given
 from conch_dna.training.data.views import taught_by

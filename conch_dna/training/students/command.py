@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from conch_dna.command_parts import HELP, OneLineErrors, OneLineGroup, example
+from conch_dna.options.commands import HELP, OneLineErrors, OneLineGroup, example
 
 
 @click.group(

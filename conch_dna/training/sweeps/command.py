@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from conch_dna.command_parts import command, options_of
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
+from conch_dna.options.commands import command, options_of
 from conch_dna.presentation import pairs_table, print_tables
 from conch_dna.training.cli import OF_KD_CONFIG, distill
 from conch_dna.training.settings import KDConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError
-from conch_dna.option_fields import kind_of
+from conch_dna.options.fields import kind_of
 from conch_dna.training.settings import KDConfig
 
 SHARED = "shared"

@@ -1,11 +1,23 @@
 """Connections that keep a client waiting for nothing: time for a request's head, and their number.
 
-Knows uvicorn's protocol; nothing of addresses, bodies or jobs. Another bound on what a client does
+Knows sockets and uvicorn; nothing of addresses, bodies or jobs. Another bound on what a client does
 before its request is known: an event of `GuardedProtocol`.
 """
 
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from conch_dna.errors import ConchError, one_line
+from conch_dna.web.door import ListenSettings
+
+if TYPE_CHECKING:
+    import uvicorn
+
+# For connections that stay open when all answers are sent.
+_CLOSING_S = 2
+# Connections beside those that wait for an answer: between two requests, or sending one.
+_SPARE_CONNECTIONS = 256
 
 # Parts of one body; each takes the thread of all connections some 15 us, so 10,000 take 0.15 s.
 MOST_PIECES = 10_000
@@ -74,3 +86,40 @@ def guarded_protocol(*, head_timeout_s: float, most: int) -> type:
                 self.head_timer = None
 
     return GuardedProtocol
+
+
+def listening(settings: ListenSettings) -> tuple[socket.socket, str]:
+    """A socket that listens, and the base URL by which clients reach it.
+
+    Raises:
+        ConchError: The address is taken or not this machine's.
+    """
+    host, port = settings.host.strip("[]"), settings.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        found = socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ConchError(
+            f"cannot listen at {host}, port {port} ({one_line(error)}): name another by --port"
+        ) from error
+    host, port = found.getsockname()[:2]
+    return found, f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def guarded_server(app: Any, settings: ListenSettings) -> "uvicorn.Server":
+    """What serves an ASGI application through sockets, with these bounds."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        http=guarded_protocol(
+            head_timeout_s=settings.head_timeout_s, most=settings.max_queue + _SPARE_CONNECTIONS
+        ),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSING_S,
+    )
+    return uvicorn.Server(config)

@@ -18,7 +18,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from conch_dna.errors import ConchError, Interrupted, decoded, one_line, told
-from conch_dna.option_fields import is_limited, kind_of, range_text
+from conch_dna.options.fields import is_limited, kind_of, range_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED_EXIT = 130
@@ -158,7 +158,7 @@ def options_of(
     """Give a command one option per field of a settings class; those not given are None.
 
     Args:
-        settings: A dataclass whose fields were made by `option_fields.option`.
+        settings: A dataclass whose fields were made by `options.fields.option`.
         only: The fields that become options; all by default.
         leave_out: Fields that mean nothing to the command.
         names: Other names on the command line, by field.
@@ -207,7 +207,7 @@ def field_option(
     """An option from a field of settings, told with its default and range; None where not given.
 
     Args:
-        each: The field, made by `option_fields.option`.
+        each: The field, made by `options.fields.option`.
         *names: On the command line; by default the field's own, and its aliases.
         metavar: What the help shows for a value; None for click's own.
         many: Take several values with commas.

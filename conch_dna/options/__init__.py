@@ -1,0 +1,1 @@
+"""Options: settings that know their help and range, and the commands that take them."""
