@@ -11,6 +11,7 @@ import click
 
 from conch_dna import __version__
 from conch_dna.cortex.cli import cortex
+from conch_dna.ego.teaching.command import teach
 from conch_dna.errors import ConchError
 from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
@@ -64,6 +65,7 @@ for command in (
     vocab,
     targets,
     student,
+    teach,
     cortex,
     generations,
     sediment,

@@ -64,9 +64,8 @@ def resolve_model(model_id: str, *, weights: bool = True) -> Path:
     path = Path(model_id).expanduser()
     if "://" in model_id:
         raise ConchError(
-            f"{model_id} is an address: a model behind it gives texts and no distributions, so "
-            "that it can answer and not be distilled; give a model's folder or hub id, or its "
-            "answers as --data with --alpha 0"
+            f"{model_id} is an address, where only a teacher can be: give a model's folder, a hub "
+            f"id such as organisation/name, or an embedded name ({EMBEDDED_HINT})"
         )
     if not model_id.strip():
         raise ConchError(
@@ -237,6 +236,16 @@ class ModelSource:
                 "positions: mend its config.json"
             )
         return int(value) if value else None
+
+    @property
+    def is_far(self) -> bool:
+        """Whether another process has it in memory."""
+        return False
+
+    @property
+    def lasting_name(self) -> str:
+        """What a run that goes on knows it by."""
+        return self.model_id
 
     @property
     def is_weightless(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +12,9 @@ from conch_dna.cortex.calibration.confidence import Calibration
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.serving import CortexServer
+from conch_dna.ego.teaching.server import TeacherServer
+from conch_dna.ego.teaching.settings import TeacherSettings
+from conch_dna.language_model import ModelSource
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 
@@ -132,22 +135,68 @@ def running_server(
     report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[CortexServer]:
     """A server in a thread of its own, which makes the suite, owns it and closes it."""
+
+    def work(ready: Callable[[CortexServer], None]) -> None:
+        with make_suite() as suite:
+            server = CortexServer(suite, settings, report=report)
+            ready(server)
+            server.run()
+
+    with in_a_thread(work) as server:
+        yield server
+
+
+@contextmanager
+def teaching(
+    model: str,
+    *,
+    name: str = "",
+    without: Sequence[str] = (),
+    report: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Iterator[TeacherServer]:
+    """A teacher's server in a thread of its own.
+
+    Args:
+        model: The teacher.
+        name: What the API calls it.
+        without: Addresses that it lacks, as a server of others does.
+        report: Gets what the server reports.
+        **settings: Of `TeacherSettings`.
+    """
+
+    def work(ready: Callable[[TeacherServer], None]) -> None:
+        chosen = TeacherSettings(**({"port": 0} | settings))
+        server = TeacherServer(ModelSource(model), chosen, name=name, report=report)
+        router = server._connections.config.app.router
+        router.routes = [route for route in router.routes if route.path not in without]
+        ready(server)
+        server.run()
+
+    with in_a_thread(work) as server:
+        yield server
+
+
+@contextmanager
+def in_a_thread(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+    """Run a server in a thread of its own, in which it is made; `work` says when it is."""
     started = threading.Event()
-    made: list[CortexServer] = []
+    made: list[Any] = []
     failed: list[BaseException] = []
 
-    def work() -> None:
+    def ready(server: Any) -> None:
+        made.append(server)
+        started.set()
+
+    def guarded() -> None:
         try:
-            with make_suite() as suite:
-                made.append(CortexServer(suite, settings, report=report))
-                started.set()
-                made[0].run()
+            work(ready)
         except BaseException as error:  # noqa: BLE001  (raised where the server was asked for)
             failed.append(error)
         finally:
             started.set()
 
-    thread = threading.Thread(target=work, name="neurons")
+    thread = threading.Thread(target=guarded, name="models")
     thread.start()
     started.wait()
     try:

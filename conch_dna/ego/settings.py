@@ -4,16 +4,15 @@ Knows names, defaults and ranges; nothing of models or of the network. Every def
 here. To add a setting: a field made by `option`, and what is no range in `_model_problems`.
 """
 
-import ipaddress
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from urllib.parse import SplitResult, urlsplit
 
 from conch_dna.errors import ConchError
 from conch_dna.options.fields import option, option_problem
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.settings import DEFAULT_TEACHER
+from conch_dna.web.client import is_endpoint, on_this_machine, parts_of
 
 _LAST_SEED = 10**9
 
@@ -87,11 +86,7 @@ class EgoConfig:
     @property
     def on_this_machine(self) -> bool:
         """Whether the model's URL names the machine it is read on."""
-        host = urlsplit(self.model).hostname or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost" or host.endswith(".localhost")
+        return on_this_machine(self.model)
 
     def reseeded(self, number: int) -> "EgoConfig":
         """The same with the seed of answer `number` of many."""
@@ -113,7 +108,7 @@ class EgoConfig:
                     f"remote_model is {self.remote_model!r} and model is no URL: leave it out"
                 )
             return problems
-        parts = _split(self.model)
+        parts = parts_of(self.model)
         if parts is None or not parts.hostname:
             problems.append("model is a URL without a host: write http://host:port/v1")
         elif parts.username is not None or parts.password is not None or parts.query:
@@ -126,20 +121,6 @@ class EgoConfig:
                 "remote_model is empty: say what the API at the URL calls the model, by --ego-name"
             )
         return problems
-
-
-def is_endpoint(model: str) -> bool:
-    """Whether a name of EGO is the URL of an API, which gives texts and no distributions."""
-    return model.lower().startswith(("http://", "https://"))
-
-
-def _split(url: str) -> SplitResult | None:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts
 
 
 @dataclass(frozen=True)

@@ -330,13 +330,18 @@ def _print_plan(
         for name, folder in folders.items()
     }
     from conch_dna.language_model import ModelSource
+    from conch_dna.training.far.teacher import teacher_source
     from conch_dna.training.fit.shown import fit_table
     from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code
-    teacher, student = (
-        ModelSource(name, trust_remote_code=trust, weights=False) for name in request.models
+    teacher = teacher_source(
+        request.models[0],
+        tokenizer=config.teacher_tokenizer,
+        trust_remote_code=trust,
+        weights=False,
     )
+    student = ModelSource(request.models[1], trust_remote_code=trust, weights=False)
     plans = {}
     for name, folder in folders.items():
         plan = plans[name] = plan_domain(teacher, student, config, name, **sources[name])

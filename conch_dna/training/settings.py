@@ -25,17 +25,8 @@ RUNS = "runs"
 LOSS_MEMORY = 256.0
 # What a run makes for itself beside the adapter's folder; its checkpoints begin alike.
 RUN_NAMES = (
-    "answers",
-    "candidate",
-    "data",
-    "own_answers",
-    "rollouts",
-    "run.json",
-    "run.lock",
-    "run.lock.json",
-    "soft_targets",
-    "teacher",
-    "training_data.jsonl",
+    *("answers", "candidate", "data", "own_answers", "rollouts", "run.json", "run.lock"),
+    *("run.lock.json", "soft_targets", "teacher", "training_data.jsonl"),
 )
 CHECKPOINT_PREFIX = "checkpoint_"
 # What may be another when a run goes on: how far, and when it reports, evaluates and saves.
@@ -85,6 +76,9 @@ class KDConfig:
     )
     target_bits: int = _option(
         7, "Bits of their log-probabilities on disk; 32 is float32.", low=4, high=8, besides=32
+    )
+    teacher_tokenizer: str = _option(
+        "", "Tokenizer of a teacher behind a URL whose server does not give it: a hub id or folder."
     )
     teacher_system: str = _option(
         "",

@@ -30,6 +30,7 @@ from conch_dna.training.data.outcomes import (
 )
 from conch_dna.training.data.target_files import write_about
 from conch_dna.training.data.target_shards import RoundedShard, Shard, open_shard, write_shard
+from conch_dna.training.far.models import FarModel
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 from conch_dna.training.trainer import Loss
@@ -119,15 +120,14 @@ class SoftTargetCache:
                 shard = []
         return len(absent)
 
-    def _write(self, teacher: LanguageModel, examples: list[Example], batch_size: int) -> None:
-        results = compute_targets(
-            teacher,
-            examples,
-            self.identity,
-            batch_size=batch_size,
-            memory=self.memory,
-            report=self.report,
-        )
+    def _write(
+        self, teacher: LanguageModel | FarModel, examples: list[Example], batch_size: int
+    ) -> None:
+        how: dict[str, Any] = {"batch_size": batch_size, "report": self.report}
+        if isinstance(teacher, FarModel):
+            results = teacher.targets(examples, self.identity, **how)
+        else:
+            results = compute_targets(teacher, examples, self.identity, memory=self.memory, **how)
         arrays = {name: np.concatenate([r[name] for r in results]) for name in self.identity.arrays}
         path = self.folder / f"{content_digest(*(e.digest for e in examples))[:32]}.safetensors"
         write_shard(path, self.identity, [(e.digest, e.count) for e in examples], arrays)

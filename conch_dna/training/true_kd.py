@@ -34,6 +34,7 @@ from conch_dna.training.data.target_files import (
 )
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
+from conch_dna.training.far.teacher import teacher_source
 from conch_dna.training.fit.workload import answers_to_come, given_examples
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
@@ -106,10 +107,15 @@ class TrueKnowledgeDistiller:
     def _models(self) -> tuple[ModelSource, ModelSource]:
         trust = self.config.trust_remote_code
         names = (taught_by(self.teacher_model_id, self.student_model_id), self.student_model_id)
-        teacher, student = (
-            ModelSource(name, trust_remote_code=trust, report=self.report) for name in names
+        return (
+            teacher_source(
+                names[0],
+                tokenizer=self.config.teacher_tokenizer,
+                trust_remote_code=trust,
+                report=self.report,
+            ),
+            ModelSource(names[1], trust_remote_code=trust, report=self.report),
         )
-        return teacher, student
 
     def generate_training_data(self, prompts: Sequence[str | Record], domain: str) -> list[Record]:
         """Let the teacher answer prompts in batches, with the domain's system prompt.

@@ -28,6 +28,7 @@ from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.data.records import TOKENS, Record
 from conch_dna.training.data.views import CONTEXT, asked_turns, context_of, prompt_text
+from conch_dna.training.far.models import FarModel
 from conch_dna.training.settings import STUDENT, SYSTEMS, TEACHER, KDConfig
 
 FORMAT = "answers 2"
@@ -174,7 +175,11 @@ def cached_answer_batch(
         if kept["digest"] == content_digest(json.dumps(kept["answers"])):
             answers: list[list[int]] = kept["answers"]
             return answers
-    answers = answer_batch(teacher.resident(), prompts, **draw)
+    model: LanguageModel | FarModel = teacher.resident()
+    if isinstance(model, FarModel):
+        answers = model.answers(prompts, **draw)
+    else:
+        answers = answer_batch(model, prompts, **draw)
     write_json(path, {"answers": answers, "digest": content_digest(json.dumps(answers))})
     return answers
 

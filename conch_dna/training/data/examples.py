@@ -54,6 +54,7 @@ from conch_dna.training.data.records import (
 from conch_dna.training.data.sampled_targets import DrawnTargetCache, SampledTargets, drawn_identity
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import domain_system
+from conch_dna.training.far.teacher import ServedTeacher
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache, Targets
 
@@ -382,9 +383,11 @@ class Examples:
     def trained_identity(self, *, with_digests: bool = True) -> TargetIdentity:
         """What is stored of what is trained on: `identity`, or `drawn_identity`."""
         identity = self.identity(with_digests=with_digests)
-        if self.config.targets != "sampled":
-            return identity
-        return drawn_identity(identity, self.config, by_index=self.alignment == INDEX)
+        if self.config.targets == "sampled":
+            identity = drawn_identity(identity, self.config, by_index=self.alignment == INDEX)
+        if isinstance(self.teacher, ServedTeacher):
+            self.teacher.require_outcomes(identity)
+        return identity
 
     def targets(
         self,

@@ -176,7 +176,10 @@ def estimate_run(
         time_it: Measure this machine's speed too, and tell the time.
     """
     found = _Phases()
-    teach, learn = _outlined(teacher, "teacher", found), _outlined(student, "student", found)
+    teach = None if teacher.is_far else _outlined(teacher, "teacher", found)
+    learn = _outlined(student, "student", found)
+    if teacher.is_far:
+        found.unknown.append("the teacher's time: it is elsewhere")
     if teach is not None:
         speed = measured_speed(teach) if time_it else None
         _teacher_phases(found, teach, config, work, speed)

@@ -186,7 +186,7 @@ class DomainRun:
         config = {k: v for k, v in self.config.to_json().items() if k not in NOT_IDENTITY}
         models = {"teacher": self.teacher, "student": self.student}
         return {
-            **{role: model.model_id for role, model in models.items()},
+            **{role: model.lasting_name for role, model in models.items()},
             **{f"{role}_weights": m.weights_digest for role, m in models.items() if weights},
             "data": content_digest(json.dumps(source))[:16],
             **config,

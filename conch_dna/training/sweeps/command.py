@@ -104,6 +104,7 @@ def sweep(
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
+    from conch_dna.training.far.teacher import teacher_source
     from conch_dna.training.runs.listing import SWEEP_FILE
     from conch_dna.training.sweeps.report import choice_text, sweep_table
     from conch_dna.training.sweeps.sweep import (
@@ -114,14 +115,13 @@ def sweep(
     )
     from conch_dna.training.true_kd import plan_domain
 
-    teacher, student = (
-        ModelSource(
-            name_of_model,
-            trust_remote_code=shared.trust_remote_code,
-            weights=not dry_run,
-        )
-        for name_of_model in named_models(asked)
-    )
+    options: dict[str, Any] = {
+        "trust_remote_code": shared.trust_remote_code,
+        "weights": not dry_run,
+    }
+    name_of_teacher, name_of_student = named_models(asked)
+    teacher = teacher_source(name_of_teacher, tokenizer=shared.teacher_tokenizer, **options)
+    student = ModelSource(name_of_student, **options)
     longest = max((each.config for each in runs), key=lambda config: config.num_iters)
     plan = plan_domain(teacher, student, longest, name, **source)
     require_batches(plan, runs)

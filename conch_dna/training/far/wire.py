@@ -1,0 +1,94 @@
+"""What a teacher's server and a far student say to each other beyond OpenAI's API, as JSON.
+
+Knows examples and arrays; nothing of HTTP or models. Another figure of a position needs nothing
+here: arrays go by their names.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from conch_dna.errors import ConchError
+from conch_dna.training.batches import Example
+from conch_dna.training.data.outcomes import TargetIdentity
+
+# Of `GET /teacher` and of what is asked for; a server that speaks another says so.
+FORMAT = 1
+# Of the arrays of `compress` and `drawn`.
+_TYPES = ("float32", "uint16", "uint32")
+
+
+def counted_runs(example: Example) -> list[list[int]]:
+    """Where tokens count, as beginnings and ends."""
+    edges = np.flatnonzero(np.diff(example.counted.astype(np.int8), prepend=0, append=0))
+    return [[int(start), int(end)] for start, end in edges.reshape(-1, 2)]
+
+
+def example_of(ids: Sequence[int], runs: Sequence[Sequence[int]], name: str) -> Example:
+    """A text whose tokens count in these runs.
+
+    Raises:
+        ConchError: A run lies outside, or the first token counts.
+    """
+    counted = np.zeros(len(ids), bool)
+    for start, end in runs:
+        if not 1 <= start < end <= len(ids):
+            raise ConchError(
+                f"{name} has {len(ids)} tokens, and what counts is {start} to {end}: give places "
+                "from 1 on, which is the second token"
+            )
+        counted[start:end] = True
+    return Example(np.array(ids, np.int32), counted, name)
+
+
+def asked_of(identity: TargetIdentity) -> dict[str, Any]:
+    """What a server has to know of the targets that it is asked for."""
+    return {
+        "top_k": identity.top_k,
+        "temperatures": list(identity.temperatures),
+        "kept_below": identity.kept_below,
+        "draws": identity.draws,
+    }
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as JSON: type, shape, and bytes in base64."""
+    return {
+        name: {
+            "type": value.dtype.name,
+            "shape": list(value.shape),
+            "data": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii"),
+        }
+        for name, value in arrays.items()
+    }
+
+
+def unpacked(fields: Any, names: Sequence[str], rows: int, server: str) -> dict[str, np.ndarray]:
+    """The arrays that `packed` packed, checked.
+
+    Args:
+        fields: What came.
+        names: Of the arrays that there have to be.
+        rows: Of each.
+        server: What messages call the one that sent it.
+
+    Raises:
+        ConchError: It is not what was asked for.
+    """
+    found: dict[str, np.ndarray] = {}
+    try:
+        for name in names:
+            each = fields[name]
+            if each["type"] not in _TYPES or each["shape"][:1] != [rows]:
+                raise ValueError(f"{name} is {each['type']} of {each['shape']}")
+            data = base64.b64decode(each["data"], validate=True)
+            found[name] = np.frombuffer(data, each["type"]).reshape(each["shape"])
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise ConchError(
+            f"{server} sent targets that are not what was asked for ({error}): use the same "
+            "version of conch_dna on both machines"
+        ) from error
+    return found

@@ -1,0 +1,190 @@
+"""An OpenAI-compatible API, through the official client, and its errors in one line.
+
+Knows addresses, keys and what the client raises; nothing of what is asked for. To tell another
+refusal of an API in one line: a branch in `ApiClient.explained`.
+"""
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urlsplit
+
+from conch_dna.errors import ConchError, EgoUnavailableError
+
+if TYPE_CHECKING:
+    pass
+
+# What the client asks for where there is no key; servers that want none do not look at it.
+_NO_KEY = "none"
+
+
+def is_endpoint(model: str) -> bool:
+    """Whether a model's name is the URL of an API."""
+    return model.lower().startswith(("http://", "https://"))
+
+
+def parts_of(url: str) -> SplitResult | None:
+    """A URL taken apart; None where it is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether a URL names the machine it is read on."""
+    parts = parts_of(url)
+    host = (parts.hostname if parts else None) or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """What messages tell to do, where that differs by who asks.
+
+    Attributes:
+        slow: The API gives nothing in time.
+        absent: There is no such model or address.
+        busy: It is busy or broken.
+    """
+
+    slow: str = "check the server"
+    absent: str = "check the address, which often ends in /v1"
+    busy: str = "try again later"
+
+
+class ApiClient:
+    """One API.
+
+    Args:
+        url: Its base address.
+        name: What messages call it.
+        key_env: Environment variable with the key; empty for none.
+        timeout_s: Longest wait for its next bytes.
+        retries: Further tries where it cannot be reached, is busy or fails.
+        remedies: For messages.
+        keep_alive: Keep connections for the next request, until `close`.
+
+    Attributes:
+        client: The official one; several threads may use it.
+
+    Raises:
+        ConchError: The key would travel unencrypted to another machine.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        key_env: str,
+        timeout_s: float,
+        retries: int,
+        remedies: Remedies,
+        keep_alive: bool = True,
+    ) -> None:
+        import httpx
+        import openai
+
+        here = on_this_machine(url)
+        key = os.environ.get(key_env, "").strip() if key_env else ""
+        if key and not here and url.lower().startswith("http://"):
+            raise ConchError(
+                f"the key in {key_env} would go unencrypted to {url}: use https://, or an empty "
+                "api_key_env if the server wants no key"
+            )
+        self.name = name
+        self._key, self._key_env = key, key_env
+        self._timeout_s, self._retries = timeout_s, retries
+        self._remedies = remedies
+        self.client: openai.OpenAI = openai.OpenAI(
+            base_url=url,
+            api_key=key or _NO_KEY,
+            timeout=timeout_s,
+            max_retries=retries,
+            # A proxy for the world outside must not be asked for a server on this machine.
+            http_client=openai.DefaultHttpxClient(
+                trust_env=not here,
+                limits=openai.DEFAULT_CONNECTION_LIMITS
+                if keep_alive
+                else httpx.Limits(max_keepalive_connections=0),
+            ),
+        )
+
+    def close(self) -> None:
+        """Close its connections; the object is of no use afterwards."""
+        self.client.close()
+
+    def foreign(self) -> EgoUnavailableError:
+        """That it is another kind of server."""
+        return EgoUnavailableError(
+            f"{self.name} does not answer as an OpenAI-compatible API does: check the address, "
+            "which often ends in /v1"
+        )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Tell the client's errors as ours.
+
+        Raises:
+            EgoUnavailableError: The API cannot be reached, gives no access, is busy or broken.
+            ConchError: It refuses the request.
+        """
+        import openai
+
+        tries, remedies = self._retries + 1, self._remedies
+        try:
+            yield
+        except openai.APITimeoutError as error:
+            raise EgoUnavailableError(
+                f"{self.name} gave nothing for {self._timeout_s:g} s, {tries} times: "
+                f"{remedies.slow}"
+            ) from error
+        except openai.APIConnectionError as error:
+            raise EgoUnavailableError(
+                f"{self.name} cannot be reached ({self._reason(error.__cause__ or error)}): "
+                "check the address, and that the server runs"
+            ) from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            variable = self._key_env or "api_key_env, which is empty"
+            raise EgoUnavailableError(
+                f"{self.name} refuses access ({self._reason(error)}): check the key in {variable}"
+            ) from error
+        except openai.NotFoundError as error:
+            raise EgoUnavailableError(
+                f"{self.name} is not there ({self._reason(error)}): {remedies.absent}"
+            ) from error
+        except (openai.RateLimitError, openai.InternalServerError) as error:
+            raise EgoUnavailableError(
+                f"{self.name} is busy or broken ({self._reason(error)}), after {tries} tries: "
+                f"{remedies.busy}"
+            ) from error
+        except openai.APIStatusError as error:
+            raise ConchError(
+                f"{self.name} refuses the request ({self._reason(error)}): change it"
+            ) from error
+        except openai.APIError as error:
+            raise EgoUnavailableError(
+                f"{self.name} failed ({self._reason(error)}): ask again, or look at its log"
+            ) from error
+        except (openai.OpenAIError, ValueError) as error:
+            # The client lets through what its JSON parser says of a body that is none.
+            raise self.foreign() from error
+
+    def _reason(self, error: BaseException) -> str:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        return text.replace(self._key, "***") if self._key else text
+
+
+def plain_fields(value: Any) -> dict[str, Any]:
+    """The fields of one of the client's objects, those among them that it does not know."""
+    found: dict[str, Any] = value.model_dump() if hasattr(value, "model_dump") else {}
+    return found

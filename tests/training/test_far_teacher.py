@@ -1,0 +1,261 @@
+"""A teacher behind a URL says what a local one does, and a run that it teaches can be resumed."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conch_dna.errors import ConchError, EgoUnavailableError
+from conch_dna.language_model import ModelSource
+from conch_dna.progress import silent
+from conch_dna.training.batches import Example
+from conch_dna.training.data.outcomes import compute_targets, target_identity
+from conch_dna.training.far.providers import TokenNames, from_echo, outcomes_of
+from conch_dna.training.far.teacher import ServedTeacher, teacher_source
+from conch_dna.training.far.wire import counted_runs, example_of, packed, unpacked
+from conch_dna.training.settings import KDConfig
+from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from models import ANIMALS, QUICK, random_examples
+from suites import teaching
+
+OTHERS = ("/v1/teacher",)
+RECORDS = [
+    {"prompt": f"The {animal}", "completion": f" saw a red {thing} and ran."}
+    for animal in ANIMALS
+    for thing in ("ball", "bug")
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONCH_DNA_CACHE", str(tmp_path / "cache"))
+
+
+def largest_difference(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> float:
+    """Between arrays of the same names, whose ids are the same."""
+    largest = 0.0
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name.endswith("_ids"):
+                np.testing.assert_array_equal(one[name], other[name])
+            else:
+                largest = max(largest, float(np.abs(one[name] - other[name]).max()))
+    return largest
+
+
+@pytest.mark.parametrize("draws", [0, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_targets_are_those_of_a_local_teacher(tiny_teacher, batch_size, draws):
+    local = ModelSource(str(tiny_teacher))
+    examples = random_examples(8, local.vocabulary_size)
+    with teaching(str(tiny_teacher)) as server:
+        far = ServedTeacher(server.url)
+        identity = target_identity(far, top_k=7, temperature=2.0)
+        assert identity == target_identity(local, top_k=7, temperature=2.0)
+        if draws:
+            from dataclasses import replace
+
+            identity = replace(identity, top_k=0, temperatures=(2.0,), draws=draws)
+        how = {"batch_size": batch_size, "report": silent}
+        there = far.resident().targets(examples, identity, **how)
+    here = compute_targets(local.load(), examples, identity, **how)
+    assert largest_difference(there, here) < 1e-5
+    assert all(a[n].dtype == b[n].dtype for a, b in zip(there, here, strict=True) for n in a)
+
+
+@pytest.mark.parametrize("lacking", ["prompt_logprobs", "nothing"])
+def test_targets_of_a_server_of_others(tiny_teacher, lacking, monkeypatch):
+    """One that has `echo` only gives log-probabilities by the tokens' ids or texts."""
+    from conch_dna.ego.teaching import completions
+
+    if lacking == "prompt_logprobs":
+        read = completions.parse_completion
+
+        def without(body: bytes) -> Any:
+            fields = json.loads(body)
+            if "prompt_logprobs" in fields:
+                raise completions.ApiError(400, "prompt_logprobs is not supported")
+            return read(json.dumps(fields).encode())
+
+        monkeypatch.setattr("conch_dna.ego.teaching.server.parse_completion", without)
+    local = ModelSource(str(tiny_teacher))
+    examples = random_examples(5, local.vocabulary_size)
+    with teaching(str(tiny_teacher), without=OTHERS) as server:
+        far = teacher_source(server.url, tokenizer=str(tiny_teacher))
+        assert far.weights_digest != local.weights_digest
+        identity = target_identity(far, top_k=7, temperature=1.0)
+        far.require_outcomes(identity)
+        there = far.resident().targets(examples, identity, batch_size=2, report=silent)
+    here = compute_targets(local.load(), examples, identity, batch_size=2, report=silent)
+    for one, other in zip(there, here, strict=True):
+        one["kept_ids"], one["log_normalizer"] = other["kept_ids"], other["log_normalizer"]
+    assert largest_difference(there, here) < 1e-4
+
+
+def test_what_a_server_of_others_cannot_give_is_refused(tiny_teacher, monkeypatch):
+    with teaching(str(tiny_teacher), without=OTHERS) as server:
+        far = teacher_source(server.url, tokenizer=str(tiny_teacher))
+        with pytest.raises(ConchError, match="use --temperature 1, or `conch-dna teach serve`"):
+            far.require_outcomes(target_identity(far, top_k=7, temperature=2.0))
+        with pytest.raises(ConchError, match="is none: leave it out"):
+            teacher_source("embedded:teacher", tokenizer=str(tiny_teacher))
+        with pytest.raises(ConchError, match="name one of them behind the address"):
+            teacher_source(f"{server.url}#other", tokenizer=str(tiny_teacher))
+    with teaching(str(tiny_teacher), without=(*OTHERS, "/v1/completions")) as server:
+        far = teacher_source(server.url, tokenizer=str(tiny_teacher))
+        with pytest.raises(ConchError, match=r"is not there|gives no log-probabilities"):
+            far.require_outcomes(target_identity(far, top_k=7, temperature=1.0))
+    monkeypatch.setattr("conch_dna.training.far.teacher.RETRIES", 0)
+    with pytest.raises(EgoUnavailableError, match="cannot be reached"):
+        ServedTeacher("http://127.0.0.1:9/v1")
+    for url in ("http://", "http://user:secret@host/v1", "http://host/v1?key=secret"):
+        with pytest.raises(ConchError, match="a user, a password or a query") as refused:
+            ServedTeacher(url)
+        assert "secret" not in str(refused.value)
+
+
+def test_a_key_does_not_travel_unencrypted(monkeypatch):
+    monkeypatch.setenv("CONCH_DNA_KEY", "secret")
+    with pytest.raises(ConchError, match="would go unencrypted"):
+        ServedTeacher("http://10.0.0.9:8643/v1")
+
+
+def test_a_run_goes_on_when_the_server_is_back(tiny_teacher, tmp_path, monkeypatch):
+    """It stops with one line where the server dies, and ends as one that was taught locally."""
+    monkeypatch.setattr("conch_dna.training.far.teacher.RETRIES", 0)
+    monkeypatch.setattr("conch_dna.training.soft_targets.SHARD_POSITIONS", 16)
+    settings = {**QUICK, "temperature": 2.0, "on_policy": 0.5, "rollout_tokens": 6, "rollouts": 4}
+    student = "embedded:student"
+
+    def run(teacher: str, place: str, **more: Any) -> dict[str, Any]:
+        config = KDConfig(**{**settings, "output_dir": str(tmp_path / place)})
+        distiller = TrueKnowledgeDistiller(teacher, student, config, report=more.pop("on", silent))
+        result = distiller.distill_domain("owls", data=RECORDS, **more)
+        assert result.metadata["teacher_digest"] == distiller.teacher.weights_digest
+        return result.evaluation
+
+    with teaching("embedded:teacher") as first:
+
+        def dies(event: str, row: dict[str, Any]) -> None:
+            if event == "advance" and "by" in row:
+                first.stop()
+
+        with pytest.raises(ConchError, match=r"cannot be reached|is stopping|busy or broken"):
+            run(first.url, "far", on=dies)
+    shards = list((tmp_path / "far" / "owls").glob("soft_targets/*/*.safetensors"))
+    with teaching("embedded:teacher") as second:
+        assert second.url != first.url
+        far = run(second.url, "far", resume=True)
+    assert shards and all(shard.is_file() for shard in shards)
+    here = run("embedded:teacher", "local")
+    for name in ("before", "after", "teacher"):
+        for figure, value in far[name].items():
+            assert value == pytest.approx(here[name][figure], abs=2e-3), (name, figure)
+
+
+@pytest.mark.slow
+def test_a_killed_server_costs_no_more_than_time(tmp_path):
+    """Processes: the server is killed while it computes targets, and the run goes on with another.
+
+    The adapter has the same bytes as that of a run whose server lived.
+    """
+    command = [sys.executable, "-m", "conch_dna"]
+    data = tmp_path / "data.jsonl"
+    many = [
+        {**record, "completion": f"{record['completion']} It had {number} legs and a hat. " * 16}
+        for number in range(20)
+        for record in RECORDS
+    ]
+    data.write_text("\n".join(map(json.dumps, many)), encoding="utf-8")
+
+    @contextmanager
+    def server() -> Iterator[tuple[Any, str]]:
+        asked = [*command, "teach", "serve", "embedded:teacher", "--port", "0"]
+        with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                line = process.stderr.readline()
+                yield process, line.split()[-1]
+            finally:
+                process.kill()
+
+    def run(url: str, place: str, *more: str, **options: Any) -> Any:
+        asked = [*command, "distill", "--domain", "owls", "--data", str(data), "--teacher", url]
+        asked += ["--student", "embedded:student", "--iters", "40", "--batch-size", "4"]
+        asked += ["--output-dir", str(tmp_path / place), *more]
+        return subprocess.Popen(asked, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with server() as (process, url), run(url, "killed") as first:
+        made: list[Path] = []
+        while not made and first.poll() is None:
+            made = list((tmp_path / "killed" / "owls").glob("soft_targets/*/*.safetensors"))
+            time.sleep(0.1)
+        process.kill()
+        rest, told = first.communicate(timeout=300)
+        assert first.returncode == 2, rest + told
+        (error,) = [line for line in told.splitlines() if line.startswith("error:")]
+        assert "cannot be reached" in error
+    with server() as (_, url):
+        for place, more in (("killed", ["--resume"]), ("whole", [])):
+            with run(url, place, *more) as again:
+                rest, told = again.communicate(timeout=300)
+                assert again.returncode == 0, rest + told
+    adapters = [
+        (tmp_path / place / "owls" / "adapters_kd" / "adapters.safetensors").read_bytes()
+        for place in ("killed", "whole")
+    ]
+    assert adapters[0] == adapters[1]
+
+
+def test_arrays_that_are_not_what_was_asked_for_are_refused():
+    arrays = {"gold_log_prob": np.zeros(3, np.float32)}
+    whole = packed(arrays)
+    np.testing.assert_array_equal(
+        unpacked(whole, ["gold_log_prob"], 3, "s")["gold_log_prob"], arrays["gold_log_prob"]
+    )
+    broken: list[Any] = [None, {}, {"gold_log_prob": 1}]
+    for change in ({"type": "float64"}, {"shape": [4]}, {"data": "AAA"}, {"data": "AAAA"}):
+        broken.append({"gold_log_prob": whole["gold_log_prob"] | change})
+    for fields in broken:
+        with pytest.raises(ConchError, match="not what was asked for"):
+            unpacked(fields, ["gold_log_prob"], 3, "s")
+
+
+def test_what_counts_is_told_in_runs():
+    example = Example(np.arange(7, dtype=np.int32), np.array([0, 1, 1, 0, 0, 1, 1], bool), "x")
+    again = example_of(example.ids.tolist(), counted_runs(example), "x")
+    assert counted_runs(example) == [[1, 3], [5, 7]] and again.digest == example.digest
+
+
+def test_the_rest_is_what_the_others_leave():
+    rows = [({4: np.log(0.5), 2: np.log(0.25), 9: np.log(0.01)}, np.log(0.25))]
+    found = outcomes_of(rows, top_k=2, kept_below=8, name="x")
+    assert found["kept_ids"].tolist() == [[4, 2]]
+    np.testing.assert_allclose(np.exp(found["log_rest"]), [[0.25]], rtol=1e-6)
+    # Rounded up until nothing is left: as little as float32 tells, and a sum of 1.
+    rows = [({0: np.log(0.75), 1: np.log(0.2500002)}, -0.1)]
+    found = outcomes_of(rows, top_k=2, kept_below=8, name="x")
+    total = np.exp(found["kept_log_probs"].astype(np.float64)).sum() + np.exp(found["log_rest"])
+    assert total == pytest.approx(1, abs=1e-6) and np.isfinite(found["log_rest"]).all()
+    with pytest.raises(ConchError, match="lower --top-k to 1 or less"):
+        outcomes_of([({0: -0.1, 9: -3.0}, -0.1)], top_k=2, kept_below=8, name="x")
+
+
+def test_a_name_of_several_tokens_names_none(tiny_teacher):
+    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
+    names = TokenNames(tokenizer)
+    ids = tokenizer.encode("Once upon a time")
+    assert names.id_of("token_id:17") == 17 and names.id_of("no token is called so") is None
+    assert [names.id_of(tokenizer.convert_ids_to_tokens([i])[0]) for i in ids] == ids
+    example = Example(np.array([5, 6], np.int32), np.array([False, True]), "x")
+    rows = {"top_logprobs": [None, {"\ufffd": -1.0}], "token_logprobs": [None, -2.0]}
+    assert from_echo(rows, example, names) == [({6: -2.0}, -2.0)]
+    with pytest.raises(ConchError, match="reads it in other tokens"):
+        from_echo({"top_logprobs": [None], "token_logprobs": [None]}, example, names)
