@@ -171,7 +171,7 @@ def test_a_killed_server_costs_no_more_than_time(tmp_path):
     data = tmp_path / "data.jsonl"
     many = [
         {**record, "completion": f"{record['completion']} It had {number} legs and a hat. " * 16}
-        for number in range(20)
+        for number in range(8)
         for record in RECORDS
     ]
     data.write_text("\n".join(map(json.dumps, many)), encoding="utf-8")
@@ -188,7 +188,7 @@ def test_a_killed_server_costs_no_more_than_time(tmp_path):
 
     def run(url: str, place: str, *more: str, **options: Any) -> Any:
         asked = [*command, "distill", "--domain", "owls", "--data", str(data), "--teacher", url]
-        asked += ["--student", "embedded:student", "--iters", "40", "--batch-size", "4"]
+        asked += ["--student", "embedded:student", "--iters", "22", "--val-fraction", "0.02"]
         asked += ["--output-dir", str(tmp_path / place), *more]
         return subprocess.Popen(asked, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
