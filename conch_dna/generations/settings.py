@@ -41,6 +41,8 @@ UNUSED = (
     "run",
     "trust_remote_code",
     "own_answers",
+    "teacher_tokenizer",
+    "shard_teacher",
     "resident",
     "on_policy",
     "targets",

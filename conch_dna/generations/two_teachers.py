@@ -40,7 +40,7 @@ from conch_dna.training.head_loss import (
     with_nothing,
 )
 from conch_dna.training.soft_targets import Targets
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 EXCLUDED_MULTIPLE = 16
 ROWS = (

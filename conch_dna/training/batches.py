@@ -212,7 +212,16 @@ class ExampleBatches:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream, counted over all epochs."""
-        return collate([self.examples[i] for i in self.indices(index)])
+        return self.parts(index, 1)[0]
+
+    def parts(self, index: int, count: int) -> list[Batch]:
+        """Batch `index` in so many parts, none of them empty."""
+        examples = [self.examples[i] for i in self.indices(index)]
+        return [self.collated(examples[part::count]) for part in range(count)]
+
+    def collated(self, examples: Sequence[Example]) -> Batch:
+        """Examples as a batch."""
+        return collate(examples)
 
 
 def sequential_batches(

@@ -18,6 +18,7 @@ from conch_dna.options.commands import command, json_option, options_of, write_f
 from conch_dna.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.ranks.start import led_by_the_first
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
@@ -37,7 +38,7 @@ NOT_HERE = "not here yet"
 # The groups of options that KDConfig's fields are.
 OF_KD_CONFIG = {
     "Loss": "temperature",
-    "What the models read": "teacher_system",
+    "The teacher, and what is read": "teacher_tokenizer",
     "The student's own answers": "on_policy",
     "Another tokenizer": "alignment",
     "What is trained": "lora_rank",
@@ -63,8 +64,8 @@ OF_KD_CONFIG = {
 @click.option(
     "--teacher",
     metavar="MODEL",
-    help="Hub id, folder, .gguf file, embedded:teacher, or self for the student, which then has to "
-    f"read more as a teacher. [default: {DEFAULT_TEACHER}]",
+    help="Hub id, folder, .gguf file, embedded:teacher, the URL of a server (http://host:port/v1), or "
+    f"self for the student, which then has to read more as a teacher. [default: {DEFAULT_TEACHER}]",
 )
 @click.option(
     "--student",
@@ -153,6 +154,7 @@ OF_KD_CONFIG = {
     KDConfig,
     names={"num_iters": ("--num-iters", "--iters"), "learning_rate": ("--learning-rate", "--lr")},
 )
+@led_by_the_first
 def distill(
     domain: str | None,
     all_domains: bool,
@@ -330,17 +332,12 @@ def _print_plan(
         for name, folder in folders.items()
     }
     from conch_dna.language_model import ModelSource
-    from conch_dna.training.far.teacher import teacher_source
     from conch_dna.training.fit.shown import fit_table
+    from conch_dna.training.ranks.leading import run_teacher
     from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code
-    teacher = teacher_source(
-        request.models[0],
-        tokenizer=config.teacher_tokenizer,
-        trust_remote_code=trust,
-        weights=False,
-    )
+    teacher = run_teacher(request.models[0], config, weights=False)
     student = ModelSource(request.models[1], trust_remote_code=trust, weights=False)
     plans = {}
     for name, folder in folders.items():

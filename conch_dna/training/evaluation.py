@@ -32,7 +32,7 @@ from conch_dna.training.head_loss import (
 )
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 from conch_dna.training.soft_targets import Targets
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 _ROWS = ("kept_ids", "teacher_log_probs", "best_ids", "soft_weights", "labels", "weights")
 _AT_ONE = "at temperature 1: "

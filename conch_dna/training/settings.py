@@ -80,6 +80,9 @@ class KDConfig:
     teacher_tokenizer: str = _option(
         "", "Tokenizer of a teacher behind a URL whose server does not give it: a hub id or folder."
     )
+    shard_teacher: bool = _option(
+        False, "Share the teacher's weights out among the processes of mlx.launch."
+    )
     teacher_system: str = _option(
         "",
         "System prompt that the teacher reads: a text or a file with it, none, or domain for the "

@@ -33,7 +33,7 @@ from conch_dna.training.data.target_shards import RoundedShard, Shard, open_shar
 from conch_dna.training.far.models import FarModel
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 SHARD_POSITIONS = 16_384
 
@@ -252,7 +252,6 @@ class TargetBatches(ExampleBatches):
         """Content address of the stream and of the targets in it."""
         return content_digest(super().digest, self.cache.digest, str(self.temperature))
 
-    def batch(self, index: int) -> Batch:
-        """Batch `index` of the stream with its targets."""
-        examples = [self.examples[i] for i in self.indices(index)]
+    def collated(self, examples: Sequence[Example]) -> Batch:
+        """Examples as a batch with their targets."""
         return self.cache.collate(examples, self.temperature)

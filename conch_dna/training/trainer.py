@@ -7,17 +7,15 @@ counted tokens, and a seeded stream of batches. To train something new, pass ano
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from conch_dna.checkpoints import (
     differences,
@@ -28,17 +26,19 @@ from conch_dna.checkpoints import (
     require_keys,
     write_folder,
 )
-from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError, told
+from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
 from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.ema import EMA
+from conch_dna.training.ranks.group import RankLostError
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     MAY_CHANGE,
     TrainerSettings,
     TrainingResult,
 )
+from conch_dna.training.steps import BatchStream, Loss, Steps, arrays_of, learning_rate_schedule
 
 ADAPTER_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -50,32 +50,6 @@ STATE_FILE = "state.json"
 # A held-out sum that is divided by another number than that of the counted tokens has beside it
 # the sum of what divides it, under its own name and this.
 COUNT = "_count"
-Loss = Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]]
-"""`loss(model, arrays)` returns scalars that are SUMS over counted tokens; `loss` is minimised."""
-
-
-class BatchStream(Protocol):
-    """An endless stream of training batches in which batch `index` is always the same."""
-
-    @property
-    def digest(self) -> str:
-        """Content address of the data and their order."""
-
-    def batch(self, index: int) -> Batch:
-        """Batch `index`, counted from 0 over all epochs."""
-
-
-def learning_rate_schedule(settings: TrainerSettings) -> Callable[[mx.array], mx.array]:
-    """Linear warm-up to the peak, which the first step after it has; then as `schedule` says."""
-    decay_steps = max(1, settings.num_iters - settings.warmup_iters)
-    after = optim.cosine_decay(settings.learning_rate, decay_steps)
-    if settings.schedule == "constant":
-        after = optim.linear_schedule(settings.learning_rate, settings.learning_rate, 1)
-    if settings.warmup_iters == 0:
-        return after
-    start = settings.learning_rate / (settings.warmup_iters + 1)
-    warmup = optim.linear_schedule(start, settings.learning_rate, settings.warmup_iters)
-    return optim.join_schedules([warmup, after], [settings.warmup_iters])
 
 
 def _state_of(documents: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -106,6 +80,7 @@ class Trainer:
         settings: See `TrainerSettings`.
         folder: Where `checkpoint_<step>` folders go.
         select_by: The held-out figure whose lowest value chooses the parameters that are kept.
+        steps: How a step is computed; here, where nothing else is said.
         report: See `progress.Report`.
     """
 
@@ -120,6 +95,7 @@ class Trainer:
         *,
         heldout_loss: Loss | None = None,
         select_by: str = "loss",
+        steps: Steps | None = None,
         report: Report = silent,
     ) -> None:
         if not heldout_batches:
@@ -133,11 +109,8 @@ class Trainer:
         self.folder = folder
         self.select_by = select_by
         self.report = report
-        self.optimizer = optim.AdamW(
-            learning_rate=learning_rate_schedule(settings),
-            weight_decay=settings.weight_decay,
-            bias_correction=True,
-        )
+        self.steps = steps or Steps(model, loss, settings)
+        self.optimizer = self.steps.optimizer
         self.step = 0
         self.best_step = 0
         self.best_loss = math.inf
@@ -148,37 +121,7 @@ class Trainer:
         self.extensions: list[dict[str, Any]] = []
         self._unreported: dict[str, Any] = {"sums": {}, "tokens": 0, "seconds": 0.0}
         self._stop = False
-        self._compiled_step = self._compile_step()
-        self._stepped = False
-        kind = getattr(model, "model_type", type(model).__name__)
-        self._no_gradient = f"a model of the kind {kind} cannot take a training step here"
         self._compiled_loss = self._compile_evaluation()
-
-    def _compile_step(self) -> Callable[..., Any]:
-        def scaled_loss(
-            arrays: dict[str, mx.array], scale: mx.array
-        ) -> tuple[mx.array, dict[str, mx.array]]:
-            sums = self.loss(self.model, arrays)
-            return sums["loss"] * scale, sums
-
-        value_and_grad = nn.value_and_grad(self.model, scaled_loss)
-        state = [self.model.state, self.optimizer.state, mx.random.state]
-
-        @partial(mx.compile, inputs=state, outputs=state)
-        def step(
-            arrays: dict[str, mx.array], scale: mx.array, previous: Any, last: bool
-        ) -> tuple[dict[str, mx.array], Any, mx.array]:
-            (_, sums), gradients = value_and_grad(arrays, scale)
-            if previous is not None:
-                gradients = tree_map(mx.add, gradients, previous)
-            if not last:
-                return sums, gradients, mx.array(0.0)
-            gradients, norm = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
-            self.optimizer.update(self.model, gradients)
-            return sums, None, norm
-
-        self._state = state
-        return step
 
     def _compile_evaluation(self) -> Callable[..., dict[str, mx.array]]:
         @partial(mx.compile, inputs=[self.model.state])
@@ -207,6 +150,7 @@ class Trainer:
             self._remove_checkpoints(keep=0)
             self._evaluate()
         first = self.step
+        self.steps.begin()
         with first_interrupt(self._request_stop):
             self._train()
         self._end()
@@ -233,6 +177,12 @@ class Trainer:
             began = time.perf_counter()
             try:
                 sums, count, norm = self._take_step()
+            except RankLostError as error:
+                # Nothing has moved.
+                self._save()
+                raise ConchError(
+                    f"{error}. The state after step {self.step} is in {self.folder}"
+                ) from error
             except Interrupted:
                 # Asked to stop while the step's batches were made: nothing has moved.
                 self._save()
@@ -289,42 +239,35 @@ class Trainer:
     def _take_step(self) -> tuple[dict[str, float], int, float]:
         accumulation = self.settings.accumulation_steps
         start = self.step * accumulation
-        batches = [self.train_batches.batch(start + micro) for micro in range(accumulation)]
-        count = sum(batch.count for batch in batches)
+        batches = [
+            self.steps.batches(self.train_batches, start + micro) for micro in range(accumulation)
+        ]
+        parts = [part for batch in batches for part in batch]
+        count = sum(part.count for part in parts)
         if not count:
             # An optimiser would still move by its momentum and decay.
             self.skipped_steps += 1
             self.report("skipped", {"step": self.step + 1})
             return {}, 0, 0.0
-        scale = mx.array(1.0 / count)
-        self.model.train()
-        gradients = None
+        found, norm = self.steps.take(batches, count)
         totals: dict[str, float] = {}
-        for micro, batch in enumerate(batches):
-            arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-            last = micro == accumulation - 1
-            # What has no gradient is only found out by the first step.
-            with nullcontext() if self._stepped else told(self._no_gradient):
-                sums, gradients, norm = self._compiled_step(arrays, scale, gradients, last)
-                # One evaluation per batch: it bounds the memory of a step to that of one batch.
-                mx.eval(self._state, sums, gradients, norm)
-            self._stepped = True
+        for sums in found:
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            if "ce" in totals:
-                # Not every token of a student's own answers counts in it.
-                counted = float(np.sum(batch.arrays.get("ce_weights", batch.count)))
-                totals[f"ce{COUNT}"] = totals.get(f"ce{COUNT}", 0.0) + counted
-        if not (math.isfinite(totals["loss"]) and math.isfinite(norm.item())):
+                totals[name] = totals.get(name, 0.0) + value
+        if "ce" in totals:
+            # Not every token of a student's own answers counts in it.
+            counted = (np.sum(part.arrays.get("ce_weights", part.count)) for part in parts)
+            totals[f"ce{COUNT}"] = float(sum(counted))
+        if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
             saved = numbered_folders(self.folder, CHECKPOINT_PREFIX)
             raise NonFiniteLossError(
-                f"the loss is {totals['loss'] / count} and the gradient norm {norm.item()} at step "
-                f"{self.step + 1} on {', '.join(n for b in batches for n in b.names)}; the last "
-                f"good checkpoint is {saved[-1][1] if saved else 'none yet'}. {self._remedy()}"
+                f"the loss is {totals['loss'] / count} and the gradient norm {norm} at step "
+                f"{self.step + 1} on {', '.join(n for part in parts for n in part.names)}; the "
+                f"last good checkpoint is {saved[-1][1] if saved else 'none yet'}. {self._remedy()}"
             )
         if self.ema:
             self.ema.update()
-        return totals, count, norm.item()
+        return totals, count, norm
 
     def _remedy(self) -> str:
         """What to do about figures that are not finite; before the first step no rate is to blame.
@@ -359,8 +302,7 @@ class Trainer:
         for number, batch in enumerate(self.heldout_batches, 1):
             text = f"held-out batch {number} of {len(self.heldout_batches)}"
             self.report("within", {"text": text})
-            arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
-            sums = self._compiled_loss(arrays)
+            sums = self._compiled_loss(arrays_of(batch))
             mx.eval(sums)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + float(value)

@@ -34,8 +34,8 @@ from conch_dna.training.data.target_files import (
 )
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
-from conch_dna.training.far.teacher import teacher_source
 from conch_dna.training.fit.workload import answers_to_come, given_examples
+from conch_dna.training.ranks.leading import run_teacher
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.questions import questions_of, require_room_for_own
@@ -108,12 +108,7 @@ class TrueKnowledgeDistiller:
         trust = self.config.trust_remote_code
         names = (taught_by(self.teacher_model_id, self.student_model_id), self.student_model_id)
         return (
-            teacher_source(
-                names[0],
-                tokenizer=self.config.teacher_tokenizer,
-                trust_remote_code=trust,
-                report=self.report,
-            ),
+            run_teacher(names[0], self.config, report=self.report),
             ModelSource(names[1], trust_remote_code=trust, report=self.report),
         )
 

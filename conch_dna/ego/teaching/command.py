@@ -1,6 +1,6 @@
 """The commands of teachers for other machines: parse, call, print; they decide nothing.
 
-To add a command: a function here, with help and an example, and a line in docs/far_teacher.md.
+To add a command: a function here, with help and an example, and a line in docs/machines.md.
 """
 
 from typing import Any

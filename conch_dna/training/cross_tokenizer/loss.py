@@ -31,7 +31,7 @@ from conch_dna.training.head_loss import (
     with_nothing,
 )
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 # What a batch holds besides arrays with a row for each counted token.
 NO_ROWS = ("inputs", "chunk_log_probs", "chunk_weights")

@@ -22,7 +22,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import TokenBytes, token_byt
 from conch_dna.training.cross_tokenizer.vocabulary import shared_tokens
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 CHUNK_MULTIPLE = 32
 Arrays = dict[str, np.ndarray]

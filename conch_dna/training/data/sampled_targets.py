@@ -17,7 +17,7 @@ from conch_dna.training.batches import Batch, Example, read_by_teacher
 from conch_dna.training.data.outcomes import DRAWN_ARRAYS, TargetIdentity, shares_drawn
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.soft_targets import SoftTargetCache
-from conch_dna.training.trainer import Loss
+from conch_dna.training.steps import Loss
 
 
 def drawn_identity(identity: TargetIdentity, config: KDConfig, *, by_index: bool) -> TargetIdentity:

@@ -83,6 +83,9 @@ class FarModel:
             report("advance", {"by": sum(examples[i].count for i in indices)})
         return results
 
+    def release(self) -> None:
+        """Free the memory that it takes here."""
+
     def _score(
         self, examples: Sequence[Example], identity: TargetIdentity
     ) -> list[dict[str, np.ndarray]]:

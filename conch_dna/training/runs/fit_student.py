@@ -12,11 +12,14 @@ from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.evaluation import and_kl, with_evaluation
 from conch_dna.training.head_loss import make_cross_entropy_loss
+from conch_dna.training.ranks.group import current
+from conch_dna.training.ranks.leading import shared_steps
 from conch_dna.training.runs.on_policy.stream import mixed_batches
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import TrainingResult, trainer_settings
 from conch_dna.training.soft_targets import TargetBatches
-from conch_dna.training.trainer import BatchStream, Trainer
+from conch_dna.training.steps import BatchStream
+from conch_dna.training.trainer import Trainer
 
 
 def fit_student(
@@ -64,6 +67,9 @@ def fit_student(
             with_evaluation(batch, targets.evaluation_batch(part))
             for batch, part in zip(heldout, parts, strict=True)
         ]
+    settings, ranks, steps = trainer_settings(config, ema_decay=ema_decay), current(), None
+    if ranks is not None:
+        steps = shared_steps(ranks, student, examples, loss, settings)
     trainer = Trainer(
         student.model,
         loss,
@@ -71,13 +77,17 @@ def fit_student(
             student, examples, data, folder, own_teacher=own_teacher, resume=resume, report=report
         ),
         heldout,
-        trainer_settings(config, ema_decay=ema_decay),
+        settings,
         folder,
         heldout_loss=heldout_loss,
         select_by=select_by,
+        steps=steps,
         report=report,
     )
-    return trainer.run(resume=resume)
+    result = trainer.run(resume=resume)
+    if ranks is not None:
+        ranks.send({"do": "trained"}, {})
+    return result
 
 
 def _batches(

@@ -17,7 +17,9 @@ RUN_FILE = "run.json"
 # In a run's folder that of its rounds, and how files of a student's own answers begin there.
 ROLLOUTS, ANSWERS = "rollouts", "answers_"
 # Where a run lies and whether code may run do not change what it computes.
-NOT_IDENTITY = ("output_dir", "adapter_subdir", "run", "trust_remote_code", "force")
+NOT_IDENTITY = (
+    *("output_dir", "adapter_subdir", "run", "trust_remote_code", "force", "shard_teacher"),
+)
 _ELSEWHERE = "--run NAME to keep both, or choose another --output-dir"
 
 

@@ -161,11 +161,12 @@ class Rounds:
         draw = (config.rollout_tokens, config.rollout_temperature, self.size, config.rollout_reuse)
         return content_digest(*asked, str(draw), str(config.seed))
 
-    def batch(self, place: int, *, step: int, last_step: int) -> Batch:
-        """Batch `place` of the student's own answers, counted over all rounds.
+    def parts(self, place: int, count: int, *, step: int, last_step: int) -> list[Batch]:
+        """Batch `place` of the student's own answers, counted over all rounds, in parts.
 
         Args:
             place: From 0.
+            count: Of the parts.
             step: Steps that are taken already.
             last_step: Steps that will have been taken before the round's last batch is used.
         """
@@ -189,7 +190,8 @@ class Rounds:
             lengths, self.config.batch_size, seed=self.config.seed, epoch=epoch
         )
         chosen = [examples[order[one]] for one in drawn[index]]
-        return targets.collate(chosen, self.examples.temperature)
+        temperature = self.examples.temperature
+        return [targets.collate(chosen[part::count], temperature) for part in range(count)]
 
     def _asked(self, number: int) -> list[Question]:
         """The questions of a round: all in turn, in a new order each time."""

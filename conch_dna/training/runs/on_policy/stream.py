@@ -20,7 +20,7 @@ from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.runs.on_policy.residency import BOTH, chosen_residency
 from conch_dna.training.runs.on_policy.rounds import Rounds
 from conch_dna.training.runs.on_policy.shares import own_batches
-from conch_dna.training.trainer import BatchStream
+from conch_dna.training.steps import BatchStream
 
 
 def mixed_batches(
@@ -110,21 +110,30 @@ class MixedBatches:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the stream; a new round is drawn and scored when its first is asked."""
+        return self.parts(index, 1)[0]
+
+    def parts(self, index: int, count: int) -> list[Batch]:
+        """Batch `index` in so many parts."""
         before, behind = (own_batches(self.share, index + more) for more in (0, 1))
         if before == behind:
             assert self.given is not None
-            return self.given.batch(index - before)
+            return self.given.parts(index - before, count)
         _, within, batches = self.rounds.place_in_round(before)
         last_place = before - within + batches - 1
-        batch = self.rounds.batch(
+        parts = self.rounds.parts(
             before,
+            count,
             step=index // self.accumulation_steps,
             last_step=self._index_of(last_place) // self.accumulation_steps,
         )
-        none = np.zeros_like(batch.arrays["weights"])
-        return replace(batch, arrays={**batch.arrays, "ce_weights": none})
+        return list(map(_without_cross_entropy, parts))
 
     def _index_of(self, place: int) -> int:
         """The index in the stream of one of the student's own batches."""
         share = Fraction(self.share).limit_denominator(1_000)
         return -(-(place + 1) * share.denominator // share.numerator) - 1
+
+
+def _without_cross_entropy(batch: Batch) -> Batch:
+    none = np.zeros_like(batch.arrays["weights"])
+    return replace(batch, arrays={**batch.arrays, "ce_weights": none})
