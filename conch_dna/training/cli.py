@@ -64,8 +64,8 @@ OF_KD_CONFIG = {
 @click.option(
     "--teacher",
     metavar="MODEL",
-    help="Hub id, folder, .gguf file, embedded:teacher, the URL of a server (http://host:port/v1), or "
-    f"self for the student, which then has to read more as a teacher. [default: {DEFAULT_TEACHER}]",
+    help="Hub id, folder, .gguf file, embedded:teacher, the URL of a server, or self for the "
+    f"student, which then has to read more as a teacher. [default: {DEFAULT_TEACHER}]",
 )
 @click.option(
     "--student",

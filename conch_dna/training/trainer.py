@@ -180,7 +180,7 @@ class Trainer:
             except RankLostError as error:
                 # Nothing has moved.
                 self._save()
-                raise ConchError(
+                raise RankLostError(
                     f"{error}. The state after step {self.step} is in {self.folder}"
                 ) from error
             except Interrupted:

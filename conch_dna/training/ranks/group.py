@@ -67,6 +67,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            # Whatever is sent from now on would be waited for in vain.
+            self._listening = False
             raise RankLostError(
                 f"another of the {self.size} processes was lost ({error}): look at what it said, "
                 "and go on with --resume, with as many processes as you like"
@@ -129,13 +131,8 @@ def leading(ranks: Ranks) -> Iterator[None]:
     _current = ranks
     try:
         yield
-    except RankLostError:
-        raise
-    except BaseException:
-        with suppress(RankLostError):
-            ranks.end()
-        raise
-    else:
-        ranks.end()
     finally:
         _current = None
+        # Whoever is gone by now need not be told.
+        with suppress(RankLostError):
+            ranks.end()

@@ -36,8 +36,8 @@ def led_by_the_first(function: Callable[..., None]) -> Callable[..., None]:
         elif ranks.rank:
             _help(ranks)
         else:
-            # The launcher ends all where one is gone: what there is, is saved first.
-            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            # The launcher ends all where one is gone; this one finds out itself, and saves first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             with leading(ranks):
                 function(*arguments, **values)
 
