@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conch_dna.ego.teaching.completions import parse_completion
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data.outcomes import compute_targets, target_identity
-from conch_dna.training.far.providers import TokenNames, from_echo, outcomes_of
+from conch_dna.training.far.providers import TokenNames, from_answer, from_echo, outcomes_of
 from conch_dna.training.far.teacher import ServedTeacher, teacher_source
 from conch_dna.training.far.wire import counted_runs, example_of, packed, unpacked
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
+from conch_dna.web.door import ApiError
 from models import ANIMALS, QUICK, random_examples
 from suites import teaching
 
@@ -71,40 +73,99 @@ def test_targets_are_those_of_a_local_teacher(tiny_teacher, batch_size, draws):
     assert all(a[n].dtype == b[n].dtype for a, b in zip(there, here, strict=True) for n in a)
 
 
-@pytest.mark.parametrize("lacking", ["prompt_logprobs", "nothing"])
-def test_targets_of_a_server_of_others(tiny_teacher, lacking, monkeypatch):
-    """One that has `echo` only gives log-probabilities by the tokens' ids or texts."""
-    from conch_dna.ego.teaching import completions
+@contextmanager
+def refusing(*names: str) -> Iterator[None]:
+    """Makes servers refuse these parameters of a completion, as other servers do."""
 
-    if lacking == "prompt_logprobs":
-        read = completions.parse_completion
+    def without(body: bytes) -> Any:
+        fields = json.loads(body)
+        if refused := [name for name in names if fields.get(name)]:
+            raise ApiError(400, f"unknown parameter {refused[0]}")
+        return parse_completion(body)
 
-        def without(body: bytes) -> Any:
-            fields = json.loads(body)
-            if "prompt_logprobs" in fields:
-                raise completions.ApiError(400, "prompt_logprobs is not supported")
-            return read(json.dumps(fields).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conch_dna.ego.teaching.server.parse_completion", without)
+        yield
 
-        monkeypatch.setattr("conch_dna.ego.teaching.server.parse_completion", without)
+
+@pytest.mark.parametrize(
+    ("refused", "top_k"),
+    [((), 7), (("prompt_logprobs",), 7), (("prompt_logprobs", "return_token_ids"), 0)],
+    ids=["prompt_logprobs", "echo", "echo by texts"],
+)
+def test_targets_of_a_server_of_others(tiny_teacher, refused, top_k):
+    """One that has `echo` only gives log-probabilities by the tokens' ids or texts.
+
+    Of texts some are those of several tokens, so only the text's own tokens are compared.
+    """
     local = ModelSource(str(tiny_teacher))
     examples = random_examples(5, local.vocabulary_size)
-    with teaching(str(tiny_teacher), without=OTHERS) as server:
+    with refusing(*refused), teaching(str(tiny_teacher), without=OTHERS) as server:
         far = teacher_source(server.url, tokenizer=str(tiny_teacher))
         assert far.weights_digest != local.weights_digest
-        identity = target_identity(far, top_k=7, temperature=1.0)
-        far.require_outcomes(identity)
+        identity = target_identity(far, top_k=top_k, temperature=1.0)
+        far.require_outcomes(identity, KDConfig())
         there = far.resident().targets(examples, identity, batch_size=2, report=silent)
     here = compute_targets(local.load(), examples, identity, batch_size=2, report=silent)
-    for one, other in zip(there, here, strict=True):
-        one["kept_ids"], one["log_normalizer"] = other["kept_ids"], other["log_normalizer"]
     assert largest_difference(there, here) < 1e-4
+
+
+def test_a_server_that_scores_its_own_answers_only(tmp_path):
+    """A run learns from them; what it did not say itself it cannot be asked for."""
+    settings = {**QUICK, "temperature": 1.0, "top_k": 8, "output_dir": str(tmp_path / "run")}
+    prompts = [record["prompt"] for record in RECORDS]
+    with (
+        refusing("prompt_logprobs", "echo"),
+        teaching("embedded:teacher", without=OTHERS) as server,
+    ):
+
+        def distiller(**more: Any) -> TrueKnowledgeDistiller:
+            tokenizer = {"teacher_tokenizer": "embedded:teacher"}
+            config = KDConfig(**{**settings, **tokenizer, **more})
+            return TrueKnowledgeDistiller(server.url, "embedded:student", config)
+
+        with pytest.raises(ConchError, match="none of a student's: leave out --on-policy"):
+            distiller(on_policy=0.5).distill_domain("owls", prompts=prompts)
+        with pytest.raises(ConchError, match="is none of those that were drawn here"):
+            distiller().distill_domain("owls", data=RECORDS)
+        run = distiller(run="own")
+        result = run.distill_domain("owls", prompts=prompts)
+        far = run.teacher.resident()
+        ids = [1, 2, 3]
+        (answer,) = far.answers([ids], max_tokens=4, temperature=1.0, seed=(5,))
+        whole = np.array([*ids, *answer], np.int32)
+        example = Example(whole, np.arange(len(whole)) >= 3, "an answer")
+        identity = target_identity(run.teacher, top_k=8, temperature=1.0)
+        (there,) = far.targets([example], identity, batch_size=1, report=silent)
+    assert result.evaluation["teacher"]["kl_nats"] == 0
+    local = ModelSource("embedded:teacher").load()
+    (here,) = compute_targets(local, [example], identity, batch_size=1, report=silent)
+    np.testing.assert_array_equal(there["kept_ids"], here["kept_ids"])
+    np.testing.assert_allclose(there["kept_log_probs"], here["kept_log_probs"], atol=1e-3)
+    np.testing.assert_allclose(there["log_rest"], here["log_rest"], atol=1e-3)
+
+
+def test_an_answer_s_tokens_are_found_by_name_or_by_the_tokenizer(tiny_teacher):
+    tokenizer = ModelSource(str(tiny_teacher)).tokenizer
+    names, ids = TokenNames(tokenizer), tokenizer.encode("Once upon a time")
+    fields: dict[str, Any] = {
+        "tokens": ["no token is called so"] * len(ids),
+        "top_logprobs": [{}] * len(ids),
+        "token_logprobs": [-1.0] * len(ids),
+    }
+    found, rows = from_answer(fields, ids, names)
+    assert found == ids and rows == [({token: -1.0}, -1.0) for token in ids]
+    with pytest.raises(ConchError, match="give the server's own by --teacher-tokenizer"):
+        from_answer(fields, ids[1:-1], names)
+    with pytest.raises(ConchError, match="without log-probabilities"):
+        from_answer({**fields, "tokens": []}, ids, names)
 
 
 def test_what_a_server_of_others_cannot_give_is_refused(tiny_teacher, monkeypatch):
     with teaching(str(tiny_teacher), without=OTHERS) as server:
         far = teacher_source(server.url, tokenizer=str(tiny_teacher))
         with pytest.raises(ConchError, match="use --temperature 1, or `conch-dna teach serve`"):
-            far.require_outcomes(target_identity(far, top_k=7, temperature=2.0))
+            far.require_outcomes(target_identity(far, top_k=7, temperature=2.0), KDConfig())
         with pytest.raises(ConchError, match="is none: leave it out"):
             teacher_source("embedded:teacher", tokenizer=str(tiny_teacher))
         with pytest.raises(ConchError, match="name one of them behind the address"):
@@ -112,7 +173,7 @@ def test_what_a_server_of_others_cannot_give_is_refused(tiny_teacher, monkeypatc
     with teaching(str(tiny_teacher), without=(*OTHERS, "/v1/completions")) as server:
         far = teacher_source(server.url, tokenizer=str(tiny_teacher))
         with pytest.raises(ConchError, match=r"is not there|gives no log-probabilities"):
-            far.require_outcomes(target_identity(far, top_k=7, temperature=1.0))
+            far.require_outcomes(target_identity(far, top_k=7, temperature=1.0), KDConfig())
     monkeypatch.setattr("conch_dna.training.far.teacher.RETRIES", 0)
     with pytest.raises(EgoUnavailableError, match="cannot be reached"):
         ServedTeacher("http://127.0.0.1:9/v1")

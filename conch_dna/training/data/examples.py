@@ -386,7 +386,7 @@ class Examples:
         if self.config.targets == "sampled":
             identity = drawn_identity(identity, self.config, by_index=self.alignment == INDEX)
         if isinstance(self.teacher, ServedTeacher):
-            self.teacher.require_outcomes(identity)
+            self.teacher.require_outcomes(identity, self.config)
         return identity
 
     def targets(

@@ -1,7 +1,7 @@
 """What a server says of texts, in the place of a model in memory: targets and answers.
 
 Knows OpenAI's completions, through the official client, and what `conch-dna teach serve` adds to
-them; nothing of students. Another kind of server: a class beside `Scores`.
+them; nothing of students. Servers of others stand in others.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,17 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from conch_dna.checkpoints import content_digest
-from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.providers import (
-    TokenNames,
-    from_echo,
-    from_prompt_logprobs,
-    outcomes_of,
-)
 from conch_dna.training.far.wire import asked_of, counted_runs, unpacked
 from conch_dna.web.client import ApiClient, plain_fields
 
@@ -74,7 +66,7 @@ class FarModel:
         def ask(indices: np.ndarray) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
             return indices, self._score([examples[i] for i in indices], identity)
 
-        for indices, found in _in_order(ask, batches):
+        for indices, found in in_order(ask, batches):
             for index, arrays in zip(indices, found, strict=True):
                 results[index] = {
                     name: value.astype(identity.id_type) if name.endswith("_ids") else value
@@ -102,7 +94,7 @@ class FarModel:
         """As `answers.answer_batch`."""
         raise NotImplementedError
 
-    def _complete(self, prompts: Any, **more: Any) -> list[dict[str, Any]]:
+    def complete(self, prompts: Any, **more: Any) -> list[dict[str, Any]]:
         """The choices of a completion, one of each prompt."""
         api = self.teacher.api
         with api.explained():
@@ -116,7 +108,7 @@ class FarModel:
         return sorted(choices, key=lambda choice: choice.get("index", 0))
 
 
-def _in_order(work: Callable[[Any], Any], items: Sequence[Any]) -> Any:
+def in_order(work: Callable[[Any], Any], items: Sequence[Any]) -> Any:
     """What a function makes of items, several at once, in their order."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = [pool.submit(work, item) for item in items]
@@ -136,7 +128,7 @@ class OwnScores(FarModel):
         self, examples: Sequence[Example], identity: TargetIdentity
     ) -> list[dict[str, np.ndarray]]:
         asked = {**asked_of(identity), "counted": [counted_runs(each) for each in examples]}
-        choices = self._complete(
+        choices = self.complete(
             [each.ids.tolist() for each in examples],
             max_tokens=0,
             extra_body={"conch": {"targets": asked}},
@@ -155,13 +147,13 @@ class OwnScores(FarModel):
         seed: Sequence[int],
     ) -> list[list[int]]:
         """As `answers.answer_batch`, with the same draws."""
-        choices = self._complete(
+        choices = self.complete(
             [list(ids) for ids in prompts],
             max_tokens=max_tokens,
             temperature=temperature,
             extra_body={"conch": {"seed": list(seed)}},
         )
-        found = [_ids(_conch(choice).get("ids")) for choice in choices]
+        found = [ids_of(_conch(choice).get("ids")) for choice in choices]
         if None in found:
             raise self.teacher.api.foreign()
         return [ids for ids in found if ids is not None]
@@ -171,125 +163,12 @@ class OwnScores(FarModel):
         return self.teacher.api.name
 
 
-class Scores(FarModel):
-    """By a server of others, in whichever form it gives log-probabilities of a given text."""
-
-    def __init__(self, teacher: Served) -> None:
-        super().__init__(teacher)
-        self._form: str | None = None
-        self._names: TokenNames | None = None
-
-    def require(self, identity: TargetIdentity) -> None:
-        """Refuse what only a server of ours gives, and a server without log-probabilities."""
-        name = self.teacher.api.name
-        if identity.draws:
-            raise ConchError(
-                f"{name} gives its likeliest tokens and draws none for training: use --targets "
-                "topk, or `conch-dna teach serve` there"
-            )
-        if any(t != 1 for t in identity.temperatures):
-            raise ConchError(
-                f"{name} gives log-probabilities at temperature 1 only, from which the rest at "
-                "another one does not follow: use --temperature 1, or `conch-dna teach serve` there"
-            )
-        self._find_form(max(1, identity.top_k))
-
-    def _find_form(self, count: int) -> str:
-        """The form in which this server scores a text; asks it once."""
-        if self._form is None:
-            bos = self.teacher.tokenizer.encode("a b c")
-            probe = Example(np.array(bos, np.int32), np.arange(len(bos)) > 0, "a probe")
-            problems = []
-            for form in ("prompt_logprobs", "echo"):
-                try:
-                    self._rows(form, probe, count)
-                except EgoUnavailableError:
-                    raise
-                except ConchError as error:
-                    problems.append(f"{form}: {one_line(error)}")
-                else:
-                    self._form = form
-                    return form
-            raise ConchError(
-                f"{self.teacher.api.name} gives no log-probabilities of a given text "
-                f"({'; '.join(problems)}): distil from a server that does, such as `conch-dna "
-                "teach serve` or vLLM; or let it answer and learn its texts, as --data with "
-                "--alpha 0 and a local teacher to measure by"
-            )
-        return self._form
-
-    def _rows(
-        self, form: str, example: Example, count: int
-    ) -> list[tuple[dict[int, float], float]]:
-        ids = example.ids.tolist()
-        try:
-            if form == "prompt_logprobs":
-                body = {"prompt_logprobs": count, "add_special_tokens": False}
-                (choice,) = self._complete(ids, max_tokens=1, temperature=0, extra_body=body)
-                return from_prompt_logprobs(choice.get("prompt_logprobs"), example)
-            (choice,) = self._complete(
-                ids,
-                max_tokens=1,
-                temperature=0,
-                echo=True,
-                logprobs=count,
-                extra_body={"return_tokens_as_token_ids": True, "add_special_tokens": False},
-            )
-            if self._names is None:
-                self._names = TokenNames(self.teacher.tokenizer)
-            return from_echo(choice.get("logprobs") or {}, example, self._names)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ConchError(f"it answers in another form ({one_line(error)})") from error
-
-    def _score(
-        self, examples: Sequence[Example], identity: TargetIdentity
-    ) -> list[dict[str, np.ndarray]]:
-        count = max(1, identity.top_k)
-        form = self._find_form(count)
-        return [
-            outcomes_of(
-                self._rows(form, example, count),
-                top_k=identity.top_k,
-                kept_below=identity.kept_below,
-                name=example.name,
-            )
-            for example in examples
-        ]
-
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
-    ) -> list[list[int]]:
-        """As `answers.answer_batch`, with draws of the server's own."""
-        tokenizer = self.teacher.tokenizer
-
-        def ask(number: int) -> list[int]:
-            digest = content_digest(*(str(part) for part in (*seed, number)))
-            (choice,) = self._complete(
-                list(prompts[number]),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=int(digest[:7], 16),
-                extra_body={"return_token_ids": True, "add_special_tokens": False},
-            )
-            if (ids := _ids(choice.get("token_ids"))) is not None:
-                return ids
-            text = tokenizer.encode(str(choice.get("text") or ""), add_special_tokens=False)
-            ended = choice.get("finish_reason") == "stop"
-            return [*text, *([tokenizer.eos_token_id] if ended else [])]
-
-        return list(_in_order(ask, range(len(prompts))))
-
-
 def _conch(choice: dict[str, Any]) -> dict[str, Any]:
     found = choice.get("conch")
     return found if isinstance(found, dict) else {}
 
 
-def _ids(value: Any) -> list[int] | None:
+def ids_of(value: Any) -> list[int] | None:
+    """A list of token ids; None for anything else."""
     sound = isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
     return list(value) if sound else None

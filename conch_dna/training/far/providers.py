@@ -89,6 +89,42 @@ def from_echo(
     return found
 
 
+def from_answer(
+    fields: Any, encoded: Sequence[int], names: TokenNames
+) -> tuple[list[int], list[tuple[dict[int, float], float]]]:
+    """The token ids of an answer that a server gave, and of each what `from_echo` gives.
+
+    Args:
+        fields: A choice's `logprobs`.
+        encoded: The answer's text in the tokenizer's ids, for names that several tokens have.
+        names: Ids by names.
+
+    Raises:
+        ConchError: Which tokens they are cannot be told.
+    """
+    told, rows, own = (fields[name] for name in ("tokens", "top_logprobs", "token_logprobs"))
+    if not told or not len(told) == len(rows) == len(own):
+        raise ConchError("an answer came without log-probabilities of its tokens")
+    ids = [names.id_of(str(name)) for name in told]
+    if None in ids:
+        # An end may stand behind the text.
+        if not len(encoded) <= len(ids) <= len(encoded) + 1 or None in ids[len(encoded) :]:
+            raise ConchError(
+                f"an answer has {len(ids)} tokens, and {len(encoded)} by the tokenizer: give the "
+                "server's own by --teacher-tokenizer"
+            )
+        ids = [*encoded, *ids[len(encoded) :]]
+    found = []
+    for token, row, value in zip(ids, rows, own, strict=True):
+        by_id = {
+            each: float(log_prob)
+            for name, log_prob in (row or {}).items()
+            if (each := names.id_of(str(name))) is not None
+        }
+        found.append(({**by_id, int(token): float(value)}, float(value)))  # type: ignore[arg-type]
+    return [int(token) for token in ids], found  # type: ignore[arg-type]
+
+
 def _require_length(rows: Any, example: Example) -> None:
     if not isinstance(rows, Sequence) or len(rows) < len(example.ids):
         count = len(rows) if isinstance(rows, Sequence) else "no"

@@ -1,7 +1,7 @@
 """A teacher behind a URL: all that a local one tells without its weights.
 
 Knows what servers say of their models; what they say of texts stands in models.py. Another kind of
-server: a class beside `models.Scores`.
+server: a class beside `others.Scores`.
 """
 
 import base64
@@ -17,8 +17,10 @@ from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
 from conch_dna.progress import Report
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.models import FarModel, OwnScores, Scores
+from conch_dna.training.far.models import FarModel, OwnScores
+from conch_dna.training.far.others import Scores
 from conch_dna.training.far.wire import FORMAT
+from conch_dna.training.settings import KDConfig
 from conch_dna.web.client import ApiClient, Remedies, is_endpoint, parts_of, plain_fields
 
 # The key that a teacher's server wants, on both machines.
@@ -104,8 +106,9 @@ class ServedTeacher(ModelSource):
         )
         own = self._own_server()
         if own is None:
-            self.scores: FarModel = Scores(self)
             folder = self._tokenizer_folder(tokenizer)
+            kept = cache_folder() / "answers" / content_digest(address, self._name)[:32]
+            self.scores: FarModel = Scores(self, kept)
         else:
             self.scores = OwnScores(self)
             folder = own
@@ -221,9 +224,20 @@ class ServedTeacher(ModelSource):
         """None: they are not here."""
         return None
 
-    def require_outcomes(self, identity: TargetIdentity) -> None:
-        """Refuse targets that this server cannot give."""
+    def require_outcomes(self, identity: TargetIdentity, config: KDConfig) -> None:
+        """Refuse targets that this server cannot give.
+
+        Raises:
+            ConchError: It cannot.
+        """
         self.scores.require(identity)
+        own = isinstance(self.scores, Scores) and self.scores.scores_own_answers_only
+        if own and (config.on_policy or config.own_answers):
+            raise ConchError(
+                f"{self.api.name} gives log-probabilities of its own answers only, and none of a "
+                "student's: leave out --on-policy and --own-answers, or use `conch-dna teach "
+                "serve` there"
+            )
 
     def resident(self) -> Any:
         """What stands for the model in memory."""
