@@ -19,7 +19,7 @@ from conch_dna.options.commands import HELP, OneLineGroup, example, passed_on
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
 from conch_dna.training.data.target_command import targets
-from conch_dna.training.ranks.start import refuse_several
+from conch_dna.training.machines.ranks.start import refuse_several
 from conch_dna.training.runs.commands import compare, runs
 from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student

@@ -10,7 +10,7 @@ from conch_dna.training.cross_tokenizer.records import AlignedExample, RecordAli
 from conch_dna.training.cross_tokenizer.targets import AlignedTargets
 from conch_dna.training.data.examples import KINDS
 from conch_dna.training.data.outcomes import target_identity
-from conch_dna.training.soft_targets import SoftTargetCache
+from conch_dna.training.data.soft_targets import SoftTargetCache
 
 TEXTS = [
     {"prompt": "Once upon a time", "completion": " there was a little cat who was very happy."},

@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "EMA": "conch_dna.training.ema",
+    "EMA": "conch_dna.training.optimizer.ema",
     "EvolveConfig": "conch_dna.generations.settings",
     "Line": "conch_dna.generations.line",
     "TeacherStudentTrainer": "conch_dna.generations.evolve",

@@ -15,13 +15,13 @@ from conch_dna.language_model import ModelSource
 from conch_dna.progress import Report
 from conch_dna.training.adapters import trained_tensors
 from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.runs.fit_student import fit_student
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
 from conch_dna.training.runs.privilege import require_help, require_more
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import SYSTEMS
-from conch_dna.training.soft_targets import Targets
 
 
 def self_taught_data(

@@ -32,6 +32,7 @@ from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import LOSSES, forward_kl, kept_and_rest, token_cross_entropy
 from conch_dna.training.batches import Batch, Example, round_up
 from conch_dna.training.cross_tokenizer.records import AlignedExample
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.head_loss import (
     Sums,
     autodiff,
@@ -39,8 +40,7 @@ from conch_dna.training.head_loss import (
     make_logit_loss,
     with_nothing,
 )
-from conch_dna.training.soft_targets import Targets
-from conch_dna.training.steps import Loss
+from conch_dna.training.optimizer.steps import Loss
 
 EXCLUDED_MULTIPLE = 16
 ROWS = (

@@ -18,7 +18,7 @@ from conch_dna.options.commands import command, json_option, options_of, write_f
 from conch_dna.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
-from conch_dna.training.ranks.start import led_by_the_first
+from conch_dna.training.machines.ranks.start import led_by_the_first
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
     DEFAULT_TEACHER,
@@ -333,7 +333,7 @@ def _print_plan(
     }
     from conch_dna.language_model import ModelSource
     from conch_dna.training.fit.shown import fit_table
-    from conch_dna.training.ranks.leading import run_teacher
+    from conch_dna.training.machines.ranks.leading import run_teacher
     from conch_dna.training.true_kd import plan_domain
 
     trust = config.trust_remote_code

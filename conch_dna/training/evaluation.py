@@ -22,6 +22,7 @@ from conch_dna.training.batches import (
     read_by_teacher,
     sequential_batches,
 )
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.head_loss import (
     Sums,
     autodiff,
@@ -30,9 +31,8 @@ from conch_dna.training.head_loss import (
     make_logit_loss,
     with_nothing,
 )
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
-from conch_dna.training.soft_targets import Targets
-from conch_dna.training.steps import Loss
 
 _ROWS = ("kept_ids", "teacher_log_probs", "best_ids", "soft_weights", "labels", "weights")
 _AT_ONE = "at temperature 1: "

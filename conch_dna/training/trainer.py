@@ -30,15 +30,21 @@ from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWho
 from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
-from conch_dna.training.ema import EMA
-from conch_dna.training.ranks.group import RankLostError
+from conch_dna.training.machines.ranks.group import RankLostError
+from conch_dna.training.optimizer.ema import EMA
+from conch_dna.training.optimizer.steps import (
+    BatchStream,
+    Loss,
+    Steps,
+    arrays_of,
+    learning_rate_schedule,
+)
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
     MAY_CHANGE,
     TrainerSettings,
     TrainingResult,
 )
-from conch_dna.training.steps import BatchStream, Loss, Steps, arrays_of, learning_rate_schedule
 
 ADAPTER_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -35,7 +35,7 @@ from conch_dna.training.data.target_files import (
 from conch_dna.training.data.views import prompt_text, taught_by
 from conch_dna.training.distillation import DOMAIN_PROMPTS, domain_examples
 from conch_dna.training.fit.workload import answers_to_come, given_examples
-from conch_dna.training.ranks.leading import run_teacher
+from conch_dna.training.machines.ranks.leading import run_teacher
 from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.questions import questions_of, require_room_for_own

@@ -25,9 +25,9 @@ from conch_dna.losses import forward_kl, log_softmax
 from conch_dna.training.batches import Example, collate, sequential_batches
 from conch_dna.training.data.outcomes import EXACT_BITS, target_identity
 from conch_dna.training.data.records import fitting, tokenize_records
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.data.target_codec import Decoder, encode
 from conch_dna.training.evaluation import heldout_metrics
-from conch_dna.training.soft_targets import SoftTargetCache
 from models import keep_layers
 
 

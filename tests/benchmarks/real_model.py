@@ -40,9 +40,9 @@ from conch_dna.training.data.answers import generate_answers
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.outcomes import compress
 from conch_dna.training.data.records import Record, json_lines, read_records
+from conch_dna.training.data.soft_targets import TargetBatches
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.settings import KDConfig, trainer_settings
-from conch_dna.training.soft_targets import TargetBatches
 from conch_dna.training.students.block_influence import (
     WINDOW,
     Removal,

@@ -24,9 +24,9 @@ from conch_dna.training.adapters import attach_lora
 from conch_dna.training.batches import collate
 from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.records import fitting, tokenize_records
+from conch_dna.training.data.soft_targets import SoftTargetCache, TargetBatches
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches
 from conch_dna.training.trainer import Trainer, TrainerSettings
 from models import keep_layers
 

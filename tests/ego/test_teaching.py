@@ -16,7 +16,7 @@ from conch_dna.ego.teaching.command import teach
 from conch_dna.ego.teaching.server import TeacherServer
 from conch_dna.language_model import ModelSource
 from conch_dna.training.data.answers import answer_batch
-from conch_dna.training.far.teacher import ServedTeacher
+from conch_dna.training.machines.far.teacher import ServedTeacher
 from suites import teaching
 
 TEXT = "Once upon a time there was a"

@@ -25,8 +25,8 @@ from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Example
 from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.records import tokenize_records
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 from models import make_model_folder, memory_of
 
 TEXTS = [

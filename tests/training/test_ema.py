@@ -10,7 +10,7 @@ import pytest
 
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import named_arrays
-from conch_dna.training.ema import EMA
+from conch_dna.training.optimizer.ema import EMA
 from conch_dna.training.trainer import Trainer, TrainerSettings
 
 

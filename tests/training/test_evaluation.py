@@ -14,13 +14,13 @@ from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import TokenMetrics, closed_gap
 from conch_dna.training.batches import Batch, Example, sequential_batches
 from conch_dna.training.data.outcomes import target_identity
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.evaluation import (
     heldout_figures,
     heldout_metrics,
     teacher_confidence,
     teacher_metrics,
 )
-from conch_dna.training.soft_targets import SoftTargetCache
 from models import memory_of, random_examples
 
 TOP_K = 20

@@ -20,8 +20,8 @@ from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.cross_tokenizer.targets import ChunkTargets
 from conch_dna.training.data.examples import Examples, resolve_alignment
 from conch_dna.training.data.records import Record
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 from models import make_model_folder
 from tokenizers_made import byte_level_tokenizer, character_tokenizer, wordpiece_tokenizer
 

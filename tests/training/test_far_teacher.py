@@ -18,9 +18,14 @@ from conch_dna.language_model import ModelSource
 from conch_dna.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data.outcomes import compute_targets, target_identity
-from conch_dna.training.far.providers import TokenNames, from_answer, from_echo, outcomes_of
-from conch_dna.training.far.teacher import ServedTeacher, teacher_source
-from conch_dna.training.far.wire import counted_runs, example_of, packed, unpacked
+from conch_dna.training.machines.far.providers import (
+    TokenNames,
+    from_answer,
+    from_echo,
+    outcomes_of,
+)
+from conch_dna.training.machines.far.teacher import ServedTeacher, teacher_source
+from conch_dna.training.machines.far.wire import counted_runs, example_of, packed, unpacked
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from conch_dna.web.door import ApiError
@@ -174,7 +179,7 @@ def test_what_a_server_of_others_cannot_give_is_refused(tiny_teacher, monkeypatc
         far = teacher_source(server.url, tokenizer=str(tiny_teacher))
         with pytest.raises(ConchError, match=r"is not there|gives no log-probabilities"):
             far.require_outcomes(target_identity(far, top_k=7, temperature=1.0), KDConfig())
-    monkeypatch.setattr("conch_dna.training.far.teacher.RETRIES", 0)
+    monkeypatch.setattr("conch_dna.training.machines.far.teacher.RETRIES", 0)
     with pytest.raises(EgoUnavailableError, match="cannot be reached"):
         ServedTeacher("http://127.0.0.1:9/v1")
     for url in ("http://", "http://user:secret@host/v1", "http://host/v1?key=secret"):
@@ -191,8 +196,8 @@ def test_a_key_does_not_travel_unencrypted(monkeypatch):
 
 def test_a_run_goes_on_when_the_server_is_back(tiny_teacher, tmp_path, monkeypatch):
     """It stops with one line where the server dies, and ends as one that was taught locally."""
-    monkeypatch.setattr("conch_dna.training.far.teacher.RETRIES", 0)
-    monkeypatch.setattr("conch_dna.training.soft_targets.SHARD_POSITIONS", 16)
+    monkeypatch.setattr("conch_dna.training.machines.far.teacher.RETRIES", 0)
+    monkeypatch.setattr("conch_dna.training.data.soft_targets.SHARD_POSITIONS", 16)
     settings = {**QUICK, "temperature": 2.0, "on_policy": 0.5, "rollout_tokens": 6, "rollouts": 4}
     student = "embedded:student"
 

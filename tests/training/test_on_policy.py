@@ -20,6 +20,7 @@ from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.runs.html_report import write_report
 from conch_dna.training.runs.on_policy import rounds as rounds_module
 from conch_dna.training.runs.on_policy.own_answers import (
@@ -48,7 +49,6 @@ from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.runs.on_policy.stream import MixedBatches
 from conch_dna.training.runs.report import own_answers_rows
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from models import QUICK, make_model_folder

@@ -15,11 +15,11 @@ from mlx.utils import tree_map
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import make_trainable
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.runs.on_policy import rounds as rounds_module
 from conch_dna.training.runs.on_policy.own_teacher import VALUES_FILE, OwnTeacher
 from conch_dna.training.runs.on_policy.questions import questions_of
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.trainer import CHECKPOINT_PREFIX, Trainer
 from conch_dna.training.true_kd import TrueKnowledgeDistiller, plan_domain
 from models import QUICK, make_model_folder

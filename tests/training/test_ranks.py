@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.training.batches import ExampleBatches
-from conch_dna.training.ranks.leading import run_teacher
-from conch_dna.training.ranks.teacher import arrays_of_examples, examples_of
+from conch_dna.training.machines.ranks.leading import run_teacher
+from conch_dna.training.machines.ranks.teacher import arrays_of_examples, examples_of
 from conch_dna.training.settings import KDConfig
 from models import ANIMALS, random_examples
 

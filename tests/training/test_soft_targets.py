@@ -25,10 +25,9 @@ from conch_dna.checkpoints import file_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.losses import LOSSES, compute_kd_loss
-from conch_dna.training import soft_targets
 from conch_dna.training.adapters import attach_lora
 from conch_dna.training.batches import Example, collate
-from conch_dna.training.data import outcomes, target_shards
+from conch_dna.training.data import outcomes, soft_targets, target_shards
 from conch_dna.training.data.outcomes import (
     TARGET_ARRAYS,
     TargetIdentity,
@@ -36,10 +35,10 @@ from conch_dna.training.data.outcomes import (
     compute_targets,
     target_identity,
 )
+from conch_dna.training.data.soft_targets import SoftTargetCache, TargetBatches
 from conch_dna.training.evaluation import heldout_metrics
 from conch_dna.training.head_loss import make_distillation_loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache, TargetBatches
 from models import ASSETS, make_model_folder, memory_of, random_examples
 
 TEMPERATURES = (0.5, 1.0, 2.0)

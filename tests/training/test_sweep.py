@@ -17,10 +17,10 @@ from conch_dna.cli import main
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import verdict
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.runs import domain_run
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 from conch_dna.training.sweeps.grid import SWEEPABLE, grid_runs
 from conch_dna.training.sweeps.report import choice_text, draw_sweep, sweep_table
 from conch_dna.training.sweeps.sweep import Sweep, plan_sweep

@@ -753,8 +753,10 @@ def test_a_kind_of_model_without_a_gradient_is_told_in_one_line(tmp_path):
     def loss(model, arrays):
         raise ValueError("[Primitive::vjp] Not implemented\nfor Scan.")
 
-    trainer = toy(tmp_path)
-    trainer.loss = loss
+    batch = pull(1.0, 1.0)
+    trainer = Trainer(
+        Point(), loss, Pulls(batch), [batch], settings_of(), tmp_path, heldout_loss=distance_sums
+    )
     with pytest.raises(ConchError, match=r"of the kind \w+ cannot take a training step here: \[P"):
         trainer.run()
 

@@ -20,7 +20,7 @@ from conch_dna.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data.answers import answer_batch, answer_text
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets
-from conch_dna.training.far.wire import example_of, packed
+from conch_dna.training.machines.far.wire import example_of, packed
 from conch_dna.web.door import ApiError, json_object
 
 # Token ids and runs of a request.

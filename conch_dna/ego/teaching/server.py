@@ -23,8 +23,8 @@ from conch_dna.ego.teaching.completions import Completions, parse_completion
 from conch_dna.ego.teaching.settings import TeacherSettings
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import ModelSource
-from conch_dna.training.far.teacher import FILES, MOST_FILE_BYTES
-from conch_dna.training.far.wire import FORMAT
+from conch_dna.training.machines.far.teacher import FILES, MOST_FILE_BYTES
+from conch_dna.training.machines.far.wire import FORMAT
 from conch_dna.web.connections import guarded_server, listening
 from conch_dna.web.door import ApiError, check_door, json_response, read_body
 

@@ -30,8 +30,8 @@ from conch_dna.training.head_loss import (
     takes_chunks,
     with_nothing,
 )
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.steps import Loss
 
 # What a batch holds besides arrays with a row for each counted token.
 NO_ROWS = ("inputs", "chunk_log_probs", "chunk_weights")

@@ -20,9 +20,9 @@ from conch_dna.training.cross_tokenizer.loss import SoftLoss, make_aligned_loss,
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.cross_tokenizer.token_bytes import TokenBytes, token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import shared_tokens
+from conch_dna.training.data.soft_targets import SoftTargetCache
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
-from conch_dna.training.steps import Loss
 
 CHUNK_MULTIPLE = 32
 Arrays = dict[str, np.ndarray]

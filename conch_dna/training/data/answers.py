@@ -28,7 +28,7 @@ from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.data.records import TOKENS, Record
 from conch_dna.training.data.views import CONTEXT, asked_turns, context_of, prompt_text
-from conch_dna.training.far.models import FarModel
+from conch_dna.training.machines.far.models import FarModel
 from conch_dna.training.settings import STUDENT, SYSTEMS, TEACHER, KDConfig
 
 FORMAT = "answers 2"

@@ -52,11 +52,11 @@ from conch_dna.training.data.records import (
     with_answer,
 )
 from conch_dna.training.data.sampled_targets import DrawnTargetCache, SampledTargets, drawn_identity
+from conch_dna.training.data.soft_targets import SoftTargetCache, Targets
 from conch_dna.training.data.views import differs, view, with_systems
 from conch_dna.training.distillation import domain_system
-from conch_dna.training.far.teacher import ServedTeacher
+from conch_dna.training.machines.far.teacher import ServedTeacher
 from conch_dna.training.settings import STUDENT, TEACHER, KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache, Targets
 
 AUTO_ALIGNMENT = "roots"
 # Reading the same examples more often than this is warned of.

@@ -15,9 +15,9 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.batches import Batch, Example, read_by_teacher
 from conch_dna.training.data.outcomes import DRAWN_ARRAYS, TargetIdentity, shares_drawn
+from conch_dna.training.data.soft_targets import SoftTargetCache
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
-from conch_dna.training.steps import Loss
 
 
 def drawn_identity(identity: TargetIdentity, config: KDConfig, *, by_index: bool) -> TargetIdentity:

@@ -10,15 +10,15 @@ from conch_dna.language_model import LanguageModel
 from conch_dna.progress import Report
 from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.data.examples import Examples
+from conch_dna.training.data.soft_targets import TargetBatches
 from conch_dna.training.evaluation import and_kl, with_evaluation
 from conch_dna.training.head_loss import make_cross_entropy_loss
-from conch_dna.training.ranks.group import current
-from conch_dna.training.ranks.leading import shared_steps
+from conch_dna.training.machines.ranks.group import current
+from conch_dna.training.machines.ranks.leading import shared_steps
+from conch_dna.training.optimizer.steps import BatchStream
 from conch_dna.training.runs.on_policy.stream import mixed_batches
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import TrainingResult, trainer_settings
-from conch_dna.training.soft_targets import TargetBatches
-from conch_dna.training.steps import BatchStream
 from conch_dna.training.trainer import Trainer
 
 

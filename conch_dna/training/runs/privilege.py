@@ -12,9 +12,9 @@ from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER, verdict
 from conch_dna.progress import Report
 from conch_dna.training.batches import PairedExample, sequential_batches
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import HeldoutFigures
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import Targets
 
 
 def require_more(examples: Sequence[Any], config: KDConfig) -> None:

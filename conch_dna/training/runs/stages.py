@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from conch_dna.training.data.examples import Split
 from conch_dna.training.data.records import Record
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import HeldoutFigures
 from conch_dna.training.runs.on_policy.questions import Question
-from conch_dna.training.soft_targets import Targets
 from conch_dna.training.trainer import TrainingResult
 
 

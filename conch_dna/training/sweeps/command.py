@@ -104,7 +104,7 @@ def sweep(
 
     from conch_dna.language_model import ModelSource
     from conch_dna.progress import Progress
-    from conch_dna.training.far.teacher import teacher_source
+    from conch_dna.training.machines.far.teacher import teacher_source
     from conch_dna.training.runs.listing import SWEEP_FILE
     from conch_dna.training.sweeps.report import choice_text, sweep_table
     from conch_dna.training.sweeps.sweep import (

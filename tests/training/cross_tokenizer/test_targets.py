@@ -19,8 +19,8 @@ from conch_dna.training.cross_tokenizer.targets import merged
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.cross_tokenizer.vocabulary import build_vocab_projection, shared_tokens
 from conch_dna.training.data.examples import KINDS, Examples
+from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import SoftTargetCache
 
 
 @pytest.mark.parametrize("kind", ["roots", "shared tokens"])

@@ -18,6 +18,7 @@ from conch_dna.metrics import BETTER, NOT_SHOWN, WORSE, paired_interval
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.data.answers import answer_batch, answer_text
 from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.runs.on_policy.questions import (
     Question,
@@ -25,7 +26,6 @@ from conch_dna.training.runs.on_policy.questions import (
     require_room_for_own,
 )
 from conch_dna.training.settings import KDConfig
-from conch_dna.training.soft_targets import Targets
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
 
 FOLDER = "own_answers"

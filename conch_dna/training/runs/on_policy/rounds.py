@@ -28,6 +28,7 @@ from conch_dna.training.batches import Batch, bucketed_batches, first_counted, r
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.examples import Examples, Split
+from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.runs.on_policy.own_teacher import (
     ROUND_FILE,
     VALUES_FILE,
@@ -43,7 +44,6 @@ from conch_dna.training.runs.on_policy.residency import ONE, parked, same_random
 from conch_dna.training.runs.on_policy.shares import own_batches
 from conch_dna.training.runs.run_file import ANSWERS, ROLLOUTS
 from conch_dna.training.settings import CHECKPOINT_PREFIX, KDConfig
-from conch_dna.training.soft_targets import Targets
 
 # By default a round asks all prompts, but no more than so many.
 MOST_ROLLOUTS = 64

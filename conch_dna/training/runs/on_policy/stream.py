@@ -15,12 +15,12 @@ from conch_dna.language_model import LanguageModel
 from conch_dna.progress import Report
 from conch_dna.training.batches import Batch
 from conch_dna.training.data.examples import Examples
+from conch_dna.training.optimizer.steps import BatchStream
 from conch_dna.training.runs.on_policy.own_teacher import OwnTeacher
 from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.runs.on_policy.residency import BOTH, chosen_residency
 from conch_dna.training.runs.on_policy.rounds import Rounds
 from conch_dna.training.runs.on_policy.shares import own_batches
-from conch_dna.training.steps import BatchStream
 
 
 def mixed_batches(

@@ -9,12 +9,12 @@ from typing import Any
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.data.examples import Examples
-from conch_dna.training.far.teacher import teacher_source
-from conch_dna.training.ranks.group import Ranks, current
-from conch_dna.training.ranks.steps import SharedSteps
-from conch_dna.training.ranks.teacher import SharedTeacher
+from conch_dna.training.machines.far.teacher import teacher_source
+from conch_dna.training.machines.ranks.group import Ranks, current
+from conch_dna.training.machines.ranks.steps import SharedSteps
+from conch_dna.training.machines.ranks.teacher import SharedTeacher
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import KDConfig, TrainerSettings
-from conch_dna.training.steps import Loss
 from conch_dna.web.client import is_endpoint
 
 

@@ -15,8 +15,8 @@ from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import ConchError, EgoUnavailableError, NotWholeError, one_line
 from conch_dna.training.batches import Example, first_counted
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.models import FarModel, Served, ids_of, in_order
-from conch_dna.training.far.providers import (
+from conch_dna.training.machines.far.models import FarModel, Served, ids_of, in_order
+from conch_dna.training.machines.far.providers import (
     SMALLEST_REST,
     TokenNames,
     from_answer,

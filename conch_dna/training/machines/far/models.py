@@ -13,7 +13,7 @@ import numpy as np
 from conch_dna.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.wire import asked_of, counted_runs, unpacked
+from conch_dna.training.machines.far.wire import asked_of, counted_runs, unpacked
 from conch_dna.web.client import ApiClient, plain_fields
 
 # Requests under way at once.

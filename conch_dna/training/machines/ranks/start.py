@@ -28,7 +28,7 @@ def led_by_the_first(function: Callable[..., None]) -> Callable[..., None]:
         if not launched():
             function(*arguments, **values)
             return
-        from conch_dna.training.ranks.group import joined, leading
+        from conch_dna.training.machines.ranks.group import joined, leading
 
         ranks = joined()
         if ranks is None:
@@ -58,7 +58,7 @@ def refuse_several(command: str) -> None:
 
 
 def _help(ranks: Any) -> None:
-    from conch_dna.training.ranks.helper import Helper
+    from conch_dna.training.machines.ranks.helper import Helper
 
     # A Ctrl-C of the terminal reaches all; the first process decides what comes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

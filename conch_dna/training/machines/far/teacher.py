@@ -17,9 +17,9 @@ from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
 from conch_dna.progress import Report
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.models import FarModel, OwnScores
-from conch_dna.training.far.others import Scores
-from conch_dna.training.far.wire import FORMAT
+from conch_dna.training.machines.far.models import FarModel, OwnScores
+from conch_dna.training.machines.far.others import Scores
+from conch_dna.training.machines.far.wire import FORMAT
 from conch_dna.training.settings import KDConfig
 from conch_dna.web.client import ApiClient, Remedies, is_endpoint, parts_of, plain_fields
 

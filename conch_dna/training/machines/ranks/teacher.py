@@ -13,9 +13,9 @@ from conch_dna.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets
-from conch_dna.training.far.models import FarModel
-from conch_dna.training.far.wire import asked_of
-from conch_dna.training.ranks.group import Ranks
+from conch_dna.training.machines.far.models import FarModel
+from conch_dna.training.machines.far.wire import asked_of
+from conch_dna.training.machines.ranks.group import Ranks
 
 TEACHER = "teacher"
 

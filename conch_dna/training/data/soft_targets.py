@@ -30,10 +30,10 @@ from conch_dna.training.data.outcomes import (
 )
 from conch_dna.training.data.target_files import write_about
 from conch_dna.training.data.target_shards import RoundedShard, Shard, open_shard, write_shard
-from conch_dna.training.far.models import FarModel
 from conch_dna.training.head_loss import make_distillation_loss
+from conch_dna.training.machines.far.models import FarModel
+from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
-from conch_dna.training.steps import Loss
 
 SHARD_POSITIONS = 16_384
 

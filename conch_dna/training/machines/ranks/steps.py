@@ -16,9 +16,9 @@ from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
 from conch_dna.language_model import named_arrays
 from conch_dna.training.batches import Batch
-from conch_dna.training.ranks.group import Ranks
+from conch_dna.training.machines.ranks.group import Ranks
+from conch_dna.training.optimizer.steps import BatchStream, Loss, Steps
 from conch_dna.training.settings import TrainerSettings
-from conch_dna.training.steps import BatchStream, Loss, Steps
 
 _TRAINED, _MOMENTS = "trained/", "optimizer/"
 

@@ -16,11 +16,11 @@ from conch_dna.progress import silent
 from conch_dna.training.adapters import checkpoint_layers, make_trainable
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.far.teacher import teacher_source
 from conch_dna.training.head_loss import make_cross_entropy_loss
-from conch_dna.training.ranks.group import Ranks
-from conch_dna.training.ranks.steps import SharedSteps
-from conch_dna.training.ranks.teacher import ShardedModel, SharedModel, examples_of, loaded
+from conch_dna.training.machines.far.teacher import teacher_source
+from conch_dna.training.machines.ranks.group import Ranks
+from conch_dna.training.machines.ranks.steps import SharedSteps
+from conch_dna.training.machines.ranks.teacher import ShardedModel, SharedModel, examples_of, loaded
 from conch_dna.training.settings import KDConfig, trainer_settings
 
 
