@@ -107,7 +107,6 @@ class Trainer:
         if not heldout_batches:
             raise ConchError("no held-out batches: the best step could not be chosen; give more")
         self.model = model
-        self.loss = loss
         self.heldout_loss = heldout_loss or loss
         self.train_batches = train_batches
         self.heldout_batches = heldout_batches
