@@ -59,11 +59,13 @@ test-slow: .venv/stamp
 	$(PYTEST) -m slow --cov-append --cov-report=term --cov-fail-under=$(COVERAGE)
 
 bench: .venv/stamp
+	@$(BIN)/python tests/benchmarks/_ratios.py forget
 	@for script in $(filter-out %/real_model.py,$(wildcard tests/benchmarks/[a-z]*.py)); do \
 		test -f "$$script" || { echo 'tests/benchmarks holds no script'; continue; }; \
 		echo "== $$script"; \
 		$(BIN)/python "$$script" || exit 1; \
 	done
+	$(BIN)/python tests/benchmarks/_ratios.py
 
 real: .venv/stamp
 	REAL_MODEL='$(REAL_MODEL)' REAL_QUESTIONS='$(REAL_QUESTIONS)' \

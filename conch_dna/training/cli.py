@@ -339,6 +339,9 @@ def _print_plan(
     trust = config.trust_remote_code
     teacher = run_teacher(request.models[0], config, weights=False)
     student = ModelSource(request.models[1], trust_remote_code=trust, weights=False)
+    elsewhere = "behind a URL" if teacher.is_far else NOT_HERE
+    if teacher.is_weightless:
+        elsewhere = "without its weights: what it has not said yet cannot be asked"
     plans = {}
     for name, folder in folders.items():
         plan = plans[name] = plan_domain(teacher, student, config, name, **sources[name])
@@ -350,7 +353,7 @@ def _print_plan(
             covered = 1 - plan["coverage"]["uncovered"]
             aligned += f"; {covered:.1%} of the student's tokens are covered"
         rows = {
-            "teacher": f"{plan['teacher']} ({bytes_text(plan['teacher_bytes'], NOT_HERE)})",
+            "teacher": f"{plan['teacher']} ({bytes_text(plan['teacher_bytes'], elsewhere)})",
             "student": f"{plan['student']} ({bytes_text(plan['student_bytes'], NOT_HERE)})",
             "data": plan["data"],
             "examples": f"{plan['examples']}, of which {plan['heldout_examples']} held out"

@@ -16,7 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from _setting import print_setting, spread, stories
+from _ratios import note_ratio
+from _setting import print_setting, stories
 from rich.console import Console
 
 from conch_dna.language_model import ModelSource
@@ -155,7 +156,9 @@ def ratios(tokens: int, pairs: int) -> list[tuple[str, ...]]:
             [measured(head.loss(name, size))[1] for size in (chunk, 0)] for _ in range(pairs + 1)
         ]
         # The first is warm-up.
-        found.append((name, spread([chunked / whole for chunked, whole in both[1:]], 2)))
+        values = [chunked / whole for chunked, whole in both[1:]]
+        told = note_ratio(f"time, {name} in chunks over all at once", values, "at most 1.1")
+        found.append((name, told))
         print("  ", *found[-1], sep="  ", flush=True)
     return found
 
@@ -188,7 +191,8 @@ def target_ratio(folder: str, texts: int, pairs: int) -> str:
             seconds.append(time.perf_counter() - began)
         both.append(seconds)
         print("  ", f"{both[-1][0]:.1f} s and {both[-1][1]:.1f} s", flush=True)
-    return spread([one / other for one, other in both[1:]], 2)
+    values = [one / other for one, other in both[1:]]
+    return note_ratio("time, targets over the bare forward pass", values, "at most 1.25")
 
 
 def main() -> None:

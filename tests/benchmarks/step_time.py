@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from _ratios import note_ratio
 from _setting import print_setting, shared_data, spread, stories
 from mlx_lm.tuner.trainer import default_loss
 
@@ -120,7 +121,8 @@ def main() -> None:
     ratios = [kd / sft for kd, sft in zip(times["kd"], times["mlx_lm"], strict=True)]
     print(f"  KD step, seconds:      {spread(times['kd'])}")
     print(f"  mlx_lm step, seconds:  {spread(times['mlx_lm'])}")
-    print(f"  ratio of paired steps: {spread(ratios, 3)}; wanted at most 1.15")
+    told = note_ratio("time, a KD step over mlx_lm's", ratios, "at most 1.15")
+    print(f"  ratio of paired steps: {told}; wanted at most 1.15")
     for name, peak in peaks.items():
         print(f"  peak memory of {name} steps above what was resident: {peak / 1e6:.1f} MB")
 

@@ -26,7 +26,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from _setting import print_setting, shared_data, spread
+from _ratios import note_ratio
+from _setting import print_setting, shared_data
 
 from conch_dna.language_model import ModelSource
 from conch_dna.training.batches import ExampleBatches
@@ -188,8 +189,11 @@ def main() -> None:
                     ),
                     flush=True,
                 )
-            print(f"  {name}: ratio of whole processes {spread(whole, 2)}; wanted at least 1.0")
-            print(f"  {name}: ratio of the loops {spread(loop, 2)}")
+            for kind, values in (("whole processes", whole), ("loops", loop)):
+                told = note_ratio(
+                    f"tokens a second, KD over mlx_lm, {name}, {kind}", values, "at least 1.0"
+                )
+                print(f"  {name}: ratio of {kind} {told}; wanted at least 1.0")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,17 @@ def test_verify_finds_a_flipped_bit(made: Path, tmp_path: Path, about: bool) -> 
     assert "was altered" in result.stderr and shard.exists(), "looking changes nothing"
 
 
+@pytest.mark.parametrize("name", ["teacher/tokenizer.json", "data/train.jsonl"])
+def test_verify_looks_at_what_lies_beside_the_targets(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (folder / "s" / name).write_bytes(b"{}")
+    result = run("targets", "verify", folder)
+    assert result.exit_code == 1 and "1 shard whole, 1 damaged" in result.stdout
+    assert Path(name).name in result.stderr and "truncated or altered" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["info", "verify"])
 def test_a_folder_without_targets_is_said(tmp_path: Path, name: str) -> None:
     for place in (tmp_path, tmp_path / "none"):

@@ -64,11 +64,20 @@ def info(folder: str, json_file: str | None) -> None:
 )
 @_FOLDER
 def verify(folder: str) -> None:
-    """Read every target in a folder and compare it with its digest; exit 1 if one is damaged."""
-    from conch_dna.training.data.target_files import check_shards, checked_text, target_folders
+    """Read every target in a folder, and what lies beside them; exit 1 if something is damaged."""
+    from conch_dna.training.data.target_files import (
+        check_beside,
+        check_shards,
+        checked_text,
+        target_folders,
+    )
 
     whole = damaged = 0
-    for place in target_folders(Path(folder).expanduser()):
+    places = target_folders(Path(folder).expanduser())
+    for wrong in check_beside(places):
+        damaged += 1
+        click.echo(wrong, err=True)
+    for place in places:
         for _, problem in check_shards(place):
             whole, damaged = whole + (problem is None), damaged + (problem is not None)
             if problem:

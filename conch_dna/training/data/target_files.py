@@ -10,9 +10,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.checkpoints import read_json, remove_folder, write_folder, write_json
+from conch_dna.checkpoints import (
+    DIGESTS,
+    read_json,
+    remove_folder,
+    verify_folder,
+    write_folder,
+    write_json,
+)
 from conch_dna.errors import ConchError, NotWholeError, number_of, one_line
 from conch_dna.training.data.outcomes import TargetIdentity
+from conch_dna.training.settings import TEACHER
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,6 +154,17 @@ def check_shards(folder: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, str(error)
         else:
             yield path, None
+
+
+def check_beside(places: Sequence[Path]) -> Iterator[str]:
+    """What is wrong with teachers without weights and records that lie beside folders of shards."""
+    for domain in sorted({place.parent.parent for place in places}):
+        for folder in (domain / TEACHER, domain / DATA_FOLDER):
+            if (folder / DIGESTS).is_file():
+                try:
+                    verify_folder(folder)
+                except NotWholeError as error:
+                    yield str(error)
 
 
 def _shards(folder: Path) -> list[Path]:
