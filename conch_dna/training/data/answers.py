@@ -28,7 +28,7 @@ from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.data.records import TOKENS, Record
 from conch_dna.training.data.views import CONTEXT, asked_turns, context_of, prompt_text
-from conch_dna.training.machines.far.models import FarModel
+from conch_dna.training.machines.far.models import StandIn
 from conch_dna.training.settings import STUDENT, SYSTEMS, TEACHER, KDConfig
 
 FORMAT = "answers 2"
@@ -175,8 +175,8 @@ def cached_answer_batch(
         if kept["digest"] == content_digest(json.dumps(kept["answers"])):
             answers: list[list[int]] = kept["answers"]
             return answers
-    model: LanguageModel | FarModel = teacher.resident()
-    if isinstance(model, FarModel):
+    model: LanguageModel | StandIn = teacher.resident()
+    if isinstance(model, StandIn):
         answers = model.answers(prompts, **draw)
     else:
         answers = answer_batch(model, prompts, **draw)

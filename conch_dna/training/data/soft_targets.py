@@ -31,7 +31,7 @@ from conch_dna.training.data.outcomes import (
 from conch_dna.training.data.target_files import write_about
 from conch_dna.training.data.target_shards import RoundedShard, Shard, open_shard, write_shard
 from conch_dna.training.head_loss import make_distillation_loss
-from conch_dna.training.machines.far.models import FarModel
+from conch_dna.training.machines.far.models import StandIn
 from conch_dna.training.optimizer.steps import Loss
 from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 
@@ -121,10 +121,10 @@ class SoftTargetCache:
         return len(absent)
 
     def _write(
-        self, teacher: LanguageModel | FarModel, examples: list[Example], batch_size: int
+        self, teacher: LanguageModel | StandIn, examples: list[Example], batch_size: int
     ) -> None:
         how: dict[str, Any] = {"batch_size": batch_size, "report": self.report}
-        if isinstance(teacher, FarModel):
+        if isinstance(teacher, StandIn):
             results = teacher.targets(examples, self.identity, **how)
         else:
             results = compute_targets(teacher, examples, self.identity, memory=self.memory, **how)

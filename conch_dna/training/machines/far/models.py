@@ -34,7 +34,7 @@ class Served(Protocol):
         """Its tokenizer, as mlx_lm wraps it."""
 
 
-class FarModel:
+class StandIn:
     """What stands for a far teacher where a local one would be in memory.
 
     Args:
@@ -121,7 +121,7 @@ def in_order(work: Callable[[Any], Any], items: Sequence[Any]) -> Any:
                 future.cancel()
 
 
-class OwnScores(FarModel):
+class OwnScores(StandIn):
     """By a server of `conch-dna teach serve`: what a local teacher would give."""
 
     def _score(

@@ -15,7 +15,7 @@ from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import ConchError, EgoUnavailableError, NotWholeError, one_line
 from conch_dna.training.batches import Example, first_counted
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.machines.far.models import FarModel, Served, ids_of, in_order
+from conch_dna.training.machines.far.models import Served, StandIn, ids_of, in_order
 from conch_dna.training.machines.far.providers import (
     SMALLEST_REST,
     TokenNames,
@@ -33,7 +33,7 @@ _BY_IDS = {"return_tokens_as_token_ids": True, "add_special_tokens": False}
 Row = tuple[dict[int, float], float]
 
 
-class Scores(FarModel):
+class Scores(StandIn):
     """By a server of others.
 
     Args:

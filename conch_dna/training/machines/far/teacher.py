@@ -17,7 +17,7 @@ from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
 from conch_dna.progress import Report
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.machines.far.models import FarModel, OwnScores
+from conch_dna.training.machines.far.models import OwnScores, StandIn
 from conch_dna.training.machines.far.others import Scores
 from conch_dna.training.machines.far.wire import FORMAT
 from conch_dna.training.settings import KDConfig
@@ -108,7 +108,7 @@ class ServedTeacher(ModelSource):
         if own is None:
             folder = self._tokenizer_folder(tokenizer)
             kept = cache_folder() / "answers" / content_digest(address, self._name)[:32]
-            self.scores: FarModel = Scores(self, kept)
+            self.scores: StandIn = Scores(self, kept)
         else:
             self.scores = OwnScores(self)
             folder = own

@@ -13,7 +13,7 @@ from conch_dna.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets
-from conch_dna.training.machines.far.models import FarModel
+from conch_dna.training.machines.far.models import StandIn
 from conch_dna.training.machines.far.wire import asked_of
 from conch_dna.training.machines.ranks.group import Ranks
 
@@ -38,7 +38,7 @@ class SharedTeacher(ModelSource):
         self.ranks = ranks
         self.memory = memory
         self.is_sharded = is_sharded
-        self._kept: FarModel | None = None
+        self._kept: StandIn | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def loaded(source: ModelSource, *, is_sharded: bool) -> LanguageModel:
     return LanguageModel(source, model)
 
 
-class SharedModel(FarModel):
+class SharedModel(StandIn):
     """A teacher that each process has whole: a batch each, in turn.
 
     Args:
