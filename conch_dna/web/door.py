@@ -146,6 +146,25 @@ def json_response(
     return JSONResponse(content, status, headers=headers)
 
 
+def error_handlers() -> dict[Any, Any]:
+    """What a Starlette application answers where something is refused or goes wrong."""
+    from starlette.exceptions import HTTPException
+
+    def refused(request: "Request", error: Any) -> "Response":
+        return json_response(error.to_json(), error.status, headers=error.headers)
+
+    def not_there(request: "Request", error: Any) -> "Response":
+        # Not of request.url, which reads the Host header, whatever that holds.
+        message = f"{request.method} {request.scope['path']}: {error.detail}"
+        return refused(request, ApiError(error.status_code, message, headers=error.headers))
+
+    def broken(request: "Request", error: Exception) -> "Response":
+        # The server's log has the traceback.
+        return refused(request, ApiError(500, "the server made a mistake"))
+
+    return {ApiError: refused, HTTPException: not_there, Exception: broken}
+
+
 def check_door(request: "Request", *, key: bytes) -> None:
     """Refuse who may not ask.
 

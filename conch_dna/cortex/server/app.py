@@ -27,7 +27,7 @@ from conch_dna.cortex.server.openai_api import (
 )
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError, one_line
-from conch_dna.web.door import ApiError, check_door, json_response, read_body
+from conch_dna.web.door import ApiError, check_door, error_handlers, json_response, read_body
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -58,20 +58,7 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
         key: That clients must send; empty where they need none.
     """
     from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
     from starlette.routing import Route
-
-    def refused(request: "Request", error: Any) -> "Response":
-        return json_response(error.to_json(), error.status, headers=error.headers)
-
-    def not_there(request: "Request", error: Any) -> "Response":
-        # Not of request.url, which reads the Host header, whatever that holds.
-        message = f"{request.method} {request.scope['path']}: {error.detail}"
-        return refused(request, ApiError(error.status_code, message, headers=error.headers))
-
-    def broken(request: "Request", error: Exception) -> "Response":
-        # The server's log has the traceback.
-        return refused(request, ApiError(500, "the server made a mistake"))
 
     check = partial(check_door, key=key.encode())
     chat = ChatEndpoint(loop, check)
@@ -84,8 +71,7 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
         Route("/metrics", addresses.metrics),
         Route("/admin/reload", addresses.reload, methods=["POST"]),
     ]
-    handlers: dict[Any, Any] = {ApiError: refused, HTTPException: not_there, Exception: broken}
-    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=error_handlers())
     # It would send clients to wherever the Host header says.
     app.router.redirect_slashes = False
     return app, chat

@@ -26,7 +26,7 @@ from conch_dna.language_model import ModelSource
 from conch_dna.training.machines.far.teacher import FILES, MOST_FILE_BYTES
 from conch_dna.training.machines.far.wire import FORMAT
 from conch_dna.web.connections import guarded_server, listening
-from conch_dna.web.door import ApiError, check_door, json_response, read_body
+from conch_dna.web.door import ApiError, check_door, error_handlers, json_response, read_body
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -133,18 +133,7 @@ class TeacherServer:
 
     def _app(self) -> "Starlette":
         from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
         from starlette.routing import Route
-
-        def refused(request: "Request", error: Any) -> "Response":
-            return json_response(error.to_json(), error.status, headers=error.headers)
-
-        def not_there(request: "Request", error: Any) -> "Response":
-            message = f"{request.method} {request.scope['path']}: {error.detail}"
-            return refused(request, ApiError(error.status_code, message, headers=error.headers))
-
-        def broken(request: "Request", error: Exception) -> "Response":
-            return refused(request, ApiError(500, "the server made a mistake"))
 
         routes = [
             Route("/v1/completions", self._complete, methods=["POST"]),
@@ -152,8 +141,7 @@ class TeacherServer:
             Route("/v1/teacher", self._teacher),
             Route("/health", self._health),
         ]
-        handlers: dict[Any, Any] = {ApiError: refused, HTTPException: not_there, Exception: broken}
-        app = Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=error_handlers())
         app.router.redirect_slashes = False
         return app
 
