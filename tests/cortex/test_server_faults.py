@@ -16,11 +16,12 @@ import openai
 import pytest
 
 from conch_dna.cortex.neuron import MOST_NOTES, CortexSuite, create_cortex_suite
-from conch_dna.cortex.server import app, serving
+from conch_dna.cortex.server import app
 from conch_dna.cortex.server.app import ChatEndpoint
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.ego import prompts
 from conch_dna.ego.model import EgoConfig, EgoModel
+from conch_dna.web import connections
 from servers import (
     OPENINGS,
     STUDENT,
@@ -158,7 +159,7 @@ def test_what_is_said_to_be_too_long_is_not_read(server):
 
 
 def test_there_are_not_more_connections_than_there_may_be(served_adapters, monkeypatch):
-    monkeypatch.setattr(serving, "_SPARE_CONNECTIONS", 1)
+    monkeypatch.setattr(connections, "_SPARE_CONNECTIONS", 1)
     with served(served_adapters, max_queue=1) as server, ExitStack() as stack:
         for _ in range(2):
             stack.enter_context(connected(server))

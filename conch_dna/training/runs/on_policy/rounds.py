@@ -161,6 +161,10 @@ class Rounds:
         draw = (config.rollout_tokens, config.rollout_temperature, self.size, config.rollout_reuse)
         return content_digest(*asked, str(draw), str(config.seed))
 
+    def batch(self, place: int, *, step: int, last_step: int) -> Batch:
+        """Batch `place` as a whole, see `parts`."""
+        return self.parts(place, 1, step=step, last_step=last_step)[0]
+
     def parts(self, place: int, count: int, *, step: int, last_step: int) -> list[Batch]:
         """Batch `place` of the student's own answers, counted over all rounds, in parts.
 
