@@ -19,7 +19,7 @@ from conch_dna.options.commands import HELP, OneLineGroup, example, passed_on
 from conch_dna.sedimentation.cli import sediment
 from conch_dna.training.cli import distill, vocab
 from conch_dna.training.data.target_command import targets
-from conch_dna.training.machines.ranks.start import refuse_several
+from conch_dna.training.machines.ranks.start import several_problem
 from conch_dna.training.runs.commands import compare, runs
 from conch_dna.training.runs.report_command import report
 from conch_dna.training.students.command import student
@@ -56,8 +56,8 @@ def _print_version(context: click.Context, _parameter: click.Parameter, asked: b
 @click.pass_context
 def main(context: click.Context) -> None:
     """Distil what big language models know into small ones, with MLX."""
-    if context.invoked_subcommand:
-        refuse_several(context.invoked_subcommand)
+    if context.invoked_subcommand and (why := several_problem(context.invoked_subcommand)):
+        raise click.UsageError(why)
 
 
 for command in (

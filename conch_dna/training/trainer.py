@@ -26,7 +26,13 @@ from conch_dna.checkpoints import (
     require_keys,
     write_folder,
 )
-from conch_dna.errors import ConchError, Interrupted, NonFiniteLossError, NotWholeError
+from conch_dna.errors import (
+    ConchError,
+    EgoUnavailableError,
+    Interrupted,
+    NonFiniteLossError,
+    NotWholeError,
+)
 from conch_dna.language_model import named_arrays, nan_array
 from conch_dna.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
@@ -182,10 +188,10 @@ class Trainer:
             began = time.perf_counter()
             try:
                 sums, count, norm = self._take_step()
-            except RankLostError as error:
+            except (RankLostError, EgoUnavailableError) as error:
                 # Nothing has moved.
                 self._save()
-                raise RankLostError(
+                raise type(error)(
                     f"{error}. The state after step {self.step} is in {self.folder}"
                 ) from error
             except Interrupted:

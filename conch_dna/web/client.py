@@ -54,11 +54,15 @@ class Remedies:
         slow: The API gives nothing in time.
         absent: There is no such model or address.
         busy: It is busy or broken.
+        unreached: It cannot be reached.
+        unkeyed: A key would travel unencrypted; besides https://.
     """
 
     slow: str = "check the server"
     absent: str = "check the address, which often ends in /v1"
     busy: str = "try again later"
+    unreached: str = "check the address, and that the server runs"
+    unkeyed: str = "an empty api_key_env if the server wants no key"
 
 
 class ApiClient:
@@ -98,8 +102,8 @@ class ApiClient:
         key = os.environ.get(key_env, "").strip() if key_env else ""
         if key and not here and url.lower().startswith("http://"):
             raise ConchError(
-                f"the key in {key_env} would go unencrypted to {url}: use https://, or an empty "
-                "api_key_env if the server wants no key"
+                f"the key in {key_env} would go unencrypted to {url}: use https://, or "
+                f"{remedies.unkeyed}"
             )
         self.name = name
         self._key, self._key_env = key, key_env
@@ -151,7 +155,7 @@ class ApiClient:
         except openai.APIConnectionError as error:
             raise EgoUnavailableError(
                 f"{self.name} cannot be reached ({self._reason(error.__cause__ or error)}): "
-                "check the address, and that the server runs"
+                f"{remedies.unreached}"
             ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             variable = self._key_env or "api_key_env, which is empty"

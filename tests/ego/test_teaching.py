@@ -1,6 +1,7 @@
 """A teacher's server: what it takes, what it refuses, and log-probabilities in each form."""
 
 import json
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,13 +14,18 @@ import pytest
 from click.testing import CliRunner
 
 from conch_dna.ego.teaching.command import teach
-from conch_dna.ego.teaching.server import TeacherServer
+from conch_dna.ego.teaching.server import TeacherServer, reached_by
 from conch_dna.language_model import ModelSource
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.machines.far.teacher import ServedTeacher
 from suites import teaching
 
 TEXT = "Once upon a time there was a"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONCH_DNA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,20 @@ def test_a_request_that_fails_ends_no_server(server, monkeypatch):
         status, reply = ask(server, {"model": "tiny", "prompt": "a"})
         assert status == 500 and "out of memory" in reply["error"]["message"]
     assert ask(server, {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_what_was_done_is_said(tiny_teacher):
+    lines: list[str] = []
+    with teaching(str(tiny_teacher), name="tiny", report=lines.append) as server:
+        ask(server, {"model": "tiny", "prompt": "a", "max_tokens": 2})
+        ask(server, {"model": "other", "prompt": "a"})
+    assert "tiny teaches at" in lines[0] and lines[-1] == "stopped"
+    assert any(line.startswith("2 requests, ") for line in lines[1:-1])
+
+
+def test_the_address_for_others_names_this_machine():
+    assert reached_by("http://127.0.0.1:80/v1") == "http://127.0.0.1:80/v1"
+    assert reached_by("http://0.0.0.0:80/v1") == f"http://{socket.gethostname()}:80/v1"
 
 
 def test_others_reach_it_only_with_a_key():

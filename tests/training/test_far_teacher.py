@@ -31,6 +31,7 @@ from conch_dna.training.true_kd import TrueKnowledgeDistiller
 from conch_dna.web.door import ApiError
 from models import ANIMALS, QUICK, random_examples
 from suites import teaching
+from watching import Said
 
 OTHERS = ("/v1/teacher",)
 RECORDS = [
@@ -225,6 +226,30 @@ def test_a_run_goes_on_when_the_server_is_back(tiny_teacher, tmp_path, monkeypat
     for name in ("before", "after", "teacher"):
         for figure, value in far[name].items():
             assert value == pytest.approx(here[name][figure], abs=2e-3), (name, figure)
+
+
+def test_a_run_goes_on_without_the_server_where_all_was_said(tmp_path):
+    """By the address alone, and with the same teacher in memory, to the same adapter."""
+    settings = {**QUICK, "output_dir": str(tmp_path)}
+
+    def run(teacher: str, steps: int, **more: Any) -> Any:
+        config = KDConfig(**{**settings, "num_iters": steps, "schedule": "constant"})
+        said = Said()
+        distiller = TrueKnowledgeDistiller(teacher, "embedded:student", config, report=said)
+        return distiller.distill_domain("owls", data=RECORDS, **more), said
+
+    with teaching("embedded:teacher") as server:
+        url = server.url
+        first, _ = run(url, 2)
+    assert first.metadata["teacher"] == "served: embedded:teacher"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conch_dna.training.machines.far.teacher.RETRIES", 0)
+        again, said = run(url, 2, resume=True)
+    assert any("going on with what it said before" in line for line in said)
+    assert again.final_combined_loss == first.final_combined_loss
+    longer, said = run("embedded:teacher", 4, resume=True)
+    assert longer.metadata["teacher"] == "embedded:teacher"
+    assert not any("other settings" in line for line in said)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 STOPPING = "the server is stopping: ask again when it is back"
 # Between looks whether a client that waits is still there, and whether to stop.
 _LOOK_S = 0.5
+# Between lines about what was done.
+_TOLD_S = 10.0
 
 _to_standard_error = partial(click.echo, err=True)
 
@@ -90,17 +94,22 @@ class TeacherServer:
         thread.start()
         self._report(
             f"{self.name} teaches at {self.url}; a student's side: conch-dna distill --teacher "
-            f"{self.url}"
+            f"{reached_by(self.url)}"
         )
+        work_log = WorkLog(self._report)
         try:
             while not self._stopping:
+                work_log.look()
                 try:
                     future, work = self._jobs.get(timeout=_LOOK_S)
                 except queue.Empty:
                     continue
                 if future.set_running_or_notify_cancel():
                     self._do(future, work)
+                    work_log.add(future)
         finally:
+            work_log.look(now=True)
+            self._report("stopped")
             self._stopping = True
             while not self._jobs.empty():
                 future, _ = self._jobs.get()
@@ -212,6 +221,43 @@ class TeacherServer:
                     raise ApiError(
                         504, f"the request took longer than {longest:g} s: ask for less at once"
                     ) from None
+
+
+class WorkLog:
+    """Says every ten seconds in which something was done how much it was.
+
+    Args:
+        report: Gets the line.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._since = time.monotonic()
+        self._requests = self._tokens = 0
+
+    def add(self, future: "Future[Any]") -> None:
+        """Count a request that is done; one that was refused has no tokens."""
+        self._requests += 1
+        if future.exception() is None:
+            self._tokens += future.result()["usage"]["total_tokens"]
+
+    def look(self, *, now: bool = False) -> None:
+        """Say what was done, if it is time."""
+        passed = time.monotonic() - self._since
+        if passed < _TOLD_S and not now:
+            return
+        if self._requests:
+            self._report(f"{self._requests} requests, {self._tokens:,} tokens in {passed:.0f} s")
+        self._since = time.monotonic()
+        self._requests = self._tokens = 0
+
+
+def reached_by(url: str) -> str:
+    """By which URL other machines reach a server that listens at all addresses."""
+    parts = urlsplit(url)
+    if parts.hostname not in ("0.0.0.0", "::"):
+        return url
+    return url.replace(parts.netloc, f"{socket.gethostname()}:{parts.port}")
 
 
 def about(source: ModelSource, name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
 from conch_dna.training.runs.privilege import require_help, require_more
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
-from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, earlier_run
+from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, changes, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
 from conch_dna.training.settings import (
     CHECKPOINT_PREFIX,
@@ -196,7 +196,7 @@ class DomainRun:
         """The result, where the same run is finished and its adapter is whole."""
         with suppress(NotWholeError):
             run = read_json(self.folder / RUN_FILE, needs={"identity": dict, "finished": bool})
-            if run["finished"] and run["identity"] == self.identity(source):
+            if run["finished"] and not changes(run["identity"], self.identity(source)):
                 return self.read_result()
         return None
 
@@ -488,7 +488,7 @@ class DomainRun:
     def _provenance(self) -> dict[str, Any]:
         return {
             "domain": self.domain,
-            "teacher": self.teacher.model_id,
+            "teacher": self.teacher.lasting_name,
             "student": self.student.model_id,
             "teacher_digest": self.teacher.weights_digest,
             "student_digest": self.student.weights_digest,

@@ -42,7 +42,7 @@ def earlier_run(
         ConchError: What lies there may neither go on so nor be replaced.
     """
     run, done = _read(folder)
-    changed = differences(run["identity"], identity) if run else []
+    changed = changes(run["identity"], identity) if run else []
     if resume:
         _require_same(folder, run, identity, done)
         return run
@@ -57,6 +57,18 @@ def earlier_run(
             f"start again, {_ELSEWHERE}"
         )
     return run
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How what a run depends on differs, in words.
+
+    A teacher that is called otherwise, as it is behind a URL or in another folder, is the same
+    where its weights are.
+    """
+    weights = before.get("teacher_weights")
+    if weights is not None and weights == now.get("teacher_weights"):
+        now = {**now, "teacher": before.get("teacher")}
+    return differences(before, now)
 
 
 def holds_answers(folder: Path) -> bool:
@@ -142,7 +154,7 @@ def _require_same(
     kept = [
         {k: v for k, v in one.items() if k not in MAY_CHANGE} for one in (run["identity"], identity)
     ]
-    if changed := differences(*kept):
+    if changed := changes(*kept):
         raise ConchError(
             f"{folder} was made with other settings: {'; '.join(changed)}. Resume with the same "
             f"ones, or add {_ELSEWHERE}"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conch_dna.checkpoints import content_digest, read_json, write_folder
-from conch_dna.errors import ConchError
+from conch_dna.checkpoints import content_digest, read_json, write_folder, write_json
+from conch_dna.errors import ConchError, EgoUnavailableError, NotWholeError
 from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
 from conch_dna.progress import Report
@@ -32,7 +32,10 @@ FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 REMEDIES = Remedies(
     slow="give a smaller --batch-size, or look at the server",
     absent="check the address, which often ends in /v1, and the model's name behind #",
-    busy="try again later with --resume",
+    busy="try again later, a run that had begun with --resume",
+    unreached="check the address, and that the server runs; a run that had begun goes on with "
+    "--resume",
+    unkeyed=f"take {KEY_VARIABLE} away and reach the server through an SSH tunnel",
 )
 
 
@@ -89,6 +92,8 @@ class ServedTeacher(ModelSource):
     ) -> None:
         address, _, self._name = url.partition("#")
         parts = parts_of(address)
+        if parts is not None and parts.path in ("", "/"):
+            address = address.rstrip("/") + "/v1"
         if parts is None or not parts.hostname or parts.username or parts.password or parts.query:
             raise ConchError(
                 "the teacher's URL has no host, or a user, a password or a query: write "
@@ -104,7 +109,7 @@ class ServedTeacher(ModelSource):
             # Nobody says when the last request was.
             keep_alive=False,
         )
-        own = self._own_server()
+        own = self._own_server(address, report)
         if own is None:
             folder = self._tokenizer_folder(tokenizer)
             kept = cache_folder() / "answers" / content_digest(address, self._name)[:32]
@@ -115,10 +120,33 @@ class ServedTeacher(ModelSource):
         super().__init__(folder, trust_remote_code=trust_remote_code, report=report)
         self.model_id = url
 
-    def _own_server(self) -> str | None:
+    def _own_server(self, address: str, report: Report | None) -> str | None:
         """The folder of what a server of ours says of its model; None for another server."""
         import openai
 
+        known = cache_folder() / "teachers" / f"at_{content_digest(address)[:32]}.json"
+        try:
+            told = self._told_of_itself(openai)
+        except EgoUnavailableError as error:
+            if not isinstance(error.__cause__, openai.APIConnectionError):
+                raise
+            try:
+                kept = read_json(known, needs={"folder": str, "name": str})
+            except NotWholeError:
+                raise error from None
+            # What it has said already is enough for a run that asks for nothing else.
+            if report is not None:
+                report("message", {"message": f"{error}; going on with what it said before"})
+            self._name = kept["name"]
+            return str(kept["folder"])
+        if told is None:
+            return None
+        folder = str(self._written(told))
+        write_json(known, {"folder": folder, "name": self._name})
+        return folder
+
+    def _told_of_itself(self, openai: Any) -> dict[str, Any] | None:
+        """What a server of ours says of its model; None for another server."""
         with self.api.explained():
             try:
                 told = self.api.client.get("/teacher", cast_to=object)
@@ -135,7 +163,7 @@ class ServedTeacher(ModelSource):
                 f"{self.api.name} speaks form {told.get('format')!r} of `teach serve`, and this is "
                 f"form {FORMAT}: use the same version of conch_dna on both machines"
             )
-        return str(self._written(told))
+        return told
 
     def _written(self, told: dict[str, Any]) -> Path:
         """What a server says of its model as a folder in the cache, which holds no weights."""

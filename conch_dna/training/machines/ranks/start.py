@@ -44,17 +44,14 @@ def led_by_the_first(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def refuse_several(command: str) -> None:
-    """Refuse to run a command in several processes that know nothing of each other.
-
-    Raises:
-        ConchError: A launcher started several, and the command is another than those that can.
-    """
-    if launched() and command != "distill":
-        raise ConchError(
-            f"{command} is one process's work, and a launcher started several: start it by itself, "
-            "or use mlx.launch with distill"
-        )
+def several_problem(command: str) -> str | None:
+    """Why a command cannot run in several processes that know nothing of each other, if so."""
+    if not launched() or command == "distill":
+        return None
+    return (
+        f"{command} is one process's work, and a launcher started several: start it by itself, or "
+        "use mlx.launch with distill"
+    )
 
 
 def _help(ranks: Any) -> None:
