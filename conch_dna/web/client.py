@@ -6,6 +6,7 @@ refusal of an API in one line: a branch in `ApiClient.explained`.
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 # What the client asks for where there is no key; servers that want none do not look at it.
 _NO_KEY = "none"
+_PLAIN = re.compile(r"[\x21-\x7e]+")
+# What the client raises of a body that is none of the API's.
+_FOREIGN = (ValueError, AttributeError, TypeError, RecursionError)
 
 
 def is_endpoint(model: str) -> bool:
@@ -105,6 +109,11 @@ class ApiClient:
                 f"the key in {key_env} would go unencrypted to {url}: use https://, or "
                 f"{remedies.unkeyed}"
             )
+        if key and not _PLAIN.fullmatch(key):
+            raise ConchError(
+                f"the key in {key_env} has a blank, a line break or another character that cannot "
+                "be sent: give one of plain letters, digits and signs"
+            )
         self.name = name
         self._key, self._key_env = key, key_env
         self._timeout_s, self._retries = timeout_s, retries
@@ -179,7 +188,9 @@ class ApiClient:
             raise EgoUnavailableError(
                 f"{self.name} failed ({self._reason(error)}): ask again, or look at its log"
             ) from error
-        except (openai.OpenAIError, ValueError) as error:
+        except ConchError:
+            raise
+        except (openai.OpenAIError, *_FOREIGN) as error:
             # The client lets through what its JSON parser says of a body that is none.
             raise self.foreign() from error
 

@@ -210,7 +210,7 @@ async def read_body(request: "Request", most: int) -> bytes:
     if kind != "application/json":
         # What a web page of another site can send without being asked has another type.
         raise ApiError(415, f"the content type is {kind!r}: send application/json")
-    too_large = ApiError(413, f"the body has more than {most:,} bytes: shorten the conversation")
+    too_large = ApiError(413, f"the body has more than {most:,} bytes: send less at once")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 20 or int(declared) > _DRAINED * most):
         raise too_large

@@ -2,11 +2,14 @@
 
 import json
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
@@ -110,7 +113,9 @@ def test_an_answer_is_the_local_one(server, tiny_teacher, exact):
         ({"model": "tiny"}, 400, "prompt: Field required"),
         ({"model": "tiny", "prompt": []}, 400, "0 prompts"),
         ({"model": "tiny", "prompt": [[]]}, 400, "has 0 tokens"),
-        ({"model": "tiny", "prompt": [-1]}, 400, "or one below 0"),
+        ({"model": "tiny", "prompt": [-1]}, 400, "give a text, a list of texts, token ids"),
+        ({"model": "tiny", "prompt": [2**40]}, 400, "give a text, a list of texts, token ids"),
+        ({"model": "tiny", "prompt": ["a", 5]}, 400, "give a text, a list of texts, token ids"),
         ({"model": "tiny", "prompt": [99_999]}, 400, "has token 99999"),
         ({"model": "tiny", "prompt": [5] * 300, "max_tokens": 0}, 400, "has 300 tokens"),
         ({"model": "tiny", "prompt": [5] * 256}, 400, "fills the context"),
@@ -136,8 +141,12 @@ def test_what_is_refused_is_told_in_one_line(server, body, status, message):
         ({"counted": []}, "1 prompts, and 0 times what counts"),
         ({"counted": [[[0, 2]]]}, "what counts is 0 to 2"),
         ({"counted": [[[2, 9]]]}, "what counts is 2 to 9"),
+        ({"counted": [[[1]]]}, "at least 2 items"),
+        ({"counted": [[[1, 2, 3]]]}, "at most 2 items"),
+        ({"counted": [[[1, 3]]], "temperatures": []}, "give temperatures"),
+        ({"counted": [[[1, 3]]], "kept_below": 1}, "a kept_below of that or more"),
         ({"counted": [[[1, 3]]], "temperatures": [0.0]}, "temperatures"),
-        ({"counted": [[[1, 3]]], "draws": 2, "temperatures": [1.0, 2.0]}, "temperatures"),
+        ({"counted": [[[1, 3]]], "draws": 2, "temperatures": [1.0, 2.0]}, "draws need one"),
         ({"counted": [[[1, 3]]], "kept_below": 100_000}, "keep no others"),
         ({"counted": [[[1, 3]]], "top_k": 100_000}, "ask for less"),
     ],
@@ -188,6 +197,29 @@ def test_a_request_that_fails_ends_no_server(server, monkeypatch):
         status, reply = ask(server, {"model": "tiny", "prompt": "a"})
         assert status == 500 and "out of memory" in reply["error"]["message"]
     assert ask(server, {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_who_leaves_keeps_nobody_waiting(tiny_teacher):
+    """An answer that nobody waits for is given up; a body that breaks off is none."""
+    with teaching(str(tiny_teacher), name="tiny") as server:
+        parts = urlsplit(server.url)
+        body = json.dumps({"model": "tiny", "prompt": [[5, 6]] * 200, "max_tokens": 250}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
+        for sent in (body, body[:9]):
+            with socket.create_connection((parts.hostname, parts.port)) as connection:
+                length = b"\r\nContent-Length: %d\r\n\r\n" % len(body)
+                connection.sendall(head + length + sent)
+                time.sleep(0.5)
+        done = threading.Event()
+        real = server._completions.answer
+
+        def answered(*arguments: Any) -> Any:
+            done.set()
+            return real(*arguments)
+
+        server._completions.answer = answered
+        assert ask(server, {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
+        assert done.is_set()
 
 
 def test_what_was_done_is_said(tiny_teacher):

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
 from conch_dna.progress import silent
 from conch_dna.training.batches import Example
-from conch_dna.training.data.outcomes import compute_targets, target_identity
+from conch_dna.training.data.outcomes import TargetIdentity, compute_targets, target_identity
 from conch_dna.training.machines.far.providers import (
     TokenNames,
     from_answer,
@@ -306,17 +308,99 @@ def test_a_killed_server_costs_no_more_than_time(tmp_path):
 
 
 def test_arrays_that_are_not_what_was_asked_for_are_refused():
-    arrays = {"gold_log_prob": np.zeros(3, np.float32)}
-    whole = packed(arrays)
-    np.testing.assert_array_equal(
-        unpacked(whole, ["gold_log_prob"], 3, "s")["gold_log_prob"], arrays["gold_log_prob"]
+    identity = TargetIdentity(
+        teacher="", tokenizer="", vocabulary_size=9, kept_below=8, top_k=2, temperatures=(1.0,)
     )
-    broken: list[Any] = [None, {}, {"gold_log_prob": 1}]
-    for change in ({"type": "float64"}, {"shape": [4]}, {"data": "AAA"}, {"data": "AAAA"}):
-        broken.append({"gold_log_prob": whole["gold_log_prob"] | change})
+    arrays = {
+        "kept_ids": np.array([[1, 2], [3, 7]], np.uint16),
+        "kept_log_probs": np.full((2, 2), -1, np.float32),
+        "log_normalizer": np.zeros((2, 1), np.float32),
+        "log_rest": np.array([[-2], [-np.inf]], np.float32),
+        "gold_log_prob": np.full(2, -3, np.float32),
+    }
+    whole = packed(arrays)
+    for name, array in unpacked(whole, identity, 2, "s").items():
+        np.testing.assert_array_equal(array, arrays[name])
+    broken: list[Any] = [None, {}, [], whole | {"gold_log_prob": 1}]
+    for change in ({"type": "float64"}, {"shape": [3]}, {"data": "AAA"}, {"data": "é"}):
+        broken.append(whole | {"gold_log_prob": whole["gold_log_prob"] | change})
+    for name, value in (
+        ("kept_ids", np.array([[1, 2], [3, 8]], np.uint16)),
+        ("kept_log_probs", np.array([[-1, np.nan], [-1, -1]], np.float32)),
+        ("kept_log_probs", np.zeros((2, 3), np.float32)),
+        ("log_normalizer", np.full((2, 1), np.inf, np.float32)),
+        ("log_rest", np.full((2, 1), np.nan, np.float32)),
+        ("gold_log_prob", np.ones(2, np.float32)),
+    ):
+        broken.append(whole | packed({name: value}))
     for fields in broken:
-        with pytest.raises(ConchError, match="not what was asked for"):
-            unpacked(fields, ["gold_log_prob"], 3, "s")
+        with pytest.raises(ConchError, match="s sent targets that are not what was asked for"):
+            unpacked(fields, identity, 2, "s")
+
+
+def about(**changes: Any) -> bytes:
+    """What a server of `teach serve` says of itself, with lies."""
+    whole = {"format": 1, "model": "m", "weights_digest": "0" * 64, "files": {}}
+    return json.dumps(whole | changes, ensure_ascii=False).encode()
+
+
+LIES = {
+    "a page": b"<html>",
+    "a list": b"[1, 2]",
+    "nothing": b"null",
+    "depth": b"[" * 200_000,
+    "a form": about(format="x" * 1_000),
+    "no digest": about(weights_digest="x"),
+    "letters": about(files={"config.json": "é"}),
+    "a path": about(files={"../x": "AAAA"}),
+    "no tokenizer": about(),
+    "a broken one": about(files={"config.json": "e30=", "tokenizer.json": "e30="}),
+}
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_answers_nonsense_is_one_line(lie, kind):
+    body = LIES[lie]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            with pytest.raises(ConchError) as refused:
+                ServedTeacher(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "127.0.0.1" in str(refused.value) and "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 700
+
+
+def test_what_its_own_server_needs_not_is_refused(tiny_teacher):
+    with teaching(str(tiny_teacher), name="tiny") as server:
+        assert ServedTeacher(f"{server.url}#tiny").served_name == "tiny"
+        for wrong in ({"url": f"{server.url}#other"}, {"tokenizer": "embedded:teacher"}):
+            with pytest.raises(ConchError, match="serves tiny with its own tokenizer: leave out"):
+                ServedTeacher(**{"url": server.url, **wrong})
+
+
+@pytest.mark.parametrize("key", ["geheim\nxx", "geh\xe9im", "two words"])
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("CONCH_DNA_KEY", key)
+    with pytest.raises(ConchError, match="another character that cannot be sent") as refused:
+        ServedTeacher("http://127.0.0.1:9/v1")
+    assert key[:3] not in str(refused.value)
 
 
 def test_what_counts_is_told_in_runs():

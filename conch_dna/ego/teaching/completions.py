@@ -8,9 +8,9 @@ import math
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,6 +47,9 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -58,7 +61,7 @@ class _Targets(_Strict):
     temperatures: list[float] = Field(max_length=64)
     kept_below: int = Field(ge=1, lt=2**31)
     draws: int = Field(default=0, ge=0, lt=2**16)
-    counted: list[list[list[int]]]
+    counted: list[list[Annotated[list[Token], Field(min_length=2, max_length=2)]]]
 
 
 class _Conch(_Strict):
@@ -70,7 +73,7 @@ class CompletionRequest(_Strict):
     """A completion that was asked for, in the API's own fields and vLLM's."""
 
     model: str
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Token] | list[list[Token]]
     max_tokens: int = Field(default=16, ge=0, lt=2**31)
     temperature: float = Field(default=1.0, ge=0, le=10)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -106,7 +109,13 @@ def parse_completion(body: bytes) -> CompletionRequest:
         return CompletionRequest.model_validate(fields)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in found]
+        told = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
+            for each in found
+            if each["loc"][0] != "prompt" or each["type"] == "missing"
+        ]
+        if len(told) < len(found):
+            told.append("prompt: give a text, a list of texts, token ids or a list of such lists")
         more = f"; and {len(told) - MOST_PROBLEMS} more" if len(told) > MOST_PROBLEMS else ""
         raise ApiError(400, "; ".join(told[:MOST_PROBLEMS]) + more) from None
 
@@ -127,8 +136,14 @@ class Completions:
         self._memory = memory
         self._most_tokens = most_tokens
 
-    def answer(self, asked: CompletionRequest) -> dict[str, Any]:
+    def answer(
+        self, asked: CompletionRequest, check: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """The reply to a request, as JSON can hold it.
+
+        Args:
+            asked: The request.
+            check: Called after each token; what it raises ends the work.
 
         Raises:
             ApiError: Another model is asked for, or more than this one takes.
@@ -153,6 +168,7 @@ class Completions:
                 max_tokens=asked.max_tokens,
                 temperature=asked.temperature,
                 seed=seeds,
+                check=check,
             )
         choices = [
             self._choice(number, ids, answer, asked)
@@ -186,10 +202,9 @@ class Completions:
                 ids = source.tokenizer.encode(prompt, add_special_tokens=asked.add_special_tokens)
             texts.append(list(ids))  # type: ignore[arg-type]
             longest = source.context_length or 2**31
-            if not ids or len(ids) > longest or min(texts[-1]) < 0:
+            if not ids or len(ids) > longest:
                 raise ApiError(
-                    400,
-                    f"prompt {number} has {len(ids)} tokens, or one below 0: give 1 to {longest:,}",
+                    400, f"prompt {number} has {len(ids):,} tokens: give 1 to {longest:,}"
                 )
             if asked.max_tokens and len(ids) >= longest:
                 raise ApiError(
@@ -225,8 +240,14 @@ class Completions:
             example_of(ids, runs, f"prompt {number}")
             for number, (ids, runs) in enumerate(zip(texts, wanted.counted, strict=True), 1)
         ]
+        if wanted.top_k and not (wanted.temperatures and wanted.top_k <= wanted.kept_below):
+            raise ApiError(
+                400, f"top_k is {wanted.top_k}: give temperatures, and a kept_below of that or more"
+            )
+        if wanted.draws and len(wanted.temperatures) != 1:
+            raise ApiError(400, "draws need one temperature")
         sound = [math.isfinite(t) and 1e-3 <= t <= 1e3 for t in wanted.temperatures]
-        if not all(sound) or (wanted.draws and len(sound) != 1):
+        if not all(sound):
             raise ApiError(
                 400, f"temperatures are {wanted.temperatures}: give such of 0.001 to 1000"
             )

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import click
 
 from conch_dna import __version__
-from conch_dna.ego.teaching.completions import Completions, parse_completion
+from conch_dna.ego.teaching.completions import CompletionRequest, Completions, parse_completion
 from conch_dna.ego.teaching.settings import TeacherSettings
 from conch_dna.errors import ConchError, one_line
 from conch_dna.language_model import ModelSource
@@ -174,6 +174,8 @@ class TeacherServer:
         return json_response(state, 503 if self._stopping else 200)
 
     async def _complete(self, request: "Request") -> "Response":
+        from starlette.requests import ClientDisconnect
+
         check_door(request, key=self._key)
         if self._stopping:
             raise ApiError(503, STOPPING, headers={"Retry-After": "5"})
@@ -184,8 +186,9 @@ class TeacherServer:
         try:
             body = await self._body(request)
             asked = await asyncio.to_thread(parse_completion, body)
-            reply = await self._reply(request, lambda: self._completions.answer(asked))
-            return json_response(reply)
+            return json_response(await self._reply(request, asked))
+        except ClientDisconnect:
+            raise _gone() from None
         finally:
             self._waiting -= 1
 
@@ -201,10 +204,16 @@ class TeacherServer:
                 headers={"Connection": "close"},
             ) from error
 
-    async def _reply(self, request: "Request", work: Callable[[], Any]) -> Any:
-        """What the model's thread makes of a request; nothing, where nobody waits any more."""
+    async def _reply(self, request: "Request", asked: CompletionRequest) -> Any:
+        """What the model's thread makes of a request; it stops where nobody waits any more."""
         future: Future[Any] = Future()
-        self._jobs.put((future, work))
+        left = threading.Event()
+
+        def check() -> None:
+            if left.is_set():
+                raise _gone()
+
+        self._jobs.put((future, lambda: self._completions.answer(asked, check)))
         deadline = time.monotonic() + self._settings.request_timeout_s
         while True:
             try:
@@ -213,14 +222,20 @@ class TeacherServer:
                 )
             except TimeoutError:
                 if await request.is_disconnected():
+                    left.set()
                     future.cancel()
-                    raise ApiError(499, "the client has gone") from None
+                    raise _gone() from None
                 if time.monotonic() > deadline:
+                    left.set()
                     future.cancel()
                     longest = self._settings.request_timeout_s
                     raise ApiError(
                         504, f"the request took longer than {longest:g} s: ask for less at once"
                     ) from None
+
+
+def _gone() -> ApiError:
+    return ApiError(499, "the client has gone")
 
 
 class WorkLog:

@@ -75,6 +75,7 @@ def answer_batch(
     max_tokens: int,
     temperature: float,
     seed: Sequence[int],
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Answer prompts together, through mlx_lm's batch generator.
 
@@ -84,6 +85,7 @@ def answer_batch(
         max_tokens: Longest answer; shorter where the model's context ends.
         temperature: 0 takes the likeliest token.
         seed: Whole numbers that decide the draw.
+        check: Called after each token; what it raises ends the work.
 
     Returns:
         Token ids of each answer; the end-of-sequence token is kept where the model gave one.
@@ -100,6 +102,7 @@ def answer_batch(
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=(*seed, number),
+                check=check,
             )
         ]
     digest = content_digest(*(str(part) for part in seed))
@@ -119,6 +122,7 @@ def answer_batch(
     answers: dict[int, list[int]] = {uid: [] for uid in order}
     try:
         while responses := generator.next_generated():
+            check()
             for response in responses:
                 answers[response.uid].append(int(response.token))
     finally:

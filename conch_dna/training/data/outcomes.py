@@ -84,6 +84,14 @@ class TargetIdentity:
             return DRAWN_ARRAYS
         return TARGET_ARRAYS if self.top_k else TARGET_ARRAYS[-1:]
 
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """What one of the arrays has of each position."""
+        if name == "drawn_ids":
+            return (self.draws,)
+        if name in ("kept_ids", "kept_log_probs"):
+            return (self.top_k,)
+        return () if name == "gold_log_prob" else (len(self.temperatures),)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one counted position takes in the cache, where it is compact about."""

@@ -103,9 +103,14 @@ class StandIn:
             )
             choices = plain_fields(answer).get("choices")
         count = len(prompts) if prompts and not isinstance(prompts[0], int) else 1
-        if not isinstance(choices, list) or len(choices) != count:
+        by_index = {
+            choice.get("index"): choice
+            for choice in (choices if isinstance(choices, list) else ())
+            if isinstance(choice, dict)
+        }
+        if by_index.keys() != set(range(count)):
             raise api.foreign()
-        return sorted(choices, key=lambda choice: choice.get("index", 0))
+        return [by_index[index] for index in range(count)]
 
 
 def in_order(work: Callable[[Any], Any], items: Sequence[Any]) -> Any:
@@ -134,7 +139,7 @@ class OwnScores(StandIn):
             extra_body={"conch": {"targets": asked}},
         )
         return [
-            unpacked(_conch(choice).get("targets"), identity.arrays, each.count, self._server)
+            unpacked(_conch(choice).get("targets"), identity, each.count, self._server)
             for choice, each in zip(choices, examples, strict=True)
         ]
 

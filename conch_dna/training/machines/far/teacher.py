@@ -5,7 +5,6 @@ server: a class beside `others.Scores`.
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from conch_dna.web.client import ApiClient, Remedies, is_endpoint, parts_of, pla
 # The key that a teacher's server wants, on both machines.
 KEY_VARIABLE = "CONCH_DNA_KEY"
 TIMEOUT_S, RETRIES = 600.0, 2
+QUICK_S = 20.0
 # Of what a server says of its model: a tokenizer is some megabytes.
 MOST_FILE_BYTES = 2**26
 FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
@@ -90,13 +90,14 @@ class ServedTeacher(ModelSource):
         trust_remote_code: bool = False,
         report: Report | None = None,
     ) -> None:
-        address, _, self._name = url.partition("#")
+        address, _, self._asked = url.partition("#")
+        self._name = self._asked
         parts = parts_of(address)
         if parts is not None and parts.path in ("", "/"):
             address = address.rstrip("/") + "/v1"
         if parts is None or not parts.hostname or parts.username or parts.password or parts.query:
             raise ConchError(
-                "the teacher's URL has no host, or a user, a password or a query: write "
+                "the teacher's URL has no host, a wrong port, a user, a password or a query: write "
                 f"http://host:port/v1, and put a key into {KEY_VARIABLE}"
             )
         self.api = ApiClient(
@@ -115,10 +116,19 @@ class ServedTeacher(ModelSource):
             kept = cache_folder() / "answers" / content_digest(address, self._name)[:32]
             self.scores: StandIn = Scores(self, kept)
         else:
+            if tokenizer or self._asked not in ("", self._name):
+                raise ConchError(
+                    f"{self.api.name} serves {self._name} with its own tokenizer: leave out "
+                    "--teacher-tokenizer, and another name behind #"
+                )
             self.scores = OwnScores(self)
             folder = own
         super().__init__(folder, trust_remote_code=trust_remote_code, report=report)
         self.model_id = url
+        try:
+            assert self.tokenizer
+        except ConchError as error:
+            raise ConchError(f"the tokenizer of {url} cannot be used: {error}") from error
 
     def _own_server(self, address: str, report: Report | None) -> str | None:
         """The folder of what a server of ours says of its model; None for another server."""
@@ -145,11 +155,16 @@ class ServedTeacher(ModelSource):
         write_json(known, {"folder": folder, "name": self._name})
         return folder
 
+    @property
+    def _quick(self) -> Any:
+        """The client for what takes no model's time."""
+        return self.api.client.with_options(timeout=QUICK_S)
+
     def _told_of_itself(self, openai: Any) -> dict[str, Any] | None:
         """What a server of ours says of its model; None for another server."""
         with self.api.explained():
             try:
-                told = self.api.client.get("/teacher", cast_to=object)
+                told = self._quick.get("/teacher", cast_to=object)
             except openai.NotFoundError:
                 return None
             except openai.APIStatusError as error:
@@ -160,8 +175,8 @@ class ServedTeacher(ModelSource):
             return None
         if told.get("format") != FORMAT:
             raise ConchError(
-                f"{self.api.name} speaks form {told.get('format')!r} of `teach serve`, and this is "
-                f"form {FORMAT}: use the same version of conch_dna on both machines"
+                f"{self.api.name} speaks form {told.get('format')!r:.40} of `teach serve`, and "
+                f"this is form {FORMAT}: use the same version of conch_dna on both machines"
             )
         return told
 
@@ -178,8 +193,12 @@ class ServedTeacher(ModelSource):
                 )
             try:
                 contents[name] = base64.b64decode(text, validate=True)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise ConchError(f"{self.api.name} sends a broken {name}: {error}") from error
+        if "config.json" not in contents or not contents.keys() & set(TOKENIZER_FILES):
+            raise ConchError(
+                f"{self.api.name} gives no config.json or no tokenizer: it is not whole"
+            )
         self._name = str(told.get("model", ""))
         parts = [part for name in sorted(contents) for part in (name, contents[name])]
         folder = cache_folder() / "teachers" / content_digest(digest, *parts)[:32]
@@ -198,8 +217,9 @@ class ServedTeacher(ModelSource):
     def _tokenizer_folder(self, tokenizer: str) -> str:
         """Where the tokenizer of another server's model lies; also finds out the model."""
         with self.api.explained():
-            listed = [plain_fields(each) for each in self.api.client.models.list()]
-        names = [str(each.get("id")) for each in listed]
+            entries = [plain_fields(each) for each in self._quick.models.list()]
+        listed = [each for each in entries if isinstance(each.get("id"), str)]
+        names = [each["id"] for each in listed]
         if not self._name and len(names) == 1:
             self._name = names[0]
         if self._name not in names:

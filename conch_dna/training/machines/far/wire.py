@@ -5,7 +5,6 @@ here: arrays go by their names.
 """
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from conch_dna.training.data.outcomes import TargetIdentity
 
 # Of `GET /teacher` and of what is asked for; a server that speaks another says so.
 FORMAT = 1
-# Of the arrays of `compress` and `drawn`.
-_TYPES = ("float32", "uint16", "uint32")
+# By which rounding may lift a log-probability above 0.
+SLACK = 1e-3
 
 
 def counted_runs(example: Example) -> list[list[int]]:
@@ -66,13 +65,15 @@ def packed(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def unpacked(fields: Any, names: Sequence[str], rows: int, server: str) -> dict[str, np.ndarray]:
-    """The arrays that `packed` packed, checked.
+def unpacked(
+    fields: Any, identity: TargetIdentity, rows: int, server: str
+) -> dict[str, np.ndarray]:
+    """The arrays that `packed` packed, checked: a server may be another than it says.
 
     Args:
         fields: What came.
-        names: Of the arrays that there have to be.
-        rows: Of each.
+        identity: Of the targets that were asked for.
+        rows: Of each array.
         server: What messages call the one that sent it.
 
     Raises:
@@ -80,15 +81,29 @@ def unpacked(fields: Any, names: Sequence[str], rows: int, server: str) -> dict[
     """
     found: dict[str, np.ndarray] = {}
     try:
-        for name in names:
+        for name in identity.arrays:
             each = fields[name]
-            if each["type"] not in _TYPES or each["shape"][:1] != [rows]:
-                raise ValueError(f"{name} is {each['type']} of {each['shape']}")
+            kind = np.dtype(identity.id_type if name.endswith("_ids") else np.float32)
+            shape = [rows, *identity.row_shape(name)]
+            if each["type"] != kind.name or each["shape"] != shape:
+                raise ValueError(f"{name} is {each['type']!r:.20} of {each['shape']!r:.40}")
             data = base64.b64decode(each["data"], validate=True)
-            found[name] = np.frombuffer(data, each["type"]).reshape(each["shape"])
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            found[name] = array = np.frombuffer(data, kind).reshape(shape)
+            if not _possible(name, array, identity):
+                raise ValueError(f"{name} has impossible values")
+    except (KeyError, TypeError, ValueError) as error:
         raise ConchError(
             f"{server} sent targets that are not what was asked for ({error}): use the same "
             "version of conch_dna on both machines"
         ) from error
     return found
+
+
+def _possible(name: str, array: np.ndarray, identity: TargetIdentity) -> bool:
+    if name == "kept_ids":
+        return bool((array < identity.kept_below).all())
+    if name == "drawn_ids":
+        return bool((array < identity.vocabulary_size).all())
+    # Nothing is left for the rest where all tokens are kept.
+    finite = name == "log_rest" or bool(np.isfinite(array).all())
+    return finite and (name == "log_normalizer" or bool((array <= SLACK).all()))

@@ -27,13 +27,19 @@ def run_teacher(name: str, config: KDConfig, **options: Any) -> ModelSource:
         **options: See `ModelSource`.
 
     Raises:
-        ConchError: It is to be shared out, and there is nobody to share it with.
+        ConchError: It is to be shared out, and there is nobody to share it with; or a batch has
+            fewer examples than there are processes.
     """
     ranks = current()
     if config.shard_teacher and (ranks is None or is_endpoint(name)):
         raise ConchError(
             "--shard-teacher shares a teacher out among the processes of mlx.launch, and "
             f"{'it is behind a URL' if ranks else 'there is only this one'}: leave it out"
+        )
+    if ranks is not None and config.batch_size < ranks.size:
+        raise ConchError(
+            f"a batch of {config.batch_size} cannot be dealt out to {ranks.size} processes: give "
+            "a larger --batch-size"
         )
     options["trust_remote_code"] = config.trust_remote_code
     if ranks is None or is_endpoint(name):
@@ -50,17 +56,8 @@ def shared_steps(
     loss: Loss,
     settings: TrainerSettings,
 ) -> SharedSteps:
-    """Steps of a student that all processes take; the others load it meanwhile.
-
-    Raises:
-        ConchError: A batch has fewer examples than there are processes.
-    """
+    """Steps of a student that all processes take; the others load it meanwhile."""
     config = examples.config
-    if config.batch_size < ranks.size:
-        raise ConchError(
-            f"a batch of {config.batch_size} cannot be dealt out to {ranks.size} processes: give "
-            "a larger --batch-size"
-        )
     source = student.source
     message = {
         "do": "student",

@@ -150,9 +150,8 @@ class SharedModel(StandIn):
         ends = np.cumsum(counts)
         whole: dict[str, np.ndarray] = {}
         for name in identity.arrays:
-            width = _width(name, identity)
             kind = identity.id_type if name.endswith("_ids") else np.float32
-            rows = np.zeros((int(ends[-1]), *width), kind)
+            rows = np.zeros((int(ends[-1]), *identity.row_shape(name)), kind)
             for index, arrays in zip(own, found, strict=True):
                 rows[ends[index] - counts[index] : ends[index]] = arrays[name]
             whole[name] = self.ranks.gathered(rows)
@@ -229,12 +228,3 @@ def examples_of(arrays: dict[str, np.ndarray]) -> list[Example]:
         Example(arrays["ids"][e - n : e], arrays["counted"][e - n : e].astype(bool), f"text {i}")
         for i, (e, n) in enumerate(zip(ends, arrays["lengths"], strict=True), 1)
     ]
-
-
-def _width(name: str, identity: TargetIdentity) -> tuple[int, ...]:
-    """Of a stored array, the shape of a row."""
-    if name == "drawn_ids":
-        return (identity.draws,)
-    if name in ("kept_ids", "kept_log_probs"):
-        return (identity.top_k,)
-    return () if name == "gold_log_prob" else (len(identity.temperatures),)
