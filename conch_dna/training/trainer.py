@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map_with_path, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from conch_dna.checkpoints import (
     differences,
@@ -396,12 +396,7 @@ class Trainer:
                     "the same ones, or choose another --output-dir"
                 )
             self.extensions = [*state["extensions"], *self._extension(step, planned[0])]
-            self.model.update(tree_unflatten(list(arrays[ADAPTER_FILE].items())))
-            # Leaf by leaf: flattening loses the empty branches that the optimiser expects.
-            moments = arrays[OPTIMIZER_FILE]
-            self.optimizer.state.update(
-                tree_map_with_path(lambda name, _, saved=moments: saved[name], self.optimizer.state)
-            )
+            self.steps.restore(arrays[ADAPTER_FILE], arrays[OPTIMIZER_FILE])
             high, low = np.asarray(arrays[RANDOM_FILE]["state"])
             mx.random.seed(int(high) << 32 | int(low))
             self.best_parameters = arrays[BEST_FILE]

@@ -10,13 +10,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from conch_dna.errors import ConchError, EgoUnavailableError
-
-if TYPE_CHECKING:
-    pass
 
 # What the client asks for where there is no key; servers that want none do not look at it.
 _NO_KEY = "none"
@@ -144,8 +141,11 @@ class ApiClient:
         )
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explained(self, timeout_s: float | None = None) -> Iterator[None]:
         """Tell the client's errors as ours.
+
+        Args:
+            timeout_s: Longest wait of what is asked, where it is another than the client's.
 
         Raises:
             EgoUnavailableError: The API cannot be reached, gives no access, is busy or broken.
@@ -158,7 +158,7 @@ class ApiClient:
             yield
         except openai.APITimeoutError as error:
             raise EgoUnavailableError(
-                f"{self.name} gave nothing for {self._timeout_s:g} s, {tries} times: "
+                f"{self.name} gave nothing for {timeout_s or self._timeout_s:g} s, {tries} times: "
                 f"{remedies.slow}"
             ) from error
         except openai.APIConnectionError as error:

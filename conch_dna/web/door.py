@@ -4,6 +4,7 @@ Knows Starlette's requests and JSON; nothing of what is asked for. Another bound
 field of `ListenSettings`, and where it is kept to.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -200,12 +201,29 @@ def check_door(request: "Request", *, key: bytes) -> None:
         )
 
 
-async def read_body(request: "Request", most: int) -> bytes:
+async def read_body(request: "Request", most: int, *, timeout_s: float) -> bytes:
     """The body of a request.
 
+    Args:
+        request: Of Starlette.
+        most: Bytes that it may have.
+        timeout_s: Longest time in which it comes.
+
     Raises:
-        ApiError: It is larger than it may be, or not said to be JSON.
+        ApiError: It is larger or slower than it may be, or not said to be JSON.
     """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _bounded_body(request, most)
+    except TimeoutError as error:
+        raise ApiError(
+            408,
+            f"the body did not come in {timeout_s:g} s: send it at once",
+            headers={"Connection": "close"},
+        ) from error
+
+
+async def _bounded_body(request: "Request", most: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # What a web page of another site can send without being asked has another type.

@@ -205,15 +205,7 @@ class ChatEndpoint:
     async def _whole_body(self, request: "Request") -> bytes:
         settings = self._loop.settings
         longest = min(settings.body_timeout_s, settings.request_timeout_s)
-        try:
-            async with asyncio.timeout(longest):
-                return await read_body(request, settings.max_body_bytes)
-        except TimeoutError as error:
-            raise ApiError(
-                408,
-                f"the body did not come in {longest:g} s: send it at once",
-                headers={"Connection": "close"},
-            ) from error
+        return await read_body(request, settings.max_body_bytes, timeout_s=longest)
 
     async def _read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
         """Do what takes longer the longer a body is, away from the connections' thread."""

@@ -9,7 +9,6 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -251,36 +250,25 @@ class Completions:
             raise ApiError(
                 400, f"temperatures are {wanted.temperatures}: give such of 0.001 to 1000"
             )
-        identity = self._identity(wanted.top_k, tuple(wanted.temperatures), wanted.draws)
-        if wanted.kept_below > identity.vocabulary_size:
-            raise ApiError(
-                400, f"the model has {identity.vocabulary_size:,} tokens: keep no others"
-            )
-        return self._computed(examples, identity, wanted.kept_below)
-
-    def _identity(
-        self, top_k: int, temperatures: tuple[float, ...] = (1.0,), draws: int = 0
-    ) -> TargetIdentity:
         size = self.model.source.vocabulary_size
-        return TargetIdentity(
-            teacher="",
-            tokenizer="",
-            vocabulary_size=size,
-            kept_below=size,
-            top_k=top_k,
-            temperatures=temperatures if top_k or draws else (),
-            draws=draws,
+        if wanted.kept_below > size:
+            raise ApiError(400, f"the model has {size:,} tokens: keep no others")
+        temperatures = tuple(wanted.temperatures) if wanted.top_k or wanted.draws else ()
+        return self._computed(
+            examples,
+            top_k=wanted.top_k,
+            temperatures=temperatures,
+            kept_below=wanted.kept_below,
+            draws=wanted.draws,
         )
 
-    def _computed(
-        self, examples: Sequence[Example], identity: TargetIdentity, kept_below: int | None = None
-    ) -> list[dict[str, np.ndarray]]:
-        if kept_below is not None:
-            identity = replace(identity, kept_below=kept_below)
+    def _computed(self, examples: Sequence[Example], **asked: Any) -> list[dict[str, np.ndarray]]:
+        size = self.model.source.vocabulary_size
+        fields = {"kept_below": size, "vocabulary_size": size, **asked}
         return compute_targets(
             self.model,
             examples,
-            identity,
+            TargetIdentity(teacher="", tokenizer="", **fields),
             batch_size=len(examples),
             memory=self._memory,
             report=silent,
@@ -332,7 +320,7 @@ class Completions:
         if len(ids) <= first:
             return found
         example = example_of(ids, [[first, len(ids)]], "the text")
-        (arrays,) = self._computed([example], self._identity(max(1, top)))
+        (arrays,) = self._computed([example], top_k=max(1, top), temperatures=(1.0,))
         for place in range(first, len(ids)):
             row = place - first
             own = float(arrays["gold_log_prob"][row])

@@ -184,25 +184,16 @@ class TeacherServer:
             raise ApiError(429, most, code="queue_full", headers={"Retry-After": "1"})
         self._waiting += 1
         try:
-            body = await self._body(request)
+            settings = self._settings
+            body = await read_body(
+                request, settings.max_body_bytes, timeout_s=settings.body_timeout_s
+            )
             asked = await asyncio.to_thread(parse_completion, body)
             return json_response(await self._reply(request, asked))
         except ClientDisconnect:
             raise _gone() from None
         finally:
             self._waiting -= 1
-
-    async def _body(self, request: "Request") -> bytes:
-        longest = self._settings.body_timeout_s
-        try:
-            async with asyncio.timeout(longest):
-                return await read_body(request, self._settings.max_body_bytes)
-        except TimeoutError as error:
-            raise ApiError(
-                408,
-                f"the body did not come in {longest:g} s: send it at once",
-                headers={"Connection": "close"},
-            ) from error
 
     async def _reply(self, request: "Request", asked: CompletionRequest) -> Any:
         """What the model's thread makes of a request; it stops where nobody waits any more."""

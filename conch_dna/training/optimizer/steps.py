@@ -4,7 +4,7 @@ Knows a model, a loss that returns sums and batches' arrays; nothing of checkpoi
 Another way to compute a step: a class with the methods of `Steps`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
 from conch_dna.errors import told
 from conch_dna.training.batches import Batch
@@ -102,6 +102,14 @@ class Steps:
         gradients, norm = optim.clip_grad_norm(gradients, self._max_grad_norm)
         self.optimizer.update(self.model, gradients)
         return norm
+
+    def restore(self, trained: Mapping[str, Any], moments: Mapping[str, Any]) -> None:
+        """Take trained parameters and the optimiser's state, arrays by their dotted names."""
+        self.model.update(tree_unflatten([(n, mx.array(v)) for n, v in trained.items()]))
+        # Leaf by leaf: flattening loses the empty branches that the optimiser expects.
+        self.optimizer.state.update(
+            tree_map_with_path(lambda name, _: mx.array(moments[name]), self.optimizer.state)
+        )
 
     def begin(self) -> None:
         """Called before the first step, when the parameters are where they begin."""

@@ -4,9 +4,10 @@ Knows OpenAI's completions, through the official client, and what `conch-dna tea
 them; nothing of students. Servers of others stand in others.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -34,8 +35,35 @@ class Served(Protocol):
         """Its tokenizer, as mlx_lm wraps it."""
 
 
-class StandIn:
-    """What stands for a far teacher where a local one would be in memory.
+class Draw(TypedDict):
+    """How answers are drawn, see `answers.answer_batch`."""
+
+    max_tokens: int
+    temperature: float
+    seed: Sequence[int]
+
+
+class StandIn(ABC):
+    """What stands for a teacher where a `LanguageModel` of this process would be."""
+
+    @abstractmethod
+    def targets(
+        self,
+        examples: Sequence[Example],
+        identity: TargetIdentity,
+        *,
+        batch_size: int,
+        report: Report,
+    ) -> list[dict[str, np.ndarray]]:
+        """As `outcomes.compute_targets`."""
+
+    @abstractmethod
+    def answers(self, prompts: Sequence[Sequence[int]], **draw: Unpack[Draw]) -> list[list[int]]:
+        """As `answers.answer_batch`."""
+
+
+class FarModel(StandIn):
+    """A teacher behind a server.
 
     Args:
         teacher: Whose server is asked.
@@ -75,24 +103,11 @@ class StandIn:
             report("advance", {"by": sum(examples[i].count for i in indices)})
         return results
 
-    def release(self) -> None:
-        """Free the memory that it takes here."""
-
+    @abstractmethod
     def _score(
         self, examples: Sequence[Example], identity: TargetIdentity
     ) -> list[dict[str, np.ndarray]]:
-        raise NotImplementedError
-
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
-    ) -> list[list[int]]:
-        """As `answers.answer_batch`."""
-        raise NotImplementedError
+        """The targets of a batch."""
 
     def complete(self, prompts: Any, **more: Any) -> list[dict[str, Any]]:
         """The choices of a completion, one of each prompt."""
@@ -126,7 +141,7 @@ def in_order(work: Callable[[Any], Any], items: Sequence[Any]) -> Any:
                 future.cancel()
 
 
-class OwnScores(StandIn):
+class OwnScores(FarModel):
     """By a server of `conch-dna teach serve`: what a local teacher would give."""
 
     def _score(
@@ -143,20 +158,13 @@ class OwnScores(StandIn):
             for choice, each in zip(choices, examples, strict=True)
         ]
 
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
-    ) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Sequence[int]], **draw: Unpack[Draw]) -> list[list[int]]:
         """As `answers.answer_batch`, with the same draws."""
         choices = self.complete(
             [list(ids) for ids in prompts],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            extra_body={"conch": {"seed": list(seed)}},
+            max_tokens=draw["max_tokens"],
+            temperature=draw["temperature"],
+            extra_body={"conch": {"seed": list(draw["seed"])}},
         )
         found = [ids_of(_conch(choice).get("ids")) for choice in choices]
         if None in found:

@@ -7,7 +7,7 @@ branch in `_rows`, its name in `_FORMS`, and a reader in providers.py.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from conch_dna.checkpoints import content_digest, read_json, write_json
 from conch_dna.errors import ConchError, EgoUnavailableError, NotWholeError, one_line
 from conch_dna.training.batches import Example, first_counted
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.machines.far.models import Served, StandIn, ids_of, in_order
+from conch_dna.training.machines.far.models import Draw, FarModel, Served, ids_of, in_order
 from conch_dna.training.machines.far.providers import (
     SMALLEST_REST,
     TokenNames,
@@ -33,7 +33,7 @@ _BY_IDS = {"return_tokens_as_token_ids": True, "add_special_tokens": False}
 Row = tuple[dict[int, float], float]
 
 
-class Scores(StandIn):
+class Scores(FarModel):
     """By a server of others.
 
     Args:
@@ -145,23 +145,16 @@ class Scores(StandIn):
             for example in examples
         ]
 
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
-    ) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Sequence[int]], **draw: Unpack[Draw]) -> list[list[int]]:
         """As `answers.answer_batch`, with draws of the server's own."""
         scored = self._form == OWN_ANSWERS
 
         def ask(number: int) -> list[int]:
-            digest = content_digest(*(str(part) for part in (*seed, number)))
+            digest = content_digest(*(str(part) for part in (*draw["seed"], number)))
             ids, rows = self._answer(
                 prompts[number],
-                max_tokens=max_tokens,
-                temperature=temperature,
+                max_tokens=draw["max_tokens"],
+                temperature=draw["temperature"],
                 seed=int(digest[:7], 16),
                 scored=scored,
             )

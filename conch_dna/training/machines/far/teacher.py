@@ -16,7 +16,7 @@ from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
 from conch_dna.progress import Report
 from conch_dna.training.data.outcomes import TargetIdentity
-from conch_dna.training.machines.far.models import OwnScores, StandIn
+from conch_dna.training.machines.far.models import FarModel, OwnScores
 from conch_dna.training.machines.far.others import Scores
 from conch_dna.training.machines.far.wire import FORMAT
 from conch_dna.training.settings import KDConfig
@@ -114,7 +114,7 @@ class ServedTeacher(ModelSource):
         if own is None:
             folder = self._tokenizer_folder(tokenizer)
             kept = cache_folder() / "answers" / content_digest(address, self._name)[:32]
-            self.scores: StandIn = Scores(self, kept)
+            self.scores: FarModel = Scores(self, kept)
         else:
             if tokenizer or self._asked not in ("", self._name):
                 raise ConchError(
@@ -162,7 +162,7 @@ class ServedTeacher(ModelSource):
 
     def _told_of_itself(self, openai: Any) -> dict[str, Any] | None:
         """What a server of ours says of its model; None for another server."""
-        with self.api.explained():
+        with self.api.explained(QUICK_S):
             try:
                 told = self._quick.get("/teacher", cast_to=object)
             except openai.NotFoundError:
@@ -216,7 +216,7 @@ class ServedTeacher(ModelSource):
 
     def _tokenizer_folder(self, tokenizer: str) -> str:
         """Where the tokenizer of another server's model lies; also finds out the model."""
-        with self.api.explained():
+        with self.api.explained(QUICK_S):
             entries = [plain_fields(each) for each in self._quick.models.list()]
         listed = [each for each in entries if isinstance(each.get("id"), str)]
         names = [each["id"] for each in listed]

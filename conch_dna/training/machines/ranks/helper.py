@@ -34,6 +34,8 @@ class Helper:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._teacher: SharedModel | None = None
+        # With their digests, which take as long as reading the weights.
+        self._sources: dict[str, ModelSource] = {}
         self._student: LanguageModel | None = None
         self._steps: SharedSteps | None = None
 
@@ -56,6 +58,7 @@ class Helper:
             message["teacher"], trust_remote_code=message["trust_remote_code"], report=silent
         )
         self._require_same(source, message["digest"])
+        self._sources[message["teacher"]] = source
         kind = ShardedModel if message["is_sharded"] else SharedModel
         model = loaded(source, is_sharded=message["is_sharded"])
         self._teacher = kind(source, model, self.ranks, message["memory"])
@@ -94,8 +97,9 @@ class Helper:
             checkpoint_layers(student.model)
         loss = make_cross_entropy_loss(student, memory=config.loss_memory)
         if config.alpha:
-            teacher = teacher_source(
-                message["teacher"], tokenizer=config.teacher_tokenizer, trust_remote_code=trust
+            name = message["teacher"]
+            teacher = self._sources.get(name) or teacher_source(
+                name, tokenizer=config.teacher_tokenizer, trust_remote_code=trust
             )
             examples = Examples(teacher, source, config, domain=message["domain"])
             with tempfile.TemporaryDirectory() as nothing:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map
 
 from conch_dna.language_model import named_arrays
 from conch_dna.training.batches import Batch
@@ -66,12 +66,7 @@ class SharedSteps(Steps):
     def begin_as(self, arrays: dict[str, np.ndarray]) -> None:
         """Take what the first gave; draws of dropout are each process's own."""
         self.optimizer.init(self.model.trainable_parameters())
-        trained = {n: mx.array(v) for n, v in _behind(_TRAINED, arrays).items()}
-        self.model.update(tree_unflatten(list(trained.items())))
-        moments = _behind(_MOMENTS, arrays)
-        self.optimizer.state.update(
-            tree_map_with_path(lambda name, _: mx.array(moments[name]), self.optimizer.state)
-        )
+        self.restore(_behind(_TRAINED, arrays), _behind(_MOMENTS, arrays))
         mx.random.seed(self.ranks.rank)
 
     def batches(self, stream: BatchStream, index: int) -> list[Batch]:

@@ -4,7 +4,7 @@ Knows a model and the processes; nothing of students. What the others do for it 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -13,11 +13,9 @@ from conch_dna.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets
-from conch_dna.training.machines.far.models import StandIn
+from conch_dna.training.machines.far.models import Draw, StandIn
 from conch_dna.training.machines.far.wire import asked_of
 from conch_dna.training.machines.ranks.group import Ranks
-
-TEACHER = "teacher"
 
 
 class SharedTeacher(ModelSource):
@@ -38,7 +36,7 @@ class SharedTeacher(ModelSource):
         self.ranks = ranks
         self.memory = memory
         self.is_sharded = is_sharded
-        self._kept: StandIn | None = None
+        self._kept: SharedModel | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -163,18 +161,9 @@ class SharedModel(StandIn):
             for end, count in zip(ends, counts, strict=True)
         ]
 
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
-    ) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Sequence[int]], **draw: Unpack[Draw]) -> list[list[int]]:
         """As `answers.answer_batch`, in this process."""
-        return answer_batch(
-            self.model, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed
-        )
+        return answer_batch(self.model, prompts, **draw)
 
     def release(self) -> None:
         """Free its memory."""
@@ -203,7 +192,7 @@ class ShardedModel(SharedModel):
                 report=report,
             )
 
-    def answers(self, prompts: Sequence[Sequence[int]], **draw: Any) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Sequence[int]], **draw: Unpack[Draw]) -> list[list[int]]:
         """As `answers.answer_batch`; all draw the same."""
         seed = [str(part) for part in draw["seed"]]
         message = {"do": "answers", "prompts": [list(ids) for ids in prompts], **draw}
