@@ -22,7 +22,7 @@ from conch_dna.loading.gguf_model import SUFFIX, model_folder
 from conch_dna.loading.hub import EMBEDDED_HINT, download
 from conch_dna.loading.model_config import head_rows, read_config
 from conch_dna.loading.output_head import OutputHead, rows_at_once
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded:"

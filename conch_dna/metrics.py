@@ -5,6 +5,7 @@ To add a metric: a function here, its column in `training/evaluation.py`, its ca
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,6 +190,73 @@ def verdict(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str
         "interval": interval,
         "confidence": 0.95,
         "examples": len(counts),
+    }
+
+
+def ranges_of(values: Sequence[float], unit: str, *, parts: int = 3) -> list[str]:
+    """Names of slices of about equally many values, from low to high.
+
+    >>> ranges_of([4, 40, 5, 41, 6, 42], "tokens", parts=2)
+    ['4 to 6 tokens', '40 to 42 tokens', '4 to 6 tokens', '40 to 42 tokens', ...]
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, parts + 1)[1:-1], method="higher"))
+    which = np.searchsorted(edges, numbers, side="right")
+    names = {}
+    for part in np.unique(which):
+        low, high = numbers[which == part].min(), numbers[which == part].max()
+        names[part] = f"{low:.3g} to {high:.3g} {unit}"
+    return [names[part] for part in which]
+
+
+def worst_slice(
+    before: np.ndarray, after: np.ndarray, slices: Mapping[str, Sequence[str]], *, seed: int = 0
+) -> dict[str, Any] | None:
+    """The part of held-out data for which a figure that should fall rose most surely.
+
+    Of every part with at least 6 examples the interval of `verdict` is found, so wide that all
+    of them together hold with 95%; the part whose lower bound is highest is named.
+
+    Args:
+        before: Each example's sum and what it is divided by `[2, n]`, before a change.
+        after: The same examples' after it.
+        slices: By what examples are told apart (such as "length"), the name of each one's part.
+        seed: Of the resampling.
+
+    Returns:
+        `by`, `slice`, `difference`, its `interval` and `confidence`, `examples` (how many), `worst`
+        (places of the three that lost most), and `lost`: whether the interval lies above 0.
+        None where no part, or only the whole, has so many.
+    """
+    used = before[1] > 0
+    change, counts = np.where(used, (after - before)[0], 0.0), np.where(used, before[1], 0.0)
+    each = change / np.maximum(counts, 1e-12)
+    parts = []
+    for by, names in slices.items():
+        labels = np.asarray(names)
+        for name in dict.fromkeys(names):
+            places = np.flatnonzero((labels == name) & used)
+            if FEWEST_EXAMPLES <= len(places) < used.sum():
+                parts.append((by, name, places))
+    if not parts:
+        return None
+    confidence = 1 - 0.05 / len(parts)
+    rows = []
+    for by, name, places in parts:
+        low, high = _ratio_interval(
+            change[places], counts[places], confidence=confidence, seed=seed
+        )
+        rows.append((low, high, by, name, places))
+    low, high, by, name, places = max(rows, key=lambda row: row[0])
+    return {
+        "by": by,
+        "slice": name,
+        "difference": float(change[places].sum() / counts[places].sum()),
+        "interval": [low, high],
+        "confidence": confidence,
+        "examples": len(places),
+        "worst": places[np.argsort(-each[places], kind="stable")[:3]].tolist(),
+        "lost": low > 0,
     }
 
 

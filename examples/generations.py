@@ -18,8 +18,8 @@ from conch_dna.generations.evolve import TeacherStudentTrainer
 from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig, GateSettings
 from conch_dna.generations.tables import line_tree, nodes_of
-from conch_dna.presentation import print_tables
-from conch_dna.progress import Progress
+from conch_dna.screen.presentation import print_tables
+from conch_dna.screen.progress import Progress
 from conch_dna.training.settings import KDConfig
 
 NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")

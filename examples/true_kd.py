@@ -16,8 +16,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import click
 
 from conch_dna.language_model import ASSETS
-from conch_dna.presentation import print_tables
-from conch_dna.progress import Progress
+from conch_dna.screen.presentation import print_tables
+from conch_dna.screen.progress import Progress
 from conch_dna.training.runs.report import evaluation_table, verdict_text
 from conch_dna.training.settings import KDConfig, KDResult
 from conch_dna.training.sweeps.grid import grid_runs

@@ -26,6 +26,7 @@ LAYERS = (
     ("generations", "sedimentation", "ego"),
     ("retraining",),
     ("cortex",),
+    ("exporting",),
     ("cli",),
 )
 # One-line modules that hand on names under the paths of the documents; nothing imports from them.

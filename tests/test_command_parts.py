@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conch_dna.__main__ import tell_loading
 from conch_dna.errors import ConchError
 from conch_dna.options.commands import MOST_YAML, OneLineErrors, OneLineGroup, read_yaml
-from conch_dna.presentation import print_tables, text_table
+from conch_dna.screen.presentation import print_tables, text_table
 
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [*{before}, *{before}]\n"

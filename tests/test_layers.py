@@ -34,6 +34,7 @@ HEAVY = {
     "Stemmer",
     "bm25s",
     "datasets",
+    "gguf",
     "jsonschema",
     "matplotlib",
     "mlx_lm",

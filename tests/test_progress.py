@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conch_dna import progress
-from conch_dna.progress import EVERY_S, Progress
+from conch_dna.screen import progress
+from conch_dna.screen.progress import EVERY_S, Progress
 
 TRAIN = {
     "step": 10,

@@ -39,7 +39,7 @@ from conch_dna.options.commands import (
     read_yaml,
     write_figures,
 )
-from conch_dna.presentation import print_tables
+from conch_dna.screen.presentation import print_tables
 
 
 @click.group(
@@ -212,7 +212,7 @@ def calibrate(
     settings = settings_of(CalibrationSettings, values)
     from conch_dna.cortex.calibration.calibrating import calibrate_domain
     from conch_dna.cortex.commands.status import calibration_table
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.data.records import read_prompts, read_records
     from conch_dna.training.data.views import prompt_text
 
@@ -302,8 +302,8 @@ def retrain(
 
     from conch_dna.cortex.neuron import student_of
     from conch_dna.generations.tables import verdict_table
-    from conch_dna.progress import Progress
     from conch_dna.retraining.domain import active_adapter, settings_over
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.data.records import read_records
 
     manifest = read_yaml(Path(config_file)) if config_file else {}

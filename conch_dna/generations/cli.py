@@ -26,7 +26,7 @@ from conch_dna.options.commands import (
     read_yaml,
     write_figures,
 )
-from conch_dna.presentation import print_tables
+from conch_dna.screen.presentation import print_tables
 from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def evolve(
     from conch_dna.generations.evolve import train_generation_with_teachers
     from conch_dna.generations.laws import read_laws
     from conch_dna.generations.line import Line
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.data.records import read_records
 
     source = manifest_file or "the command line"

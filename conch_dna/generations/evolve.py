@@ -61,7 +61,7 @@ from conch_dna.generations.train_child import (
 )
 from conch_dna.generations.two_teachers import TeacherCache, TwoTeacherTargets
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,

@@ -12,7 +12,7 @@ from conch_dna.generations.data import GenerationData
 from conch_dna.generations.settings import SDFT, EvolveConfig
 from conch_dna.generations.train_child import TrainedChild, loaded_child
 from conch_dna.language_model import ModelSource
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.adapters import trained_tensors
 from conch_dna.training.data.examples import Examples, Split
 from conch_dna.training.data.soft_targets import Targets

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from conch_dna.errors import NotWholeError
 from conch_dna.generations.line import FAILED, Line
 from conch_dna.generations.settings import SDFT
-from conch_dna.presentation import drawing, pairs_table, text_table
+from conch_dna.screen.presentation import drawing, pairs_table, text_table
 from conch_dna.training.runs.report import draw_losses, step_legend
 
 if TYPE_CHECKING:

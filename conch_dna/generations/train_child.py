@@ -19,7 +19,7 @@ from conch_dna.generations.two_teachers import (
     make_two_teacher_loss,
 )
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.adapters import checkpoint_layers, make_trainable, trained_tensors
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.cross_tokenizer.alignments import INDEX, SHARED_TOKENS

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from conch_dna.checkpoints import sync, write_atomically
 from conch_dna.errors import ConchError, FolderInUseError
-from conch_dna.progress import Report, silent
 from conch_dna.retraining.experience import KINDS, Experience
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.settings import validate_domain
 
 SUFFIX = ".jsonl"

@@ -38,9 +38,9 @@ from conch_dna.generations.promotion import GateVerdict
 from conch_dna.generations.settings import MAPPINGS, EvolveConfig
 from conch_dna.language_model import ModelSource
 from conch_dna.options.fields import named_settings
-from conch_dna.progress import Report
 from conch_dna.retraining.adapter_config import adapter_config, shape_of, student_name, written_down
 from conch_dna.retraining.lessons import EXPERIENCE, Lessons
+from conch_dna.screen.progress import Report
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 from conch_dna.training.data.records import Record, read_records
 from conch_dna.training.runs.domain_run import DATA_FILE as TRAINING_DATA

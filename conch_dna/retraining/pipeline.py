@@ -15,11 +15,11 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.line import Line
 from conch_dna.generations.settings import EvolveConfig
 from conch_dna.language_model import ModelSource
-from conch_dna.progress import Report, silent
 from conch_dna.retraining.buffer import ExperienceBuffer
 from conch_dna.retraining.domain import Retraining, RetrainResult, line_of, read_systems
 from conch_dna.retraining.experience import Experience, Message
 from conch_dna.retraining.lessons import Lessons, lessons_of
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.data.records import Record
 from conch_dna.training.settings import EXPERIENCE_FOLDER, LINES
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
@@ -68,7 +68,7 @@ class TrainingPipeline:
             goes when there is no room.
         redact: Names of REDACTIONS, or True for all: secrets that are replaced before anything is
             kept.
-        report: Gets all progress, see `conch_dna.progress.Progress`.
+        report: Gets all progress, see `conch_dna.screen.progress.Progress`.
 
     Attributes:
         buffer: The experience.

@@ -15,8 +15,8 @@ import click
 from conch_dna.checkpoints import write_json
 from conch_dna.errors import Interrupted
 from conch_dna.options.commands import HELP, OneLineErrors, example, options_of
-from conch_dna.presentation import print_tables, report_path, write_report
-from conch_dna.progress import Progress, Report, silent
+from conch_dna.screen.presentation import print_tables, report_path, write_report
+from conch_dna.screen.progress import Progress, Report, silent
 from conch_dna.sedimentation.benchmark.collections import read_collection
 from conch_dna.sedimentation.benchmark.report import draw_rows, markdown_table, result_table
 from conch_dna.sedimentation.benchmark.rows import Benchmark, ComparisonSettings

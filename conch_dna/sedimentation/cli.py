@@ -25,7 +25,7 @@ from conch_dna.options.commands import (
     passed_on,
     write_figures,
 )
-from conch_dna.presentation import print_tables
+from conch_dna.screen.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import (
     FORMATS,
@@ -140,7 +140,7 @@ def ingest(
     Exit code 1 says that some documents could not be embedded.
     """
     config = settings(options)
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
 
     # Before a store is made: a mistake here shall leave none.
     total, documents = count_lines(files), read_document_files(files, form=form)
@@ -275,7 +275,7 @@ def _change(
     kind: str, config: ChelationConfig, json_file: str | None, options: dict[str, Any]
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.sedimentation.benchmark.collections import read_judgements
 
     folder, split = options["judgements"], options["split"]
@@ -452,7 +452,7 @@ def make_student_command(
 ) -> None:
     """Make a small, fast student from a teacher: a vector for each of its tokens."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.sedimentation.embedders.make_student import make_student
 
     texts = (

@@ -16,7 +16,7 @@ from typing import Any
 
 from conch_dna.checkpoints import FolderLock
 from conch_dna.errors import ConchError
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.changes.collapse import Neighbourhoods
 from conch_dna.sedimentation.changes.cycles import (

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.presentation import pairs_table, text_table
+from conch_dna.screen.presentation import pairs_table, text_table
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import click
 from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER
 from conch_dna.options.commands import command, json_option, options_of, write_figures
-from conch_dna.presentation import bytes_text, pairs_table, print_tables
+from conch_dna.screen.presentation import bytes_text, pairs_table, print_tables
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 from conch_dna.training.machines.ranks.start import led_by_the_first
@@ -228,7 +228,7 @@ def distill(
     if dry_run:
         _print_plan(request, sources, resume=resume, overwrite=overwrite)
         return
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.runs.reporters import Reporting
 
     with (

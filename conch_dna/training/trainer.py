@@ -34,7 +34,7 @@ from conch_dna.errors import (
     NotWholeError,
 )
 from conch_dna.language_model import named_arrays, nan_array
-from conch_dna.progress import Report, first_interrupt, silent
+from conch_dna.screen.progress import Report, first_interrupt, silent
 from conch_dna.training.batches import Batch
 from conch_dna.training.machines.ranks.group import RankLostError
 from conch_dna.training.optimizer.ema import EMA

@@ -17,7 +17,7 @@ from conch_dna.errors import ConchError, Interrupted, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.loading.output_head import rows_at_once
 from conch_dna.losses import compute_ce_loss, compute_kd_loss
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.batches import read_by_teacher
 from conch_dna.training.chats.conversations import prompt_ids, require_room
@@ -77,7 +77,7 @@ class TrueKnowledgeDistiller:
             then has to read more as a teacher.
         student_model_id: The same of the student, which may have another tokenizer.
         config: Everything that shapes a run; the defaults where None.
-        report: Gets `(event, row)` of all progress, see `conch_dna.progress.Progress`.
+        report: Gets `(event, row)` of all progress, see `conch_dna.screen.progress.Progress`.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from _setting import spread
 from rich.console import Console
 
 from conch_dna.checkpoints import NotWholeError, read_json, write_json
-from conch_dna.presentation import text_table
+from conch_dna.screen.presentation import text_table
 
 FILE = Path("models/benchmark_ratios.json")
 

@@ -23,8 +23,8 @@ from rich.console import Console
 from conch_dna.language_model import ModelSource
 from conch_dna.loading.output_head import LOGIT_ARRAYS, rows_at_once
 from conch_dna.losses import LOSSES
-from conch_dna.presentation import text_table
-from conch_dna.progress import silent
+from conch_dna.screen.presentation import text_table
+from conch_dna.screen.progress import silent
 from conch_dna.training.batches import collate, sequential_batches
 from conch_dna.training.cross_tokenizer.loss import ARRAYS, class_sum
 from conch_dna.training.data.outcomes import compress, compute_targets, target_identity

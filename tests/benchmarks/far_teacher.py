@@ -19,7 +19,7 @@ from _ratios import note_ratio
 from _setting import print_setting, stories
 
 from conch_dna.language_model import ModelSource
-from conch_dna.progress import silent
+from conch_dna.screen.progress import silent
 from conch_dna.training.data.outcomes import compute_targets, target_identity
 from conch_dna.training.data.records import fitting, tokenize_records
 from conch_dna.training.machines.far.teacher import teacher_source

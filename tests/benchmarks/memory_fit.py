@@ -18,7 +18,7 @@ from _setting import SHARED, print_setting
 from rich.console import Console
 
 from conch_dna.language_model import ASSETS
-from conch_dna.presentation import text_table
+from conch_dna.screen.presentation import text_table
 from measured_memory import estimated, measured
 from models import keep_layers
 

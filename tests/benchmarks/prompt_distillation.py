@@ -29,8 +29,8 @@ from scipy.stats import binomtest
 from conch_dna.checkpoints import read_json, write_json
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import paired_interval
-from conch_dna.presentation import text_table
-from conch_dna.progress import Progress
+from conch_dna.screen.presentation import text_table
+from conch_dna.screen.progress import Progress
 from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.data.answers import answer_batch, generate_answers, teacher_prompt_ids
 from conch_dna.training.data.examples import Examples

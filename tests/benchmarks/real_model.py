@@ -32,8 +32,8 @@ from rich.console import Console
 from conch_dna.checkpoints import provenance, read_json, write_atomically, write_json
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.loading.output_head import rows_at_once
-from conch_dna.presentation import text_table
-from conch_dna.progress import Progress
+from conch_dna.screen.presentation import text_table
+from conch_dna.screen.progress import Progress
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.batches import collate
 from conch_dna.training.data.answers import generate_answers

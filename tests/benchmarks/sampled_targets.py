@@ -25,7 +25,7 @@ from rich.console import Console
 
 from conch_dna.checkpoints import read_json, write_json
 from conch_dna.language_model import ModelSource
-from conch_dna.presentation import text_table
+from conch_dna.screen.presentation import text_table
 from conch_dna.training.data.records import fitting, tokenize_records
 from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.settings import KDConfig

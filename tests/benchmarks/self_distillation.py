@@ -27,8 +27,8 @@ from rich.console import Console
 
 from conch_dna.checkpoints import read_json, write_json
 from conch_dna.metrics import paired_interval
-from conch_dna.presentation import text_table
-from conch_dna.progress import Progress
+from conch_dna.screen.presentation import text_table
+from conch_dna.screen.progress import Progress
 from conch_dna.training.batches import Example
 from conch_dna.training.data.answers import generate_answers
 from conch_dna.training.data.records import read_records, tokenize_record

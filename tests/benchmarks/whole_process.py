@@ -34,7 +34,7 @@ from conch_dna.training.batches import ExampleBatches
 from conch_dna.training.data.records import fitting, read_records, tokenize_records
 from models import keep_layers
 
-EXAMPLES, HELDOUT, BATCH = 400, 8, 4
+HELDOUT, BATCH = 8, 4
 # mlx_lm's own command, with a BLAS, and with its figures as numbers.
 WITH_BLAS = """
 import json
@@ -51,17 +51,25 @@ lora.main()
 """
 
 
-def prepared(name: str, tokenizer: Any, longest: int, folder: Path) -> list[Any]:
+def prepared(name: str, tokenizer: Any, longest: int, folder: Path, count: int) -> list[Any]:
     """Write train.jsonl and valid.jsonl of texts that fit, and give the training examples."""
     path = shared_data() / "text" / name / "train.jsonl"
-    records = list(itertools.islice(read_records(path), 2 * EXAMPLES))
+    records = list(itertools.islice(read_records(path), 2 * (count + HELDOUT)))
+    if not tokenizer.has_chat_template:
+        # mlx_lm takes prompts and completions only with one.
+        records = [each if "text" in each else as_text(each) for each in records]
     examples = tokenize_records(records, tokenizer)
-    kept = fitting(examples, longest, skip=True)[: EXAMPLES + HELDOUT]
+    kept = fitting(examples, longest, skip=True)[: count + HELDOUT]
     folder.mkdir(parents=True)
     for part, chosen in (("train", kept[:-HELDOUT]), ("valid", kept[-HELDOUT:])):
         lines = [json.dumps(records[index]) for index in chosen]
         (folder / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return [examples[index] for index in kept[:-HELDOUT]]
+
+
+def as_text(record: dict[str, Any]) -> dict[str, Any]:
+    """A prompt and its completion as one text, of which all counts."""
+    return {"text": f"{record['prompt']}\n{record['completion']}"}
 
 
 def timed(command: Sequence[str]) -> tuple[float, str]:
@@ -137,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=512)
+    parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--teacher", default="")
     parser.add_argument("--student", default="")
     args = parser.parse_args()
@@ -149,7 +158,7 @@ def main() -> None:
         print(f"  attention of a packed row over rows apart: {mask_ratio():.1f} times")
         for name in args.data:
             data = place / f"data_{name}"
-            examples = prepared(name, tokenizer, args.longest, data)
+            examples = prepared(name, tokenizer, args.longest, data, args.examples)
             shares = ", ".join(f"{filled(examples, size):.1%} of {size}" for size in (4, 8, 16))
             print(f"  {name}: places that hold tokens, in batches: {shares}")
             pair = (teacher, student)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import silent
+from conch_dna.screen.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data import answers, outcomes
 from conch_dna.training.data.answers import answer_batch

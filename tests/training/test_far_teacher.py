@@ -17,7 +17,7 @@ import pytest
 from conch_dna.ego.teaching.completions import parse_completion
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
-from conch_dna.progress import silent
+from conch_dna.screen.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets, target_identity
 from conch_dna.training.machines.far.providers import (

@@ -25,8 +25,8 @@ from conch_dna.cortex.commands.shared_options import (
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.options.commands import command, options_of
-from conch_dna.presentation import print_tables, report_path, write_report
-from conch_dna.progress import Progress, Report, silent
+from conch_dna.screen.presentation import print_tables, report_path, write_report
+from conch_dna.screen.progress import Progress, Report, silent
 from conch_dna.training.data.records import Record, read_records
 from conch_dna.training.settings import DEFAULT_TEACHER
 
@@ -52,7 +52,7 @@ def run_benchmark(
         output: A JSON file, written after every domain, with a plot (.png) beside it.
         data: Records that no version of the one domain was trained on; what it held out where
             None.
-        report: Gets progress; see `conch_dna.progress.Progress`.
+        report: Gets progress; see `conch_dna.screen.progress.Progress`.
 
     Returns:
         What the JSON holds: `format`, `student`, `ego`, `settings`, `versions`, `platform`,

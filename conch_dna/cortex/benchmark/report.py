@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conch_dna.cortex.benchmark.rows import ADAPTER, ROWS, STUDENT
 from conch_dna.cortex.calibration.risk_coverage import RiskCoverage, draw_curves
-from conch_dna.presentation import add_figures, drawing
+from conch_dna.screen.presentation import add_figures, drawing
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -29,8 +29,8 @@ from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import TokenMetrics, closed_gap
-from conch_dna.progress import Report, silent
 from conch_dna.retraining.domain import distillation_settings
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.batches import sequential_batches
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.records import Record
@@ -50,7 +50,7 @@ class DomainBenchmark:
         domain: A neuron of it.
         settings: How to measure.
         data: Records that no version was trained on; what the domain held out where None.
-        report: Gets progress; see `conch_dna.progress.Progress`.
+        report: Gets progress; see `conch_dna.screen.progress.Progress`.
 
     Raises:
         ConchError: There is no EGO, or what was held out is not known.

@@ -35,8 +35,8 @@ from conch_dna.ego.model import EgoModel
 from conch_dna.errors import ConchError
 from conch_dna.generations.promotion import text_scores
 from conch_dna.metrics import reliability
-from conch_dna.progress import Report, silent
 from conch_dna.retraining.lessons import conversation, record_of
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.chats.conversations import Prompt
 from conch_dna.training.data.answers import continuation_text
 from conch_dna.training.data.records import Record, tokenize_record
@@ -293,7 +293,7 @@ def calibrate_domain(
         settings: How many prompts, how long answers, and how to calibrate.
         prompts: That no version was trained on; those of `data` where None.
         data: Records that no version was trained on; what the domain held out where None.
-        report: Gets progress; see `conch_dna.progress.Progress`.
+        report: Gets progress; see `conch_dna.screen.progress.Progress`.
 
     Returns:
         The calibration, and what it stands on, as JSON can hold it: `prompts`, `answers`,

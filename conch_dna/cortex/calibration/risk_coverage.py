@@ -13,7 +13,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.metrics import Reliability
-from conch_dna.presentation import drawing
+from conch_dna.screen.presentation import drawing
 
 Numbers = Sequence[float] | np.ndarray
 

@@ -12,9 +12,9 @@ from conch_dna.cortex.calibration.confidence import Calibration, load_calibratio
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
-from conch_dna.presentation import text_table
 from conch_dna.retraining.domain import active_adapter, known_domains
 from conch_dna.retraining.pipeline import RetrainAdvice, TrainingPipeline
+from conch_dna.screen.presentation import text_table
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conch_dna.language_model import LanguageModel
-from conch_dna.progress import silent
+from conch_dna.screen.progress import silent
 from conch_dna.training.batches import Example
 from conch_dna.training.data.answers import answer_batch, answer_text
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conch_dna.presentation import drawing, text_table
+from conch_dna.screen.presentation import drawing, text_table
 from conch_dna.sedimentation.benchmark.rows import CONTROL, TEACHER
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from conch_dna.checkpoints import content_digest, provenance
 from conch_dna.errors import ConchError
 from conch_dna.metrics import paired_interval
 from conch_dna.options.fields import option, option_problem
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.benchmark.collections import Collection
 from conch_dna.sedimentation.benchmark.stages import (
     QUERY_EMBEDDING,

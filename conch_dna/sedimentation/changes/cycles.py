@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter, PairSums, linear_adapter
 from conch_dna.sedimentation.adapters.residual import fit_residual
 from conch_dna.sedimentation.adapters.teacher_alignment import (

@@ -14,7 +14,7 @@ import numpy as np
 
 from conch_dna.checkpoints import read_json, remove_unfinished
 from conch_dna.errors import NotWholeError
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
 from conch_dna.sedimentation.documents import embedded_text
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore

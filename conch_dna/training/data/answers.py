@@ -16,7 +16,7 @@ import mlx.core as mx
 from conch_dna.checkpoints import content_digest, read_json, remove_unfinished, write_json
 from conch_dna.errors import NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.batches import Example, first_counted
 from conch_dna.training.chats.conversations import (
     plain_prompt,

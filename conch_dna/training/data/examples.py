@@ -15,7 +15,7 @@ import numpy as np
 from conch_dna.errors import ConchError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import FEWEST_EXAMPLES
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.batches import (
     Example,
     ExampleBatches,

@@ -16,7 +16,7 @@ from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, nan_array
 from conch_dna.losses import Rest, exponential, log_sum_exp
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import Example, collate, first_counted, sequential_batches
 from conch_dna.training.data.beginnings import SharedBeginning
 from conch_dna.training.settings import LOSS_MEMORY

@@ -15,7 +15,7 @@ import numpy as np
 from conch_dna.checkpoints import content_digest, remove_unfinished
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.batches import (
     Batch,
     Example,

@@ -42,7 +42,7 @@ def targets() -> None:
 @json_option
 def info(folder: str, json_file: str | None) -> None:
     """Show whose targets lie in a folder, of how many tokens, in how many bytes."""
-    from conch_dna.presentation import print_tables
+    from conch_dna.screen.presentation import print_tables
     from conch_dna.training.data.target_files import (
         describe_targets,
         target_folders,

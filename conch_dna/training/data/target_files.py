@@ -106,7 +106,7 @@ def describe_targets(folder: Path) -> dict[str, Any]:
 
 def targets_table(rows: Sequence[dict[str, Any]]) -> "Table":
     """What `describe_targets` found, a folder a line."""
-    from conch_dna.presentation import bytes_text, text_table
+    from conch_dna.screen.presentation import bytes_text, text_table
 
     def what(row: dict[str, Any]) -> str:
         if row["teacher"] is None:

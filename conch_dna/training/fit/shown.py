@@ -6,7 +6,7 @@ Knows estimates and this machine; nothing of how they are made.
 from typing import TYPE_CHECKING
 
 from conch_dna.language_model import ModelSource
-from conch_dna.presentation import bytes_text, pairs_table
+from conch_dna.screen.presentation import bytes_text, pairs_table
 from conch_dna.training.fit.memory_estimate import (
     FITS,
     Estimate,

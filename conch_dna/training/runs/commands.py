@@ -27,7 +27,7 @@ _JSON = click.option("--json", "json_file", metavar="FILE", help="Write the figu
 def runs(folder: str, json_file: str | None) -> None:
     """List the runs of an output folder: state, steps, verdict."""
     from conch_dna.checkpoints import write_json
-    from conch_dna.presentation import print_tables
+    from conch_dna.screen.presentation import print_tables
     from conch_dna.training.runs.listing import describe_run, find_runs, runs_table
 
     place = Path(folder).expanduser()
@@ -55,7 +55,7 @@ def runs(folder: str, json_file: str | None) -> None:
 def compare(folders: tuple[str, ...], json_file: str | None) -> None:
     """Show what differs between runs: settings beside figures."""
     from conch_dna.checkpoints import write_json
-    from conch_dna.presentation import print_tables
+    from conch_dna.screen.presentation import print_tables
     from conch_dna.training.runs.comparing import compare_runs, comparison_tables
     from conch_dna.training.runs.listing import describe_run, find_run
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.errors import ConchError
-from conch_dna.presentation import text_table
+from conch_dna.screen.presentation import text_table
 from conch_dna.training.runs.listing import figure
 from conch_dna.training.runs.run_file import NOT_IDENTITY
 

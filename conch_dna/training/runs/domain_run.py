@@ -29,7 +29,7 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, Interrupted, NotWholeError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.metrics import COMPARABLE
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.adapters import (
     checkpoint_layers,
     load_verified,

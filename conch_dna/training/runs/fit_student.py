@@ -7,7 +7,7 @@ Another source of batches: a branch in `_batches`.
 from pathlib import Path
 
 from conch_dna.language_model import LanguageModel
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import ExampleBatches, sequential_batches
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.soft_targets import TargetBatches

@@ -20,7 +20,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.metrics import BETTER
-from conch_dna.presentation import text_table
+from conch_dna.screen.presentation import text_table
 from conch_dna.training.runs.run_file import RUN_FILE
 from conch_dna.training.settings import CHECKPOINT_PREFIX, RUNS, KDConfig, is_folder_name
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER, verdict
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import PairedExample, sequential_batches
 from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import HeldoutFigures

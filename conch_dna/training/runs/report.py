@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from conch_dna.errors import number_of
 from conch_dna.metrics import BETTER, FEWEST_EXAMPLES
-from conch_dna.presentation import add_figures, drawing, text_table
+from conch_dna.screen.presentation import add_figures, drawing, text_table
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.cross_tokenizer.token_bytes import KINDS
 

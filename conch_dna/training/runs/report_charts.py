@@ -7,7 +7,7 @@ that gives an SVG element, and its place in report.html.jinja.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conch_dna.presentation import svg_text
+from conch_dna.screen.presentation import svg_text
 from conch_dna.training.runs.report import curves_size, draw_curves
 
 # Points of a line; more cannot be told apart, and would make the page big.

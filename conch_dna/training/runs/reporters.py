@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.errors import ConchError, one_line
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 
 # Each name's package, which is the extra of this one that brings it.
 REPORTERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}

@@ -20,8 +20,8 @@ import numpy as np
 from conch_dna.checkpoints import DIGESTS, provenance, remove_folder, write_folder
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays, weight_files
-from conch_dna.presentation import text_table
-from conch_dna.progress import Report, silent
+from conch_dna.screen.presentation import text_table
+from conch_dna.screen.progress import Report, silent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -278,7 +278,7 @@ def _write(
         folder,
         arrays={"model.safetensors": weights},
         documents={"config.json": _config(source.config, kept), STUDENT_FILE: document},
-        writers={path.name: partial(shutil.copyfile, path) for path in _other_files(source.folder)},
+        writers={path.name: partial(shutil.copyfile, path) for path in other_files(source.folder)},
     )
 
 
@@ -306,7 +306,7 @@ def _config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     return {**config, **cut, **quantization, "num_hidden_layers": len(kept)}
 
 
-def _other_files(folder: Path) -> list[Path]:
+def other_files(folder: Path) -> list[Path]:
     """What a model's folder holds besides weights and configuration."""
     left = ("config.json", "model.safetensors.index.json", DIGESTS, STUDENT_FILE)
     suffixes = (".json", ".jinja", ".model", ".txt")

@@ -53,8 +53,8 @@ def make(
     """Leave out the layers of a model that change its hidden state least."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from conch_dna.language_model import ModelSource
-    from conch_dna.presentation import print_tables
-    from conch_dna.progress import Progress
+    from conch_dna.screen.presentation import print_tables
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.data.records import read_lines
     from conch_dna.training.students.block_influence import (
         make_student,

@@ -14,7 +14,7 @@ import click
 from conch_dna.errors import ConchError
 from conch_dna.metrics import BETTER
 from conch_dna.options.commands import command, options_of
-from conch_dna.presentation import pairs_table, print_tables
+from conch_dna.screen.presentation import pairs_table, print_tables
 from conch_dna.training.cli import OF_KD_CONFIG, distill
 from conch_dna.training.settings import KDConfig
 from conch_dna.training.sweeps.grid import SWEEPABLE, GridRun, grid_runs, settings_text
@@ -103,7 +103,7 @@ def sweep(
     source = read_given(given_in(asked), note)
 
     from conch_dna.language_model import ModelSource
-    from conch_dna.progress import Progress
+    from conch_dna.screen.progress import Progress
     from conch_dna.training.machines.far.teacher import teacher_source
     from conch_dna.training.runs.listing import SWEEP_FILE
     from conch_dna.training.sweeps.report import choice_text, sweep_table

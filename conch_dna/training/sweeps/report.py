@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.metrics import WORSE
-from conch_dna.presentation import drawing, text_table
+from conch_dna.screen.presentation import drawing, text_table
 from conch_dna.training.runs.report import verdict_text
 from conch_dna.training.sweeps.grid import settings_text, value_text
 

@@ -27,7 +27,7 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, Interrupted, NotWholeError, number_of
 from conch_dna.language_model import ModelSource
 from conch_dna.metrics import COMPARABLE, verdict
-from conch_dna.progress import Report, silent
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import require_trainable
 from conch_dna.training.cross_tokenizer.alignments import INDEX
 from conch_dna.training.data.examples import Examples

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.outcomes import TargetIdentity
 from conch_dna.training.machines.far.wire import asked_of, counted_runs, unpacked

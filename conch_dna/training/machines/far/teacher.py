@@ -14,7 +14,7 @@ from conch_dna.checkpoints import content_digest, read_json, write_folder, write
 from conch_dna.errors import ConchError, EgoUnavailableError, NotWholeError
 from conch_dna.language_model import DIGEST_FILE, TOKENIZER_FILES, ModelSource
 from conch_dna.loading.gguf_model import cache_folder
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.data.outcomes import TargetIdentity
 from conch_dna.training.machines.far.models import FarModel, OwnScores
 from conch_dna.training.machines.far.others import Scores

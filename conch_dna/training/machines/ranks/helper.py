@@ -12,7 +12,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import silent
+from conch_dna.screen.progress import silent
 from conch_dna.training.adapters import checkpoint_layers, make_trainable
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.data.outcomes import TargetIdentity

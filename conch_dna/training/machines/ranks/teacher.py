@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from conch_dna.language_model import LanguageModel, ModelSource
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import Example, sequential_batches
 from conch_dna.training.data.answers import answer_batch
 from conch_dna.training.data.outcomes import TargetIdentity, compute_targets

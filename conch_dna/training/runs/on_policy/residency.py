@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
-from conch_dna.presentation import bytes_text
+from conch_dna.screen.presentation import bytes_text
 from conch_dna.training.adapters import make_trainable
 from conch_dna.training.fit.memory_estimate import (
     bytes_of_weights,

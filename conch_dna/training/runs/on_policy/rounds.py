@@ -23,7 +23,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, Interrupted, NotWholeError, number_of
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
-from conch_dna.progress import Report, first_interrupt
+from conch_dna.screen.progress import Report, first_interrupt
 from conch_dna.training.batches import Batch, bucketed_batches, first_counted, read_by_teacher
 from conch_dna.training.cross_tokenizer.records import AlignedExample
 from conch_dna.training.data.answers import answer_batch

@@ -12,7 +12,7 @@ import numpy as np
 
 from conch_dna.checkpoints import content_digest
 from conch_dna.language_model import LanguageModel
-from conch_dna.progress import Report
+from conch_dna.screen.progress import Report
 from conch_dna.training.batches import Batch
 from conch_dna.training.data.examples import Examples
 from conch_dna.training.optimizer.steps import BatchStream

@@ -1,0 +1,112 @@
+"""Adapters in the files of other programs, and from them: written whole, and read back.
+
+Knows folders and files; the forms themselves stand in `peft` and `gguf`. Another form: a function
+here, and its name in FORMS.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from conch_dna.checkpoints import (
+    provenance,
+    remove_folder,
+    write_atomically,
+    write_folder,
+)
+from conch_dna.cortex.engine.adapter_modules import SharedTree, read_adapter
+from conch_dna.errors import ConchError
+from conch_dna.exporting.gguf_lora import write_gguf_lora
+from conch_dna.exporting.peft import CONFIG_FILE, WEIGHTS_FILE, from_peft, to_peft
+from conch_dna.exporting.source import AdapterSource
+from conch_dna.language_model import ModelSource
+from conch_dna.training.adapters import adapter_tensors, outline, save_adapter
+
+
+def export_peft(adapter: AdapterSource, folder: Path, *, name: str) -> None:
+    """Write an adapter as PEFT saves one.
+
+    Args:
+        adapter: That fits its model; else it is refused.
+        folder: Where to; it must not be there.
+        name: What PEFT is to open the model by; empty for the adapter's own.
+
+    Raises:
+        ConchError: See `to_peft`; or the folder is there or cannot be written.
+    """
+    _require_absent(folder)
+    arrays, document = to_peft(
+        _tensors(adapter),
+        adapter.document,
+        tied=bool(adapter.base.config.get("tie_word_embeddings")),
+        base=name or adapter.base.openable_name,
+    )
+    write_folder(folder, arrays={WEIGHTS_FILE: arrays}, documents={CONFIG_FILE: document})
+
+
+def export_gguf_lora(adapter: AdapterSource, path: Path) -> None:
+    """Write an adapter as llama.cpp opens one beside a model's GGUF file.
+
+    Args:
+        adapter: That fits its model; else it is refused.
+        path: Of the file; it must not be there.
+
+    Raises:
+        ConchError: See `write_gguf_lora`; or the file is there or cannot be written.
+    """
+    _require_absent(path)
+    tensors = _tensors(adapter)
+    write_atomically(
+        path, lambda file: write_gguf_lora(file, tensors, adapter.document, adapter.base)
+    )
+
+
+def import_peft(folder: Path, output: Path, base: ModelSource) -> None:
+    """Write an adapter that PEFT saved as mlx_lm opens one; it is read back onto its model.
+
+    Args:
+        folder: That PEFT saved.
+        output: Where to; it must not be there.
+        base: The model that it is for.
+
+    Raises:
+        ConchError: See `from_peft`; or it does not fit the model, or the folder is there.
+    """
+    _require_absent(output)
+    outlined = outline(base)
+    if outlined is None:
+        raise ConchError(f"the weights of {base.model_id} are not here: download it first")
+    tensors, document = from_peft(folder, base, outlined)
+    document["model"] = base.openable_name
+    document["conch_dna"] = {
+        "student": base.model_id,
+        "student_digest": base.weights_digest,
+        "imported": str(folder),
+        **provenance(),
+    }
+    save_adapter(output, tensors, document)
+    bare = base.load()
+    try:
+        read_adapter(output, bare, SharedTree(bare.model))
+    except ConchError:
+        remove_folder(output)
+        raise
+    finally:
+        bare.release()
+
+
+def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:
+    """An adapter's tensors, float32, after a look whether they fit the model."""
+    bare, adapted = adapter.load()
+    full = adapter.document.get("fine_tune_type") == "full"
+    found: dict[str, Any] = {} if full else adapter_tensors(adapted.model)
+    found = {name: value.astype(mx.float32) for name, value in found.items()}
+    mx.eval(found)
+    bare.release()
+    return found
+
+
+def _require_absent(path: Path) -> None:
+    if path.exists():
+        raise ConchError(f"{path} is there: name another, or delete it first")

@@ -1,0 +1,138 @@
+"""The commands that take an adapter out of the house: parse, call, print; they decide nothing.
+
+To add a command: a function here, with help and an example, and a line in docs/leaving.md.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from conch_dna.exporting.settings import FuseSettings
+from conch_dna.options.commands import command, json_option, options_of, write_figures
+
+_MODEL = click.option(
+    "--model", default="", help="The model it is for. [default: what the adapter's folder says]"
+)
+_TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with it.")
+
+
+@command(
+    "conch-dna fuse models/distilled_neurons/thinking/adapters_kd models/thinking-3b --bits 4",
+    headings={"Which": "model", "How": "bits", "Whether": "max_kl"},
+)
+@click.argument("adapter", help="Folder of an adapter.")
+@click.argument("folder", help="Folder of the model that is made.")
+@_MODEL
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="Texts of its domain, a share of which is held out. [default: the adapter's own]",
+)
+@options_of(FuseSettings)
+@click.option("--resume", is_flag=True, help="Go on with what was interrupted or refused.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder, and what was interrupted.")
+@json_option
+@_TRUST
+def fuse(
+    adapter: str,
+    folder: str,
+    model: str,
+    data: str | None,
+    resume: bool,
+    overwrite: bool,
+    json_file: str | None,
+    trust_remote_code: bool,
+    **values: Any,
+) -> None:
+    """Make an adapter part of its model, in few bits, and keep what it learned.
+
+    The folder is an ordinary model of mlx_lm. It is measured on held-out texts beside the adapter,
+    and only if it is near enough it is there; else exit code 2.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    settings = FuseSettings(**{name: v for name, v in values.items() if v is not None})
+    from conch_dna.exporting.fuse import Fusing
+    from conch_dna.exporting.judging import fuse_table, kept_share
+    from conch_dna.exporting.source import AdapterSource
+    from conch_dna.screen.presentation import print_tables
+    from conch_dna.screen.progress import Progress
+
+    with Progress() as progress:
+        source = AdapterSource.open(
+            Path(adapter).expanduser(),
+            model=model,
+            trust_remote_code=trust_remote_code,
+            report=progress,
+        )
+        place = Path(folder).expanduser()
+        texts = Path(data).expanduser() if data else None
+        rows = Fusing(source, place, settings, data=texts, report=progress).fused(
+            resume=resume, overwrite=overwrite
+        )
+    print_tables(fuse_table(f"{adapter} in its model", rows))
+    share = kept_share(rows[1], rows[-1])
+    kept = "the adapter changes nothing" if share is None else f"{share:.1%} of the adapter is left"
+    click.echo(f"model: {folder} ({kept})")
+    write_figures(json_file, {"figures": [row.to_json() for row in rows], "kept_share": share})
+
+
+@command(
+    "conch-dna export models/distilled_neurons/thinking/adapters_kd thinking_peft --to peft \\",
+    "  --base Qwen/Qwen2.5-3B-Instruct",
+)
+@click.argument("adapter", help="Folder of an adapter.")
+@click.argument("output", help="What is made: a folder with peft, a file with gguf-lora.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(("peft", "gguf-lora")),
+    required=True,
+    help="PEFT's folder, or LoRA for llama.cpp.",
+)
+@click.option("--base", default="", help="What PEFT opens the model by. [default: its own name]")
+@_MODEL
+@_TRUST
+def export(
+    adapter: str, output: str, form: str, base: str, model: str, trust_remote_code: bool
+) -> None:
+    """Write an adapter as other programs open one."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.exporting.adapter_files import export_gguf_lora, export_peft
+    from conch_dna.exporting.source import AdapterSource
+    from conch_dna.screen.progress import Progress
+
+    place = Path(output).expanduser()
+    with Progress() as progress:
+        source = AdapterSource.open(
+            Path(adapter).expanduser(),
+            model=model,
+            trust_remote_code=trust_remote_code,
+            report=progress,
+        )
+        if form == "peft":
+            export_peft(source, place, name=base)
+        else:
+            export_gguf_lora(source, place)
+    click.echo(f"{form}: {output}")
+
+
+@command(
+    "conch-dna import thinking_peft models/thinking --model Qwen/Qwen2.5-3B-Instruct", name="import"
+)
+@click.argument("folder", help="That PEFT saved, with adapter_model.safetensors.")
+@click.argument("output", help="Folder of the adapter that is made.")
+@click.option("--model", required=True, help="The model that it is for, as mlx_lm opens it.")
+@_TRUST
+def import_(folder: str, output: str, model: str, trust_remote_code: bool) -> None:
+    """Write an adapter that PEFT saved as mlx_lm opens one."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from conch_dna.exporting.adapter_files import import_peft
+    from conch_dna.language_model import ModelSource
+    from conch_dna.screen.progress import Progress
+
+    with Progress() as progress:
+        base = ModelSource(model, trust_remote_code=trust_remote_code, report=progress)
+        import_peft(Path(folder).expanduser(), Path(output).expanduser(), base)
+    click.echo(f"adapter: {output}")

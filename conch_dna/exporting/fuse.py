@@ -1,0 +1,313 @@
+"""An adapter becomes part of its model: fused, in few bits, healed, judged, and only then there.
+
+Ties the modules beside it together; knows what is in memory when. Each stage leaves in a working
+folder what the next one needs, so that any of them can be interrupted.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from conch_dna.checkpoints import (
+    DIGESTS,
+    FolderLock,
+    content_digest,
+    differences,
+    provenance,
+    read_json,
+    remove_folder,
+    remove_unfinished,
+    verify_folder,
+    write_folder,
+    write_json,
+)
+from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.exporting.healing import healed_arrays
+from conch_dna.exporting.judging import Judgement, judged, kept_share, refusal, valid_answers
+from conch_dna.exporting.moments import input_moments
+from conch_dna.exporting.quantised import (
+    Precision,
+    fuse_in_place,
+    is_linear,
+    kept_whole,
+    layers_of,
+    precision_of,
+    width_of,
+    write_model,
+)
+from conch_dna.exporting.settings import FuseSettings
+from conch_dna.exporting.source import AdapterSource
+from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.screen.progress import Report, silent
+from conch_dna.training.adapters import outline
+from conch_dna.training.batches import Example
+from conch_dna.training.data.examples import Split
+from conch_dna.training.data.soft_targets import SoftTargetCache
+from conch_dna.training.runs.on_policy.questions import Question, questions_of
+from conch_dna.training.settings import KDConfig, TrainingResult
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
+
+FUSED_FILE = "fused.json"
+RUN_FILE = "run.json"
+CANDIDATE, HEALED = "candidate", "healed"
+# Longer texts are read in windows of so many tokens, to see what comes into layers.
+WINDOW = 512
+# Of the texts to train scales on, the share by which the step that is kept is chosen.
+CHOOSING = 0.1
+
+
+class Fusing:
+    """One adapter on its way into its model; use `fused`.
+
+    Args:
+        adapter: What is fused.
+        folder: Where the model is to stand.
+        settings: How.
+        data: A file of records; None for the adapter's own.
+        report: Gets the progress.
+    """
+
+    def __init__(
+        self,
+        adapter: AdapterSource,
+        folder: Path,
+        settings: FuseSettings,
+        *,
+        data: Path | None = None,
+        report: Report = silent,
+    ) -> None:
+        self.adapter = adapter
+        self.folder = folder
+        self.settings = settings
+        self.data = data
+        self.report = report
+        self.work = folder.with_name(f"{folder.name}.fusing")
+        self.config: KDConfig = adapter.config(settings)
+        self.precision: Precision = precision_of(adapter.base, settings)
+
+    def fused(self, *, resume: bool = False, overwrite: bool = False) -> list[Judgement]:
+        """Make the model, and put it in its place if it is good enough.
+
+        Args:
+            resume: Go on with what an interrupted or refused one of the same settings left.
+            overwrite: Replace a folder that stands there, and what an interrupted one left.
+
+        Returns:
+            The adapter, the model without it, and the fused one, measured.
+
+        Raises:
+            ConchError: Bad settings for this model, a folder in the way, no texts, a full disk; or
+                the fused model is refused.
+        """
+        self._require_room(overwrite=overwrite)
+        with FolderLock(self.work, elsewhere="choose another folder"):
+            split = self._begin(resume=resume, overwrite=overwrite)
+            rows = self._made(split)
+            why = refusal(rows[1], rows[-1], self.settings.max_kl)
+            if why:
+                raise ConchError(
+                    f"{why}. Nothing stands at {self.folder}: give a higher --max-kl with --resume "
+                    "to take it, more --bits, more --steps, or --bits float"
+                )
+            self._take(rows)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return rows
+
+    def _require_room(self, *, overwrite: bool) -> None:
+        if self.folder.exists() and not (self.folder / "config.json").is_file():
+            raise ConchError(f"{self.folder} is there and is no model: name another folder")
+        if self.folder.exists() and not overwrite:
+            raise ConchError(f"{self.folder} is there: add --overwrite, or name another folder")
+        if self.folder.resolve() in (self.adapter.folder.resolve(), self.adapter.base.folder):
+            raise ConchError(f"{self.folder} is what is fused: name another folder")
+        outlined = outline(self.adapter.base)
+        left = kept_whole(outlined.model, self.precision) if outlined else []
+        if left:
+            message = (
+                f"{len(left)} layers stay whole, since groups of {self.precision.group_size} do "
+                f"not divide their widths, such as {left[0]}"
+            )
+            self.report("message", {"message": message})
+
+    def _begin(self, *, resume: bool, overwrite: bool) -> Split:
+        """Read the texts, and compare with what lies in the working folder."""
+        remove_unfinished(self.work)
+        split = self.adapter.split(self.data, self.config)
+        identity = {
+            **self.settings.identity(),
+            "adapter": self.adapter.digest,
+            "texts": content_digest(*(e.digest for e in [*split.train, *split.heldout])),
+        }
+        run = None
+        with suppress(NotWholeError):
+            run = read_json(self.work / RUN_FILE, needs={"identity": dict})
+        if run and resume:
+            if changed := differences(run["identity"], identity):
+                raise ConchError(
+                    f"{self.work} was begun with other settings: {'; '.join(changed)}. Resume with "
+                    "the same ones, or add --overwrite to begin anew"
+                )
+            return split
+        if run and not overwrite:
+            raise ConchError(
+                f"{self.work} holds a model that was begun: add --resume to go on, or --overwrite "
+                "to begin anew"
+            )
+        for path in self.work.iterdir():
+            if path.is_dir():
+                remove_folder(path)
+        write_json(self.work / RUN_FILE, {"identity": identity})
+        return split
+
+    def _made(self, split: Split) -> list[Judgement]:
+        """Every stage that is not done yet, and the figures."""
+        choosing, learned = self._parts(split.train)
+        targets = self.adapter.examples(self.config).targets(self.work / "soft_targets")
+        assert isinstance(targets, SoftTargetCache)
+        needed = [*split.heldout, *(split.train if self.settings.steps else [])]
+        questions = self._questions(split)
+        bare, adapted = self.adapter.load()
+        if missing := targets.missing(needed):
+            total = sum(example.count for example in missing)
+            self._phase("what the adapter says", total, "tokens")
+        with self.adapter.adapted.lent(adapted):
+            targets.fill(self.adapter.adapted, needed, batch_size=self.config.batch_size)
+        self._phase("measuring the adapter", 0, "")
+        valid = valid_answers(adapted, questions, self.config, self.adapter.domain)
+        size = self.adapter.base.weight_bytes or 0
+        rows = [
+            Judgement("adapter", None, valid, size + _bytes_of(self.adapter.folder)),
+            judged(*("without it", bare, split.heldout, targets, [], self.config, ""), nbytes=size),
+        ]
+        if not self._is_done(CANDIDATE):
+            self._write_candidate(adapted, split.train)
+        bare.release()
+        adapted.release()
+        made, training = self.work / CANDIDATE, None
+        if self.settings.steps:
+            made = self.work / HEALED
+            if not self._is_done(HEALED):
+                training = self._heal(targets, learned, choosing)
+        self._phase("measuring the fused model", 0, "")
+        source = ModelSource(
+            str(made), trust_remote_code=self.adapter.base.trust_remote_code, report=self.report
+        )
+        fused = source.load()
+        arguments = ("fused", fused, split.heldout, targets, questions, self.config)
+        rows.append(judged(*arguments, self.adapter.domain, nbytes=source.weight_bytes or 0))
+        fused.release()
+        if training:
+            self.report("message", {"message": f"scales: step {training.best_step} was kept"})
+        return rows
+
+    def _parts(self, train: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        """The texts by which a step is chosen, and those that are trained on."""
+        if not self.settings.steps:
+            return [], []
+        count = max(1, round(CHOOSING * len(train)))
+        if len(train) - count < self.settings.batch_size:
+            raise ConchError(
+                f"{len(train)} texts, of which {count} choose the step, cannot fill a batch of "
+                f"{self.settings.batch_size}: give more --data, or a smaller --batch-size"
+            )
+        return list(train[:count]), list(train[count:])
+
+    def _questions(self, split: Split) -> list[Question]:
+        if self.adapter.domain not in DOMAIN_SCHEMAS or not self.settings.answers:
+            return []
+        names = [example.name for example in split.heldout]
+        questions = questions_of(split.heldout_records, names, self.adapter.base.tokenizer)
+        return questions[: self.settings.answers]
+
+    def _write_candidate(self, adapted: LanguageModel, train: Sequence[Example]) -> None:
+        moments = None
+        if self.settings.fit == "outputs" and self.precision.bits is not None:
+            wanted = {
+                name: width_of(module)
+                for name, module in layers_of(adapted.model)
+                if is_linear(module) and self.precision.of(name)
+            }
+            windows = _windows(train, self.settings.fit_tokens)
+            moments = input_moments(adapted, wanted, windows, self.report)
+        precision = fuse_in_place(adapted, self.precision, moments, self.report)
+        arrays = named_arrays(adapted.model.parameters())
+        write_model(self.adapter.base, self.work / CANDIDATE, arrays, precision, {})
+
+    def _heal(
+        self, targets: SoftTargetCache, learned: Sequence[Example], choosing: Sequence[Example]
+    ) -> TrainingResult:
+        candidate = ModelSource(
+            str(self.work / CANDIDATE),
+            trust_remote_code=self.adapter.base.trust_remote_code,
+            report=self.report,
+        )
+        arrays, result = healed_arrays(
+            *(candidate, targets, learned, choosing, self.settings, self.work),
+            resume=True,
+            report=self.report,
+        )
+        own = candidate.config.get("quantization", {})
+        by_layer = {name: value for name, value in own.items() if isinstance(value, dict | bool)}
+        precision = Precision(bits=own["bits"], group_size=own["group_size"], own=by_layer)
+        write_model(self.adapter.base, self.work / HEALED, arrays, precision, {})
+        return result
+
+    def _is_done(self, name: str) -> bool:
+        if not (self.work / name).is_dir():
+            return False
+        try:
+            verify_folder(self.work / name)
+        except NotWholeError as error:
+            self.report("warning", {"message": f"{error}; it is made again"})
+            return False
+        return True
+
+    def _take(self, rows: Sequence[Judgement]) -> None:
+        """Put what was measured in its place, with its figures."""
+        made = self.work / (HEALED if self.settings.steps else CANDIDATE)
+        document = {
+            "adapter": str(self.adapter.folder),
+            "model": self.adapter.base.model_id,
+            "domain": self.adapter.domain,
+            "settings": asdict(self.settings),
+            "kept_share": kept_share(rows[1], rows[-1]),
+            "figures": [row.to_json() for row in rows],
+            **provenance(),
+        }
+        files = [path for path in made.iterdir() if path.name != DIGESTS]
+        write_folder(
+            self.folder,
+            documents={FUSED_FILE: document},
+            writers={path.name: partial(_same_file, path) for path in files},
+        )
+
+    def _phase(self, name: str, total: int, unit: str) -> None:
+        self.report("phase", {"name": name, "total": total, "unit": unit})
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """A second name of a file, or where the disk has no such, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _windows(examples: Sequence[Example], tokens: int) -> list[list[int]]:
+    """The first tokens of texts, each in windows of at most WINDOW."""
+    windows: list[list[int]] = []
+    for example in examples:
+        ids = example.ids[:tokens].tolist()
+        windows += [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+        tokens -= len(ids)
+        if tokens <= 0:
+            break
+    return windows
