@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from conch_dna.metrics import (
     closed_gap,
     expected_calibration_error,
     perplexity,
+    ranges_of,
     reliability,
     token_metrics,
     verdict,
+    worst_slice,
 )
 
 
@@ -220,3 +223,59 @@ class TestVerdict:
         before = np.array([[1.0] * 8, [1.0] * 6 + [0.0] * 2])
         found = verdict(before, before - [[0.5] * 6 + [0.0] * 2, [0.0] * 8])
         assert (found["verdict"], found["examples"]) == ("better", 6)
+
+
+class TestSlices:
+    def planted(self, seed: int, *, loss: float, count: int = 60) -> Any:
+        """Figures of examples of three domains, of which one got worse and the others better."""
+        random = np.random.default_rng(seed)
+        tokens = random.integers(10, 60, count).astype(float)
+        domains = [("task", "debug", "memory")[n % 3] for n in range(count)]
+        before = random.gamma(4.0, 0.1, count)
+        after = before - 0.05 + 0.05 * random.normal(size=count)
+        after += np.array([loss if name == "debug" else 0.0 for name in domains])
+        pair = [np.stack([each * tokens, tokens]) for each in (before, after)]
+        slices = {"domain": domains, "length": ranges_of(tokens.tolist(), "tokens")}
+        return pair, slices
+
+    def test_a_planted_loss_is_named_in_at_least_19_of_20_seeds(self):
+        named = 0
+        for seed in range(20):
+            pair, slices = self.planted(seed, loss=0.12)
+            found = worst_slice(*pair, slices, seed=seed)
+            named += bool(found and found["lost"] and found["slice"] == "debug")
+        assert named >= 19
+
+    def test_where_nothing_was_planted_a_loss_is_claimed_in_few_seeds(self):
+        claimed = 0
+        for seed in range(40):
+            pair, slices = self.planted(seed, loss=0.05)
+            claimed += worst_slice(*pair, slices, seed=seed)["lost"]
+        assert claimed <= 4
+
+    def test_the_worst_examples_are_of_the_part(self):
+        pair, slices = self.planted(0, loss=0.5)
+        found = worst_slice(*pair, slices)
+        assert len(found["worst"]) == 3
+        assert {slices["domain"][place] for place in found["worst"]} == {"debug"}
+        change = (pair[1] - pair[0])[0] / pair[0][1]
+        assert change[found["worst"][0]] == max(change[np.array(slices["domain"]) == "debug"])
+        assert found["difference"] == pytest.approx(0.45, abs=0.03)
+        assert found["interval"][0] < found["difference"] < found["interval"][1]
+
+    def test_parts_of_too_few_examples_and_the_whole_are_none(self):
+        pair, _ = self.planted(0, loss=0.1, count=10)
+        assert worst_slice(*pair, {"length": ["one"] * 10}) is None
+        assert worst_slice(*pair, {"length": ["one"] * 5 + ["two"] * 5}) is None
+        assert worst_slice(*pair, {}) is None
+
+    def test_examples_without_a_figure_do_not_count(self):
+        pair, slices = self.planted(0, loss=0.2)
+        pair[0][1][:30] = pair[1][1][:30] = 0.0
+        found = worst_slice(*pair, slices)
+        assert found["examples"] <= 30
+        assert all(place >= 30 for place in found["worst"])
+
+    def test_equal_values_share_a_range(self):
+        assert ranges_of([7, 7, 7, 7], "tokens") == ["7 to 7 tokens"] * 4
+        assert len(set(ranges_of(list(range(30)), "tokens"))) == 3

@@ -54,7 +54,7 @@ def fuse(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     settings = FuseSettings(**{name: v for name, v in values.items() if v is not None})
     from conch_dna.exporting.fuse import Fusing
-    from conch_dna.exporting.judging import fuse_table, kept_share
+    from conch_dna.exporting.judging import fuse_table, kept_share, part_text
     from conch_dna.exporting.source import AdapterSource
     from conch_dna.screen.presentation import print_tables
     from conch_dna.screen.progress import Progress
@@ -72,6 +72,8 @@ def fuse(
             resume=resume, overwrite=overwrite
         )
     print_tables(fuse_table(f"{adapter} in its model", rows))
+    if lost := part_text(rows[-1]):
+        click.echo(lost)
     share = kept_share(rows[1], rows[-1])
     kept = "the adapter changes nothing" if share is None else f"{share:.1%} of the adapter is left"
     click.echo(f"model: {folder} ({kept})")

@@ -181,7 +181,7 @@ class Fusing:
         size = self.adapter.base.weight_bytes or 0
         rows = [
             Judgement("adapter", None, valid, size + _bytes_of(self.adapter.folder)),
-            judged(*("without it", bare, split.heldout, targets, [], self.config, ""), nbytes=size),
+            judged(*("without it", bare, split, targets, [], self.config, ""), nbytes=size),
         ]
         if not self._is_done(CANDIDATE):
             self._write_candidate(adapted, split.train)
@@ -197,7 +197,7 @@ class Fusing:
             str(made), trust_remote_code=self.adapter.base.trust_remote_code, report=self.report
         )
         fused = source.load()
-        arguments = ("fused", fused, split.heldout, targets, questions, self.config)
+        arguments = ("fused", fused, split, targets, questions, self.config)
         rows.append(judged(*arguments, self.adapter.domain, nbytes=source.weight_bytes or 0))
         fused.release()
         if training:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conch_dna.errors import number_of
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import paired_interval
+from conch_dna.metrics import paired_interval, worst_slice
 from conch_dna.screen.presentation import bytes_text, text_table
-from conch_dna.training.batches import Example
+from conch_dna.training.data.examples import Split
 from conch_dna.training.data.soft_targets import Targets
-from conch_dna.training.evaluation import HeldoutFigures, figures_on
+from conch_dna.training.evaluation import HeldoutFigures, figures_on, slices_of
 from conch_dna.training.runs.on_policy.own_answers import answer_figures, answers_of
 from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.settings import KDConfig
@@ -34,12 +35,14 @@ class Judgement:
         valid: Of each prompt whether its answer keeps the domain's schema; empty where none was
             asked.
         nbytes: Of its weights.
+        part: The part of the texts that it is farthest from the adapter on; see `worst_slice`.
     """
 
     name: str
     figures: HeldoutFigures | None
     valid: list[float] = field(default_factory=list)
     nbytes: int = 0
+    part: dict[str, Any] | None = None
 
     @property
     def kl(self) -> float:
@@ -60,6 +63,7 @@ class Judgement:
             "valid": sum(self.valid) / len(self.valid) if self.valid else None,
             "prompts": len(self.valid),
             "bytes": self.nbytes,
+            "slice": self.part,
         }
 
 
@@ -70,7 +74,7 @@ def _interval(each: np.ndarray) -> tuple[float, float]:
 def judged(
     name: str,
     model: LanguageModel,
-    examples: Sequence[Example],
+    split: Split,
     targets: Targets,
     questions: Sequence[Question],
     config: KDConfig,
@@ -83,15 +87,21 @@ def judged(
     Args:
         name: What the table calls it.
         model: In memory.
-        examples: Held out; their targets are there.
+        split: What is held out of it; its targets are there.
         targets: The adapter's.
         questions: Held-out prompts whose answers should keep a schema.
         config: How both are read.
         domain: Whose schema.
         nbytes: Of the model's weights.
     """
-    figures = figures_on(model, examples, targets, config)
-    return Judgement(name, figures, valid_answers(model, questions, config, domain), nbytes)
+    figures = figures_on(model, split.heldout, targets, config)
+    after = figures.by_example["kl_nats"]
+    names, slices = slices_of(split.heldout, split.heldout_records, figures, config.batch_size)
+    # Of the adapter itself nothing is lost.
+    if part := worst_slice(after * [[0.0], [1.0]], after, slices, seed=config.seed):
+        part["worst"] = [names[place] for place in part["worst"]]
+    valid = valid_answers(model, questions, config, domain)
+    return Judgement(name, figures, valid, nbytes, part)
 
 
 def valid_answers(
@@ -133,6 +143,18 @@ def refusal(base: Judgement, fused: Judgement, max_kl: float) -> str:
             "adapter would be left"
         )
     return f"the fused model is {fused.kl:.4f} nats a token from its adapter, and {than}"
+
+
+def part_text(found: Judgement) -> str:
+    """One line: the part of the texts that lost most; empty where there are no parts."""
+    if not (part := found.part):
+        return ""
+    low, high = part["interval"]
+    return (
+        f"most is lost of {part['by']} {part['slice']}: {part['difference']:.4f} nats a token "
+        f"({part['confidence']:.1%} interval {low:.4f} to {high:.4f}, "
+        f"{number_of(part['examples'], 'example')}, such as {', '.join(part['worst'])})"
+    )
 
 
 def fuse_table(title: str, rows: Sequence[Judgement]) -> "Table":

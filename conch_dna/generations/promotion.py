@@ -18,7 +18,7 @@ from conch_dna.errors import ConchError
 from conch_dna.generations.settings import PAIRED, GateSettings
 from conch_dna.generations.taboo import TabooTokens
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import paired_interval
+from conch_dna.metrics import paired_interval, ranges_of, worst_slice
 from conch_dna.training.batches import Example
 from conch_dna.training.data.answers import sample_texts
 from conch_dna.training.evaluation import token_scores
@@ -92,8 +92,13 @@ class Measures:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The figures that gates compare, one for each text."""
-        return {"recall": self.recall.top1.tolist(), "generalize": self.generalize.top1.tolist()}
+        """The figures that gates compare, one for each text, and by what texts are told apart."""
+        parts = {"recall": self.recall, "generalize": self.generalize}
+        slices = {
+            name: {"length": ranges_of(part.tokens.tolist(), "tokens")} if len(part.tokens) else {}
+            for name, part in parts.items()
+        }
+        return {**{name: part.top1.tolist() for name, part in parts.items()}, "slices": slices}
 
     def to_json(self, taboo: TabooTokens | None, tokenizer: Any) -> dict[str, Any]:
         """The figures, with how many answers hold a taboo word where there are some."""
@@ -187,7 +192,15 @@ def _compared(
     }
     decisive, interval, bound = difference, "", ""
     wants_bound = gate in settings.by_lower_bound
+    part = ""
     if len(own) == len(other) and len(own) > 1:
+        slices = (child.get("slices") or {}).get(gate, {})
+        before, after = (np.stack([-scores, np.ones_like(scores)]) for scores in (other, own))
+        if found := worst_slice(before, after, slices, seed=settings.seed):
+            figures["slice"] = found
+            lost = "lost" if found["lost"] else "not shown to have lost"
+            part = f"; of its parts {found['by']} {found['slice']} is worst, {lost} "
+            part += f"({-found['difference']:+.4f})"
         low, high = paired_interval(own, other, confidence=settings.confidence, seed=settings.seed)
         figures["interval"] = [low, high]
         interval = f" [{low:+.4f}, {high:+.4f}]"
@@ -201,7 +214,7 @@ def _compared(
         return _verdict(gate, False, reason, **figures)
     reason = (
         f"{own.mean():.4f} against the parent's {other.mean():.4f}, difference "
-        f"{difference:+.4f}{interval}; {bound}needed {least:+.4f}"
+        f"{difference:+.4f}{interval}; {bound}needed {least:+.4f}{part}"
     )
     return _verdict(gate, _at_least(decisive, least), reason, **figures)
 

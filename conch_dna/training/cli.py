@@ -411,6 +411,7 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
         evaluation_table,
         judged_sets,
         own_answers_table,
+        slice_text,
         verdict_text,
     )
 
@@ -441,6 +442,9 @@ def _print_summary(distiller: "TrueKnowledgeDistiller", summary: dict[str, Any])
                 soft_wrap=True,
                 markup=False,
             )
+            if told := slice_text(judged):
+                style = "bold red" if judged["slice"]["lost"] else None
+                console.print(f"{title}: {told}", style=style, soft_wrap=True, markup=False)
         word = result.evaluation["verdict"]["verdict"]
         if word != BETTER:
             console.print(advice(result, distiller.config), soft_wrap=True, markup=False)

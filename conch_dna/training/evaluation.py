@@ -4,7 +4,7 @@ Knows loaded models, batches and examples; nothing of training or files. To add 
 a sum in `heldout_figures` and a field of `metrics.TokenMetrics`; one of tokens: `TokenFigures`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,15 @@ import numpy as np
 
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, kept_and_rest, likelihood_kl, log_sum_exp
-from conch_dna.metrics import COMPARABLE, TokenMetrics, closed_gap, token_metrics, verdict
+from conch_dna.metrics import (
+    COMPARABLE,
+    TokenMetrics,
+    closed_gap,
+    ranges_of,
+    token_metrics,
+    verdict,
+    worst_slice,
+)
 from conch_dna.training.batches import (
     Batch,
     Example,
@@ -189,8 +197,53 @@ def figures_on(
     return heldout_figures(model, batches, memory=config.loss_memory)
 
 
+# What of a record says where it comes from.
+_ORIGINS = ("domain", "source", "category")
+
+
+def slices_of(
+    examples: Sequence[Example],
+    records: Sequence[Mapping[str, Any]],
+    figures: HeldoutFigures,
+    batch_size: int,
+) -> tuple[list[str], dict[str, list[str]]]:
+    """By what held-out examples are told apart, in the order of their figures.
+
+    Args:
+        examples: As `figures_on` had them.
+        records: What they were made of; none where that is not known.
+        figures: Of them, for the teacher's entropy.
+        batch_size: As `figures_on` had it.
+
+    Returns:
+        The name of each, and by length, the teacher's entropy and where records come from (their
+        `domain`, `source` or `category`) the name of each one's part.
+    """
+    order = [int(n) for n in np.concatenate(sequential_batches(examples, batch_size))]
+    counts = [examples[number].count for number in order]
+    found = {"length": ranges_of(counts, "tokens")}
+    by_token = figures.by_token
+    owner = np.cumsum(by_token.place == 1) - 1
+    known = np.isfinite(by_token.entropy)
+    tokens = np.bincount(owner[known], minlength=len(order))
+    if tokens.all():
+        sums = np.bincount(owner[known], by_token.entropy[known], len(order))
+        found["teacher's entropy"] = ranges_of((sums / tokens).tolist(), "nats")
+    for name in _ORIGINS:
+        origins = [str(records[number].get(name, "none")) for number in order] if records else []
+        if len(set(origins)) > 1:
+            found[name] = origins
+    return [examples[number].name for number in order], found
+
+
 def judged(
-    before: HeldoutFigures, after: HeldoutFigures, teacher: TokenMetrics, *, figure: str, seed: int
+    before: HeldoutFigures,
+    after: HeldoutFigures,
+    teacher: TokenMetrics,
+    slices: tuple[Sequence[str], Mapping[str, Sequence[str]]],
+    *,
+    figure: str,
+    seed: int,
 ) -> dict[str, Any]:
     """What evaluation.json says of a set of examples: both figures, the teacher's, the verdict.
 
@@ -198,17 +251,21 @@ def judged(
         before: Of the student without its adapter.
         after: Of the student with it, on the same batches.
         teacher: Its own figures on them.
+        slices: See `slices_of`.
         figure: One of `COMPARABLE`, by which the verdict is found.
         seed: Of its bootstrap.
     """
     pair = (before.by_example[figure], after.by_example[figure])
     before_metrics, after_metrics = before.metrics.to_json(), after.metrics.to_json()
+    if part := worst_slice(*pair, slices[1], seed=seed):
+        part["worst"] = [slices[0][place] for place in part["worst"]]
     return {
         "before": before_metrics,
         "after": after_metrics,
         "teacher": teacher.to_json(),
         "gap_closed": closed_gap(before_metrics, after_metrics),
         "verdict": {"figure": figure, **verdict(*pair, seed=seed)},
+        "slice": part,
     }
 
 

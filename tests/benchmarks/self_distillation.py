@@ -105,7 +105,7 @@ class Skill(Domain):
         ]
         found: dict[str, Any] = {each: [row[each] for row in rows] for each in rows[0]}
         for old in OLD:
-            scores = token_scores(model, old_texts(old, tokenizer), batch_size=4, chunk=512)
+            scores = token_scores(model, old_texts(old, tokenizer), batch_size=4)
             found[old] = [float(-each.log_probs.mean()) for each in scores]
         model.release()
         write_json(path, found)

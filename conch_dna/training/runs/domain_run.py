@@ -55,6 +55,7 @@ from conch_dna.training.evaluation import (
     HeldoutFigures,
     figures_on,
     judged,
+    slices_of,
     teacher_confidence,
     teacher_metrics,
 )
@@ -426,9 +427,11 @@ class DomainRun:
     def _judged(
         self, examples: Sequence[Any], before: HeldoutFigures, after: HeldoutFigures, data: RunData
     ) -> dict[str, Any]:
-        teacher = teacher_metrics(examples, data.targets)
-        figures = judged(before, after, teacher, figure=self._figure(before), seed=self.config.seed)
-        return {**figures, "alignment": self.examples.alignment}
+        teacher, figure = teacher_metrics(examples, data.targets), self._figure(before)
+        records = data.split.heldout_records if examples is data.split.heldout else []
+        slices = slices_of(examples, records, after, self.config.batch_size)
+        found = judged(before, after, teacher, slices, figure=figure, seed=self.config.seed)
+        return {**found, "alignment": self.examples.alignment}
 
     def _result(
         self,

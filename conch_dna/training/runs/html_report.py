@@ -34,6 +34,7 @@ from conch_dna.training.runs.report import (
     judged_sets,
     own_answers_rows,
     read_samples,
+    slice_text,
     verdict_text,
 )
 from conch_dna.training.runs.run_file import RUN_FILE
@@ -278,6 +279,7 @@ def _judged(title: str, evaluation: dict[str, Any]) -> dict[str, Any]:
         "title": f"{title}: {word if word == BETTER else word.upper()}",
         "tone": {BETTER: "good", WORSE: "bad"}.get(word, "unsure"),
         "sentence": sentence,
+        "part": slice_text(evaluation),
         "caption": f"{title}: {gap_text(evaluation)}; {caption_of(evaluation)}",
         "headings": list(columns),
         "rows": [

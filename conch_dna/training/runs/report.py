@@ -164,6 +164,21 @@ def verdict_text(evaluation: dict[str, Any]) -> str:
     )
 
 
+def slice_text(evaluation: Mapping[str, Any]) -> str:
+    """One line: the part of the held-out data that lost most; empty where there are no parts."""
+    if not (found := evaluation.get("slice")):
+        return ""
+    unit = _FIGURE_WORDS[evaluation["verdict"]["figure"]][1]
+    low, high = found["interval"]
+    change = f"{found['difference']:+.4f} {unit} ({found['confidence']:.1%} interval "
+    change += f"{low:+.4f} to {high:+.4f}, {number_of(found['examples'], 'example')}, such as "
+    change += f"{', '.join(found['worst'])})"
+    part = f"{found['by']} {found['slice']}"
+    if found["lost"]:
+        return f"a part of it became WORSE: {part}, {change}"
+    return f"no part is shown to have lost; nearest to it {part}, {change}"
+
+
 def advice(result: "KDResult", config: "KDConfig") -> str:
     """What to try where a student did not become better, in one line."""
     metadata, found = result.metadata, result.evaluation["verdict"]
