@@ -27,6 +27,9 @@ DEMO_OPTIONS := \
 	--output-dir $(DEMO_OUTPUT) \
 	--overwrite
 
+# What these measure is a model of yours, which they have to be told.
+OWN_MODEL := real_model prompt_distillation self_distillation fuse_bits
+
 # pip compiles all 12,000 installed files, which takes longer than the rest of the set-up; without
 # it Python compiles what is used, when it is first used, unless this variable forbids that.
 export PYTHONDONTWRITEBYTECODE :=
@@ -37,7 +40,7 @@ help:
 	@echo 'make demo    distil the embedded teacher into the embedded student and measure it'
 	@echo 'make test    ruff, mypy and the tests that guard every behaviour'
 	@echo 'make test-slow  the long tests: kills, whole runs, processes; with make test, coverage'
-	@echo 'make bench   run every script in tests/benchmarks but that of make real'
+	@echo 'make bench   run the scripts in tests/benchmarks that need no model of yours'
 	@echo 'make real    fetch SmolLM2-135M, leave out layers, distil it; an hour and more, goes on where'
 	@echo '             it stopped; REAL_MODEL=FOLDER|FILE.gguf REAL_QUESTIONS=FILE REAL_OPTIONS="--minutes 90"'
 	@echo 'make house   draw the house into CONTRIBUTING.md, and print its size'
@@ -60,7 +63,7 @@ test-slow: .venv/stamp
 
 bench: .venv/stamp
 	@$(BIN)/python tests/benchmarks/_ratios.py forget
-	@for script in $(filter-out %/real_model.py,$(wildcard tests/benchmarks/[a-z]*.py)); do \
+	@for script in $(filter-out $(OWN_MODEL:%=tests/benchmarks/%.py),$(wildcard tests/benchmarks/[a-z]*.py)); do \
 		test -f "$$script" || { echo 'tests/benchmarks holds no script'; continue; }; \
 		echo "== $$script"; \
 		$(BIN)/python "$$script" || exit 1; \

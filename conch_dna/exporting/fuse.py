@@ -232,6 +232,14 @@ class Fusing:
                 if is_linear(module) and self.precision.of(name)
             }
             windows = _windows(train, self.settings.fit_tokens)
+            tokens, widest = sum(map(len, windows)), max(wanted.values(), default=0)
+            if tokens < 2 * widest:
+                message = (
+                    f"{tokens:,} tokens of text are few to fit layers of {widest:,} numbers by, "
+                    "and may fit them worse than rounding: give more --data, or a higher "
+                    "--fit-tokens"
+                )
+                self.report("warning", {"message": message})
             moments = input_moments(adapted, wanted, windows, self.report)
         precision = fuse_in_place(adapted, self.precision, moments, self.report)
         arrays = named_arrays(adapted.model.parameters())
@@ -308,6 +316,6 @@ def _windows(examples: Sequence[Example], tokens: int) -> list[list[int]]:
         ids = example.ids[:tokens].tolist()
         windows += [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
         tokens -= len(ids)
-        if tokens <= 0:
+        if not tokens:
             break
     return windows

@@ -25,21 +25,34 @@ STORIES = [
     {"text": f"Once upon a time there was a little {animal} who{' very' * (n % 3)} liked to play."}
     for n, animal in enumerate(ANIMALS * 3)
 ]
+THINGS = ["a red ball", "an old hat", "a big cake", "a new kite", "a soft bed", "a small boat"]
+PLACES = ["in the park", "by the river", "at the farm", "under the tree", "near the lake"]
+# Of layers some hundred numbers wide little can be said by fewer tokens.
+LONG = [
+    {
+        "text": f"Once upon a time there was a little {animal} who liked to play {place}. One day "
+        f"the {animal} found {thing}. The {animal} was very happy and ran home to show it to Mom. "
+        f'Mom smiled and said, "What a nice surprise!" They played {place} until it was dark, and '
+        f"then the {animal} went to sleep."
+    }
+    for animal, thing, place in zip(ANIMALS * 8, THINGS * 16, PLACES * 20, strict=False)
+]
 
 
-def adapter_of(teacher: Any, student: Any, output: Path, **settings: Any) -> Path:
+def adapter_of(
+    teacher: Any, student: Any, output: Path, *, data: Any = STORIES, **settings: Any
+) -> Path:
     config = KDConfig(**{**QUICK, "output_dir": str(output), "lora_keys": "all", **settings})
     distiller = TrueKnowledgeDistiller(str(teacher), str(student), config)
-    return Path(distiller.distill_domain("stories", data=STORIES).adapter_path)
+    return Path(distiller.distill_domain("stories", data=data).adapter_path)
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the embedded student, after some steps that changed it."""
     output = tmp_path_factory.mktemp("adapter")
-    return adapter_of(
-        "embedded:teacher", "embedded:student", output, num_iters=20, learning_rate=5e-3
-    )
+    how = {"num_iters": 20, "learning_rate": 5e-3, "batch_size": 4, "data": LONG}
+    return adapter_of("embedded:teacher", "embedded:student", output, **how)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +301,16 @@ class TestBadInput:
     def test_settings_that_cannot_be(self, settings, message):
         with pytest.raises(ConchError, match=message):
             FuseSettings(**settings)
+
+    def test_too_few_tokens_to_fit_by_are_warned_of(self, tiny, tmp_path):
+        _, adapter = tiny
+        said: list[str] = []
+
+        def report(event: str, row: dict[str, Any]) -> None:
+            said.append(f"{event} {row.get('message', '')}")
+
+        fuse(adapter, tmp_path / "few", bits="8", fit_tokens=64, report=report)
+        assert any("warning 64 tokens of text are few" in text for text in said)
 
     def test_a_folder_that_is_there(self, tiny, tmp_path):
         student, adapter = tiny
