@@ -175,3 +175,13 @@ def test_texts_without_words_are_as_far_away_as_can_be() -> None:
 def test_a_reference_without_words_has_no_tone() -> None:
     with pytest.raises(ConchError, match="the reference has no words"):
         word_distance(TEXTS, ["!"])
+
+
+def test_a_gate_names_the_texts_that_lost_most() -> None:
+    lengths = ["4 to 9 tokens", "10 to 30 tokens"] * 20
+    lost = np.array([0.2 if name.startswith("4") else 0.0 for name in lengths])
+    child = {**GOOD, "recall": (0.8 - lost).tolist(), "slices": {"recall": {"length": lengths}}}
+    [verdict] = [v for v in gate_verdicts(child, {**PARENT, "recall": [0.8] * 40}) if not v.passed]
+    assert verdict.gate == "recall"
+    assert verdict.figures["slice"]["slice"] == "4 to 9 tokens"
+    assert verdict.reason.endswith("length 4 to 9 tokens is worst, lost (-0.2000)")

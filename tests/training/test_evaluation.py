@@ -18,6 +18,7 @@ from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.evaluation import (
     heldout_figures,
     heldout_metrics,
+    slices_of,
     teacher_confidence,
     teacher_metrics,
 )
@@ -195,3 +196,35 @@ def test_gap_between_a_student_and_its_teacher_is_closed_by_the_teacher(
     after = heldout_metrics(teacher.resident(), batches).to_json()
     assert closed_gap(before, after) == pytest.approx(1.0, abs=1e-4)
     assert closed_gap(before, before) == 0.0
+
+
+class TestSlices:
+    def test_names_stand_in_the_order_of_the_figures(self, student, cache, examples, batches):
+        figures = heldout_figures(student, batches)
+        records = [{"source": "one" if n % 2 else "two"} for n in range(len(examples))]
+        names, slices = slices_of(examples, records, figures, 3)
+        by_length = sorted(examples, key=lambda example: len(example.ids))
+        assert names == [example.name for example in by_length]
+        sources = {e.name: r["source"] for e, r in zip(examples, records, strict=True)}
+        assert slices["source"] == [sources[name] for name in names]
+        counts = dict(zip(names, figures.by_example["cross_entropy"][1], strict=True))
+        assert all(counts[example.name] == example.count for example in examples)
+        for name, part in zip(names, slices["length"], strict=True):
+            low, high = map(float, part.removesuffix(" tokens").split(" to "))
+            assert low <= counts[name] <= high
+
+    def test_the_teachers_entropy_is_that_of_each_example(self, student, cache, examples, batches):
+        figures = heldout_figures(student, batches)
+        _, slices = slices_of(examples, [], figures, 3)
+        order = [int(n) for n in np.concatenate(sequential_batches(examples, 3))]
+        start = 0
+        for number, part in zip(order, slices["teacher's entropy"], strict=True):
+            own = figures.by_token.entropy[start : start + examples[number].count]
+            start += examples[number].count
+            low, high = map(float, part.removesuffix(" nats").split(" to "))
+            assert low - 0.01 <= own.mean() <= high + 0.01
+
+    def test_records_of_one_source_or_of_none_are_not_told_apart(self, student, examples, batches):
+        figures = heldout_figures(student, batches)
+        _, slices = slices_of(examples, [{"source": "a"}] * len(examples), figures, 3)
+        assert "source" not in slices

@@ -20,6 +20,7 @@ from conch_dna.training.runs.report import (
     heldout_kd,
     rise_of,
     samples_text,
+    slice_text,
     verdict_text,
 )
 from conch_dna.training.settings import KDConfig, KDResult
@@ -342,3 +343,24 @@ def test_where_the_rate_blew_a_run_up_a_lower_one_is_the_advice():
         "the kept step is 0, so the adapter changes nothing; try a lower --learning-rate than 0.1 "
         f"({rise})"
     )
+
+
+def test_the_part_that_lost_most_is_one_line_and_a_loss_is_loud():
+    found: dict[str, Any] = {
+        "by": "length",
+        "slice": "4 to 9 tokens",
+        "difference": 0.0123,
+        "interval": [0.001, 0.02],
+        "confidence": 0.99,
+        "examples": 8,
+        "worst": ["example 3", "example 1"],
+        "lost": True,
+    }
+    evaluation = {"verdict": {"figure": "kl_nats"}, "slice": found}
+    assert slice_text(evaluation) == (
+        "a part of it became WORSE: length 4 to 9 tokens, +0.0123 nats a token (99.0% interval "
+        "+0.0010 to +0.0200, 8 examples, such as example 3, example 1)"
+    )
+    found["lost"] = False
+    assert slice_text(evaluation).startswith("no part is shown to have lost; nearest to it length")
+    assert slice_text({**evaluation, "slice": None}) == slice_text({}) == ""
