@@ -1,7 +1,7 @@
 """Adapters in the files of other programs, and from them: written whole, and read back.
 
-Knows folders and files; the forms themselves stand in `peft` and `gguf`. Another form: a function
-here, and its name in FORMS.
+Knows folders and files; the forms themselves stand in the modules beside it. Another form: a
+function here.
 """
 
 from pathlib import Path
@@ -17,10 +17,13 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.cortex.engine.adapter_modules import SharedTree, read_adapter
 from conch_dna.errors import ConchError
-from conch_dna.exporting.gguf_lora import write_gguf_lora
+from conch_dna.exporting.gguf_lora import architecture_of, write_gguf_lora
+from conch_dna.exporting.gguf_model import write_gguf_model
 from conch_dna.exporting.peft import CONFIG_FILE, WEIGHTS_FILE, from_peft, to_peft
+from conch_dna.exporting.quantised import Precision, fuse_in_place
 from conch_dna.exporting.source import AdapterSource
-from conch_dna.language_model import ModelSource
+from conch_dna.language_model import ModelSource, named_arrays
+from conch_dna.screen.progress import Report
 from conch_dna.training.adapters import adapter_tensors, outline, save_adapter
 
 
@@ -60,6 +63,26 @@ def export_gguf_lora(adapter: AdapterSource, path: Path) -> None:
     write_atomically(
         path, lambda file: write_gguf_lora(file, tensors, adapter.document, adapter.base)
     )
+
+
+def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -> None:
+    """Write an adapter in its model as one GGUF file.
+
+    Args:
+        adapter: That fits its model; else it is refused.
+        path: Of the file; it must not be there.
+        kind: Of its numbers; see `gguf_model.KINDS`.
+        report: Gets the progress.
+
+    Raises:
+        ConchError: See `write_gguf_model`; or the file is there or cannot be written.
+    """
+    _require_absent(path)
+    architecture_of(adapter.base)
+    _, adapted = adapter.load()
+    fuse_in_place(adapted, Precision(bits=None, own={}), None, report)
+    weights = named_arrays(adapted.model.parameters())
+    write_atomically(path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report))
 
 
 def import_peft(folder: Path, output: Path, base: ModelSource) -> None:

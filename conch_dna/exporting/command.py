@@ -85,23 +85,37 @@ def fuse(
     "  --base Qwen/Qwen2.5-3B-Instruct",
 )
 @click.argument("adapter", help="Folder of an adapter.")
-@click.argument("output", help="What is made: a folder with peft, a file with gguf-lora.")
+@click.argument("output", help="What is made: a folder with peft, a file with the others.")
 @click.option(
     "--to",
     "form",
-    type=click.Choice(("peft", "gguf-lora")),
+    type=click.Choice(("peft", "gguf-lora", "gguf")),
     required=True,
-    help="PEFT's folder, or LoRA for llama.cpp.",
+    help="PEFT's folder, LoRA for llama.cpp, or the adapter in its model for llama.cpp.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")),
+    default="f16",
+    show_default=True,
+    help="Numbers of a gguf file's matrices.",
 )
 @click.option("--base", default="", help="What PEFT opens the model by. [default: its own name]")
 @_MODEL
 @_TRUST
 def export(
-    adapter: str, output: str, form: str, base: str, model: str, trust_remote_code: bool
+    adapter: str,
+    output: str,
+    form: str,
+    kind: str,
+    base: str,
+    model: str,
+    trust_remote_code: bool,
 ) -> None:
     """Write an adapter as other programs open one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.exporting.adapter_files import export_gguf_lora, export_peft
+    from conch_dna.exporting.adapter_files import export_gguf, export_gguf_lora, export_peft
     from conch_dna.exporting.source import AdapterSource
     from conch_dna.screen.progress import Progress
 
@@ -115,6 +129,8 @@ def export(
         )
         if form == "peft":
             export_peft(source, place, name=base)
+        elif form == "gguf":
+            export_gguf(source, place, kind, progress)
         else:
             export_gguf_lora(source, place)
     click.echo(f"{form}: {output}")

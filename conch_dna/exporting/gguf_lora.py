@@ -35,6 +35,11 @@ def architecture_of(source: ModelSource) -> str:
     return ARCHITECTURES[kind]
 
 
+def is_interleaved(source: ModelSource) -> bool:
+    """Whether llama.cpp has rows of queries and keys in another order than mlx_lm."""
+    return architecture_of(source) in _INTERLEAVED
+
+
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a query or key matrix in llama.cpp's order: `[heads · 2 · n, …]`."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
@@ -91,7 +96,7 @@ def write_gguf_lora(
             )
         matrix = np.ascontiguousarray(np.asarray(value.astype(mx.float32)).T)
         heads = heads_of(layer, base.config)
-        if leaf == "lora_b" and heads and architecture_of(base) in _INTERLEAVED:
+        if leaf == "lora_b" and heads and is_interleaved(base):
             matrix = interleaved(matrix, heads)
         writer.add_tensor(f"{other}.weight.{leaf}", matrix)
     writer.write_header_to_file()

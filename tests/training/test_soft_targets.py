@@ -311,7 +311,8 @@ def test_what_is_stored_as_it_is_serves_where_few_bits_are_asked(
     exact = filled(tmp_path, source, examples[:-1])
     compact = SoftTargetCache(tmp_path, replace(exact.identity, bits=7))
     assert compact.missing(examples) == examples[-1:]
-    alone = filled(tmp_path / "alone", source, examples, bits=7)
+    # In the same batches, or products may be rounded otherwise.
+    alone = filled(tmp_path / "alone", source, examples[:-1], bits=7)
     for example in examples[:-1]:
         assert same(compact.read(example), alone.read(example)), "whatever lies there"
     compact.fill(source, examples, batch_size=3)
