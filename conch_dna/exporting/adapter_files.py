@@ -15,7 +15,6 @@ from conch_dna.checkpoints import (
     write_atomically,
     write_folder,
 )
-from conch_dna.cortex.engine.adapter_modules import SharedTree, read_adapter
 from conch_dna.errors import ConchError
 from conch_dna.exporting.gguf_lora import architecture_of, write_gguf_lora
 from conch_dna.exporting.gguf_model import write_gguf_model
@@ -23,7 +22,7 @@ from conch_dna.exporting.peft import CONFIG_FILE, WEIGHTS_FILE, from_peft, to_pe
 from conch_dna.exporting.quantised import Precision, fuse_in_place
 from conch_dna.exporting.source import AdapterSource
 from conch_dna.language_model import ModelSource, named_arrays
-from conch_dna.screen.progress import Report
+from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import adapter_tensors, outline, save_adapter
 
 
@@ -71,7 +70,7 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
     Args:
         adapter: That fits its model; else it is refused.
         path: Of the file; it must not be there.
-        kind: Of its numbers; see `gguf_model.KINDS`.
+        kind: Of its numbers; see `settings.GGUF_KINDS`.
         report: Gets the progress.
 
     Raises:
@@ -109,14 +108,12 @@ def import_peft(folder: Path, output: Path, base: ModelSource) -> None:
         **provenance(),
     }
     save_adapter(output, tensors, document)
-    bare = base.load()
     try:
-        read_adapter(output, bare, SharedTree(bare.model))
+        bare, _ = AdapterSource(output, base, silent).load()
     except ConchError:
         remove_folder(output)
         raise
-    finally:
-        bare.release()
+    bare.release()
 
 
 def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:

@@ -5,17 +5,30 @@ To add a command: a function here, with help and an example, and a line in docs/
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.exporting.settings import FuseSettings
+from conch_dna.cortex.commands.shared_options import trust_option
+from conch_dna.exporting.settings import GGUF_KINDS, FuseSettings
 from conch_dna.options.commands import command, json_option, options_of, write_figures
+
+if TYPE_CHECKING:
+    from conch_dna.exporting.source import AdapterSource
+    from conch_dna.screen.progress import Progress
 
 _MODEL = click.option(
     "--model", default="", help="The model it is for. [default: what the adapter's folder says]"
 )
-_TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with it.")
+
+
+def _opened(
+    adapter: str, model: str, report: "Progress", *, trust_remote_code: bool
+) -> "AdapterSource":
+    from conch_dna.exporting.source import AdapterSource
+
+    path = Path(adapter).expanduser()
+    return AdapterSource.open(path, model=model, trust_remote_code=trust_remote_code, report=report)
 
 
 @command(
@@ -34,7 +47,7 @@ _TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that c
 @click.option("--resume", is_flag=True, help="Go on with what was interrupted or refused.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder, and what was interrupted.")
 @json_option
-@_TRUST
+@trust_option
 def fuse(
     adapter: str,
     folder: str,
@@ -55,17 +68,11 @@ def fuse(
     settings = FuseSettings(**{name: v for name, v in values.items() if v is not None})
     from conch_dna.exporting.fuse import Fusing
     from conch_dna.exporting.judging import fuse_table, kept_share, part_text
-    from conch_dna.exporting.source import AdapterSource
     from conch_dna.screen.presentation import print_tables
     from conch_dna.screen.progress import Progress
 
     with Progress() as progress:
-        source = AdapterSource.open(
-            Path(adapter).expanduser(),
-            model=model,
-            trust_remote_code=trust_remote_code,
-            report=progress,
-        )
+        source = _opened(adapter, model, progress, trust_remote_code=trust_remote_code)
         place = Path(folder).expanduser()
         texts = Path(data).expanduser() if data else None
         rows = Fusing(source, place, settings, data=texts, report=progress).fused(
@@ -96,14 +103,14 @@ def fuse(
 @click.option(
     "--type",
     "kind",
-    type=click.Choice(("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")),
+    type=click.Choice(GGUF_KINDS),
     default="f16",
     show_default=True,
     help="Numbers of a gguf file's matrices.",
 )
 @click.option("--base", default="", help="What PEFT opens the model by. [default: its own name]")
 @_MODEL
-@_TRUST
+@trust_option
 def export(
     adapter: str,
     output: str,
@@ -116,17 +123,11 @@ def export(
     """Write an adapter as other programs open one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from conch_dna.exporting.adapter_files import export_gguf, export_gguf_lora, export_peft
-    from conch_dna.exporting.source import AdapterSource
     from conch_dna.screen.progress import Progress
 
     place = Path(output).expanduser()
     with Progress() as progress:
-        source = AdapterSource.open(
-            Path(adapter).expanduser(),
-            model=model,
-            trust_remote_code=trust_remote_code,
-            report=progress,
-        )
+        source = _opened(adapter, model, progress, trust_remote_code=trust_remote_code)
         if form == "peft":
             export_peft(source, place, name=base)
         elif form == "gguf":
@@ -142,7 +143,7 @@ def export(
 @click.argument("folder", help="That PEFT saved, with adapter_model.safetensors.")
 @click.argument("output", help="Folder of the adapter that is made.")
 @click.option("--model", required=True, help="The model that it is for, as mlx_lm opens it.")
-@_TRUST
+@trust_option
 def import_(folder: str, output: str, model: str, trust_remote_code: bool) -> None:
     """Write an adapter that PEFT saved as mlx_lm opens one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -50,12 +50,11 @@ from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.runs.on_policy.questions import Question, questions_of
 from conch_dna.training.settings import KDConfig, TrainingResult
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
+from conch_dna.training.students.block_influence import first_windows
 
 FUSED_FILE = "fused.json"
 RUN_FILE = "run.json"
 CANDIDATE, HEALED = "candidate", "healed"
-# Longer texts are read in windows of so many tokens, to see what comes into layers.
-WINDOW = 512
 # Of the texts to train scales on, the share by which the step that is kept is chosen.
 CHOOSING = 0.1
 
@@ -231,7 +230,8 @@ class Fusing:
                 for name, module in layers_of(adapted.model)
                 if is_linear(module) and self.precision.of(name)
             }
-            windows = _windows(train, self.settings.fit_tokens)
+            ids = [example.ids.tolist() for example in train]
+            windows = first_windows(ids, tokens=self.settings.fit_tokens)
             tokens, widest = sum(map(len, windows)), max(wanted.values(), default=0)
             if tokens < 2 * widest:
                 message = (
@@ -243,7 +243,7 @@ class Fusing:
             moments = input_moments(adapted, wanted, windows, self.report)
         precision = fuse_in_place(adapted, self.precision, moments, self.report)
         arrays = named_arrays(adapted.model.parameters())
-        write_model(self.adapter.base, self.work / CANDIDATE, arrays, precision, {})
+        write_model(self.adapter.base, self.work / CANDIDATE, arrays, precision)
 
     def _heal(
         self, targets: SoftTargetCache, learned: Sequence[Example], choosing: Sequence[Example]
@@ -258,10 +258,9 @@ class Fusing:
             resume=True,
             report=self.report,
         )
-        own = candidate.config.get("quantization", {})
-        by_layer = {name: value for name, value in own.items() if isinstance(value, dict | bool)}
-        precision = Precision(bits=own["bits"], group_size=own["group_size"], own=by_layer)
-        write_model(self.adapter.base, self.work / HEALED, arrays, precision, {})
+        # Its own, layer by layer.
+        precision = precision_of(candidate, FuseSettings())
+        write_model(self.adapter.base, self.work / HEALED, arrays, precision)
         return result
 
     def _is_done(self, name: str) -> bool:
@@ -307,15 +306,3 @@ def _same_file(source: Path, target: Path) -> None:
 
 def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _windows(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """The first tokens of texts, each in windows of at most WINDOW."""
-    windows: list[list[int]] = []
-    for example in examples:
-        ids = example.ids[:tokens].tolist()
-        windows += [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-        tokens -= len(ids)
-        if not tokens:
-            break
-    return windows

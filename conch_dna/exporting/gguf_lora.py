@@ -99,6 +99,11 @@ def write_gguf_lora(
         if leaf == "lora_b" and heads and is_interleaved(base):
             matrix = interleaved(matrix, heads)
         writer.add_tensor(f"{other}.weight.{leaf}", matrix)
+    write_out(writer)
+
+
+def write_out(writer: Any) -> None:
+    """Write what a writer of the gguf package was given, and close its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,7 +1,7 @@
 """A model with its adapter as one GGUF file, for llama.cpp, LM Studio and Ollama.
 
 Knows mlx_lm's configurations and tokenizers and, by the `gguf` package, llama.cpp's names. Another
-kind of numbers: a line in KINDS; of models: `gguf_lora.ARCHITECTURES`.
+kind of numbers: one of `settings.GGUF_KINDS`; of models: `gguf_lora.ARCHITECTURES`.
 """
 
 import json
@@ -18,13 +18,12 @@ from conch_dna.exporting.gguf_lora import (
     heads_of,
     interleaved,
     is_interleaved,
+    write_out,
 )
 from conch_dna.language_model import ModelSource
 from conch_dna.loading.gguf_tokenizer import SPLITS
 from conch_dna.screen.progress import Report
 
-# Kinds of numbers, by llama.cpp's names; all that is no matrix stays float32.
-KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -41,7 +40,7 @@ def write_gguf_model(
         path: The file.
         source: Whose configuration and tokenizer it has.
         weights: Of all its layers.
-        kind: One of KINDS.
+        kind: One of `settings.GGUF_KINDS`; all that is no matrix stays float32.
         report: Gets a phase, and what stays wider than asked.
 
     Raises:
@@ -80,10 +79,7 @@ def write_gguf_model(
     if wider:
         text = f"{len(wider)} matrices stay in 16 bits, since blocks do not divide them: {wider[0]}"
         report("message", {"message": text})
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 def _file_type(kind: str) -> str:

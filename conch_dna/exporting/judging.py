@@ -12,11 +12,11 @@ import numpy as np
 
 from conch_dna.errors import number_of
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import paired_interval, worst_slice
+from conch_dna.metrics import paired_interval
 from conch_dna.screen.presentation import bytes_text, text_table
 from conch_dna.training.data.examples import Split
 from conch_dna.training.data.soft_targets import Targets
-from conch_dna.training.evaluation import HeldoutFigures, figures_on, slices_of
+from conch_dna.training.evaluation import HeldoutFigures, figures_on, named_slice, slices_of
 from conch_dna.training.runs.on_policy.own_answers import answer_figures, answers_of
 from conch_dna.training.runs.on_policy.questions import Question
 from conch_dna.training.settings import KDConfig
@@ -96,10 +96,9 @@ def judged(
     """
     figures = figures_on(model, split.heldout, targets, config)
     after = figures.by_example["kl_nats"]
-    names, slices = slices_of(split.heldout, split.heldout_records, figures, config.batch_size)
+    slices = slices_of(split.heldout, split.heldout_records, figures, config.batch_size)
     # Of the adapter itself nothing is lost.
-    if part := worst_slice(after * [[0.0], [1.0]], after, slices, seed=config.seed):
-        part["worst"] = [names[place] for place in part["worst"]]
+    part = named_slice(after * [[0.0], [1.0]], after, slices, seed=config.seed)
     valid = valid_answers(model, questions, config, domain)
     return Judgement(name, figures, valid, nbytes, part)
 

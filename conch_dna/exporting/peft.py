@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from conch_dna.checkpoints import read_json, require_keys
 from conch_dna.errors import ConchError, told
+from conch_dna.exporting.quantised import width_of
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.adapters import linear_names, outer_names
 
@@ -280,9 +281,6 @@ def _empty(
             continue
         if dora:
             raise ConchError(f"{folder} has DoRA for some layers and none for {name}: use LoRA")
-        rows, columns = module.weight.shape[0], module.weight.shape[-1]
-        if "scales" in module:
-            columns = columns * 32 // module.bits
-        tensors[f"{name}.lora_a"] = mx.zeros((columns, rank))
-        tensors[f"{name}.lora_b"] = mx.zeros((rank, rows))
+        tensors[f"{name}.lora_a"] = mx.zeros((width_of(module), rank))
+        tensors[f"{name}.lora_b"] = mx.zeros((rank, module.weight.shape[0]))
     return tensors

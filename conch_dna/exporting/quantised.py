@@ -228,7 +228,6 @@ def write_model(
     folder: Path,
     arrays: Mapping[str, mx.array],
     precision: Precision,
-    documents: Mapping[str, Any],
 ) -> None:
     """Write a model's folder as mlx_lm opens it, whole or not at all.
 
@@ -237,13 +236,12 @@ def write_model(
         folder: Where to; what stands there is replaced.
         arrays: Its weights, by their names.
         precision: Of them.
-        documents: Further files, by their names.
     """
     config = {name: value for name, value in source.config.items() if name not in _QUANTISED}
     write_folder(
         folder,
         arrays={WEIGHTS: arrays},
-        documents={"config.json": {**config, **precision.to_config()}, **documents},
+        documents={"config.json": {**config, **precision.to_config()}},
         writers={path.name: partial(shutil.copyfile, path) for path in other_files(source.folder)},
     )
 

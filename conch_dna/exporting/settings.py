@@ -12,6 +12,8 @@ from conch_dna.options.fields import option, option_problem
 from conch_dna.training.settings import LOSS_MEMORY
 
 OWN, FLOAT = "own", "float"
+# Numbers of GGUF files, by llama.cpp's names.
+GGUF_KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 WIDTHS = ("2", "3", "4", "5", "6", "8")
 # What decides whether a fused model is taken, and where it is looked at; not what it is.
 NOT_IDENTITY = ("max_kl", "answers", "loss_memory")

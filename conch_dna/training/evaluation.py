@@ -236,6 +236,27 @@ def slices_of(
     return [examples[number].name for number in order], found
 
 
+def named_slice(
+    before: np.ndarray,
+    after: np.ndarray,
+    slices: tuple[Sequence[str], Mapping[str, Sequence[str]]],
+    *,
+    seed: int,
+) -> dict[str, Any] | None:
+    """What `metrics.worst_slice` finds, its worst examples by their names.
+
+    Args:
+        before: See there.
+        after: See there.
+        slices: Of `slices_of`.
+        seed: Of the resampling.
+    """
+    names, parts = slices
+    if part := worst_slice(before, after, parts, seed=seed):
+        part["worst"] = [names[place] for place in part["worst"]]
+    return part
+
+
 def judged(
     before: HeldoutFigures,
     after: HeldoutFigures,
@@ -257,15 +278,13 @@ def judged(
     """
     pair = (before.by_example[figure], after.by_example[figure])
     before_metrics, after_metrics = before.metrics.to_json(), after.metrics.to_json()
-    if part := worst_slice(*pair, slices[1], seed=seed):
-        part["worst"] = [slices[0][place] for place in part["worst"]]
     return {
         "before": before_metrics,
         "after": after_metrics,
         "teacher": teacher.to_json(),
         "gap_closed": closed_gap(before_metrics, after_metrics),
         "verdict": {"figure": figure, **verdict(*pair, seed=seed)},
-        "slice": part,
+        "slice": named_slice(*pair, slices, seed=seed),
     }
 
 

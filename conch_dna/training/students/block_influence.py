@@ -7,7 +7,7 @@ al. 2024, equation 1). Another measure of a layer: a function in place of `block
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -198,10 +198,20 @@ def windows_of(tokenizer: Any, texts: Sequence[str], *, tokens: int) -> list[lis
         texts: As people wrote them.
         tokens: How many are taken at most.
     """
+    return first_windows(map(tokenizer.encode, texts), tokens=tokens)
+
+
+def first_windows(sequences: Iterable[Sequence[int]], *, tokens: int) -> list[list[int]]:
+    """The same of texts that are token ids already.
+
+    Args:
+        sequences: The ids of each text.
+        tokens: How many are taken at most.
+    """
     windows: list[list[int]] = []
     left = tokens
-    for text in texts:
-        ids = tokenizer.encode(text)[:left]
+    for sequence in sequences:
+        ids = list(sequence[:left])
         windows += [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
         left -= len(ids)
         if not left:
