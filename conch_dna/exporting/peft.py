@@ -231,11 +231,20 @@ def _tied(layers: dict[str, _Matrices], folder: Path) -> dict[str, _Matrices]:
 
 
 def _own_alpha(document: Mapping[str, Any], name: str) -> float:
-    patterns = document.get("alpha_pattern") or {}
-    for pattern, alpha in patterns.items():
-        # As PEFT looks them up: a regular expression for the end of a name.
-        if len(pattern) <= 256 and re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
+    """The alpha of one layer, by PEFT's patterns for the ends of names.
+
+    Raises:
+        ConchError: They are no patterns of numbers.
+    """
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    # Whoever made the file chose the pattern: RE2 takes no longer than the name is.
+    with told(f"alpha_pattern in {CONFIG_FILE} is none"):
+        for pattern, alpha in (document.get("alpha_pattern") or {}).items():
+            if re2.compile(rf"(.*\.)?({pattern})", options).fullmatch(name):
+                return float(alpha)
     return float(document["lora_alpha"])
 
 

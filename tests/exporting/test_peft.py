@@ -190,6 +190,9 @@ class TestFromPeft:
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"r": 0}, "no rank"),
             ({"r": "four"}, "has no r as it should"),
+            ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
+            ({"alpha_pattern": {"q_proj": "many"}}, "alpha_pattern"),
+            ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
         ],
     )
     def test_configurations_that_mlx_lm_cannot_follow(self, tmp_path, change, message):
