@@ -4,11 +4,7 @@ Knows layers and their weights' names; nothing of training. Block influence is S
 al. 2024, equation 1). Another measure of a layer: a function in place of `block_influences`.
 """
 
-import json
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,21 +13,36 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, provenance, remove_folder, write_folder
+from conch_dna.checkpoints import DIGESTS, provenance, remove_folder
 from conch_dna.errors import ConchError
-from conch_dna.language_model import LanguageModel, ModelSource, named_arrays, weight_files
+from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.screen.presentation import text_table
 from conch_dna.screen.progress import Report, silent
+from conch_dna.training.students.curve import CurvePoint, distance
+from conch_dna.training.students.layers import layers_of, require_uniform, with_layers
+from conch_dna.training.students.narrow_mlps import (
+    Width,
+    cut_down,
+    heaviest,
+    neuron_weights,
+    width_of,
+)
+from conch_dna.training.students.sizes import Goal, most_removals, too_small
+from conch_dna.training.students.student_folder import (
+    STUDENT_FILE,
+    file_arrays,
+    says_the_same,
+    student_arrays,
+    write_files,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-STUDENT_FILE = "student.json"
 # Longer texts are read in windows of so many tokens.
 WINDOW = 512
-# Names in configurations that make a layer's kind depend on its number.
-_BY_NUMBER = re.compile(r"pattern|interval|period|layer_step|layer_freq|no_rope")
-_LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*|$)")
+# Share of the tokens, the last ones, that no part is measured on.
+HELD_APART = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,7 @@ def block_influences(model: LanguageModel, windows: Sequence[Sequence[int]]) -> 
     Returns:
         One figure for each layer, from 0 (it leaves every direction as it is) to 2.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     sums, count = [mx.array(0.0) for _ in layers], 0
 
     def watched(number: int, layer: Any) -> Any:
@@ -69,10 +80,10 @@ def block_influences(model: LanguageModel, windows: Sequence[Sequence[int]]) -> 
 
         return _Watched(layer, note)
 
-    with _with_layers(model, [watched(number, layer) for number, layer in enumerate(layers)]):
+    with with_layers(model, [watched(number, layer) for number, layer in enumerate(layers)]):
         for window in windows:
             # Only what the layers say is computed; the last state is part of it.
-            model.logits(mx.array([list(window)]))
+            model.model(mx.array([list(window)]))
             mx.eval(sums)
             count += len(window)
     return [1 - float(np.asarray(total)) / count for total in sums]
@@ -100,94 +111,27 @@ class _Watched:
         return getattr(self._layer, name)
 
 
-def _layers(model: LanguageModel) -> list[Any]:
-    layers = getattr(getattr(model.model, "model", None), "layers", None)
-    if not isinstance(layers, list) or not layers:
-        raise ConchError(
-            f"{model.model_id} is not built of a list of layers that follow each other: no layer "
-            "can be left out of it here"
-        )
-    return layers
+def least_influential(model: LanguageModel, windows: Sequence[Sequence[int]]) -> Iterator[Removal]:
+    """Layers in the order in which they go, the least influential of those that are left first.
 
-
-@contextmanager
-def _with_layers(model: LanguageModel, layers: Sequence[Any]) -> Iterator[None]:
-    """The model with other layers in its body, for as long as this is entered."""
-    own = model.model.model.layers
-    model.model.model.layers = list(layers)
-    try:
-        yield
-    finally:
-        model.model.model.layers = own
-
-
-def least_influential(
-    model: LanguageModel,
-    windows: Sequence[Sequence[int]],
-    *,
-    keep: int,
-    report: Report = silent,
-) -> list[Removal]:
-    """Which layers to leave out: the least influential, measured again after each removal.
+    Influence is measured again after each.
 
     Args:
         model: In memory; it is left as it was.
         windows: Token ids of real texts.
-        keep: How many layers stay.
-        report: Gets a `phase`, and `advance` for each removal.
 
-    Raises:
-        ConchError: The layers are not all of one kind, or `keep` is not below their number.
+    Yields:
+        All layers but one.
     """
-    layers = _layers(model)
-    require_uniform(model.source, model)
-    if not 1 <= keep < len(layers):
-        raise ConchError(
-            f"{model.model_id} has {len(layers)} layers: keep from 1 to {len(layers) - 1} of them, "
-            f"not {keep}"
-        )
-    if not any(len(window) for window in windows):
-        raise ConchError("there is no text to measure the influence of layers on: give some")
-    numbers, removals = list(range(len(layers))), []
-    total = len(layers) - keep
-    report("phase", {"name": "influence of layers", "total": total, "unit": "layers"})
-    for _ in range(total):
-        with _with_layers(model, [layers[number] for number in numbers]):
+    layers = layers_of(model)
+    numbers = list(range(len(layers)))
+    while len(numbers) > 1:
+        with with_layers(model, [layers[number] for number in numbers]):
             figures = block_influences(model, windows)
         influences = dict(zip(numbers, figures, strict=True))
         least = min(numbers, key=lambda number: influences[number])
-        removals.append(Removal(layer=least, influence=influences[least], influences=influences))
         numbers.remove(least)
-        report("advance", {"by": 1, "note": f"layer {least}: {influences[least]:.4f}"})
-    return removals
-
-
-def require_uniform(source: ModelSource, model: LanguageModel) -> None:
-    """Refuse a model whose layers differ: one at another place would be another layer.
-
-    Raises:
-        ConchError: A setting or the weights make layers differ.
-    """
-    for name, value in source.config.items():
-        different = isinstance(value, list) and len({json.dumps(each) for each in value}) > 1
-        by_layer = different and len(value) == source.config.get("num_hidden_layers")
-        if by_layer or (_BY_NUMBER.search(name) and value not in (None, 0, 1, False, [])):
-            raise ConchError(
-                f"the layers of {source.model_id} differ by their number ({name} in its "
-                "config.json): none can be left out of it here"
-            )
-    shapes = [
-        (
-            type(layer),
-            {name: value.shape for name, value in named_arrays(layer.parameters()).items()},
-        )
-        for layer in _layers(model)
-    ]
-    if other := [number for number, each in enumerate(shapes) if each != shapes[0]]:
-        raise ConchError(
-            f"layer {other[0]} of {source.model_id} is not built as its first: none can be left "
-            "out of it here"
-        )
+        yield Removal(layer=least, influence=influences[least], influences=influences)
 
 
 def windows_of(tokenizer: Any, texts: Sequence[str], *, tokens: int) -> list[list[int]]:
@@ -219,6 +163,190 @@ def first_windows(sequences: Iterable[Sequence[int]], *, tokens: int) -> list[li
     return windows
 
 
+def held_apart(
+    windows: Sequence[Sequence[int]],
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """Windows to measure parts of a model on, and the last ones, to judge what is left of it by.
+
+    Args:
+        windows: In their order; one may be cut in two.
+
+    Returns:
+        The first, and of all tokens the last HELD_APART.
+
+    Raises:
+        ConchError: They have fewer than two tokens.
+    """
+    total = sum(map(len, windows))
+    if total < 2:
+        raise ConchError("there is no text to measure the influence of layers on: give some")
+    left = total - max(1, int(HELD_APART * total))
+    first: list[Sequence[int]] = []
+    last: list[Sequence[int]] = []
+    for window in filter(len, windows):
+        for part, into in ((window[:left], first), (window[left:], last)):
+            if part:
+                into.append(part)
+        left = max(0, left - len(window))
+    return first, last
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cut:
+    """What of a teacher stays in a student, how that was found, and what it costs.
+
+    Attributes:
+        kept: Layers that stay, by their numbers in the teacher, ascending.
+        neurons: Of each of them the neurons of its MLP that stay; None for all.
+        width: How many these are; None for all.
+        removals: What was left out, in its order.
+        curve: The teacher, and what was left of it after each removal.
+        measured: Windows on which that was found out.
+        apart: Windows that the curve stands on.
+    """
+
+    kept: list[int]
+    neurons: dict[int, mx.array] | None
+    width: Width | None
+    removals: list[Removal]
+    curve: list[CurvePoint]
+    measured: list[Sequence[int]]
+    apart: list[Sequence[int]]
+
+
+def cut_to(
+    model: LanguageModel,
+    windows: Sequence[Sequence[int]],
+    goal: Goal,
+    *,
+    mlp: float | None = None,
+    report: Report = silent,
+) -> Cut:
+    """Find out what to leave out of a model: layers until it is small enough, then neurons.
+
+    Args:
+        model: In memory; it is left as it was.
+        windows: Token ids of real texts; see `held_apart`.
+        goal: How small; what narrower MLPs save counts.
+        mlp: Share of each MLP's neurons that stays; None for all.
+        report: Gets a `phase`, and `advance` for each removal.
+
+    Raises:
+        ConchError: The layers are not all of one kind, the goal cannot be reached, the MLPs cannot
+            be narrowed, or there is no text.
+    """
+    require_uniform(model.source, model)
+    measured, apart = held_apart(windows)
+    arrays, name = file_arrays(model.source), model.model_id
+    count = len(layers_of(model))
+    width = None if mlp is None else width_of(model, arrays, mlp)
+    # Any so many of them, to tell what they take before it is known which stay.
+    some = dict.fromkeys(range(count), mx.arange(width.neurons)) if width else None
+
+    def bytes_of(kept: Sequence[int], neurons: dict[int, mx.array] | None = some) -> int:
+        return sum(each.nbytes for each in student_arrays(arrays, kept, neurons).values())
+
+    kept, removals = list(range(count)), []
+    whole = bytes_of(kept, None)
+    total = most_removals(goal, name, count, bytes_of, whole=whole, is_narrower=bool(width))
+    curve = [CurvePoint(layers=count, weight_bytes=whole, kl_nats=0.0, top1_agreement=1.0)]
+
+    def judge(neurons: dict[int, mx.array] | None) -> None:
+        kl, agreement = distance(model, apart, partial(cut_down, model, kept, neurons))
+        curve.append(
+            CurvePoint(
+                layers=len(kept),
+                neurons=width.neurons if width and neurons else None,
+                weight_bytes=bytes_of(kept, neurons),
+                kl_nats=kl,
+                top1_agreement=agreement,
+            )
+        )
+
+    report("phase", {"name": "influence of layers", "total": total, "unit": "layers"})
+    going = least_influential(model, measured)
+    while not goal.is_reached(len(kept), bytes_of(kept), whole):
+        if not (removal := next(going, None)):
+            raise too_small(goal, name, bytes_of(kept), whole)
+        removals.append(removal)
+        kept.remove(removal.layer)
+        judge(None)
+        note = f"layer {removal.layer}: {removal.influence:.4f}"
+        report("advance", {"by": 1, "note": note})
+    neurons = None
+    if width:
+        report("phase", {"name": "neurons of MLPs", "total": 0, "unit": ""})
+        with cut_down(model, kept, None):
+            weights = neuron_weights(model, measured)
+        neurons = {
+            number: heaviest(each, width.neurons)
+            for number, each in zip(kept, weights, strict=True)
+        }
+        judge(neurons)
+    return Cut(
+        kept=kept,
+        neurons=neurons,
+        width=width,
+        removals=removals,
+        curve=curve,
+        measured=measured,
+        apart=apart,
+    )
+
+
+def write_student(model: LanguageModel, folder: Path, cut: Cut) -> None:
+    """Write what stays of a model as a folder that mlx_lm opens, and read it again.
+
+    Args:
+        model: The teacher, in memory.
+        folder: Where to; it must not exist.
+        cut: What stays.
+
+    Raises:
+        ConchError: The folder exists or cannot be written; or the student, on the first window,
+            says another thing than what was measured.
+    """
+    require_absent(folder)
+    source = model.source
+    document = {
+        "made_by": "block influence",
+        "teacher": source.model_id,
+        "teacher_digest": source.weights_digest,
+        "kept_layers": cut.kept,
+        "removals": [asdict(removal) for removal in cut.removals],
+        "mlp": asdict(cut.width) if cut.width else None,
+        "curve": [asdict(point) for point in cut.curve],
+        "tokens": sum(map(len, cut.measured)),
+        "curve_tokens": sum(map(len, cut.apart)),
+        **provenance(),
+    }
+    write_files(
+        source,
+        folder,
+        student_arrays(file_arrays(source), cut.kept, cut.neurons),
+        document,
+        kept=cut.kept,
+        width=cut.width.neurons if cut.width else None,
+        beside=other_files(source.folder),
+    )
+    if not says_the_same(model, folder, cut.kept, cut.neurons, cut.measured[0]):
+        remove_folder(folder)
+        raise ConchError(
+            f"{source.model_id} says another thing when it is read again without these parts, as "
+            "where layers depend on their number: none can be left out of it here"
+        )
+
+
+def require_absent(folder: Path) -> None:
+    """Refuse a student's folder that is there.
+
+    Raises:
+        ConchError: It is.
+    """
+    if folder.exists():
+        raise ConchError(f"{folder} exists: name another folder, or delete it first")
+
+
 def make_student(
     source: ModelSource,
     folder: Path,
@@ -226,94 +354,28 @@ def make_student(
     *,
     layers: int,
     report: Report = silent,
-) -> list[Removal]:
+) -> Cut:
     """Write a model without its least influential layers as a folder that mlx_lm opens.
 
     Args:
         source: The whole model.
         folder: Where to; it must not exist.
-        windows: Token ids of real texts to measure influence on.
+        windows: Token ids of real texts; see `held_apart`.
         layers: How many stay.
-        report: See `least_influential`.
+        report: See `cut_to`.
 
     Returns:
-        What was left out, in its order; also in the folder's student.json.
+        What was left out; also in the folder's student.json.
 
     Raises:
-        ConchError: The folder exists or cannot be written; the layers are not all of one kind; or
-            the student says another thing, to the bit on the first window, than its teacher
-            without the same layers.
+        ConchError: See `cut_to` and `write_student`.
     """
-    if folder.exists():
-        raise ConchError(f"{folder} exists: name another folder, or delete it first")
+    require_absent(folder)
     model = source.load()
-    removals = least_influential(model, windows, keep=layers, report=report)
-    gone = {removal.layer for removal in removals}
-    kept = [number for number in range(layers + len(removals)) if number not in gone]
-    _write(source, folder, kept, removals, tokens=sum(map(len, windows)))
-    same = _says_the_same(model, folder, kept, next(filter(len, windows)))
+    cut = cut_to(model, windows, Goal(layers=layers), report=report)
+    write_student(model, folder, cut)
     model.release()
-    if not same:
-        remove_folder(folder)
-        raise ConchError(
-            f"the layers of {source.model_id} depend on their number: without some it says another "
-            "thing when it is read again, so none can be left out of it here"
-        )
-    return removals
-
-
-def _write(
-    source: ModelSource,
-    folder: Path,
-    kept: Sequence[int],
-    removals: Sequence[Removal],
-    *,
-    tokens: int,
-) -> None:
-    weights: dict[str, mx.array] = {}
-    for path in weight_files(source.folder):
-        arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
-        weights |= {new: each for name, each in arrays.items() if (new := _renamed(name, kept))}
-    document = {
-        "made_by": "block influence",
-        "teacher": source.model_id,
-        "teacher_digest": source.weights_digest,
-        "kept_layers": list(kept),
-        "removals": [asdict(removal) for removal in removals],
-        "tokens": tokens,
-        **provenance(),
-    }
-    write_folder(
-        folder,
-        arrays={"model.safetensors": weights},
-        documents={"config.json": _config(source.config, kept), STUDENT_FILE: document},
-        writers={path.name: partial(shutil.copyfile, path) for path in other_files(source.folder)},
-    )
-
-
-def _renamed(name: str, kept: Sequence[int]) -> str | None:
-    """A weight's name in a student with some layers; None where its layer is gone."""
-    if not (match := _LAYER.match(name)):
-        return name
-    before, number, rest = match.groups()
-    return f"{before}{kept.index(int(number))}{rest}" if int(number) in kept else None
-
-
-def _config(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A model's configuration with fewer layers."""
-    count = config["num_hidden_layers"]
-    cut = {
-        name: [value[number] for number in kept]
-        for name, value in config.items()
-        if isinstance(value, list) and len(value) == count
-    }
-    quantization = {
-        part: {new: value for name, value in config[part].items() if (new := _renamed(name, kept))}
-        for part in ("quantization", "quantization_config")
-        if isinstance(config.get(part), dict)
-    }
-    return {**config, **cut, **quantization, "num_hidden_layers": len(kept)}
+    return cut
 
 
 def other_files(folder: Path) -> list[Path]:
@@ -325,21 +387,6 @@ def other_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix in suffixes and path.name not in left
     ]
-
-
-def _says_the_same(
-    teacher: LanguageModel, folder: Path, kept: Sequence[int], window: Sequence[int]
-) -> bool:
-    """Whether a folder's model says what a teacher says without the same layers, to the bit."""
-    ids = mx.array([list(window)])
-    layers = _layers(teacher)
-    with _with_layers(teacher, [layers[number] for number in kept]):
-        expected = teacher.logits(ids)
-        mx.eval(expected)
-    student = ModelSource(str(folder), report=silent).load()
-    same = bool(mx.array_equal(student.logits(ids), expected))
-    student.release()
-    return same
 
 
 def removals_table(removals: Sequence[Removal], name: str) -> "Table":

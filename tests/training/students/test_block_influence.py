@@ -15,11 +15,12 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from conch_dna.training.students.block_influence import (
     block_influences,
+    held_apart,
     least_influential,
     make_student,
-    require_uniform,
     windows_of,
 )
+from conch_dna.training.students.layers import require_uniform
 from models import make_gemma2_folder, make_model_folder
 
 WINDOWS = [[3, 50, 7, 9, 200, 4], [8, 8, 1], [90, 2, 40, 11]]
@@ -72,7 +73,7 @@ def test_influence_is_its_definition(five_layers):
 
 def test_it_is_measured_again_after_each_removal(five_layers):
     model = ModelSource(str(five_layers)).load()
-    first, second = least_influential(model, WINDOWS, keep=3)
+    first, second = itertools.islice(least_influential(model, WINDOWS), 2)
     assert first.layer == 3
     left = [number for number in range(5) if number != 3]
     figures = dict(zip(left, influence(model, left), strict=True))
@@ -82,11 +83,11 @@ def test_it_is_measured_again_after_each_removal(five_layers):
 
 
 def test_the_folder_says_what_the_teacher_says_without_these_layers(five_layers, tmp_path):
-    removals = make_student(ModelSource(str(five_layers)), tmp_path / "s", WINDOWS, layers=3)
+    cut = make_student(ModelSource(str(five_layers)), tmp_path / "s", WINDOWS, layers=3)
     document = json.loads((tmp_path / "s" / "student.json").read_text())
     kept = document["kept_layers"]
-    assert sorted([*kept, *(each.layer for each in removals)]) == [0, 1, 2, 3, 4]
-    assert document["tokens"] == sum(map(len, WINDOWS))
+    assert sorted([*kept, *(each.layer for each in cut.removals)]) == [0, 1, 2, 3, 4]
+    assert (document["tokens"], document["curve_tokens"]) == (10, 3)
     model, tokenizer = load(str(tmp_path / "s"))
     teacher = ModelSource(str(five_layers)).load()
     assert len(model.layers) == 3
@@ -164,12 +165,18 @@ def test_windows_are_of_one_text_each_and_so_many_tokens(tiny_teacher):
     assert sum(map(len, windows_of(tokenizer, texts, tokens=700))) == 700
 
 
+def test_what_the_curve_is_measured_on_is_the_end_of_the_text():
+    assert held_apart(WINDOWS) == ([[3, 50, 7, 9, 200, 4], [8, 8, 1], [90]], [[2, 40, 11]])
+    assert held_apart([list(range(8))]) == ([[0, 1, 2, 3, 4, 5]], [[6, 7]])
+    assert held_apart([[], [1, 2]]) == ([[1]], [[2]])
+
+
 def test_the_command(five_layers, tmp_path):
     (tmp_path / "texts.txt").write_text("Once upon a time.\nThe dog ran home.\n")
     arguments = ["student", "make", str(five_layers), str(tmp_path / "s"), "--layers", "4"]
     done = CliRunner().invoke(main, [*arguments, "--text", str(tmp_path / "texts.txt")])
     assert done.exit_code == 0, done.output
-    assert "(4 of 5 layers)" in done.output
+    assert "(4 of 5 layers, 0." in done.output
     assert "block influence" in done.output
     again = CliRunner().invoke(main, [*arguments, "--text", str(tmp_path / "texts.txt")])
     assert again.exit_code == 2
