@@ -13,7 +13,7 @@ from conch_dna import __version__
 from conch_dna.cortex.cli import cortex
 from conch_dna.ego.teaching.command import teach
 from conch_dna.errors import ConchError
-from conch_dna.exporting.command import export, fuse, import_
+from conch_dna.exporting.command import export, fuse, import_, merge
 from conch_dna.generations.cli import generations
 from conch_dna.loading.blas import blas_state
 from conch_dna.options.commands import HELP, OneLineGroup, example, passed_on
@@ -72,6 +72,7 @@ for command in (
     student,
     fuse,
     export,
+    merge,
     import_,
     teach,
     cortex,

@@ -18,6 +18,7 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError
 from conch_dna.exporting.gguf_lora import architecture_of, write_gguf_lora
 from conch_dna.exporting.gguf_model import write_gguf_model
+from conch_dna.exporting.modelfile import modelfile
 from conch_dna.exporting.peft import CONFIG_FILE, WEIGHTS_FILE, from_peft, to_peft
 from conch_dna.exporting.quantised import Precision, fuse_in_place
 from conch_dna.exporting.source import AdapterSource
@@ -65,23 +66,34 @@ def export_gguf_lora(adapter: AdapterSource, path: Path) -> None:
 
 
 def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -> None:
-    """Write an adapter in its model as one GGUF file.
+    """Write an adapter in its model as one GGUF file, and a Modelfile beside it.
 
     Args:
         adapter: That fits its model; else it is refused.
-        path: Of the file; it must not be there.
+        path: Of the file; neither it nor its Modelfile must be there.
         kind: Of its numbers; see `settings.GGUF_KINDS`.
-        report: Gets the progress.
+        report: Gets the progress, and what the Modelfile lacks.
 
     Raises:
-        ConchError: See `write_gguf_model`; or the file is there or cannot be written.
+        ConchError: See `write_gguf_model`; or a file is there or cannot be written.
     """
+    beside = modelfile_path(path)
     _require_absent(path)
+    _require_absent(beside)
     architecture_of(adapter.base)
+    text, lacks = modelfile(adapter, path.name)
+    for lack in lacks:
+        report("message", {"message": f"warning: {beside.name}: {lack}"})
     _, adapted = adapter.load()
     fuse_in_place(adapted, Precision(bits=None, own={}), None, report)
     weights = named_arrays(adapted.model.parameters())
     write_atomically(path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report))
+    write_atomically(beside, text)
+
+
+def modelfile_path(path: Path) -> Path:
+    """Where the Modelfile of a GGUF file lies: thinking.Modelfile beside thinking.gguf."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}.Modelfile")
 
 
 def import_peft(folder: Path, output: Path, base: ModelSource) -> None:

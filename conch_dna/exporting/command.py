@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.cortex.commands.shared_options import trust_option
-from conch_dna.exporting.settings import GGUF_KINDS, FuseSettings
+from conch_dna.cortex.commands.shared_options import adapters_option, trust_option
+from conch_dna.exporting.settings import GGUF_KINDS, FuseSettings, MergeSettings
 from conch_dna.options.commands import command, json_option, options_of, write_figures
 
 if TYPE_CHECKING:
@@ -122,7 +122,12 @@ def export(
 ) -> None:
     """Write an adapter as other programs open one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from conch_dna.exporting.adapter_files import export_gguf, export_gguf_lora, export_peft
+    from conch_dna.exporting.adapter_files import (
+        export_gguf,
+        export_gguf_lora,
+        export_peft,
+        modelfile_path,
+    )
     from conch_dna.screen.progress import Progress
 
     place = Path(output).expanduser()
@@ -135,6 +140,8 @@ def export(
         else:
             export_gguf_lora(source, place)
     click.echo(f"{form}: {output}")
+    if form == "gguf":
+        click.echo(f"for Ollama: ollama create NAME -f {modelfile_path(place)}")
 
 
 @command(
@@ -155,3 +162,58 @@ def import_(folder: str, output: str, model: str, trust_remote_code: bool) -> No
         base = ModelSource(model, trust_remote_code=trust_remote_code, report=progress)
         import_peft(Path(folder).expanduser(), Path(output).expanduser(), base)
     click.echo(f"adapter: {output}")
+
+
+@command(
+    "conch-dna merge thinking task debug --into one",
+    headings={"Which": "into", "How": "rank"},
+)
+@click.argument(
+    "domains",
+    nargs=-1,
+    required=True,
+    help="Whose adapters; NAME=FOLDER is one that lies elsewhere.",
+)
+@click.option("--into", required=True, metavar="NAME", help="Domain of the merged adapter.")
+@adapters_option
+@options_of(MergeSettings)
+@click.option("--resume", is_flag=True, help="Go on with what was interrupted or refused.")
+@click.option("--overwrite", is_flag=True, help="Replace the adapter, and what was interrupted.")
+@json_option
+@trust_option
+def merge(
+    domains: tuple[str, ...],
+    into: str,
+    adapters: str,
+    resume: bool,
+    overwrite: bool,
+    json_file: str | None,
+    trust_remote_code: bool,
+    **values: Any,
+) -> None:
+    """Make one adapter of several, each of which teaches it its own domain.
+
+    It takes its place only if it recalls every domain about as well as that domain's own adapter;
+    else exit code 2.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    settings = MergeSettings(**{name: v for name, v in values.items() if v is not None})
+    from conch_dna.exporting.merging import Merging, adapters_of, merge_table
+    from conch_dna.retraining.domain import distillation_folder
+    from conch_dna.screen.presentation import print_tables
+    from conch_dna.screen.progress import Progress
+    from conch_dna.training.settings import validate_domain
+
+    validate_domain(into, with_own_data=True)
+    root = Path(adapters).expanduser()
+    place = distillation_folder(root, into)
+    with Progress() as progress:
+        sources = adapters_of(domains, root, trust_remote_code=trust_remote_code, report=progress)
+        verdicts = Merging(sources, place, settings, report=progress).merged(
+            resume=resume, overwrite=overwrite
+        )
+    print_tables(merge_table(verdicts))
+    for each in verdicts.values():
+        click.echo(each.reason)
+    click.echo(f"adapter: {place}")
+    write_figures(json_file, {name: each.figures for name, each in verdicts.items()})

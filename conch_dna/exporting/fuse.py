@@ -4,30 +4,19 @@ Ties the modules beside it together; knows what is in memory when. Each stage le
 folder what the next one needs, so that any of them can be interrupted.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from conch_dna.checkpoints import (
-    DIGESTS,
-    FolderLock,
     content_digest,
-    differences,
     provenance,
-    read_json,
-    remove_folder,
-    remove_unfinished,
-    verify_folder,
     write_folder,
-    write_json,
 )
-from conch_dna.errors import ConchError, NotWholeError
+from conch_dna.errors import ConchError
 from conch_dna.exporting.healing import healed_arrays
 from conch_dna.exporting.judging import Judgement, judged, kept_share, refusal, valid_answers
+from conch_dna.exporting.mixed_bits import mixed_precision
 from conch_dna.exporting.moments import input_moments
 from conch_dna.exporting.quantised import (
     Precision,
@@ -41,6 +30,7 @@ from conch_dna.exporting.quantised import (
 )
 from conch_dna.exporting.settings import FuseSettings
 from conch_dna.exporting.source import AdapterSource
+from conch_dna.exporting.work_folder import WorkFolder
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import outline
@@ -53,10 +43,11 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 from conch_dna.training.students.block_influence import first_windows
 
 FUSED_FILE = "fused.json"
-RUN_FILE = "run.json"
 CANDIDATE, HEALED = "candidate", "healed"
 # Of the texts to train scales on, the share by which the step that is kept is chosen.
 CHOOSING = 0.1
+# Of texts on which the cost of rounding a part is measured, once for each part.
+COST_TOKENS = 1024
 
 
 class Fusing:
@@ -84,8 +75,11 @@ class Fusing:
         self.settings = settings
         self.data = data
         self.report = report
-        self.work = folder.with_name(f"{folder.name}.fusing")
-        self.config: KDConfig = adapter.config(settings)
+        self.work = WorkFolder(folder, "fusing", "model", report)
+        names = ("batch_size", "val_fraction", "loss_memory", "seed")
+        self.config: KDConfig = replace(
+            adapter.config(), **{name: getattr(settings, name) for name in names}
+        )
         self.precision: Precision = precision_of(adapter.base, settings)
 
     def fused(self, *, resume: bool = False, overwrite: bool = False) -> list[Judgement]:
@@ -103,7 +97,7 @@ class Fusing:
                 the fused model is refused.
         """
         self._require_room(overwrite=overwrite)
-        with FolderLock(self.work, elsewhere="choose another folder"):
+        with self.work.held():
             split = self._begin(resume=resume, overwrite=overwrite)
             rows = self._made(split)
             why = refusal(rows[1], rows[-1], self.settings.max_kl)
@@ -113,14 +107,11 @@ class Fusing:
                     "to take it, more --bits, more --steps, or --bits float"
                 )
             self._take(rows)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.remove()
         return rows
 
     def _require_room(self, *, overwrite: bool) -> None:
-        if self.folder.exists() and not (self.folder / "config.json").is_file():
-            raise ConchError(f"{self.folder} is there and is no model: name another folder")
-        if self.folder.exists() and not overwrite:
-            raise ConchError(f"{self.folder} is there: add --overwrite, or name another folder")
+        self.work.require_place("config.json", overwrite=overwrite)
         if self.folder.resolve() in (self.adapter.folder.resolve(), self.adapter.base.folder):
             raise ConchError(f"{self.folder} is what is fused: name another folder")
         outlined = outline(self.adapter.base)
@@ -134,40 +125,22 @@ class Fusing:
 
     def _begin(self, *, resume: bool, overwrite: bool) -> Split:
         """Read the texts, and compare with what lies in the working folder."""
-        remove_unfinished(self.work)
         split = self.adapter.split(self.data, self.config)
         identity = {
             **self.settings.identity(),
             "adapter": self.adapter.digest,
             "texts": content_digest(*(e.digest for e in [*split.train, *split.heldout])),
         }
-        run = None
-        with suppress(NotWholeError):
-            run = read_json(self.work / RUN_FILE, needs={"identity": dict})
-        if run and resume:
-            if changed := differences(run["identity"], identity):
-                raise ConchError(
-                    f"{self.work} was begun with other settings: {'; '.join(changed)}. Resume with "
-                    "the same ones, or add --overwrite to begin anew"
-                )
-            return split
-        if run and not overwrite:
-            raise ConchError(
-                f"{self.work} holds a model that was begun: add --resume to go on, or --overwrite "
-                "to begin anew"
-            )
-        for path in self.work.iterdir():
-            if path.is_dir():
-                remove_folder(path)
-        write_json(self.work / RUN_FILE, {"identity": identity})
+        self.work.begin(identity, resume=resume, overwrite=overwrite)
         return split
 
     def _made(self, split: Split) -> list[Judgement]:
         """Every stage that is not done yet, and the figures."""
         choosing, learned = self._parts(split.train)
-        targets = self.adapter.examples(self.config).targets(self.work / "soft_targets")
+        targets = self.adapter.examples(self.config).targets(self.work.path / "soft_targets")
         assert isinstance(targets, SoftTargetCache)
-        needed = [*split.heldout, *(split.train if self.settings.steps else [])]
+        judging = self._costed_on(split.train)
+        needed = [*split.heldout, *(split.train if self.settings.steps else judging)]
         questions = self._questions(split)
         bare, adapted = self.adapter.load()
         if missing := targets.missing(needed):
@@ -182,14 +155,20 @@ class Fusing:
             Judgement("adapter", None, valid, size + _bytes_of(self.adapter.folder)),
             judged(*("without it", bare, split, targets, [], self.config, ""), nbytes=size),
         ]
-        if not self._is_done(CANDIDATE):
+        if not self.work.has(CANDIDATE):
+            if judging:
+                self.precision = mixed_precision(
+                    *(adapted, self.precision, self.settings.mean_bits, judging, targets),
+                    self.config,
+                    self.report,
+                )
             self._write_candidate(adapted, split.train)
         bare.release()
         adapted.release()
-        made, training = self.work / CANDIDATE, None
+        made, training = self.work.path / CANDIDATE, None
         if self.settings.steps:
-            made = self.work / HEALED
-            if not self._is_done(HEALED):
+            made = self.work.path / HEALED
+            if not self.work.has(HEALED):
                 training = self._heal(targets, learned, choosing)
         self._phase("measuring the fused model", 0, "")
         source = ModelSource(
@@ -214,6 +193,17 @@ class Fusing:
                 f"{self.settings.batch_size}: give more --data, or a smaller --batch-size"
             )
         return list(train[:count]), list(train[count:])
+
+    def _costed_on(self, train: Sequence[Example]) -> list[Example]:
+        """The texts on which it is measured what rounding a part costs."""
+        if not self.settings.mean_bits:
+            return []
+        chosen: list[Example] = []
+        for example in train:
+            chosen.append(example)
+            if sum(len(each.ids) for each in chosen) >= COST_TOKENS:
+                break
+        return chosen
 
     def _questions(self, split: Split) -> list[Question]:
         if self.adapter.domain not in DOMAIN_SCHEMAS or not self.settings.answers:
@@ -243,39 +233,28 @@ class Fusing:
             moments = input_moments(adapted, wanted, windows, self.report)
         precision = fuse_in_place(adapted, self.precision, moments, self.report)
         arrays = named_arrays(adapted.model.parameters())
-        write_model(self.adapter.base, self.work / CANDIDATE, arrays, precision)
+        write_model(self.adapter.base, self.work.path / CANDIDATE, arrays, precision)
 
     def _heal(
         self, targets: SoftTargetCache, learned: Sequence[Example], choosing: Sequence[Example]
     ) -> TrainingResult:
         candidate = ModelSource(
-            str(self.work / CANDIDATE),
+            str(self.work.path / CANDIDATE),
             trust_remote_code=self.adapter.base.trust_remote_code,
             report=self.report,
         )
         arrays, result = healed_arrays(
-            *(candidate, targets, learned, choosing, self.settings, self.work),
+            *(candidate, targets, learned, choosing, self.settings, self.work.path),
             resume=True,
             report=self.report,
         )
         # Its own, layer by layer.
         precision = precision_of(candidate, FuseSettings())
-        write_model(self.adapter.base, self.work / HEALED, arrays, precision)
+        write_model(self.adapter.base, self.work.path / HEALED, arrays, precision)
         return result
-
-    def _is_done(self, name: str) -> bool:
-        if not (self.work / name).is_dir():
-            return False
-        try:
-            verify_folder(self.work / name)
-        except NotWholeError as error:
-            self.report("warning", {"message": f"{error}; it is made again"})
-            return False
-        return True
 
     def _take(self, rows: Sequence[Judgement]) -> None:
         """Put what was measured in its place, with its figures."""
-        made = self.work / (HEALED if self.settings.steps else CANDIDATE)
         document = {
             "adapter": str(self.adapter.folder),
             "model": self.adapter.base.model_id,
@@ -285,23 +264,14 @@ class Fusing:
             "figures": [row.to_json() for row in rows],
             **provenance(),
         }
-        files = [path for path in made.iterdir() if path.name != DIGESTS]
         write_folder(
             self.folder,
             documents={FUSED_FILE: document},
-            writers={path.name: partial(_same_file, path) for path in files},
+            writers=self.work.writers(HEALED if self.settings.steps else CANDIDATE),
         )
 
     def _phase(self, name: str, total: int, unit: str) -> None:
         self.report("phase", {"name": name, "total": total, "unit": unit})
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """A second name of a file, or where the disk has no such, a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _bytes_of(folder: Path) -> int:

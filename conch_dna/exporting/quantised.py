@@ -19,13 +19,18 @@ from mlx.utils import tree_unflatten
 from conch_dna.checkpoints import write_folder
 from conch_dna.errors import ConchError
 from conch_dna.exporting.grids import Grid, compensated
-from conch_dna.exporting.settings import FLOAT, OWN, FuseSettings
+from conch_dna.exporting.settings import FLOAT, OWN, WIDTHS, FuseSettings
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.screen.progress import Report
 from conch_dna.training.students.block_influence import other_files
 
 WEIGHTS = "model.safetensors"
 _QUANTISED = ("quantization", "quantization_config")
+
+
+def base_width(mean: float) -> int:
+    """The greatest width that is at most a mean number of bits."""
+    return max(width for width in map(int, WIDTHS) if width <= mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,11 @@ def precision_of(source: ModelSource, settings: FuseSettings) -> Precision:
         ConchError: The model's own is to be kept, and is of a kind that is not made here.
     """
     own = source.config.get("quantization")
+    if settings.mean_bits:
+        size = own.get("group_size", 64) if isinstance(own, dict) else 64
+        return Precision(
+            bits=base_width(settings.mean_bits), group_size=settings.group_size or size, own={}
+        )
     if settings.bits == FLOAT or (settings.bits == OWN and not isinstance(own, dict)):
         return Precision(bits=None, own={})
     if settings.bits != OWN or not isinstance(own, dict):
@@ -92,7 +102,7 @@ def _is_quantised(module: nn.Module) -> bool:
     return "scales" in module and hasattr(module, "bits")
 
 
-def _base(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
     """The layer under an adapter's."""
     inner: nn.Module = module.get("linear") or module.get("embedding") or module
     return inner
@@ -100,14 +110,14 @@ def _base(module: nn.Module) -> nn.Module:
 
 def width_of(module: nn.Module) -> int:
     """Numbers that come into a layer, or out of an embedding."""
-    base = _base(module)
+    base = base_of(module)
     packed = int(base.weight.shape[-1])
     return packed * 32 // int(base.bits) if _is_quantised(base) else packed
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer is one matrix that its inputs are multiplied by."""
-    return isinstance(_base(module), nn.Linear | nn.QuantizedLinear)
+    return isinstance(base_of(module), nn.Linear | nn.QuantizedLinear)
 
 
 def whole(module: nn.Module) -> nn.Module:
@@ -120,7 +130,7 @@ def whole(module: nn.Module) -> nn.Module:
     holder.layer = module
     if not hasattr(module, "fuse"):
         return dequantize_model(holder).layer
-    holder.layer = _base(module)
+    holder.layer = base_of(module)
     base = dequantize_model(holder).layer
     for name in ("linear", "embedding"):
         if name in module:

@@ -19,6 +19,12 @@ WIDTHS = ("2", "3", "4", "5", "6", "8")
 NOT_IDENTITY = ("max_kl", "answers", "loss_memory")
 
 
+def _problems(settings: Any) -> list[str]:
+    return [
+        p for each in fields(settings) if (p := option_problem(each, getattr(settings, each.name)))
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FuseSettings:
     """How an adapter becomes part of its model.
@@ -31,6 +37,14 @@ class FuseSettings:
         OWN,
         "Bits of a weight; own is what the adapter's model has, float leaves weights whole.",
         choices=(OWN, FLOAT, *WIDTHS),
+    )
+    mean_bits: float = option(
+        0.0,
+        "Bits of a weight on average, instead of --bits: each part of the model gets more or fewer "
+        "by what rounding it costs; 0 is the same for all.",
+        low=2,
+        high=8,
+        besides=0,
     )
     group_size: int = option(0, "Weights that share a scale; 0 is the model's own, or 64.", low=0)
     fit: str = option(
@@ -70,11 +84,11 @@ class FuseSettings:
     )
 
     def __post_init__(self) -> None:
-        problems = [
-            p for each in fields(self) if (p := option_problem(each, getattr(self, each.name)))
-        ]
+        problems = _problems(self)
         if not problems and self.group_size not in (0, 32, 64, 128):
             problems = [f"group_size is {self.group_size}: mlx has groups of 32, 64 and 128"]
+        if not problems and self.mean_bits and self.bits != OWN:
+            problems = [f"bits is {self.bits} and mean_bits {self.mean_bits:g}: leave one"]
         if not problems and self.bits == FLOAT and self.steps:
             problems = ["steps train the scales of a quantised model, and bits is float: leave one"]
         if problems:
@@ -87,3 +101,48 @@ class FuseSettings:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a fused model to be the same."""
         return {name: value for name, value in self.to_json().items() if name not in NOT_IDENTITY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """How several adapters become one.
+
+    Raises:
+        ConchError: Values are out of their ranges; all are named.
+    """
+
+    rank: int = option(
+        0, "Rank of the merged adapter; 0 is the largest of theirs.", low=0, high=2**16
+    )
+    steps: int = option(200, "Steps of training.", low=1, high=10**6)
+    learning_rate: float = option(1e-4, "Peak learning rate.", above=0, high=1)
+    batch_size: int = option(2, "Texts of each adapter in a step.", low=1)
+    recall_margin: float = option(
+        0.05,
+        "How much less than its own adapter it may recall of a domain: a share of the tokens of "
+        "held-out texts that it ranks first.",
+        low=0,
+        high=1,
+    )
+    answers: int = option(
+        16,
+        "Held-out prompts of each domain answered, where its answers have a schema; 0 is none.",
+        low=0,
+    )
+    loss_memory: float = option(
+        LOSS_MEMORY, "Megabytes for logits and what is made of them.", low=0.1, high=10**6
+    )
+    seed: int = option(0, "Seed of the order of texts, and of the adapter.", low=0, high=10**9)
+
+    def __post_init__(self) -> None:
+        if problems := _problems(self):
+            raise ConchError("; ".join(problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a merged adapter to be the same."""
+        left = (*NOT_IDENTITY, "recall_margin")
+        return {name: value for name, value in self.to_json().items() if name not in left}

@@ -3,7 +3,7 @@
 Knows adapter folders and records; computes nothing. Another place of texts: a branch in `_records`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,6 @@ from conch_dna.cortex.engine.adapter_modules import (
     read_adapter,
 )
 from conch_dna.errors import ConchError
-from conch_dna.exporting.settings import FuseSettings
 from conch_dna.generations.data import DATA_FILE as LINE_DATA
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.retraining.adapter_config import adapter_config, student_name, written_down
@@ -103,7 +102,7 @@ class AdapterSource:
         adapter = read_adapter(self.folder, bare, shared)
         return bare, LanguageModel(self.base, adapter.tree)
 
-    def config(self, settings: FuseSettings) -> KDConfig:
+    def config(self) -> KDConfig:
         """How its texts are read and compared: as when it was distilled, at temperature 1."""
         recorded = written_down(self.document).get("config")
         recorded = recorded if isinstance(recorded, dict) else {}
@@ -114,10 +113,6 @@ class AdapterSource:
             sampling_temperature=0.0,
             # Or a model would be a little away from itself.
             target_bits=32,
-            batch_size=settings.batch_size,
-            val_fraction=settings.val_fraction,
-            loss_memory=settings.loss_memory,
-            seed=settings.seed,
         )
 
     def split(self, data: Path | None, config: KDConfig) -> Split:
@@ -146,7 +141,7 @@ class AdapterSource:
         if path is None or not (self.folder / HELDOUT_FILE).is_file():
             raise ConchError(
                 f"{self.folder} does not hold the texts that its adapter learned from: give texts "
-                "of its domain with --data FILE"
+                "of its domain with --data FILE, or distil it"
             )
         heldout = read_records(self.folder / HELDOUT_FILE)
         learned = [record for record in read_records(path) if record not in heldout]
@@ -156,3 +151,21 @@ class AdapterSource:
         """Records as the student reads them, which is what the adapter says something of."""
         template = self.base.tokenizer.has_chat_template
         return [view(record, STUDENT, template=template) for record in records]
+
+
+def same_base(adapters: Mapping[str, AdapterSource]) -> ModelSource:
+    """The model that several adapters are for.
+
+    Raises:
+        ConchError: There are fewer than two of them, or they are for other models.
+    """
+    if len(adapters) < 2:
+        raise ConchError(f"{len(adapters)} adapter is given: name two or more")
+    (first, adapter), *others = adapters.items()
+    for name, other in others:
+        if other.base.weights_digest != adapter.base.weights_digest:
+            raise ConchError(
+                f"{first} is for {adapter.base.model_id}, {name} for {other.base.model_id}: only "
+                "adapters of one model can be merged; distil one of them anew"
+            )
+    return adapter.base

@@ -375,3 +375,25 @@ def test_answers_of_a_domain_with_a_schema_are_checked(tmp_path):
     )
     rows = fuse(Path(result.adapter_path), tmp_path / "fused", bits="8", answers=2, max_kl=9.0)
     assert [len(row.valid) for row in rows] == [2, 0, 2]
+
+
+class TestMixedBits:
+    def test_a_model_has_so_many_bits_and_loses_less(self, adapter, tmp_path):
+        rows = {
+            name: fuse(adapter, tmp_path / name, max_kl=9.0, answers=0, **how)
+            for name, how in {"same": {"bits": "3"}, "mixed": {"mean_bits": 3.0}}.items()
+        }
+        assert rows["mixed"][-1].kl < 0.9 * rows["same"][-1].kl
+        assert rows["mixed"][-1].nbytes <= rows["same"][-1].nbytes
+        config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+        own = [each for each in config["quantization"].values() if isinstance(each, dict)]
+        assert len({each["bits"] for each in own}) > 1
+        assert all(
+            np.isfinite(np.array(opened(tmp_path / "mixed")(mx.array([[5, 9, 23]])))).ravel()
+        )
+
+    def test_scales_of_mixed_widths_are_trained_too(self, adapter, tmp_path):
+        before = fuse(adapter, tmp_path / "fitted", mean_bits=2.5, max_kl=9.0, answers=0)[-1].kl
+        how = {"steps": 12, "learning_rate": 1e-2, "batch_size": 4}
+        after = fuse(adapter, tmp_path / "healed", mean_bits=2.5, max_kl=9.0, answers=0, **how)
+        assert after[-1].kl < before
