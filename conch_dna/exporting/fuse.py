@@ -21,7 +21,7 @@ from conch_dna.exporting.moments import input_moments
 from conch_dna.exporting.quantised import (
     Precision,
     fuse_in_place,
-    is_linear,
+    is_matrix,
     kept_whole,
     layers_of,
     precision_of,
@@ -218,7 +218,7 @@ class Fusing:
             wanted = {
                 name: width_of(module)
                 for name, module in layers_of(adapted.model)
-                if is_linear(module) and self.precision.of(name)
+                if is_matrix(module) and self.precision.of(name)
             }
             ids = [example.ids.tolist() for example in train]
             windows = first_windows(ids, tokens=self.settings.fit_tokens)

@@ -145,17 +145,16 @@ def _refitted(weight: np.ndarray, moments: np.ndarray, grid: Grid) -> Grid:
     # Of a constant in each group: the same for every row.
     ones = moments.reshape(columns, groups, size).sum(axis=2)
     both_ones = ones.reshape(groups, size, groups).sum(axis=1)
-    at_once = max(1, int(_ROOM / (4 * columns * groups)))
+    at_once = max(1, int(_ROOM / (8 * columns + 64 * groups**2)))
     for begin in range(0, rows, at_once):
         part = slice(begin, begin + at_once)
         codes = grid.codes[part].reshape(-1, groups, size).astype(np.float32)
-        seen = np.einsum("igs,rgs->rig", moments.reshape(columns, groups, size), codes)
-        seen = seen.reshape(len(codes), groups, size, groups)
         normal = np.empty((len(codes), 2 * groups, 2 * groups))
-        normal[:, :groups, :groups] = np.einsum("rgs,rgsh->rgh", codes, seen)
-        normal[:, :groups, groups:] = np.einsum(
-            "rgs,gsh->rgh", codes, ones.reshape(groups, size, -1)
-        )
+        for group in range(groups):
+            own = moments[group * size : (group + 1) * size]
+            seen = (codes[:, group] @ own).reshape(codes.shape)
+            normal[:, group, :groups] = (seen * codes).sum(axis=2)
+            normal[:, group, groups:] = seen.sum(axis=2)
         normal[:, groups:, :groups] = normal[:, :groups, groups:].transpose(0, 2, 1)
         normal[:, groups:, groups:] = both_ones
         against = weight[part] @ moments

@@ -17,7 +17,7 @@ from conch_dna.exporting.judging import valid_answers
 from conch_dna.exporting.settings import MergeSettings
 from conch_dna.exporting.source import AdapterSource, same_base
 from conch_dna.exporting.work_folder import WorkFolder
-from conch_dna.generations.promotion import GateVerdict, recall_gate, text_scores
+from conch_dna.generations.promotion import GateVerdict, TextScores, recall_gate, text_scores
 from conch_dna.generations.settings import GateSettings
 from conch_dna.language_model import LanguageModel
 from conch_dna.metrics import ranges_of
@@ -105,6 +105,41 @@ def joined(batches: Sequence[Batch]) -> Batch:
         tuple(name for batch in batches for name in batch.names),
         sum(batch.text_bytes for batch in batches),
     )
+
+
+def recall_of(model: LanguageModel, split: Split, config: KDConfig) -> TextScores:
+    """How well a model writes held-out texts; see `promotion.text_scores`."""
+    return text_scores(
+        model, split.heldout, batch_size=config.batch_size, memory=config.loss_memory
+    )
+
+
+def domain_figures(
+    name: str, model: LanguageModel, split: Split, config: KDConfig, answers: int
+) -> dict[str, Any]:
+    """How well a model recalls a domain's held-out texts, and keeps its schema.
+
+    Args:
+        name: The domain.
+        model: In memory.
+        split: Its texts.
+        config: How they are read.
+        answers: Held-out prompts answered at most, where the domain has a schema.
+
+    Returns:
+        `recall`, a share of tokens for each text; `slices` of them, as gates have them; and
+        `valid`, 1 or 0 of each prompt.
+    """
+    scores = recall_of(model, split, config)
+    questions = []
+    if name in DOMAIN_SCHEMAS and answers:
+        names = [example.name for example in split.heldout]
+        questions = questions_of(split.heldout_records, names, model.tokenizer)
+    return {
+        "recall": scores.top1.tolist(),
+        "slices": {"recall": {"length": ranges_of(scores.tokens.tolist(), "tokens")}},
+        "valid": valid_answers(model, questions[:answers], config, name),
+    }
 
 
 def _shape(adapters: Iterable[AdapterSource], rank: int) -> dict[str, Any]:
@@ -254,22 +289,7 @@ class Merging:
         return caches, figures
 
     def _figures(self, name: str, model: LanguageModel, split: Split) -> dict[str, Any]:
-        """How well a model recalls a domain's held-out texts, and keeps its schema."""
-        config = self._config(name)
-        scores = text_scores(
-            model, split.heldout, batch_size=config.batch_size, memory=config.loss_memory
-        )
-        questions = []
-        if name in DOMAIN_SCHEMAS and self.settings.answers:
-            names = [example.name for example in split.heldout]
-            questions = questions_of(split.heldout_records, names, self.base.tokenizer)
-        valid = valid_answers(model, questions[: self.settings.answers], config, name)
-        lengths = ranges_of(scores.tokens.tolist(), "tokens")
-        return {
-            "recall": scores.top1.tolist(),
-            "slices": {"recall": {"length": lengths}},
-            "valid": valid,
-        }
+        return domain_figures(name, model, split, self._config(name), self.settings.answers)
 
     def _train(self, splits: Mapping[str, Split], caches: Mapping[str, SoftTargetCache]) -> None:
         config = self._config(next(iter(splits)))
@@ -324,7 +344,7 @@ class Merging:
             verdict = recall_gate(found, own[name], settings)
             figures = {
                 **verdict.figures,
-                "without": float(np.mean(self._figures_without(name, bare, split))),
+                "without": float(np.mean(recall_of(bare, split, self._config(name)).top1)),
                 "valid": found["valid"],
                 "own_valid": own[name]["valid"],
             }
@@ -334,12 +354,6 @@ class Merging:
         bare.release()
         merged.release()
         return verdicts
-
-    def _figures_without(self, name: str, bare: LanguageModel, split: Split) -> np.ndarray:
-        config = self._config(name)
-        return text_scores(
-            bare, split.heldout, batch_size=config.batch_size, memory=config.loss_memory
-        ).top1
 
     def _take(self, splits: Mapping[str, Split], verdicts: Mapping[str, GateVerdict]) -> None:
         """Put what was measured in its place, with its figures and the texts of all."""

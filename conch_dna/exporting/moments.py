@@ -27,12 +27,22 @@ class _Caught(nn.Module):
         self.__dict__.update(layer=layer, moments=None)
 
     def __call__(self, x: mx.array, *rest: Any, **named: Any) -> mx.array:
+        if mx.issubdtype(x.dtype, mx.floating):
+            self._sum_up(x)
+        out: mx.array = self.__dict__["layer"](x, *rest, **named)
+        return out
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """An embedding as the head."""
+        self._sum_up(x)
+        out: mx.array = self.__dict__["layer"].as_linear(x)
+        return out
+
+    def _sum_up(self, x: mx.array) -> None:
         rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         own = rows.T @ rows
         before = self.__dict__["moments"]
         self.__dict__["moments"] = own if before is None else before + own
-        out: mx.array = self.__dict__["layer"](x, *rest, **named)
-        return out
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
@@ -57,7 +67,8 @@ def input_moments(
         report: Gets a phase.
 
     Returns:
-        By name float32 `[width, width]`; a layer that no text reached is missing.
+        By name float32 `[width, width]`; a layer that no text reached is missing, and an
+        embedding that is not the head.
     """
     passes = _parts(widths)
     tokens = sum(map(len, windows))
@@ -69,10 +80,10 @@ def input_moments(
         model.model.update_modules(tree_unflatten(list(caught.items())))
         try:
             for window in windows:
-                mx.eval(
-                    model.model(mx.array([list(window)])),
-                    [each.__dict__["moments"] for each in caught.values()],
-                )
+                model.model(mx.array([list(window)]))
+                # What comes in is all that is wanted of it.
+                moments = (each.__dict__["moments"] for each in caught.values())
+                mx.eval([each for each in moments if each is not None])
                 report("advance", {"by": len(window)})
         finally:
             own = [(name, modules[name]) for name in names]

@@ -115,9 +115,10 @@ def width_of(module: nn.Module) -> int:
     return packed * 32 // int(base.bits) if _is_quantised(base) else packed
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a layer is one matrix that its inputs are multiplied by."""
-    return isinstance(base_of(module), nn.Linear | nn.QuantizedLinear)
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a layer is one matrix: inputs are multiplied by it, or it is an embedding."""
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    return isinstance(base_of(module), kinds)
 
 
 def whole(module: nn.Module) -> nn.Module:
@@ -215,7 +216,7 @@ def _few_bits(
 ) -> nn.Module:
     """A layer in few bits; `before` is the same without an adapter, if it was in as many bits."""
     quantised: nn.Module = layer.to_quantized(group_size, bits)
-    if moments is None or not isinstance(layer, nn.Linear):
+    if moments is None:
         return quantised
     start = None
     if before is not None:
