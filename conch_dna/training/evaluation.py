@@ -220,8 +220,13 @@ def slices_of(
         `domain`, `source` or `category`) the name of each one's part.
     """
     order = [int(n) for n in np.concatenate(sequential_batches(examples, batch_size))]
-    counts = [examples[number].count for number in order]
-    found = {"length": ranges_of(counts, "tokens")}
+    found = {}
+    # The first, since of parts that hold the same examples the first is named.
+    for name in _ORIGINS:
+        origins = [str(records[number].get(name, "none")) for number in order] if records else []
+        if len(set(origins)) > 1:
+            found[name] = origins
+    found["length"] = ranges_of([examples[number].count for number in order], "tokens")
     by_token = figures.by_token
     owner = np.cumsum(by_token.place == 1) - 1
     known = np.isfinite(by_token.entropy)
@@ -229,10 +234,6 @@ def slices_of(
     if tokens.all():
         sums = np.bincount(owner[known], by_token.entropy[known], len(order))
         found["teacher's entropy"] = ranges_of((sums / tokens).tolist(), "nats")
-    for name in _ORIGINS:
-        origins = [str(records[number].get(name, "none")) for number in order] if records else []
-        if len(set(origins)) > 1:
-            found[name] = origins
     return [examples[number].name for number in order], found
 
 

@@ -185,7 +185,7 @@ class TestTheGate:
         assert not folder.exists()
         # Nothing is made again.
         monkeypatch.setattr(fusing, "fuse_in_place", None)
-        with pytest.raises(ConchError, match="begun: add --resume"):
+        with pytest.raises(ConchError, match="holds an unfinished model: add --resume"):
             fuse(adapter, folder, bits="2", max_kl=9.0)
         fuse(adapter, folder, bits="2", max_kl=9.0, resume=True)
         assert (folder / "fused.json").is_file()
