@@ -140,5 +140,9 @@ def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:
 
 
 def _require_absent(path: Path) -> None:
+    """Refuse a place that is taken, or where none can be, before anything is computed."""
     if path.exists():
         raise ConchError(f"{path} is there: name another, or delete it first")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise ConchError(f"{path} cannot be made, since {above} is a file: name another place")

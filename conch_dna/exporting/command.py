@@ -5,6 +5,7 @@ To add a command: a function here, with help and an example, and a line in docs/
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,7 +83,9 @@ def fuse(
     if lost := part_text(rows[-1]):
         click.echo(lost)
     share = kept_share(rows[1], rows[-1])
-    kept = "the adapter changes nothing" if share is None else f"{share:.1%} of the adapter is left"
+    kept = "the adapter changes nothing"
+    if share is not None:
+        kept = f"{share:.1%} of the adapter is left" if share > 0 else "nothing of it is left"
     click.echo(f"model: {folder} ({kept})")
     write_figures(json_file, {"figures": [row.to_json() for row in rows], "kept_share": share})
 
@@ -141,7 +144,7 @@ def export(
             export_gguf_lora(source, place)
     click.echo(f"{form}: {output}")
     if form == "gguf":
-        click.echo(f"for Ollama: ollama create NAME -f {modelfile_path(place)}")
+        click.echo(f"for Ollama: ollama create NAME -f {quote(str(modelfile_path(place)))}")
 
 
 @command(

@@ -6,13 +6,14 @@ programs' files. Another way to begin: what `_train` puts on the model.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, provenance, write_folder
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, number_of
 from conch_dna.exporting.judging import valid_answers
 from conch_dna.exporting.settings import MergeSettings
 from conch_dna.exporting.source import AdapterSource, same_base
@@ -20,7 +21,7 @@ from conch_dna.exporting.work_folder import WorkFolder
 from conch_dna.generations.promotion import GateVerdict, TextScores, recall_gate, text_scores
 from conch_dna.generations.settings import GateSettings
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import ranges_of
+from conch_dna.metrics import FEWEST_EXAMPLES, ranges_of
 from conch_dna.retraining.adapter_config import shape_of
 from conch_dna.retraining.domain import active_adapter
 from conch_dna.screen.presentation import text_table
@@ -217,7 +218,7 @@ class Merging:
         self.work.require_place(ADAPTER_CONFIG, overwrite=overwrite)
         if self.folder.resolve() in [each.folder.resolve() for each in self.adapters.values()]:
             raise ConchError(f"{self.folder} is one of those that are merged: name another folder")
-        splits = {name: self._split(name) for name in self.adapters}
+        splits = self._splits()
         with self.work.held():
             self.work.begin(self._identity(splits), resume=resume, overwrite=overwrite)
             caches, own = self._taught(splits)
@@ -250,14 +251,34 @@ class Merging:
             seed=settings.seed,
         )
 
-    def _split(self, name: str) -> Split:
-        split = self.adapters[name].split(None, self._config(name))
-        if len(split.train) < self.settings.batch_size:
-            raise ConchError(
-                f"{name} has {len(split.train)} texts to learn from, and a batch has "
-                f"{self.settings.batch_size} of each: a smaller --batch-size"
+    def _splits(self) -> dict[str, Split]:
+        """Each adapter's texts; what one holds out no other one teaches."""
+        found = {n: each.split(None, self._config(n)) for n, each in self.adapters.items()}
+        heldout = {example.digest for split in found.values() for example in split.heldout}
+        for name, split in found.items():
+            kept = [e.digest not in heldout for e in split.train]
+            if left := kept.count(False):
+                message = (
+                    f"{number_of(left, 'text')} of {name} held out of another domain: not taught"
+                )
+                self.report("message", {"message": message})
+            found[name] = split = replace(
+                split,
+                train=list(compress(split.train, kept)),
+                train_records=list(compress(split.train_records, kept)),
             )
-        return split
+            if len(split.train) < self.settings.batch_size:
+                raise ConchError(
+                    f"{name} has {number_of(len(split.train), 'text')} to learn from, and a batch "
+                    f"has {self.settings.batch_size} of each: give a smaller --batch-size"
+                )
+            if (held := len(split.heldout)) < FEWEST_EXAMPLES:
+                message = (
+                    f"{number_of(held, 'held-out text')} of {name} cannot show what is lost, it "
+                    f"takes {FEWEST_EXAMPLES}"
+                )
+                self.report("warning", {"message": message})
+        return found
 
     def _identity(self, splits: Mapping[str, Split]) -> dict[str, Any]:
         texts = {
@@ -410,14 +431,14 @@ def merge_table(verdicts: Mapping[str, GateVerdict]) -> "Table":
     rows = []
     for name, verdict in verdicts.items():
         found = verdict.figures
-        low, high = found.get("interval", (float("nan"),) * 2)
+        interval = found.get("interval")
         rows.append(
             (
                 name,
                 f"{found['without']:.1%}",
                 f"{found['parent']:.1%}",
                 f"{found['child']:.1%}",
-                f"{low:+.1%} to {high:+.1%}",
+                "{:+.1%} to {:+.1%}".format(*interval) if interval else "–",
                 *(_counted(found[key]) for key in ("own_valid", "valid")),
             )
         )

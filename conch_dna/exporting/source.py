@@ -14,6 +14,7 @@ from conch_dna.cortex.engine.adapter_modules import (
     SharedTree,
     adapter_digest,
     read_adapter,
+    read_config,
 )
 from conch_dna.errors import ConchError
 from conch_dna.generations.data import DATA_FILE as LINE_DATA
@@ -57,9 +58,10 @@ class AdapterSource:
             report: Gets what is said of both.
 
         Raises:
-            ConchError: It is no adapter's folder, or its model is not known or not here.
+            ConchError: It is no adapter's folder or not whole, or its model is not known or not
+                here.
         """
-        name = model or student_name(adapter_config(folder))
+        name = model or student_name(read_config(folder))
         if not isinstance(name, str) or not name:
             raise ConchError(f"{folder} does not say which model it is for: give --model")
         base = ModelSource(name, trust_remote_code=trust_remote_code, report=report)
@@ -140,8 +142,9 @@ class AdapterSource:
         path = next((each for each in given if each.is_file()), None)
         if path is None or not (self.folder / HELDOUT_FILE).is_file():
             raise ConchError(
-                f"{self.folder} does not hold the texts that its adapter learned from: give texts "
-                "of its domain with --data FILE, or distil it"
+                f"{self.folder} does not hold the texts that its adapter learned from and those "
+                f"held out of them ({DATA_FILE}, {HELDOUT_FILE}): distil it, or give fuse texts of "
+                "its domain with --data FILE"
             )
         heldout = read_records(self.folder / HELDOUT_FILE)
         learned = [record for record in read_records(path) if record not in heldout]

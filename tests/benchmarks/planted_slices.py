@@ -41,14 +41,19 @@ DOMAINS: dict[str, tuple[str, list[list[str]]]] = {
         [["king", "bear", "ship", "star", "train"], ["queen", "mouse", "whale", "moon", "tree"]],
     ),
 }
+# So that how long a text is does not tell its domain.
+ENDS = ["", " The end.", " It was a good day.", " Everyone was happy and they laughed a lot."]
 TRAINING, HELD_OUT = 24, 10
 
 
 def texts(domain: str, random: np.random.Generator, count: int) -> list[dict[str, Any]]:
     """So many texts of a domain."""
     form, words = DOMAINS[domain]
-    drawn = [random.choice(each, count) for each in (NAMES, *words)]
-    return [{"text": form.format(*row), "domain": domain} for row in zip(*drawn, strict=True)]
+    *drawn, ends = (random.choice(each, count) for each in (NAMES, *words, ENDS))
+    return [
+        {"text": form.format(*row) + end, "domain": domain}
+        for *row, end in zip(*drawn, ends, strict=True)
+    ]
 
 
 def shuffled(record: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:

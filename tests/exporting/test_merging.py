@@ -1,6 +1,7 @@
 """Several adapters in one: each domain is recalled about as well, or nothing takes its place."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,39 @@ class TestItStops:
         assert (tmp_path / "one" / "adapters.safetensors").is_file()
 
 
+def test_what_one_holds_out_no_other_teaches(neurons, tmp_path):
+    """Silent failure: a merged adapter is judged on texts that it learned in another domain."""
+    said: list[str] = []
+
+    def report(event: str, row: dict[str, Any]) -> None:
+        said.append(row.get("message", ""))
+
+    sources = {
+        "stories": source_of(neurons / "stories" / "adapters_kd"),
+        "again": source_of(
+            distilled(
+                tmp_path / "out",
+                "stories",
+                "embedded:teacher",
+                "embedded:student",
+                seed=7,
+                alpha=0.0,
+                num_iters=2,
+            )
+        ),
+    }
+    settings = MergeSettings(steps=1, recall_margin=1.0, answers=0)
+    Merging(sources, tmp_path / "one", settings, report=report).merged()
+    assert any("held out of another domain: not taught" in each for each in said)
+    learned, heldout = (
+        [json.loads(line)["text"] for line in (tmp_path / "one" / name).read_text().splitlines()]
+        for name in ("training_data.jsonl", "heldout.jsonl")
+    )
+    assert set(heldout) <= set(learned)
+    # Each of those held out stands there once for each domain that holds it out, never as taught.
+    assert sum(text in heldout for text in learned) == len(heldout)
+
+
 class TestBadInput:
     def test_of_another_model(self, neurons, tmp_path):
         student = make_model_folder(tmp_path / "student", seed=2)
@@ -175,6 +209,15 @@ class TestBadInput:
             ConchError, match=r"stories is for embedded:student, songs for .*one mod"
         ):
             Merging(sources, tmp_path / "one", MergeSettings())
+
+    def test_not_whole(self, neurons, tmp_path):
+        shutil.copytree(neurons / "songs" / "adapters_kd", tmp_path / "songs")
+        path = tmp_path / "songs" / "adapters.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ConchError, match="songs is not whole: adapters.safetensors was trunc"):
+            source_of(tmp_path / "songs")
+        with pytest.raises(ConchError, match="holds no adapter"):
+            source_of(neurons / "songs")
 
     def test_one_and_the_same_and_a_place_that_is_taken(self, neurons, tmp_path):
         sources = {"stories": source_of(neurons / "stories" / "adapters_kd")}

@@ -139,7 +139,7 @@ def read_adapter(folder: Path, base: LanguageModel, shared: SharedTree) -> Loade
         ConchError: The folder is not whole, belongs to another base, or does not fit; all
             tensors that do not are listed.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     require_same_base(folder, config, base)
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
@@ -167,7 +167,12 @@ def adapter_digest(folder: Path) -> str:
     return content_digest(*(file_digest(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_FILE)))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of it, all of whose files are there and as they were written.
+
+    Raises:
+        ConchError: It holds no adapter, or one that is not whole.
+    """
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_FILE) if not (folder / name).is_file()]
     if missing:
         raise ConchError(

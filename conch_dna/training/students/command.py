@@ -109,7 +109,7 @@ def make(
         cut = cut_to(model, windows, goal, mlp=mlp, report=progress)
     if cut.removals:
         print_tables(removals_table(cut.removals, source.model_id))
-    print_tables(curve_table(cut.curve, source.model_id))
+    print_tables(curve_table(cut.curve, source.model_id, tokens=sum(map(len, cut.apart))))
     if cut.width:
         click.echo(
             f"MLPs: {cut.width.neurons} of {cut.width.of} neurons stay, a multiple of "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from conch_dna.errors import number_of
 from conch_dna.language_model import LanguageModel
 from conch_dna.losses import forward_kl, log_softmax
 from conch_dna.screen.presentation import text_table
@@ -84,12 +85,13 @@ def _begun(model: LanguageModel, window: Sequence[int], memory: float) -> Iterat
     return chain([first], (logits for _, logits in parts))
 
 
-def curve_table(points: Sequence[CurvePoint], name: str) -> "Table":
+def curve_table(points: Sequence[CurvePoint], name: str, *, tokens: int) -> "Table":
     """Sizes beside distances.
 
     Args:
         points: From the whole teacher on.
         name: The teacher's.
+        tokens: How many the distances stand on.
     """
     columns = ("layers", "neurons an MLP", "weights", "KL, nats a token", "top-1 agreement")
     rows = [
@@ -102,4 +104,9 @@ def curve_table(points: Sequence[CurvePoint], name: str) -> "Table":
         )
         for point in points
     ]
-    return text_table(f"{name}: size and quality, untrained", columns, rows, numbers=columns)
+    return text_table(
+        f"{name}: size and quality on {number_of(tokens, 'token')}, untrained",
+        columns,
+        rows,
+        numbers=columns,
+    )

@@ -35,12 +35,14 @@ class Goal:
         if len(given) != 1:
             raise ConchError(
                 "how small a student is to be is told by one of --layers, --size and --budget-mb, "
-                f"and {' and '.join(given) or 'none'} is given: give one of them"
+                f"not by {' and '.join(given) or 'nothing'}: give one"
             )
         if self.size is not None and not 0 < self.size < 1:
             raise ConchError(f"--size is {self.size:g}: give a share between 0 and 1, such as 0.6")
         if self.budget_mb is not None and not 0 < self.budget_mb < math.inf:
-            raise ConchError(f"--budget-mb is {self.budget_mb:g}: give megabytes above 0")
+            raise ConchError(
+                f"--budget-mb is {self.budget_mb:g}: give a number above 0, such as 900"
+            )
 
     def most_bytes(self, whole: int) -> float:
         """Bytes that a student's weights take at most.

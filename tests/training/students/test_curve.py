@@ -176,12 +176,12 @@ def test_layers_of_unequal_bytes_are_counted_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "and none is given: give one of them"),
-        (["--layers", "2", "--size", "0.5"], "and --layers and --size is given: give one"),
+        ([], "not by nothing: give one"),
+        (["--layers", "2", "--size", "0.5"], "not by --layers and --size: give one"),
         (["--size", "0.5", "--budget-mb", "3"], "and --size and --budget-mb is given"),
         (["--size", "1"], "--size is 1: give a share between 0 and 1"),
         (["--size", "nan"], "--size is nan: give a share"),
-        (["--budget-mb", "inf"], "--budget-mb is inf: give megabytes above 0"),
+        (["--budget-mb", "inf"], "--budget-mb is inf: give a number above 0, such as 900"),
         (["--budget-mb", "-2"], "--budget-mb is -2: give megabytes"),
         (["--layers", "2", "--mlp", "1.5"], "--mlp is 1.5: give a share between 0 and 1"),
         (["--layers", "2", "--mlp", "nan"], "--mlp is nan: give a share between 0 and 1"),
