@@ -214,7 +214,9 @@ class TestBadInput:
         shutil.copytree(neurons / "songs" / "adapters_kd", tmp_path / "songs")
         path = tmp_path / "songs" / "adapters.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ConchError, match="songs is not whole: adapters.safetensors was trunc"):
+        with pytest.raises(
+            ConchError, match=r"songs is not whole: adapters\.safetensors was trunc"
+        ):
             source_of(tmp_path / "songs")
         with pytest.raises(ConchError, match="holds no adapter"):
             source_of(neurons / "songs")
