@@ -178,11 +178,11 @@ def test_layers_of_unequal_bytes_are_counted_as_they_are(tmp_path):
     [
         ([], "not by nothing: give one"),
         (["--layers", "2", "--size", "0.5"], "not by --layers and --size: give one"),
-        (["--size", "0.5", "--budget-mb", "3"], "and --size and --budget-mb is given"),
+        (["--size", "0.5", "--budget-mb", "3"], "not by --size and --budget-mb: give one"),
         (["--size", "1"], "--size is 1: give a share between 0 and 1"),
         (["--size", "nan"], "--size is nan: give a share"),
         (["--budget-mb", "inf"], "--budget-mb is inf: give a number above 0, such as 900"),
-        (["--budget-mb", "-2"], "--budget-mb is -2: give megabytes"),
+        (["--budget-mb", "-2"], "--budget-mb is -2: give a number above 0"),
         (["--layers", "2", "--mlp", "1.5"], "--mlp is 1.5: give a share between 0 and 1"),
         (["--layers", "2", "--mlp", "nan"], "--mlp is nan: give a share between 0 and 1"),
     ],
