@@ -136,6 +136,8 @@ def adapter_of(
     (folder / "adapter").mkdir(parents=True)
     document = {"model": str(model), "fine_tune_type": "lora", **own}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(document))
+    # Nothing reads it here.
+    (folder / "adapter" / "adapters.safetensors").touch()
     return AdapterSource.open(folder / "adapter", trust_remote_code=False, report=silent)
 
 
@@ -260,6 +262,7 @@ class TestSystem:
         shutil.copytree(distilled.folder, place)
         model = {"model": str(tmp_path / "model")}
         (version / "adapter_config.json").write_text(json.dumps(model))
+        (version / "adapters.safetensors").touch()
         adapter = AdapterSource.open(version, trust_remote_code=False, report=silent)
         assert found(adapter)["SYSTEM"] == "Be brief."
 
