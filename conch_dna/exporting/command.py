@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conch_dna.cortex.commands.shared_options import adapters_option, trust_option
+from conch_dna.cortex.commands.shared_options import adapters_option, settings_of, trust_option
 from conch_dna.exporting.settings import GGUF_KINDS, FuseSettings, MergeSettings
 from conch_dna.options.commands import command, json_option, options_of, write_figures
 
@@ -66,7 +66,7 @@ def fuse(
     and only if it is near enough it is there; else exit code 2.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    settings = FuseSettings(**{name: v for name, v in values.items() if v is not None})
+    settings = settings_of(FuseSettings, values)
     from conch_dna.exporting.fuse import Fusing
     from conch_dna.exporting.judging import fuse_table, kept_share, part_text
     from conch_dna.screen.presentation import print_tables
@@ -200,7 +200,7 @@ def merge(
     else exit code 2.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    settings = MergeSettings(**{name: v for name, v in values.items() if v is not None})
+    settings = settings_of(MergeSettings, values)
     from conch_dna.exporting.merging import Merging, adapters_of, merge_table
     from conch_dna.retraining.domain import distillation_folder
     from conch_dna.screen.presentation import print_tables

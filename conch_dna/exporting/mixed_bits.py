@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from conch_dna.exporting.quantised import (
     Precision,
@@ -29,6 +28,7 @@ from conch_dna.training.batches import Example
 from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import figures_on
 from conch_dna.training.settings import KDConfig
+from conch_dna.training.students.watching import in_place
 
 # What stands in one block beside each other, such as model.layers.3.mlp.
 _PART = re.compile(r"(?P<part>.*?\blayers\.\d+\.[^.]+)\..+")
@@ -115,13 +115,9 @@ def mixed_precision(
     report("phase", {"name": "cost of each part", "total": len(parts), "unit": "parts"})
     width, costs = base_width(mean), {}
     for part, names in parts.items():
-        rounded = [(name, _rounded(layers[name], width, precision.group_size)) for name in names]
-        model.model.update_modules(tree_unflatten(rounded))
-        try:
+        rounded = {name: _rounded(layers[name], width, precision.group_size) for name in names}
+        with in_place(model.model, rounded):
             kl = figures_on(model, examples, targets, config).metrics.kl_nats or 0.0
-        finally:
-            before = [(name, layers[name]) for name in names]
-            model.model.update_modules(tree_unflatten(before))
         costs[part] = Cost(kl=kl, weights=sum(_weights(layers[name]) for name in names))
         report("advance", {"by": 1, "note": f"{part}: {kl:.4f}"})
     widths = allocated(costs, mean)
@@ -140,7 +136,7 @@ def _weights(module: nn.Module) -> int:
 
 
 def _rounded(module: nn.Module, bits: int, group_size: int) -> nn.Module:
-    """A layer with its adapter in its weights, which are rounded; whole numbers on the outside."""
+    """A layer with its adapter in its weights, which are rounded, and as many numbers as before."""
     layer = whole(copy.deepcopy(module))
     codes, scales, biases = mx.quantize(layer.weight, group_size, bits)
     layer.weight = mx.dequantize(codes, scales, biases, group_size, bits)

@@ -1,51 +1,21 @@
 """What comes into a model's linear layers: second moments of their inputs on given texts.
 
-Knows modules and token ids; nothing of bits or files. Another figure of inputs: what `_Caught`
+Knows modules and token ids; nothing of bits or files. Another figure of inputs: what `note`
 sums up.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from conch_dna.language_model import LanguageModel
 from conch_dna.screen.progress import Report
+from conch_dna.training.students.watching import Heard, in_place
 
 # Bytes of moments that are summed up in one pass over the texts.
 ROOM = 4e9
-
-
-class _Caught(nn.Module):
-    """A layer whose inputs are summed up on their way in; it is told whole, not by its parts."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__.update(layer=layer, moments=None)
-
-    def __call__(self, x: mx.array, *rest: Any, **named: Any) -> mx.array:
-        if mx.issubdtype(x.dtype, mx.floating):
-            self._sum_up(x)
-        out: mx.array = self.__dict__["layer"](x, *rest, **named)
-        return out
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """An embedding as the head."""
-        self._sum_up(x)
-        out: mx.array = self.__dict__["layer"].as_linear(x)
-        return out
-
-    def _sum_up(self, x: mx.array) -> None:
-        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        own = rows.T @ rows
-        before = self.__dict__["moments"]
-        self.__dict__["moments"] = own if before is None else before + own
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
 
 
 def input_moments(
@@ -76,21 +46,22 @@ def input_moments(
     found: dict[str, np.ndarray] = {}
     modules = dict(model.model.named_modules())
     for names in passes:
-        caught = {name: _Caught(modules[name]) for name in names}
-        model.model.update_modules(tree_unflatten(list(caught.items())))
-        try:
+        sums: dict[str, mx.array] = {}
+
+        def heard(name: str, sums: dict[str, mx.array]) -> nn.Module:
+            def note(x: mx.array) -> None:
+                rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+                sums[name] = sums[name] + rows.T @ rows if name in sums else rows.T @ rows
+
+            return Heard(modules[name], note)
+
+        with in_place(model.model, {name: heard(name, sums) for name in names}):
             for window in windows:
                 model.model(mx.array([list(window)]))
                 # What comes in is all that is wanted of it.
-                moments = (each.__dict__["moments"] for each in caught.values())
-                mx.eval([each for each in moments if each is not None])
+                mx.eval(sums)
                 report("advance", {"by": len(window)})
-        finally:
-            own = [(name, modules[name]) for name in names]
-            model.model.update_modules(tree_unflatten(own))
-        for name, each in caught.items():
-            if (moments := each.__dict__["moments"]) is not None:
-                found[name] = _shrunk(np.array(moments) / tokens, tokens)
+        found |= {name: _shrunk(np.array(each) / tokens, tokens) for name, each in sums.items()}
     return found
 
 

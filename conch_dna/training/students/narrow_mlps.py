@@ -7,10 +7,9 @@ its column in down_proj, as in Wanda (Sun et al. 2023). Another: in place of `ne
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +18,7 @@ import numpy as np
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, named_arrays
 from conch_dna.training.students.layers import layers_of, with_layers
+from conch_dna.training.students.watching import Heard, in_place
 
 DOWN = "down_proj"
 _PARTS = ("gate_proj", "up_proj", DOWN)
@@ -120,10 +120,10 @@ def neuron_weights(model: LanguageModel, windows: Sequence[Sequence[int]]) -> li
             rows = mx.abs(activations.astype(mx.float32)).reshape(-1, activations.shape[-1])
             sums[number] = sums[number] + rows.sum(axis=0)
 
-        return _Heard(down, note)
+        return Heard(down, note)
 
-    places = [(layer.mlp, DOWN, heard(n, layer.mlp[DOWN])) for n, layer in enumerate(layers)]
-    with _in_place(places):
+    watched = {f"{_mlp(n)}.{DOWN}": heard(n, layer.mlp[DOWN]) for n, layer in enumerate(layers)}
+    with in_place(model.model, watched):
         for window in windows:
             # Only the sums are computed: the last layer's activations are part of them.
             model.model(mx.array([list(window)]))
@@ -153,13 +153,18 @@ def cut_down(
         neurons: Of each of them those that stay; None for all.
     """
     layers = [layers_of(model)[number] for number in kept]
-    places = [
-        (layer, "mlp", _Narrow(layer.mlp, neurons[number]))
-        for number, layer in zip(kept, layers, strict=True)
+    narrow = {
+        _mlp(place): _Narrow(layer.mlp, neurons[number])
+        for place, (number, layer) in enumerate(zip(kept, layers, strict=True))
         if neurons
-    ]
-    with with_layers(model, layers), _in_place(places):
+    }
+    with with_layers(model, layers), in_place(model.model, narrow):
         yield
+
+
+def _mlp(number: int) -> str:
+    """What a layer's MLP is called in a model; see `layers_of`."""
+    return f"model.layers.{number}.mlp"
 
 
 def narrowed(name: str, array: mx.array, neurons: Mapping[int, mx.array]) -> mx.array:
@@ -181,22 +186,6 @@ def _cut(name: str, array: mx.array, neurons: mx.array) -> mx.array:
     return array if name == f"{DOWN}.bias" else mx.take(array, neurons, axis=0)
 
 
-class _Heard(nn.Module):
-    """A layer whose inputs are noted on their way in."""
-
-    def __init__(self, layer: nn.Module, note: Callable[[mx.array], None]) -> None:
-        super().__init__()
-        self.__dict__.update(layer=layer, note=note)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.__dict__["note"](x)
-        out: mx.array = self.__dict__["layer"](x)
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-
 class _Narrow(nn.Module):
     """An MLP that computes with some of its neurons, as the same MLP with narrower layers does."""
 
@@ -213,16 +202,3 @@ class _Narrow(nn.Module):
             mlp[part] = layer
         out: mx.array = mlp(x)
         return out
-
-
-@contextmanager
-def _in_place(places: Sequence[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
-    """Modules in place of others, by their parents and names, for as long as this is entered."""
-    own = [(parent, name, parent[name]) for parent, name, _ in places]
-    try:
-        for parent, name, module in places:
-            parent[name] = module
-        yield
-    finally:
-        for parent, name, module in own:
-            parent[name] = module
