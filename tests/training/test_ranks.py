@@ -113,8 +113,9 @@ def test_the_losses_are_those_of_one_process(tmp_path, count, more):
         for place in (tmp_path / "one", tmp_path / "several")
     ]
     assert files[0] == files[1] or "--shard-teacher" in more
-    # One process speaks.
-    assert several.stdout.count("evaluating the adapter") == 1
+    # One process speaks; on a busy machine it says more than once what it is at.
+    said = [line for line in several.stdout.splitlines() if "evaluating the adapter" in line]
+    assert len([line for line in said if "still at work" not in line]) == 1, said
 
 
 @pytest.mark.slow
