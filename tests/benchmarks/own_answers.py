@@ -1,10 +1,12 @@
 """Off-policy against on-policy at equal tokens that the teacher scores: a grid, three seeds each.
 
-    python tests/benchmarks/own_answers.py [--steps 150] [--seeds 3] [--output FOLDER] [--only N]
+    python tests/benchmarks/own_answers.py [--steps 150] [--seeds 3] [--output FOLDER]
+        [--kinds NAME …] [--model FOLDER --layers 0,1,2,…]
 
 Teacher stories260K, student the same model with layers 0, 2 and 4, beginnings of TinyStories: given
 texts alone, half or all of the batches the student's own answers, three divergences, short and long
-rollouts. Each run stays in the output folder; what is finished is not done again.
+rollouts. With a model of yours it is the teacher, and a student of some of its layers learns from
+fewer texts. Each run stays in the output folder; what is finished is not done again.
 """
 
 import conch_dna  # noqa: F401  # isort: skip  (loads a BLAS before mlx)
@@ -39,6 +41,14 @@ FIXED: dict[str, Any] = {
     "rollouts": 64,
     "sampling_temperature": 1.0,
 }
+# For a model of 135 million parameters, whose step takes seconds.
+BIG: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "batch_size": 4,
+    "max_tokens": 72,
+    "val_fraction": 0.2,
+    "rollouts": 16,
+}
 
 
 def kinds() -> list[dict[str, Any]]:
@@ -64,6 +74,7 @@ def run(
     steps: int,
     seed: int,
     folder: Path,
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """One run; its figures, read back where it is finished."""
     out = folder / f"{name_of(kind)}-{seed}"
@@ -71,7 +82,7 @@ def run(
     if summary.is_file():
         return read_json(summary, needs={"evaluation": dict})
     config = KDConfig(
-        **FIXED,
+        **FIXED | more,
         **kind,
         num_iters=steps,
         seed=seed,
@@ -112,19 +123,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150, help="of given texts; others follow")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", type=int, help="only so many kinds")
+    parser.add_argument("--kinds", nargs="+", choices=[name_of(kind) for kind in kinds()])
+    parser.add_argument("--model", type=Path, help="the teacher, instead of stories260K")
+    parser.add_argument("--layers", default="0,2,4", help="of the teacher, that the student has")
+    parser.add_argument("--texts", type=int, help="600, or 120 with a model of yours")
     parser.add_argument("--output", type=Path, default=Path("models/own_answers"))
     args = parser.parse_args()
-    teacher = shared_data() / "models" / "stories260K"
+    teacher = args.model or shared_data() / "models" / "stories260K"
     print_setting(f"{args.steps} steps of given texts, others as many as take the same tokens")
     student = args.output / "student"
     if not student.is_dir():
-        keep_layers(teacher, student, [0, 2, 4])
-    records = short_stories(600)
+        keep_layers(teacher, student, [int(each) for each in args.layers.split(",")])
+    records = short_stories(args.texts or (120 if args.model else 600))
     examples = tokenize_records(records, ModelSource(str(teacher)).tokenizer)
     given = statistics.mean(example.count for example in examples)
     rows = []
-    for kind in kinds()[: args.only]:
+    for kind in kinds():
+        if args.kinds and name_of(kind) not in args.kinds:
+            continue
         share, length = kind["on_policy"], kind.get("rollout_tokens", 0)
         steps = round(args.steps * given / (share * length + (1 - share) * given))
         runs = [
@@ -135,6 +151,7 @@ def main() -> None:
                 steps=steps,
                 seed=seed,
                 folder=args.output,
+                more=BIG if args.model else {},
             )
             for seed in range(args.seeds)
         ]
