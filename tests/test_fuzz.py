@@ -67,17 +67,11 @@ class Tally:
         finally:
             self.taken = processor_seconds() - begun
 
-    def timed(self, read: Callable[[], object]) -> None:
-        """One input; what took long is read once more, since a shared processor may have."""
-        with self.counted():
-            read()
-        if self.taken > self.seconds:
-            first = self.taken
-            with self.counted():
-                read()
-            self.taken = min(first, self.taken)
-        self.slowest = max(self.slowest, self.taken)
-        assert self.taken <= self.seconds, f"an answer took {self.taken:.1f} s"
+    def in_time(self) -> bool:
+        """Whether the last input was read fast enough; the slowest counts for the figure."""
+        if self.taken <= self.seconds:
+            self.slowest = max(self.slowest, self.taken)
+        return self.taken <= self.seconds
 
 
 def processor_seconds() -> float:
@@ -179,7 +173,13 @@ def test_hostile_input_is_accepted_or_refused_in_one_line(target, tmp_path, reco
         @settings(fuzz, max_examples=count)
         @given(target.inputs)
         def read(content):
-            tally.timed(lambda: target.read(tmp_path, content))
+            # What took long is read once more: a shared processor may have been slow.
+            for _ in range(2):
+                with tally.counted():
+                    target.read(tmp_path, content)
+                if tally.in_time():
+                    return
+            raise AssertionError(f"an answer took {tally.taken:.1f} s")
 
         read()
         return tally

@@ -57,13 +57,19 @@ def stories(name: str, count: int) -> list[dict[str, str]]:
         return [json.loads(line) for _, line in zip(range(count), file, strict=False)]
 
 
-def short_stories(count: int) -> list[dict[str, str]]:
-    """Beginnings of stories as three words of prompt and the rest, cut between words."""
+def short_stories(count: int, *, words: int = 3, longest: int = LONGEST) -> list[dict[str, str]]:
+    """Beginnings of stories as a few words of prompt and the rest, cut between words.
+
+    Args:
+        count: How many at most.
+        words: Of a prompt.
+        longest: Bytes of a text.
+    """
     records = []
     for record in stories("train", 4 * count):
-        text = " ".join(record["text"].split())[:LONGEST].rsplit(" ", 1)[0]
-        if LONGEST - 90 < len(text.encode()) <= LONGEST:
-            words = text.split(" ")
-            prompt, rest = " ".join(words[:3]), " " + " ".join(words[3:])
+        text = " ".join(record["text"].split())[:longest].rsplit(" ", 1)[0]
+        if longest - 90 < len(text.encode()) <= longest:
+            parts = text.split(" ")
+            prompt, rest = " ".join(parts[:words]), " " + " ".join(parts[words:])
             records.append({"prompt": prompt, "completion": rest, "finish_reason": "length"})
     return records[:count]

@@ -134,7 +134,10 @@ def main() -> None:
     student = args.output / "student"
     if not student.is_dir():
         keep_layers(teacher, student, [int(each) for each in args.layers.split(",")])
-    records = short_stories(args.texts or (120 if args.model else 600))
+    if args.model:
+        records = short_stories(args.texts or 120, words=12, longest=320)
+    else:
+        records = short_stories(args.texts or 600)
     examples = tokenize_records(records, ModelSource(str(teacher)).tokenizer)
     given = statistics.mean(example.count for example in examples)
     rows = []

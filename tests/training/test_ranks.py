@@ -37,23 +37,30 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def started(
-    place: Path, count: int, *more: str, lost_at: str = "", option: str = "--output-dir"
-) -> subprocess.CompletedProcess[str]:
-    """A run of so many processes; of several, the second is killed when the run says a text."""
+def arguments(place: Path, *more: str) -> list[str]:
     data = place.parent / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, RECORDS)), encoding="utf-8")
-    command = [sys.executable, "-m", "conch_dna", "distill", *OPTIONS, "--data", str(data)]
-    command += [option, str(place), *more]
-    if count > 1:
-        script = place.parent / "start.sh"
-        # The second process notes its number, which stays when it becomes the command.
-        script.write_text(
-            f'[ "$MLX_RANK" = 1 ] && echo $$ > {place.parent}/second\nexec "$@"\n', "utf-8"
-        )
-        launcher = Path(sys.executable).parent / "mlx.launch"
-        start = [str(launcher), "-n", str(count), "-p", str(free_port()), "bash", str(script)]
-        command = [*start, *command]
+    return ["distill", *OPTIONS, "--data", str(data), "--output-dir", str(place), *more]
+
+
+def alone(place: Path, *more: str) -> None:
+    """A run by this process, which has all libraries by now."""
+    found = CliRunner().invoke(main, arguments(place, *more))
+    assert found.exit_code == 0, found.output
+
+
+def started(
+    place: Path, count: int, *more: str, lost_at: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """A run of several processes; the second is killed when the run says a text."""
+    script = place.parent / "start.sh"
+    # The second process notes its number, which stays when it becomes the command.
+    script.write_text(
+        f'[ "$MLX_RANK" = 1 ] && echo $$ > {place.parent}/second\nexec "$@"\n', "utf-8"
+    )
+    launcher = Path(sys.executable).parent / "mlx.launch"
+    command = [str(launcher), "-n", str(count), "-p", str(free_port()), "bash", str(script)]
+    command += [sys.executable, "-m", "conch_dna", *arguments(place, *more)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}
     with subprocess.Popen(
         command,
@@ -102,9 +109,7 @@ def require_same(one: Path, several: Path) -> None:
     ids=["two", "three", "on-policy", "cross-entropy", "sampled", "roots", "sharded"],
 )
 def test_the_losses_are_those_of_one_process(tmp_path, count, more):
-    alone = [option for option in more if option != "--shard-teacher"]
-    one = started(tmp_path / "one", 1, *alone)
-    assert one.returncode == 0, one.stdout
+    alone(tmp_path / "one", *(option for option in more if option != "--shard-teacher"))
     several = started(tmp_path / "several", count, *more)
     assert several.returncode == 0, several.stdout
     require_same(tmp_path / "one", tmp_path / "several")
@@ -120,8 +125,7 @@ def test_the_losses_are_those_of_one_process(tmp_path, count, more):
 
 @pytest.mark.slow
 def test_a_lost_process_leaves_a_state_from_which_one_goes_on(tmp_path):
-    one = started(tmp_path / "one", 1)
-    assert one.returncode == 0, one.stdout
+    alone(tmp_path / "one")
     lost = started(tmp_path / "several", 3, lost_at="step 5:")
     errors = [line for line in lost.stdout.splitlines() if line.startswith("error:")]
     assert lost.stdout.count("Traceback") == 0, lost.stdout
@@ -130,8 +134,7 @@ def test_a_lost_process_leaves_a_state_from_which_one_goes_on(tmp_path):
     assert "go on with --resume" in mine[0]
     saved = sorted((tmp_path / "several" / "owls").glob("checkpoint_*"))
     assert saved and not (tmp_path / "several" / "owls" / "adapters_kd").exists()
-    again = started(tmp_path / "several", 1, "--resume")
-    assert again.returncode == 0, again.stdout
+    alone(tmp_path / "several", "--resume")
     require_same(tmp_path / "one", tmp_path / "several")
 
 
