@@ -64,7 +64,8 @@ def started(
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}
     with subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        # From an empty input the launcher reads again and again.
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
