@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from conch_dna.checkpoints import (
-    content_digest,
-    provenance,
-    write_folder,
-)
+import numpy as np
+
+from conch_dna.checkpoints import content_digest, provenance, write_folder
 from conch_dna.errors import ConchError
 from conch_dna.exporting.healing import healed_arrays
 from conch_dna.exporting.judging import Judgement, judged, kept_share, refusal, valid_answers
@@ -46,7 +44,7 @@ FUSED_FILE = "fused.json"
 CANDIDATE, HEALED = "candidate", "healed"
 # Of the texts to train scales on, the share by which the step that is kept is chosen.
 CHOOSING = 0.1
-# Of texts on which the cost of rounding a part is measured, once for each part.
+# Of texts on which the cost of a part in few bits is measured, once for each part.
 COST_TOKENS = 1024
 
 
@@ -156,13 +154,15 @@ class Fusing:
             judged(*("without it", bare, split, targets, [], self.config, ""), nbytes=size),
         ]
         if not self.work.has(CANDIDATE):
+            moments = self._moments(adapted, split.train)
             if judging:
                 self.precision = mixed_precision(
-                    *(adapted, self.precision, self.settings.mean_bits, judging, targets),
-                    self.config,
-                    self.report,
+                    *(adapted, self.precision, self.settings.mean_bits, moments),
+                    *(judging, targets, self.config, self.report),
                 )
-            self._write_candidate(adapted, split.train)
+            precision = fuse_in_place(adapted, self.precision, moments, self.report)
+            arrays = named_arrays(adapted.model.parameters())
+            write_model(self.adapter.base, self.work.path / CANDIDATE, arrays, precision)
         bare.release()
         adapted.release()
         made, training = self.work.path / CANDIDATE, None
@@ -212,28 +212,27 @@ class Fusing:
         questions = questions_of(split.heldout_records, names, self.adapter.base.tokenizer)
         return questions[: self.settings.answers]
 
-    def _write_candidate(self, adapted: LanguageModel, train: Sequence[Example]) -> None:
-        moments = None
-        if self.settings.fit == "outputs" and self.precision.bits is not None:
-            wanted = {
-                name: width_of(module)
-                for name, module in layers_of(adapted.model)
-                if is_matrix(module) and self.precision.of(name)
-            }
-            ids = [example.ids.tolist() for example in train]
-            windows = first_windows(ids, tokens=self.settings.fit_tokens)
-            tokens, widest = sum(map(len, windows)), max(wanted.values(), default=0)
-            if tokens < 2 * widest:
-                message = (
-                    f"{tokens:,} tokens of text are few to fit layers of {widest:,} numbers by, "
-                    "and may fit them worse than rounding: give more --data, or a higher "
-                    "--fit-tokens"
-                )
-                self.report("warning", {"message": message})
-            moments = input_moments(adapted, wanted, windows, self.report)
-        precision = fuse_in_place(adapted, self.precision, moments, self.report)
-        arrays = named_arrays(adapted.model.parameters())
-        write_model(self.adapter.base, self.work.path / CANDIDATE, arrays, precision)
+    def _moments(
+        self, adapted: LanguageModel, train: Sequence[Example]
+    ) -> dict[str, np.ndarray] | None:
+        """Of the inputs of what is fitted; None where all is rounded or whole."""
+        if self.settings.fit != "outputs" or self.precision.bits is None:
+            return None
+        wanted = {
+            name: width_of(module)
+            for name, module in layers_of(adapted.model)
+            if is_matrix(module) and self.precision.of(name)
+        }
+        ids = [example.ids.tolist() for example in train]
+        windows = first_windows(ids, tokens=self.settings.fit_tokens)
+        tokens, widest = sum(map(len, windows)), max(wanted.values(), default=0)
+        if tokens < 2 * widest:
+            message = (
+                f"{tokens:,} tokens of text are few to fit layers of {widest:,} numbers by, and "
+                "may fit them worse than rounding: give more --data, or a higher --fit-tokens"
+            )
+            self.report("warning", {"message": message})
+        return input_moments(adapted, wanted, windows, self.report)
 
     def _heal(
         self, targets: SoftTargetCache, learned: Sequence[Example], choosing: Sequence[Example]

@@ -24,13 +24,18 @@ def architecture_of(source: ModelSource) -> str:
     """The name of a model's architecture in the gguf package.
 
     Raises:
-        ConchError: It is none of those whose names are known here.
+        ConchError: It is none of those whose names and positions are known here.
     """
     kind = source.config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ConchError(
             f"{source.model_id} is of the kind {kind}, and GGUF files are written of "
             f"{', '.join(ARCHITECTURES)}: use --to peft and llama.cpp's own convert_lora_to_gguf.py"
+        )
+    if source.config.get("rope_traditional"):
+        raise ConchError(
+            f"{source.model_id} turns neighbouring numbers by position (rope_traditional), as no "
+            "model of these kinds does elsewhere: it is not written as GGUF"
         )
     return ARCHITECTURES[kind]
 

@@ -53,6 +53,11 @@ def write_gguf_model(
     names = gguf.get_tensor_name_map(arch, int(source.config["num_hidden_layers"]))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     _add_sizes(writer, source)
+    if tokenizer.get("remove_extra_whitespaces"):
+        text = (
+            "this tokenizer leaves spaces out where several stand together, and llama.cpp does not"
+        )
+        report("warning", {"message": f"{text}: it reads such texts otherwise"})
     for add, value in tokenizer.items():
         getattr(writer, f"add_{add}")(value)
     asked = getattr(gguf.GGMLQuantizationType, kind.upper())
@@ -88,30 +93,31 @@ def _file_type(kind: str) -> str:
 
 def _add_sizes(writer: Any, source: ModelSource) -> None:
     """What a file says of a model's shape; see `loading.gguf_model.config_of`."""
-    config = source.config
-    scaling = config.get("rope_scaling") or {}
+    # As mlx_lm reads its config.json: what is not said there is not the same for all kinds.
+    args = source.modules(lazy=True).args
+    scaling = getattr(args, "rope_scaling", None) or {}
     stretched = scaling.get("rope_type", scaling.get("type", "linear"))
     if scaling and stretched not in ("linear", "default"):
         raise ConchError(
             f"{source.model_id} stretches positions by {stretched!r}, which is not written here: "
             "use llama.cpp's own convert_hf_to_gguf.py on a model fused with --bits float"
         )
-    if config.get("use_sliding_window"):
+    if source.config.get("use_sliding_window"):
         raise ConchError(f"{source.model_id} has windows of attention, which are not written here")
-    heads = int(config["num_attention_heads"])
-    width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    heads = int(args.num_attention_heads)
+    width = int(getattr(args, "head_dim", None) or args.hidden_size // heads)
     writer.add_name(source.model_id)
     writer.add_context_length(source.context_length or 2048)
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_embedding_length(int(args.hidden_size))
+    writer.add_block_count(int(args.num_hidden_layers))
+    writer.add_feed_forward_length(int(args.intermediate_size))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_head_count_kv(int(args.num_key_value_heads or heads))
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_rope_freq_base(float(config.get("rope_theta", 10_000.0)))
+    writer.add_layer_norm_rms_eps(float(args.rms_norm_eps))
+    writer.add_rope_freq_base(float(args.rope_theta))
     if scaling and stretched == "linear":
         writer.add_rope_scaling_type(_linear())
         writer.add_rope_scaling_factor(float(scaling["factor"]))

@@ -1,4 +1,4 @@
-"""How many bits each part of a model gets, by what its rounding costs.
+"""How many bits each part of a model gets, by what few bits of it cost.
 
 Knows modules, and figures on texts that the adapter has spoken about; nothing of files or of how
 codes are chosen. Another cut of a model into parts: `_PART`.
@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from conch_dna.exporting.quantised import (
     Precision,
     base_of,
     base_width,
+    few_bits,
     kept_whole,
     layers_of,
     whole,
@@ -37,10 +39,10 @@ _WIDTHS = tuple(map(int, WIDTHS))
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What rounding a part alone costs.
+    """What few bits of a part alone cost.
 
     Attributes:
-        kl: KL(adapter‖model with that part rounded), nats a token.
+        kl: KL(adapter‖model with that part in few bits), nats a token.
         weights: How many weights the part has.
     """
 
@@ -87,6 +89,7 @@ def mixed_precision(
     model: LanguageModel,
     precision: Precision,
     mean: float,
+    moments: Mapping[str, np.ndarray] | None,
     examples: Sequence[Example],
     targets: Targets,
     config: KDConfig,
@@ -94,13 +97,14 @@ def mixed_precision(
 ) -> Precision:
     """A precision in which each part of a model has as many bits as it needs.
 
-    A part at a time is rounded in memory, and the model measured: nothing is estimated from
-    gradients, and no second model is needed.
+    A part at a time gets few bits in memory, as the whole model will, and the model is measured:
+    nothing is estimated from gradients, and no second model is needed.
 
     Args:
         model: With its adapter; it is left as it was.
         precision: Its group size, and the layers that stay whole.
         mean: Bits of a weight on average.
+        moments: As of `fuse_in_place`.
         examples: Texts to measure on.
         targets: What the adapter says of them.
         config: How they are read.
@@ -115,7 +119,10 @@ def mixed_precision(
     report("phase", {"name": "cost of each part", "total": len(parts), "unit": "parts"})
     width, costs = base_width(mean), {}
     for part, names in parts.items():
-        rounded = {name: _rounded(layers[name], width, precision.group_size) for name in names}
+        rounded = {
+            name: _rounded(layers[name], width, precision.group_size, (moments or {}).get(name))
+            for name in names
+        }
         with in_place(model.model, rounded):
             kl = figures_on(model, examples, targets, config).metrics.kl_nats or 0.0
         costs[part] = Cost(kl=kl, weights=sum(_weights(layers[name]) for name in names))
@@ -135,10 +142,10 @@ def _weights(module: nn.Module) -> int:
     return int(weight.size // weight.shape[-1]) * width_of(module)
 
 
-def _rounded(module: nn.Module, bits: int, group_size: int) -> nn.Module:
-    """A layer with its adapter in its weights, which are rounded, and as many numbers as before."""
-    layer = whole(copy.deepcopy(module))
-    codes, scales, biases = mx.quantize(layer.weight, group_size, bits)
-    layer.weight = mx.dequantize(codes, scales, biases, group_size, bits)
+def _rounded(
+    module: nn.Module, bits: int, group_size: int, moments: np.ndarray | None
+) -> nn.Module:
+    """A layer with its adapter in its weights, which are as its few bits tell them."""
+    layer = whole(few_bits(whole(copy.deepcopy(module)), bits, group_size, moments))
     mx.eval(layer.parameters())
     return layer

@@ -1,7 +1,7 @@
 """A model with its adapter as one model of few bits, and its folder as mlx_lm opens it.
 
 Knows modules and their names; nothing of texts, training or gates. Another kind of layer: a branch
-in `_few_bits`.
+in `few_bits`.
 """
 
 import shutil
@@ -197,7 +197,7 @@ def fuse_in_place(
         else:
             layer = whole(module)
             if how:
-                layer = _few_bits(layer, *how, (moments or {}).get(name), before)
+                layer = few_bits(layer, *how, (moments or {}).get(name), before)
         layer.set_dtype(dtype)
         mx.eval(layer.parameters())
         model.model.update_modules(tree_unflatten([(name, layer)]))
@@ -207,14 +207,22 @@ def fuse_in_place(
     return precision
 
 
-def _few_bits(
+def few_bits(
     layer: nn.Module,
     bits: int,
     group_size: int,
     moments: np.ndarray | None,
-    before: nn.Module | None,
+    before: nn.Module | None = None,
 ) -> nn.Module:
-    """A layer in few bits; `before` is the same without an adapter, if it was in as many bits."""
+    """A layer in few bits, by its codes.
+
+    Args:
+        layer: With whole weights and no adapter.
+        bits: Of a weight.
+        group_size: Weights that share a scale.
+        moments: Of its inputs, to keep its outputs; None rounds it, as mlx_lm does.
+        before: The same without an adapter, if it was in as many bits.
+    """
     quantised: nn.Module = layer.to_quantized(group_size, bits)
     if moments is None:
         return quantised

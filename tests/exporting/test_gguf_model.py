@@ -120,8 +120,9 @@ def test_other_kinds_of_models_have_llama_cpps_names(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "stretches positions"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "stretches positions"),
         ({"model_type": "gemma2"}, "of the kind gemma2"),
+        ({"rope_traditional": True}, "turns neighbouring numbers"),
     ],
 )
 def test_what_is_not_written_is_named(tmp_path, changes, message):
@@ -130,7 +131,8 @@ def test_what_is_not_written_is_named(tmp_path, changes, message):
     model = make_model_folder(tmp_path / "model", seed=3)
     adapter = adapter_of(tmp_path, model)
     config = json.loads((model / "config.json").read_text())
-    adapter.base.config.update({**config, **changes})
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    adapter.base.config.update(changes)
     with pytest.raises(ConchError, match=message):
         export_gguf(adapter, tmp_path / "model.gguf", "f16", silent)
     assert not (tmp_path / "model.gguf").exists()
