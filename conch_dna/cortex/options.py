@@ -47,6 +47,9 @@ class AskOptions(DrawOptions):
             not sure enough, "never", or "always".
         system: Instead of the domain's system prompt; its schema is not asked for then.
         structured: Whether an answer must keep to the domain's schema, where it has one.
+        schema: A JSON schema of an object, as JSON text, instead of the domain's.
+        constrained: Whether the neuron can write nothing else than what keeps to its schema; else
+            the answer is checked when it is there.
 
     Raises:
         ConchError: Values are out of their range; all of them are named.
@@ -60,6 +63,8 @@ class AskOptions(DrawOptions):
     )
     system: str | None = None
     structured: bool = True
+    schema: str | None = None
+    constrained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

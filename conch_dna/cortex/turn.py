@@ -4,11 +4,13 @@ Runs no model: whoever has an engine and EGO feeds it, so that a call, a batch a
 same thing. To check an answer for something else: a reason in `Turn._judge`.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import takewhile
+from statistics import fmean
 from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
@@ -41,6 +43,8 @@ class Answer:
         calibrated: Whether that is the share of agreement with EGO to expect, or the bare
             geometric mean of its tokens' probabilities.
         threshold: The confidence below which EGO answers; None where there is no calibration.
+        removed: Mean share of probability that the schema took from the neuron's tokens while it
+            wrote; None where it wrote freely. High where it would have said something else.
         finish_reason: "stop" or, where it was cut off, "length".
         prompt_tokens: Of the neuron's prompts, a repair's among them; None where EGO alone was
             asked, by an API that does not say.
@@ -62,6 +66,7 @@ class Answer:
     confidence: float | None = None
     calibrated: bool = False
     threshold: float | None = None
+    removed: float | None = None
     finish_reason: str = "stop"
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
@@ -148,7 +153,10 @@ class Turn:
         self._first: float | None = None
         own = options.system is None
         self.turns = prompt_turns(prompt, domain.system if own else options.system or "")
+        self.schema: Mapping[str, Any] | None
         self.schema = domain.schema if own and options.structured else None
+        if options.schema is not None:
+            self.schema = json.loads(options.schema)
         threshold = domain.calibration.threshold if domain.calibration else None
         self._draft = Answer(
             domain=domain.name, text="", answered_by="neuron", reason="", threshold=threshold
@@ -203,8 +211,10 @@ class Turn:
             top_p=options.top_p,
             seed=options.seed,
             prefix=common(self.domain.prefix, ids) if options.system is None else (),
+            schema=json.dumps(self.schema) if self.schema and options.constrained else None,
         )
         self._ids: list[int] = []
+        self._removed: list[float] = []
         self._log_probs: list[float] = []
         self._text = TextStream(self.domain.tokenizer, ids)
         self._prompt_tokens += len(ids)
@@ -219,6 +229,8 @@ class Turn:
         if self._first is None:
             self._first = time.perf_counter() - self._began
         self._log_probs.append(piece.log_prob)
+        if piece.removed is not None:
+            self._removed.append(piece.removed)
         self._completion_tokens += 1
         text = ""
         if piece.finish_reason != "stop":
@@ -236,7 +248,7 @@ class Turn:
         """Forget what came of the answer to `request`: all of it is to come once more."""
         assert self.request is not None
         self._completion_tokens -= len(self._log_probs)
-        self._ids, self._log_probs = [], []
+        self._ids, self._log_probs, self._removed = [], [], []
         self._text = TextStream(self.domain.tokenizer, list(self.request.tokens))
 
     def _judge(self, raw: str, finish_reason: str) -> None:
@@ -252,6 +264,7 @@ class Turn:
             finish_reason=finish_reason,
             confidence=confidence,
             calibrated=calibration is not None,
+            removed=fmean(self._removed) if self._removed else None,
             **self._checked(raw),
         )
         if self.schema is not None and not draft.valid:

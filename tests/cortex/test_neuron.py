@@ -86,6 +86,31 @@ def test_an_object_is_parsed_and_valid(alone):
     assert not answer.repaired and answer.raw == answer.text
 
 
+WANTED = {
+    "type": "object",
+    "properties": {"sure": {"enum": ["low", "high"]}, "count": {"type": "integer"}},
+    "required": ["sure", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_a_neuron_that_knows_no_json_writes_a_valid_object(alone):
+    asked = {"schema": json.dumps(WANTED), "max_tokens": 80}
+    answer = alone["owls"].ask(OPENING, **asked)
+    assert answer.finish_reason == "stop" and answer.valid and not answer.repaired
+    assert answer.parsed.keys() == {"sure", "count"}
+    assert answer.removed > 0.3 and answer.confidence < 0.5
+    free = alone["owls"].ask(OPENING, constrained=False, **asked)
+    assert free.repaired and free.valid is False and free.removed is None
+
+
+def test_an_object_that_a_neuron_would_write_anyway_costs_nothing(alone):
+    free = alone["thinking"].ask(QUESTION, max_tokens=120, constrained=False)
+    held = alone["thinking"].ask(QUESTION, max_tokens=120)
+    assert (held.text, held.confidence) == (free.text, pytest.approx(free.confidence))
+    assert held.removed < 0.3
+
+
 def test_without_structure_or_with_another_system_prompt_no_object_is_asked_for(alone):
     for options in ({"structured": False}, {"system": "Say something."}):
         answer = alone["task"].ask("First,", max_tokens=8, **options)

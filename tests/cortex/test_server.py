@@ -144,6 +144,38 @@ def test_what_is_not_valid_is_handed_over_and_may_be_kept(client):
     assert text == ego.generate(TALE, max_tokens=12)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object"},
+        {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "choice",
+                "strict": True,
+                "schema": {
+                    "type": "object",
+                    "properties": {"sure": {"enum": ["low", "high"]}},
+                    "required": ["sure"],
+                    "additionalProperties": False,
+                },
+            },
+        },
+    ],
+    ids=lambda form: form["type"],
+)
+def test_a_form_that_is_asked_for_is_kept_to(client, form):
+    found = ask(client, "owls", TALE, {"hand_over": "never"}, max_tokens=200, response_format=form)
+    [choice] = found.choices
+    assert choice.finish_reason == "stop" and found.conch["valid"]
+    assert isinstance(json.loads(choice.message.content), dict)
+    assert found.conch["removed"] > 0
+    wrong = {"type": "object", "required": ["a"], "properties": {"a": False}}
+    form = {"type": "json_schema", "json_schema": {"name": "wrong", "schema": wrong}}
+    with pytest.raises(openai.BadRequestError, match="unsatisfiable"):
+        ask(client, "owls", TALE, response_format=form)
+
+
 def test_ego_is_a_model_too(client):
     ego = EgoModel(EgoConfig(model=TEACHER))
     [expected] = ego.generate_many([TALE], max_tokens=12)

@@ -95,7 +95,17 @@ def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
         ({"logprobs": True}, "logprobs is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type is 'xml': give text"),
+        ({"response_format": {"type": "json_schema"}}, "give both or neither"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "array"}},
+                }
+            },
+            "answers are objects",
+        ),
         ({"best_of": 3}, "best_of is not supported by this server: leave it out"),
         ({"model": None}, "model is missing"),
         ({"messages": None}, "messages is missing: give a list of objects"),

@@ -4,6 +4,7 @@ Knows click and fields of settings; no command. To give every command that answe
 field of `AskOptions`, and its name in ANSWERING.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from conch_dna.checkpoints import read_json
 from conch_dna.cortex.options import AskOptions
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.options.commands import options_of
@@ -95,6 +97,17 @@ def answer_options(command: F) -> F:
     command = click.option(
         "--no-structured", is_flag=True, help="Ask for no JSON object of the domain's schema."
     )(command)
+    command = click.option(
+        "--no-constrained",
+        is_flag=True,
+        help="Let answers be written freely, and check them against the schema afterwards.",
+    )(command)
+    command = click.option(
+        "--schema",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="JSON schema of an object that answers keep to, instead of the domain's.",
+    )(command)
     command = options_of(AskOptions, only=ANSWERING)(command)
     return click.option(
         "--system", metavar="TEXT", help="System prompt instead of the domain's own."
@@ -114,7 +127,27 @@ def settings_of(kind: type[S], values: Mapping[str, Any]) -> S:
 
 def ask_options(values: Mapping[str, Any]) -> AskOptions:
     """How a command is to answer, by the values of `answer_options`."""
-    return replace(settings_of(AskOptions, values), structured=not values["no_structured"])
+    return replace(
+        settings_of(AskOptions, {**values, "schema": None}),
+        structured=not values["no_structured"],
+        constrained=not values["no_constrained"],
+        schema=_schema(values["schema"]) if values["schema"] else None,
+    )
+
+
+def _schema(path: Path) -> str:
+    """A JSON schema of an object, out of a file.
+
+    Raises:
+        ConchError: It cannot be read, is no JSON object, or describes something else.
+    """
+    schema = read_json(path, needs={})
+    if schema.get("type") != "object":
+        raise ConchError(
+            f"{path} describes {schema.get('type')!r}, and answers are objects: give a JSON schema "
+            "whose type is 'object'"
+        )
+    return json.dumps(schema)
 
 
 def ego_config(values: Mapping[str, Any]) -> "EgoConfig | None":

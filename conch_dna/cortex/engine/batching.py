@@ -18,6 +18,7 @@ import numpy as np
 
 from conch_dna.checkpoints import content_digest
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.grammars import Grammars, HeldSampler
 from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
 from conch_dna.cortex.options import MAX_BATCH, DrawOptions
@@ -39,6 +40,7 @@ class Request(DrawOptions):
         tokens: Ids of the whole prompt.
         prefix: A beginning of `tokens` that other requests of the domain have too, such as its
             system prompt; it is computed once.
+        schema: A JSON schema as JSON text, to which the answer is held; None for a free one.
 
     Raises:
         ConchError: A value is out of its range, or the prefix is no beginning of the tokens.
@@ -47,6 +49,7 @@ class Request(DrawOptions):
     domain: str | None
     tokens: tuple[int, ...]
     prefix: tuple[int, ...] = ()
+    schema: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,15 +66,18 @@ class Piece:
     Attributes:
         uid: The request's number.
         token: Its id; the token that stops an answer comes too.
-        log_prob: Its log-probability in nats, at temperature 1 and over the real tokens.
+        log_prob: Its log-probability in nats, at temperature 1 and over the real tokens, whatever
+            a schema allows.
         finish_reason: None until the last token; then "stop" or, where max_tokens or the
             context ends, "length".
+        removed: The share of probability that the request's schema did not allow; None without.
     """
 
     uid: int
     token: int
     log_prob: float
     finish_reason: Literal["stop", "length"] | None
+    removed: float | None = None
 
 
 def make_request_sampler(request: Request, vocabulary_size: int) -> Sampler:
@@ -172,6 +178,8 @@ class AnswerEngine:
         self.prefixes = PrefixCaches(max_prefix_bytes)
         self._lanes: list[_Lane] = []
         self._where: dict[int, tuple[_Lane, int]] = {}
+        self._held: dict[int, HeldSampler] = {}
+        self._grammars = Grammars(bank.base.tokenizer)
         self._next_uid = 0
         self._shares: tuple[int, bool] | None = None
         self._greedy = make_sampler(0.0, bank.vocabulary_size, mx.random.key(0))
@@ -211,6 +219,10 @@ class AnswerEngine:
         sampler = self._greedy
         if request.temperature > 0:
             sampler = make_request_sampler(request, self.bank.vocabulary_size)
+        held = None
+        if request.schema is not None:
+            matcher = self._grammars.matcher(request.schema)
+            sampler = held = HeldSampler(matcher, sampler, self._grammars.ends)
         [inner] = lane.generator.insert(
             [list(request.tokens[len(prefix) :])],
             [room],
@@ -222,6 +234,8 @@ class AnswerEngine:
         self._next_uid += 1
         lane.uids[inner] = uid
         self._where[uid] = (lane, inner)
+        if held is not None:
+            self._held[uid] = held
         return uid
 
     def check(self, request: Request) -> int:
@@ -232,8 +246,10 @@ class AnswerEngine:
 
         Raises:
             ConchError: There is no such domain, the prompt fills the context, or it has tokens
-                that the model has not.
+                that the model has not; or its schema is refused, see `Grammars.matcher`.
         """
+        if request.schema is not None:
+            self._grammars.matcher(request.schema)
         if request.domain is not None:
             self.bank.get(request.domain)
         rows = self.bank.vocabulary_size
@@ -257,6 +273,7 @@ class AnswerEngine:
         if uid not in self._where:
             return
         lane, inner = self._where.pop(uid)
+        self._held.pop(uid, None)
         del lane.uids[inner]
         with mx.stream(lane.generator.stream):
             lane.generator.remove([inner])
@@ -305,7 +322,7 @@ class AnswerEngine:
 
     def abandon(self) -> None:
         """Forget all requests after a failure, and whatever it may have left broken."""
-        lanes, self._lanes, self._where = self._lanes, [], {}
+        lanes, self._lanes, self._where, self._held = self._lanes, [], {}, {}
         for owner in (*self.bank.names, None):
             self.prefixes.forget(owner)
         for lane in lanes:
@@ -352,13 +369,21 @@ class AnswerEngine:
     def _pieces(self, lane: _Lane, responses: Sequence[Any]) -> list[Piece]:
         if not responses:
             return []
+        uids = [lane.uids[response.uid] for response in responses]
         # One transfer for the whole batch.
-        log_probs = mx.stack([response.logprobs[response.token] for response in responses])
+        figures = mx.stack(
+            [response.logprobs[response.token] for response in responses]
+            + [self._held[uid].removed.popleft() for uid in uids if uid in self._held]
+        )
+        log_probs, removed = np.split(np.asarray(figures), [len(uids)])
+        shares = iter(removed.tolist())
         pieces = []
-        for response, log_prob in zip(responses, np.asarray(log_probs), strict=True):
-            uid = lane.uids[response.uid]
-            pieces.append(Piece(uid, int(response.token), float(log_prob), response.finish_reason))
-            if response.finish_reason is not None:
+        for uid, response, log_prob in zip(uids, responses, log_probs, strict=True):
+            share = next(shares) if uid in self._held else None
+            token, reason = int(response.token), response.finish_reason
+            pieces.append(Piece(uid, token, float(log_prob), reason, share))
+            if reason is not None:
                 del lane.uids[response.uid]
                 del self._where[uid]
+                self._held.pop(uid, None)
         return pieces

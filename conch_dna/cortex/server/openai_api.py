@@ -39,6 +39,8 @@ MAX_PROBLEMS = 8
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
 
+# What response_format's json_object asks for.
+ANY_OBJECT = '{"type": "object"}'
 _LIMIT = "a whole number from 1 to 2,147,483,647"
 # They are for the provider's own records and caches.
 _IGNORED = {
@@ -124,11 +126,53 @@ class _StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = Field(default=None, description="false")
 
 
+class _Schema(_Strict):
+    model_config = ConfigDict(extra="ignore")
+
+    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema of an object")
+
+    @field_validator("schema_")
+    @classmethod
+    def _of_an_object(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema.get("type") != "object":
+            kind = reprlib.repr(schema.get("type"))
+            raise PydanticCustomError(
+                "clash", f"the schema's type is {kind}: answers are objects, give 'object'"
+            )
+        return schema
+
+
+class _Format(_Strict):
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text, json_object or json_schema"
+    )
+    json_schema: _Schema | None = Field(
+        default=None, validate_default=True, description="an object with schema"
+    )
+
+    @field_validator("json_schema")
+    @classmethod
+    def _where_it_belongs(cls, schema: _Schema | None, info: ValidationInfo) -> _Schema | None:
+        if (schema is None) == (info.data.get("type") == "json_schema"):
+            raise PydanticCustomError(
+                "clash", "json_schema belongs to the type json_schema: give both or neither"
+            )
+        return schema
+
+    @property
+    def schema_text(self) -> str | None:
+        """A JSON schema as JSON text; None for text."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_)
+        return ANY_OBJECT if self.type == "json_object" else None
+
+
 class _Conch(_Strict):
     """The options that only this server has."""
 
     hand_over: HandOver | None = Field(default=None, description="auto, never or always")
     structured: bool | None = Field(default=None, description="true or false")
+    constrained: bool | None = Field(default=None, description="true or false")
     system: str | None = Field(default=None, description="a text")
 
 
@@ -158,7 +202,11 @@ class ChatRequest(_Strict):
         default=_StreamOptions(), description="an object with include_usage"
     )
     conch: _Conch = Field(
-        default=_Conch(), description="an object with hand_over, structured or system"
+        default=_Conch(),
+        description="an object with hand_over, structured, constrained or system",
+    )
+    response_format: _Format | None = Field(
+        default=None, description="an object with type, and json_schema where that is its type"
     )
 
     @field_validator("max_tokens")
@@ -201,13 +249,14 @@ class ChatRequest(_Strict):
             temperature=self.temperature,
             top_p=self.top_p,
             seed=seed % SEEDS,
+            schema=self.response_format.schema_text if self.response_format else None,
             **self.conch.model_dump(exclude_none=True),
         )
 
 
 _DESCRIPTIONS = {
     name: str(field.description)
-    for kind in (ChatRequest, _StreamOptions, _Conch, _Message, _Part)
+    for kind in (ChatRequest, _StreamOptions, _Schema, _Format, _Conch, _Message, _Part)
     for name, field in kind.model_fields.items()
 }
 

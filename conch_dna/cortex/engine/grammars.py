@@ -1,0 +1,151 @@
+"""JSON schemas as grammars, by llguidance: an answer keeps to its form, token by token.
+
+Knows token ids, log-probabilities and schemas as JSON texts; nothing of domains, text or servers.
+Another kind of form than JSON: a branch in `Grammars._compiled`.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from conch_dna.errors import ConchError, one_line
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+# Grammars of so many schemas are kept; each takes some milliseconds to make.
+KEPT = 64
+MAX_SCHEMA_BYTES = 100_000
+# Between the parts of an object a model may write one space, or break the line and indent: one that
+# was never taught JSON would write spaces for ever.
+WHITESPACE = r" |\n {0,12}"
+
+
+class Grammars:
+    """Grammars for one tokenizer; each is made once. For any thread.
+
+    Args:
+        tokenizer: As mlx_lm wraps it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: Any = None
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self.ends: frozenset[int] = frozenset(tokenizer.eos_token_ids)
+
+    def matcher(self, schema: str) -> "LLMatcher":
+        """A grammar at its beginning.
+
+        Args:
+            schema: A JSON schema as JSON text. Keywords that no grammar can hold, such as
+                uniqueItems, are left to whoever checks the whole answer.
+
+        Raises:
+            ConchError: It is too long, cannot be compiled, or no text can keep to it; or the
+                tokenizer is of a kind that llguidance does not read.
+        """
+        with self._lock:
+            if schema not in self._kept:
+                self._kept[schema] = self._compiled(schema)
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(schema)
+            return self._kept[schema].deep_copy()
+
+    def _compiled(self, schema: str) -> "LLMatcher":
+        from llguidance import LLMatcher
+
+        size = len(schema.encode())
+        if size > MAX_SCHEMA_BYTES:
+            raise ConchError(
+                f"the answer's JSON schema has {size:,} bytes: at most {MAX_SCHEMA_BYTES:,} are "
+                "taken; leave out what the answer does not need"
+            )
+        if self._tokens is None:
+            self._tokens = self._read_tokenizer()
+        options: Any = {"lenient": True, "whitespace_pattern": WHITESPACE}
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        except ValueError as error:
+            raise ConchError(f"the answer's JSON schema is none: {one_line(error)}") from error
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            why = " ".join(matcher.get_error().split())
+            raise ConchError(
+                f"the answer's JSON schema cannot be kept to while an answer is written: {why}; "
+                "change that part of it"
+            )
+        return matcher
+
+    def _read_tokenizer(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        inner = getattr(self._tokenizer, "_tokenizer", self._tokenizer)
+        try:
+            return from_tokenizer(inner, eos_token=sorted(self.ends))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConchError(
+                f"answers of this tokenizer ({type(inner).__name__}) cannot be held to a schema "
+                f"while they are written ({one_line(error)}): ask for it with constrained off"
+            ) from error
+
+
+class HeldSampler:
+    """Draws one request's tokens from those that its grammar allows. For one answer.
+
+    What it is given stays whole for others, so that an answer's log-probabilities are those of the
+    model and not of the form.
+
+    Args:
+        matcher: At its beginning.
+        draw: From log-probabilities `[1, tokens]`.
+        ends: Tokens that end an answer.
+
+    Attributes:
+        removed: For each token, in their order, the share of probability that was not allowed:
+            a scalar array. Whoever reads it takes it out.
+    """
+
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        draw: Callable[[mx.array], mx.array],
+        ends: Collection[int],
+    ) -> None:
+        self._matcher = matcher
+        self._draw = draw
+        self._ends = ends
+        self._last: mx.array | None = None
+        self._over = False
+        self.removed: deque[mx.array] = deque()
+
+    def __call__(self, log_probs: mx.array) -> mx.array:
+        """The next token; what was drawn before is known by now, or is waited for."""
+        if self._last is not None and not self._over:
+            token = int(np.asarray(self._last)[0])
+            self._over = token in self._ends or not self._matcher.consume_token(token)
+        if self._over:
+            # The batch is one token ahead of its end.
+            self.removed.append(mx.array(0.0))
+            return self._draw(log_probs)
+        allowed = self._allowed(log_probs.shape[-1])
+        kept = mx.where(allowed, log_probs.astype(mx.float32), -mx.inf)
+        share = mx.logsumexp(kept, axis=-1, keepdims=True)
+        self.removed.append(mx.maximum(0.0, 1.0 - mx.exp(share))[0, 0])
+        self._last = self._draw(kept - share)
+        return self._last
+
+    def _allowed(self, width: int) -> mx.array:
+        """Which tokens may come: `[tokens]`; where the grammar fails, only an end."""
+        found = np.zeros(width, np.bool_)
+        bias = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)[:width]
+        found[: len(bias)] = bias > 0
+        if not found.any():
+            found[list(self._ends)] = True
+        return mx.array(found)
