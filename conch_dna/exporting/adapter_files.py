@@ -11,7 +11,6 @@ import mlx.core as mx
 
 from conch_dna.checkpoints import (
     provenance,
-    remove_folder,
     write_atomically,
     write_folder,
 )
@@ -25,6 +24,7 @@ from conch_dna.exporting.source import AdapterSource
 from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import adapter_tensors, outline, save_adapter
+from conch_dna.training.students.student_folder import looked_at, require_free
 
 
 def export_peft(adapter: AdapterSource, folder: Path, *, name: str) -> None:
@@ -38,7 +38,7 @@ def export_peft(adapter: AdapterSource, folder: Path, *, name: str) -> None:
     Raises:
         ConchError: See `to_peft`; or the folder is there or cannot be written.
     """
-    _require_absent(folder)
+    require_free(folder)
     arrays, document = to_peft(
         _tensors(adapter),
         adapter.document,
@@ -58,7 +58,7 @@ def export_gguf_lora(adapter: AdapterSource, path: Path) -> None:
     Raises:
         ConchError: See `write_gguf_lora`; or the file is there or cannot be written.
     """
-    _require_absent(path)
+    require_free(path)
     tensors = _tensors(adapter)
     write_atomically(
         path, lambda file: write_gguf_lora(file, tensors, adapter.document, adapter.base)
@@ -77,9 +77,9 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
     Raises:
         ConchError: See `write_gguf_model`; or a file is there or cannot be written.
     """
+    require_free(path)
     beside = modelfile_path(path)
-    _require_absent(path)
-    _require_absent(beside)
+    require_free(beside)
     architecture_of(adapter.base)
     text, lacks = modelfile(adapter, path.name)
     for lack in lacks:
@@ -87,8 +87,14 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
     _, adapted = adapter.load()
     fuse_in_place(adapted, Precision(bits=None, own={}), None, report)
     weights = named_arrays(adapted.model.parameters())
-    write_atomically(path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report))
     write_atomically(beside, text)
+    try:
+        write_atomically(
+            path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report)
+        )
+    except BaseException:
+        beside.unlink()
+        raise
 
 
 def modelfile_path(path: Path) -> Path:
@@ -107,7 +113,7 @@ def import_peft(folder: Path, output: Path, base: ModelSource) -> None:
     Raises:
         ConchError: See `from_peft`; or it does not fit the model, or the folder is there.
     """
-    _require_absent(output)
+    require_free(output)
     outlined = outline(base)
     if outlined is None:
         raise ConchError(f"the weights of {base.model_id} are not here: download it first")
@@ -119,13 +125,10 @@ def import_peft(folder: Path, output: Path, base: ModelSource) -> None:
         "imported": str(folder),
         **provenance(),
     }
-    save_adapter(output, tensors, document)
-    try:
-        bare, _ = AdapterSource(output, base, silent).load()
-    except ConchError:
-        remove_folder(output)
-        raise
-    bare.release()
+    with looked_at(output) as written:
+        save_adapter(written, tensors, document)
+        bare, _ = AdapterSource(written, base, silent).load()
+        bare.release()
 
 
 def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:
@@ -137,12 +140,3 @@ def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:
     mx.eval(found)
     bare.release()
     return found
-
-
-def _require_absent(path: Path) -> None:
-    """Refuse a place that is taken, or where none can be, before anything is computed."""
-    if path.exists():
-        raise ConchError(f"{path} is there: name another, or delete it first")
-    above = next(each for each in path.absolute().parents if each.exists())
-    if not above.is_dir():
-        raise ConchError(f"{path} cannot be made, since {above} is a file: name another place")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, provenance, write_folder
-from conch_dna.errors import ConchError
+from conch_dna.errors import ConchError, number_of
 from conch_dna.exporting.healing import healed_arrays
 from conch_dna.exporting.judging import Judgement, judged, kept_share, refusal, valid_answers
 from conch_dna.exporting.mixed_bits import mixed_precision
@@ -30,6 +30,7 @@ from conch_dna.exporting.settings import FuseSettings
 from conch_dna.exporting.source import AdapterSource
 from conch_dna.exporting.work_folder import WorkFolder
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
+from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import outline
 from conch_dna.training.batches import Example
@@ -39,8 +40,8 @@ from conch_dna.training.runs.on_policy.questions import Question, questions_of
 from conch_dna.training.settings import KDConfig, TrainingResult
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 from conch_dna.training.students.block_influence import first_windows
+from conch_dna.training.students.student_folder import FUSED_FILE
 
-FUSED_FILE = "fused.json"
 CANDIDATE, HEALED = "candidate", "healed"
 # Of the texts to train scales on, the share by which the step that is kept is chosen.
 CHOOSING = 0.1
@@ -79,6 +80,11 @@ class Fusing:
             adapter.config(), **{name: getattr(settings, name) for name in names}
         )
         self.precision: Precision = precision_of(adapter.base, settings)
+        if settings.steps and self.precision.bits is None:
+            raise ConchError(
+                f"--steps train the scales of a quantised model, and {adapter.base.model_id} is "
+                "whole: give --bits 4, or leave --steps out"
+            )
 
     def fused(self, *, resume: bool = False, overwrite: bool = False) -> list[Judgement]:
         """Make the model, and put it in its place if it is good enough.
@@ -102,7 +108,7 @@ class Fusing:
             if why:
                 raise ConchError(
                     f"{why}. Nothing stands at {self.folder}: give a higher --max-kl with --resume "
-                    "to take it, more --bits, more --steps, or --bits float"
+                    "to take it, or with --overwrite more --bits, more --steps, or --bits float"
                 )
             self._take(rows)
         self.work.remove()
@@ -110,7 +116,10 @@ class Fusing:
 
     def _require_room(self, *, overwrite: bool) -> None:
         self.work.require_place("config.json", overwrite=overwrite)
-        if self.folder.resolve() in (self.adapter.folder.resolve(), self.adapter.base.folder):
+        if self.folder.resolve() in (
+            self.adapter.folder.resolve(),
+            self.adapter.base.folder.resolve(),
+        ):
             raise ConchError(f"{self.folder} is what is fused: name another folder")
         outlined = outline(self.adapter.base)
         left = kept_whole(outlined.model, self.precision) if outlined else []
@@ -124,6 +133,13 @@ class Fusing:
     def _begin(self, *, resume: bool, overwrite: bool) -> Split:
         """Read the texts, and compare with what lies in the working folder."""
         split = self.adapter.split(self.data, self.config)
+        self._parts(split.train)
+        if (held := len(split.heldout)) < FEWEST_EXAMPLES:
+            message = (
+                f"{number_of(held, 'held-out text')} cannot show what is lost, it takes "
+                f"{FEWEST_EXAMPLES}: give more --data"
+            )
+            self.report("warning", {"message": message})
         identity = {
             **self.settings.identity(),
             "adapter": self.adapter.digest,

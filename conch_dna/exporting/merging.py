@@ -286,7 +286,8 @@ class Merging:
             for name, split in splits.items()
         }
         digests = {name: each.digest for name, each in self.adapters.items()}
-        return {**self.settings.identity(), "adapters": digests, "texts": texts}
+        how = {**self.settings.identity(), "order": list(self.adapters)}
+        return {**how, "adapters": digests, "texts": texts}
 
     def _taught(
         self, splits: Mapping[str, Split]

@@ -138,6 +138,9 @@ def from_peft(
         layers = _tied(layers, folder)
     if not layers:
         raise ConchError(f"{folder} holds no LoRA matrices")
+    bare = [name for name, each in layers.items() if each.m is None]
+    if document.get("use_dora") and bare:
+        raise ConchError(f"{folder} is DoRA, and {bare[0]} has no magnitudes: save it again")
     scale = _scale(document, document["r"], document["lora_alpha"])
     rank = max(each.a.shape[1] for each in layers.values())
     tensors: dict[str, mx.array] = {}
@@ -172,8 +175,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         pickled = "its weights are pickled, which may run code: save it with safetensors"
         reason = pickled if list(folder.glob("*.bin")) else "it has no weights"
         raise ConchError(f"{folder} has no {WEIGHTS_FILE}: {reason}")
-    if document["r"] < 1 or not math.isfinite(document["lora_alpha"]):
+    if document["r"] < 1:
         raise ConchError(f"{folder / CONFIG_FILE} says r {document['r']}, which is no rank")
+    if not 0 < document["lora_alpha"] < math.inf:
+        alpha = document["lora_alpha"]
+        raise ConchError(f"{folder / CONFIG_FILE} says lora_alpha {alpha}, which is no scale")
     if document.get("bias", "none") != "none":
         raise ConchError(
             f"{folder} trains biases ({document['bias']}), which mlx_lm's LoRA does not"
@@ -208,8 +214,10 @@ def _layer_tensors(arrays: Mapping[str, mx.array], folder: Path) -> dict[str, _M
         )
     for layer, parts in found.items():
         whole = {"a", "b"} <= parts.keys()
-        if not whole or parts["a"].shape[1] != parts["b"].shape[0]:
+        if not whole or parts["a"].shape[1] != parts["b"].shape[0] or not parts["a"].size:
             raise ConchError(f"{folder}: {layer} has not both matrices of a LoRA, of one rank")
+        if not all(bool(mx.all(mx.isfinite(each))) for each in parts.values()):
+            raise ConchError(f"{folder}: {layer} holds numbers that are not finite: save it again")
     return {layer: _Matrices(p["a"], p["b"], p.get("m")) for layer, p in found.items()}
 
 
@@ -244,6 +252,8 @@ def _own_alpha(document: Mapping[str, Any], name: str) -> float:
     with told(f"alpha_pattern in {CONFIG_FILE} is none"):
         for pattern, alpha in (document.get("alpha_pattern") or {}).items():
             if re2.compile(rf"(.*\.)?({pattern})", options).fullmatch(name):
+                if not math.isfinite(alpha):
+                    raise ValueError(f"{pattern} has alpha {alpha}")
                 return float(alpha)
     return float(document["lora_alpha"])
 

@@ -160,7 +160,8 @@ def same_base(adapters: Mapping[str, AdapterSource]) -> ModelSource:
     """The model that several adapters are for.
 
     Raises:
-        ConchError: There are fewer than two of them, or they are for other models.
+        ConchError: There are fewer than two of them, one is given twice, or they are for other
+            models.
     """
     if len(adapters) < 2:
         raise ConchError(f"{len(adapters)} adapter is given: name two or more")
@@ -171,4 +172,8 @@ def same_base(adapters: Mapping[str, AdapterSource]) -> ModelSource:
                 f"{first} is for {adapter.base.model_id}, {name} for {other.base.model_id}: only "
                 "adapters of one model can be merged; distil one of them anew"
             )
+    by_digest: dict[str, str] = {}
+    for name, each in adapters.items():
+        if (other_name := by_digest.setdefault(each.digest, name)) != name:
+            raise ConchError(f"{other_name} and {name} are the same adapter: name others")
     return adapter.base

@@ -7,7 +7,7 @@ is whole in it needs not be made again.
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from conch_dna.checkpoints import (
 from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.screen.progress import Report
 
-RUN_FILE = "run.json"
+RUN_FILE, RUN_LOCK = "run.json", "run.lock"
 
 
 class WorkFolder:
@@ -36,9 +36,14 @@ class WorkFolder:
         doing: The last part of the folder's name, such as "fusing".
         thing: What is made, such as "model", for messages.
         report: Gets what must be made again.
+
+    Raises:
+        ConchError: The place has no name, as / and . have none.
     """
 
     def __init__(self, place: Path, doing: str, thing: str, report: Report) -> None:
+        if not place.name:
+            raise ConchError(f"{place} has no name of its own: name a folder")
         self.place = place
         self.path = place.with_name(f"{place.name}.{doing}")
         self.thing = thing
@@ -76,11 +81,19 @@ class WorkFolder:
 
         Raises:
             ConchError: Something was begun that is neither to be gone on with nor to be
-                overwritten, or it was begun with other settings.
+                overwritten, or it was begun with other settings; or the folder is another one's.
         """
-        run = None
-        with suppress(NotWholeError):
-            run = read_json(self.path / RUN_FILE, needs={"identity": dict})
+        run, path = None, self.path / RUN_FILE
+        if path.exists():
+            try:
+                run = read_json(path, needs={"identity": dict})
+            except NotWholeError as error:
+                if not overwrite:
+                    raise ConchError(f"{error}: add --overwrite to begin anew") from error
+        elif others := [p.name for p in self.path.iterdir() if not p.name.startswith(RUN_LOCK)]:
+            raise ConchError(
+                f"{self.path} holds {min(others)} and is no unfinished {self.thing}: move it away"
+            )
         if run and resume:
             if changed := differences(run["identity"], identity):
                 raise ConchError(

@@ -241,7 +241,7 @@ class TestCalibrateDomain:
         calibration, details = calibrate_domain(
             suite,
             DOMAIN,
-            CalibrationSettings(max_tokens=4, samples=20, method="temperature"),
+            CalibrationSettings(max_tokens=4, samples=20, method="temperature", confidence=0),
             prompts=prompts,
         )
         assert calibration.method == "temperature" and details["prompts"] == 20
@@ -314,7 +314,7 @@ class TestHeldOut:
     ) -> None:
         with pytest.raises(ConchError, match=r"distil it again, or give data .*\(--data FILE\)"):
             heldout_records(tmp_path, DOMAIN)
-        settings = CalibrationSettings(max_tokens=1, samples=20)
+        settings = CalibrationSettings(max_tokens=1, samples=20, confidence=0)
         _, details = calibrate_domain(suite, DOMAIN, settings, data=tales(24))
         assert details["prompts"] == 20
 

@@ -180,7 +180,7 @@ class TestCalibrate:
     @settings(deadline=None, max_examples=50)
     @given(answers, st.sampled_from(sorted(FITS)), st.integers(0, 3))
     def test_it_never_falls_and_stays_a_share(self, pair, method, seed):
-        fitted = calibrate(*pair, method=method, seed=seed)
+        fitted = calibrate(*pair, method=method, seed=seed, confidence=0)
         places = sorted({*np.linspace(0, 1, 101), *pair[0]})
         found = [fitted(place) for place in places]
         assert found == sorted(found)
@@ -214,7 +214,7 @@ class TestCalibrate:
         # Other held-out outcomes change the figures and not the map.
         other = agreement.copy()
         other[held] = 1 - other[held]
-        again = calibrate(raw, other, method=method, seed=5)
+        again = calibrate(raw, other, method=method, max_risk=0.4, seed=5)
         assert (again.knots, again.temperature) == (fitted.knots, fitted.temperature)
         assert again.ece_before != before
 
@@ -222,7 +222,7 @@ class TestCalibrate:
     @given(answers, st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from(sorted(FITS)))
     def test_the_threshold_is_the_lowest_that_keeps_the_risk(self, pair, max_risk, method):
         raw, agreement = pair
-        fitted = calibrate(raw, agreement, method=method, max_risk=max_risk)
+        fitted = calibrate(raw, agreement, method=method, max_risk=max_risk, confidence=0)
         _, held = halves(len(raw), seed=0)
         found, right = np.array([fitted(share) for share in raw[held]]), agreement[held]
         # 1e-9: sums in another order.
@@ -270,6 +270,14 @@ class TestCalibrate:
             ([0.5] * 20, [1] * 20, {"method": "platt"}, "'platt' is unknown: use isotonic, temp"),
             ([0.5] * 20, [1] * 20, {"max_risk": 1.5}, "max_risk 1.5 is not a share"),
             ([0.5] * 20, [1] * 20, {"max_risk": math.nan}, "max_risk nan is not a share"),
+            ([0.5] * 20, [1] * 20, {"confidence": 1}, "confidence 1 is not a probability"),
+            (
+                [0.5] * 20,
+                [1] * 20,
+                {},
+                "10 held-out answers cannot show .* 0.3 .*: 28 answers would",
+            ),
+            ([0.5] * 90, [1] * 90, {"max_risk": 0.0}, "no number of answers can show"),
         ],
     )
     def test_what_cannot_be_calibrated(self, raw, agreement, options, words) -> None:
@@ -357,6 +365,7 @@ class TestDrawing:
 
 class TestOnDisk:
     def fitted(self, **options) -> Calibration:
+        options = {"confidence": 0, **options}
         return calibrate(*overconfident(100), adapter_digest="abc", ego="teacher", **options)
 
     @pytest.mark.parametrize("method", sorted(FITS))
@@ -422,7 +431,9 @@ class TestOnDisk:
         for name in document:
             less = {key: value for key, value in document.items() if key != name}
             path.write_text(json.dumps(less), encoding="utf-8")
-            assert load_calibration(tmp_path, "thinking", "abc", report=lambda text: None) is None
+            found = load_calibration(tmp_path, "thinking", "abc", report=lambda text: None)
+            # Without a confidence it is of before there were promises.
+            assert (found is None) == (name != "confidence")
 
     @pytest.mark.parametrize("domain", ["../other", "a/b", ""])
     def test_a_domain_is_a_folders_name(self, domain, tmp_path) -> None:

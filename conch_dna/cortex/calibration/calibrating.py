@@ -112,6 +112,7 @@ class Agreement:
             self.shares,
             method=settings.method,
             max_risk=settings.max_risk,
+            confidence=settings.confidence,
             seed=settings.seed,
             adapter_digest=adapter_digest,
             ego=ego,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import read_json, write_json
+from conch_dna.cortex.calibration.guarantee import fewest_answers, guaranteed_threshold
 from conch_dna.cortex.calibration.risk_coverage import Numbers, risk_coverage
 from conch_dna.cortex.calibration.settings import METHODS, MIN_ANSWERS, CalibrationSettings
 from conch_dna.errors import ConchError
@@ -70,6 +71,7 @@ class Calibration:
         threshold: The lowest calibrated confidence at which the neuron's own answer stands; None
             where nothing keeps the risk, so that EGO answers everything.
         max_risk: The share of disagreement that was allowed among the answers that are kept.
+        confidence: The probability with which the threshold keeps it; 0 where it is not known.
         coverage: Share of the held-out answers that the threshold keeps.
         risk: Mean disagreement among those; None where there are none.
         ece_before: Expected calibration error of the raw confidence on the held-out answers.
@@ -87,6 +89,7 @@ class Calibration:
     shift: float = 0.0
     threshold: float | None
     max_risk: float
+    confidence: float = 0.0
     coverage: float
     risk: float | None
     ece_before: float
@@ -99,7 +102,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         _check_method(self.method)
-        shares = [self.max_risk, self.coverage, self.ece_before, self.ece_after]
+        shares = [self.max_risk, self.confidence, self.coverage, self.ece_before, self.ece_after]
         shares += [share for share in (self.threshold, self.risk) if share is not None]
         shares += [value for knot in self.knots for value in knot]
         raw, calibrated = ([knot[side] for knot in self.knots] for side in (0, 1))
@@ -146,14 +149,16 @@ class Calibration:
     def verdict(self) -> str:
         """What the threshold means, in one line for people."""
         if self.threshold is None:
+            shown = f" with probability {self.confidence:g}" if self.confidence else ""
             return (
-                f"no threshold keeps the disagreement with EGO within {self.max_risk:g} on "
+                f"no threshold keeps the disagreement with EGO within {self.max_risk:g}{shown} on "
                 f"{self.n_held} held-out answers: EGO answers everything"
             )
+        promise = f", with probability {self.confidence:g}" if self.confidence else ""
         return (
             f"from a confidence of {self.threshold:.3f} the neuron answers itself: "
             f"{self.coverage:.0%} of {self.n_held} held-out answers, {self.risk:.3f} of them in "
-            f"disagreement with EGO (at most {self.max_risk:g})"
+            f"disagreement with EGO (at most {self.max_risk:g}{promise})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -168,6 +173,9 @@ class Calibration:
             ConchError: A field is missing, unknown or of the wrong kind.
         """
         names = {field.name for field in fields(cls)}
+        if isinstance(document, dict):
+            # Calibrations of before promise nothing.
+            document = {"confidence": 0.0, **document}
         if not isinstance(document, dict) or set(document) != names:
             raise ConchError("the calibration has not the fields it should have: calibrate again")
         try:
@@ -255,6 +263,7 @@ def calibrate(
     *,
     method: str = CalibrationSettings.method,
     max_risk: float = CalibrationSettings.max_risk,
+    confidence: float = CalibrationSettings.confidence,
     seed: int = CalibrationSettings.seed,
     adapter_digest: str = "",
     ego: str = "",
@@ -266,27 +275,35 @@ def calibrate(
         agreement: Share of each answer that EGO agrees with, in [0, 1].
         method: One of METHODS.
         max_risk: The mean disagreement allowed among the answers that EGO does not see.
+        confidence: The probability with which that holds for answers to come; see
+            `guaranteed_threshold`. 0 promises nothing.
         seed: Decides which answers are in which half.
         adapter_digest: The adapter that gave the answers.
         ego: The model they were compared with.
 
     Returns:
-        Its threshold is the lowest confidence at which the held-out answers that are kept
-        disagree by `max_risk` at most on average.
+        Its threshold is the lowest that is shown to keep the disagreement within `max_risk`;
+        without a promise the lowest at which the held-out answers do.
 
     Raises:
-        ConchError: Fewer than 20 answers, values outside of [0, 1], or an unknown method.
+        ConchError: Fewer than 20 answers, or than could show what is asked for; values outside of
+            [0, 1], or an unknown method.
     """
     _check_method(method)
     if not 0 <= max_risk <= 1:
         raise ConchError(f"max_risk {max_risk} is not a share from 0 to 1, such as 0.1")
+    if not 0 <= confidence < 1:
+        raise ConchError(f"confidence {confidence} is not a probability below 1, such as 0.95")
     sure, right = _checked(raw, agreement)
     fit, held = halves(len(sure), seed=seed)
+    if confidence:
+        _require_enough(len(held), max_risk, confidence)
     unchosen = Calibration(
         method=method,
         **FITS[method](sure[fit], right[fit]),
         threshold=None,
         max_risk=max_risk,
+        confidence=confidence,
         coverage=0.0,
         risk=None,
         ece_before=0.0,
@@ -298,18 +315,42 @@ def calibrate(
         ego=ego,
     )
     calibrated = np.array([unchosen(share) for share in sure[held]])
-    curve = risk_coverage(calibrated, right[held])
-    kept = [place for place, risk in enumerate(curve.risk) if risk <= max_risk]
+    if confidence:
+        fixed = np.array([unchosen(share) for share in sure[fit]])
+        losses = 1 - right[held]
+        threshold = guaranteed_threshold(
+            fixed, calibrated, losses, max_risk=max_risk, confidence=confidence
+        )
+    else:
+        curve = risk_coverage(calibrated, right[held])
+        good = [place for place, risk in enumerate(curve.risk) if risk <= max_risk]
+        threshold = curve.confidence[good[-1]] if good else None
     bins = bins_for(len(held))
     figures: dict[str, Any] = {
         "ece_before": expected_calibration_error(sure[held], right[held], bins=bins),
         "ece_after": expected_calibration_error(calibrated, right[held], bins=bins),
     }
-    if kept:
-        names = ("threshold", "coverage", "risk")
-        columns = (curve.confidence, curve.coverage, curve.risk)
-        figures |= {name: column[kept[-1]] for name, column in zip(names, columns, strict=True)}
+    if threshold is not None:
+        kept = calibrated >= threshold
+        figures |= {"threshold": threshold, "coverage": float(kept.mean())}
+        figures["risk"] = float(np.clip(1 - right[held][kept].mean(), 0, 1))
     return replace(unchosen, **figures)
+
+
+def _require_enough(held: int, max_risk: float, confidence: float) -> None:
+    fewest = fewest_answers(max_risk, confidence)
+    if fewest is None:
+        raise ConchError(
+            f"no number of answers can show a disagreement of {max_risk:g} with probability "
+            f"{confidence:g}: give a higher --max-risk, or --confidence 0"
+        )
+    if held < fewest:
+        raise ConchError(
+            f"{held} held-out answers cannot show a disagreement of at most {max_risk:g} with "
+            f"probability {confidence:g}, were all of them right: {2 * fewest} answers would do, "
+            "half of which are held out; or give a higher --max-risk, or --confidence 0, which "
+            "promises nothing"
+        )
 
 
 def bins_for(count: int) -> int:

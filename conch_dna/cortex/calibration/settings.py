@@ -33,6 +33,13 @@ class CalibrationSettings:
         low=0,
         high=1,
     )
+    confidence: float = option(
+        0.95,
+        "Probability with which what the neuron keeps stays within max_risk; 0 takes what the "
+        "held-out answers show, and promises nothing.",
+        low=0,
+        below=1,
+    )
     seed: int = option(0, "Seed of the draw of prompts and of their halves.", low=0)
 
     def __post_init__(self) -> None:

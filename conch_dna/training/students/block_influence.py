@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import DIGESTS, provenance, remove_folder
+from conch_dna.checkpoints import DIGESTS, provenance
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.screen.presentation import text_table
@@ -29,8 +29,11 @@ from conch_dna.training.students.narrow_mlps import (
 )
 from conch_dna.training.students.sizes import Goal, most_removals, too_small
 from conch_dna.training.students.student_folder import (
+    FUSED_FILE,
     STUDENT_FILE,
     file_arrays,
+    looked_at,
+    require_free,
     says_the_same,
     student_arrays,
     write_files,
@@ -179,7 +182,10 @@ def held_apart(
     """
     total = sum(map(len, windows))
     if total < 2:
-        raise ConchError("there is no text to measure the influence of layers on: give some")
+        raise ConchError(
+            "no text of two tokens or more is there to measure the influence of layers on: give "
+            "longer ones"
+        )
     left = total - max(1, int(HELD_APART * total))
     first: list[Sequence[int]] = []
     last: list[Sequence[int]] = []
@@ -306,7 +312,7 @@ def write_student(model: LanguageModel, folder: Path, cut: Cut) -> None:
         ConchError: The folder exists or cannot be written; or the student, on the first window,
             says another thing than what was measured.
     """
-    require_absent(folder)
+    require_free(folder)
     source = model.source
     document = {
         "made_by": "block influence",
@@ -320,31 +326,21 @@ def write_student(model: LanguageModel, folder: Path, cut: Cut) -> None:
         "curve_tokens": sum(map(len, cut.apart)),
         **provenance(),
     }
-    write_files(
-        source,
-        folder,
-        student_arrays(file_arrays(source), cut.kept, cut.neurons),
-        document,
-        kept=cut.kept,
-        width=cut.width.neurons if cut.width else None,
-        beside=other_files(source.folder),
-    )
-    if not says_the_same(model, folder, cut.kept, cut.neurons, cut.measured[0]):
-        remove_folder(folder)
-        raise ConchError(
-            f"{source.model_id} says another thing when it is read again without these parts, as "
-            "where layers depend on their number: none can be left out of it here"
+    with looked_at(folder) as written:
+        write_files(
+            source,
+            written,
+            student_arrays(file_arrays(source), cut.kept, cut.neurons),
+            document,
+            kept=cut.kept,
+            width=cut.width.neurons if cut.width else None,
+            beside=other_files(source.folder),
         )
-
-
-def require_absent(folder: Path) -> None:
-    """Refuse a student's folder that is there.
-
-    Raises:
-        ConchError: It is.
-    """
-    if folder.exists():
-        raise ConchError(f"{folder} exists: name another folder, or delete it first")
+        if not says_the_same(model, written, cut.kept, cut.neurons, cut.measured[0]):
+            raise ConchError(
+                f"{source.model_id} says another thing when it is read again without these parts, "
+                "as where layers depend on their number: none can be left out of it here"
+            )
 
 
 def make_student(
@@ -370,7 +366,7 @@ def make_student(
     Raises:
         ConchError: See `cut_to` and `write_student`.
     """
-    require_absent(folder)
+    require_free(folder)
     model = source.load()
     cut = cut_to(model, windows, Goal(layers=layers), report=report)
     write_student(model, folder, cut)
@@ -380,7 +376,7 @@ def make_student(
 
 def other_files(folder: Path) -> list[Path]:
     """What a model's folder holds besides weights and configuration."""
-    left = ("config.json", "model.safetensors.index.json", DIGESTS, STUDENT_FILE)
+    left = ("config.json", "model.safetensors.index.json", DIGESTS, STUDENT_FILE, FUSED_FILE)
     suffixes = (".json", ".jinja", ".model", ".txt")
     return [
         path

@@ -91,16 +91,16 @@ def make(
     from conch_dna.training.students.block_influence import (
         cut_to,
         removals_table,
-        require_absent,
         windows_of,
         write_student,
     )
     from conch_dna.training.students.curve import curve_table
     from conch_dna.training.students.sizes import Goal
+    from conch_dna.training.students.student_folder import require_free
 
     goal = Goal(layers=layers, size=size, budget_mb=budget_mb)
     if not curve_only:
-        require_absent(Path(folder))
+        require_free(Path(folder))
     texts = read_lines(Path(text_file), "--text")
     with Progress() as progress:
         source = ModelSource(teacher, trust_remote_code=trust_remote_code, report=progress)

@@ -4,25 +4,55 @@ Knows files and names in them; nothing of why a part stays. To leave out another
 `student_arrays` and in `_config`.
 """
 
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from conch_dna.checkpoints import write_folder
+from conch_dna.checkpoints import remove_folder, write_folder
+from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, weight_files
 from conch_dna.screen.progress import silent
 from conch_dna.training.students.narrow_mlps import cut_down, narrowed
 
 STUDENT_FILE = "student.json"
+# Beside a fused model, what was measured of it.
+FUSED_FILE = "fused.json"
 # By how much a logit may differ when the student is read again; narrower products may be added up
 # in another order.
 TOLERANCE = 1e-4
 _LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..*|$)")
+
+
+def require_free(path: Path) -> None:
+    """Refuse a place that is taken, or where none can be, before anything is computed.
+
+    Raises:
+        ConchError: It is.
+    """
+    if path.exists() or not path.name:
+        raise ConchError(f"{path} is there: name another, or delete it first")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise ConchError(f"{path} cannot be made, since {above} is a file: name another place")
+
+
+@contextmanager
+def looked_at(path: Path) -> Iterator[Path]:
+    """A folder to write and to look at beside a free place, where it stands if nothing is wrong."""
+    temporary = path.with_name(f".made-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        remove_folder(temporary)
+        raise
 
 
 def file_arrays(source: ModelSource) -> dict[str, mx.array]:
