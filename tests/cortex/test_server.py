@@ -192,6 +192,8 @@ def test_ego_is_a_model_too(client):
     assert "".join(part or "" for part in parts) == expected.text
     with pytest.raises(openai.BadRequestError, match="top_p is not supported by ego"):
         ask(client, "ego", TALE, top_p=0.5)
+    with pytest.raises(openai.BadRequestError, match="response_format is not supported by ego"):
+        ask(client, "ego", TALE, response_format={"type": "json_object"})
     with pytest.raises(openai.BadRequestError, match="the context of embedded:teacher is"):
         ask(client, "ego", "word " * 1000)
 

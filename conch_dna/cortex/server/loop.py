@@ -98,8 +98,10 @@ class ServerLoop:
         """
         try:
             if chat.model == EGO and self._ego is not None:
-                if chat.options.top_p != 1:
-                    raise ApiError(400, f"top_p is not supported by {EGO}: leave it out")
+                asked = {"top_p": chat.options.top_p != 1, "response_format": chat.options.schema}
+                if wrong := [name for name, value in asked.items() if value]:
+                    message = f"{wrong[0]} is not supported by {EGO}: leave it out"
+                    raise ApiError(400, message, param=wrong[0])
                 return None
             if chat.model not in self.suite:
                 raise unknown_model(chat.model, self.models)
