@@ -333,7 +333,9 @@ class TestExport:
 
     def test_without_the_model_there_is_none(self, tmp_path):
         adapter = exportable(tmp_path)
-        adapter.base.config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+        path = adapter.base.folder / "config.json"
+        stretched = {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **stretched}))
         with pytest.raises(ConchError, match="stretches positions"):
             export_gguf(adapter, tmp_path / "m.gguf", "f16", silent)
         assert not [*tmp_path.glob("*odelfile"), *tmp_path.glob("*.gguf")]

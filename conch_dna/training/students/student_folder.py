@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from conch_dna.checkpoints import remove_folder, write_folder
+from conch_dna.checkpoints import write_folder
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource, weight_files
 from conch_dna.screen.progress import silent
@@ -51,7 +51,7 @@ def looked_at(path: Path) -> Iterator[Path]:
         yield temporary
         os.rename(temporary, path)
     except BaseException:
-        remove_folder(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

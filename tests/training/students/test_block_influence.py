@@ -119,10 +119,10 @@ def test_what_cannot_be_made_is_refused(five_layers, tmp_path):
             ConchError, match=f"has 5 layers: keep from 1 to 4 of them, not {layers}"
         ):
             make_student(source, tmp_path / "s", WINDOWS, layers=layers)
-    with pytest.raises(ConchError, match="there is no text to measure"):
+    with pytest.raises(ConchError, match="no text of two tokens or more"):
         make_student(source, tmp_path / "s", [[]], layers=2)
     (tmp_path / "s").mkdir()
-    with pytest.raises(ConchError, match="exists: name another folder"):
+    with pytest.raises(ConchError, match="is there: name another"):
         make_student(source, tmp_path / "s", WINDOWS, layers=2)
 
 
@@ -180,4 +180,4 @@ def test_the_command(five_layers, tmp_path):
     assert "block influence" in done.output
     again = CliRunner().invoke(main, [*arguments, "--text", str(tmp_path / "texts.txt")])
     assert again.exit_code == 2
-    assert "exists: name another folder" in again.output
+    assert "is there: name another" in again.output
