@@ -25,7 +25,7 @@ TEACHER, STUDENT = "embedded:teacher", "embedded:student"
 NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily")
 THINGS = ("ball", "cat", "hat", "dog", "car", "cup")
 QUESTION = "Sue found a hat. What does Sue have?"
-DEEDS = ("ran", "sat", "had", "saw")
+DEEDS = ("ran", "sat", "had", "saw", "hid", "ate")
 STEPS = 40
 
 
