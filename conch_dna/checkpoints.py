@@ -236,6 +236,7 @@ def write_folder(
     arrays: Mapping[str, Mapping[str, mx.array]] | None = None,
     documents: Mapping[str, Any] | None = None,
     writers: Mapping[str, Callable[[Path], None]] | None = None,
+    look: Callable[[Path], None] | None = None,
 ) -> None:
     """Make a folder of files that appears whole or not at all.
 
@@ -247,6 +248,7 @@ def write_folder(
         arrays: File name (ending in .safetensors) to named arrays.
         documents: File name (ending in .json) to JSON document, or other name to text.
         writers: File name to a function that writes the file it is given.
+        look: Is given the finished folder before it stands at `path`, and may raise.
 
     Raises:
         ConchError: The disk is full or not writable; what stood at `path` is untouched.
@@ -261,6 +263,8 @@ def write_folder(
             write(temporary / name)
         digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
         (temporary / DIGESTS).write_text(json_text(digests), encoding="utf-8")
+        if look:
+            look(temporary)
 
 
 @contextmanager

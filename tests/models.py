@@ -17,8 +17,11 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 import conch_dna
+from conch_dna.language_model import ModelSource
 from conch_dna.loading.output_head import LOGIT_ARRAYS
+from conch_dna.training.adapters import attach_lora, save_adapter, trained_tensors
 from conch_dna.training.batches import Example
+from conch_dna.training.settings import KDConfig
 
 ASSETS = Path(conch_dna.__file__).parent / "assets"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -39,6 +42,18 @@ QUICK: dict[str, Any] = {
     "select_by": "kd",
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def random_adapter(
+    model: Path | str, folder: Path, *, seed: int = 7, size: float = 0.1, rank: int = 4
+) -> Path:
+    """LoRA of random numbers on all linear layers of a model, as mlx_lm opens it."""
+    student = ModelSource(str(model)).load()
+    described = attach_lora(student, KDConfig(lora_rank=rank, lora_keys="all"))
+    mx.random.seed(seed)
+    tensors = {n: size * mx.random.normal(v.shape) for n, v in trained_tensors(student).items()}
+    save_adapter(folder, tensors, {**described, "model": str(model)})
+    return folder
 
 
 def make_model_folder(

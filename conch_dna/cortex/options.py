@@ -4,16 +4,26 @@ Knows names, defaults and ranges; nothing of models, so that the command line st
 To add a setting: a field made by `option`, and its use in turn.py or in the server.
 """
 
+import reprlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from conch_dna.errors import ConchError
 from conch_dna.options.fields import option, option_problems
 from conch_dna.web.door import ListenSettings
+from conch_dna.web.strict_json import JsonError, read_json
 
 HandOver = Literal["auto", "never", "always"]
 HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
 MAX_BATCH = 32
+
+
+def schema_problem(schema: Any) -> str | None:
+    """What keeps a JSON value from being the schema of an answer; None where nothing does."""
+    kind = schema.get("type") if isinstance(schema, dict) else schema
+    if kind == "object":
+        return None
+    return f"the schema's type is {reprlib.repr(kind)}: answers are objects, give 'object'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,8 @@ class AskOptions(DrawOptions):
             the answer is checked when it is there.
 
     Raises:
-        ConchError: Values are out of their range; all of them are named.
+        ConchError: Values are out of their range; all of them are named. Or the schema is none of
+            an object.
     """
 
     hand_over: str = option(
@@ -65,6 +76,17 @@ class AskOptions(DrawOptions):
     structured: bool = True
     schema: str | None = None
     constrained: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schema is None:
+            return
+        try:
+            problem = schema_problem(read_json(self.schema))
+        except (JsonError, RecursionError) as error:
+            problem = f"the schema is no JSON: {error}"
+        if problem:
+            raise ConchError(problem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Knows folders and files; the forms themselves stand in the modules beside it. An
 function here.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from conch_dna.exporting.source import AdapterSource
 from conch_dna.language_model import ModelSource, named_arrays
 from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import adapter_tensors, outline, save_adapter
-from conch_dna.training.students.student_folder import looked_at, require_free
+from conch_dna.training.students.student_folder import require_free
 
 
 def export_peft(adapter: AdapterSource, folder: Path, *, name: str) -> None:
@@ -88,13 +89,12 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
     fuse_in_place(adapted, Precision(bits=None, own={}), None, report)
     weights = named_arrays(adapted.model.parameters())
     write_atomically(beside, text)
-    try:
+    with ExitStack() as undo:
+        undo.callback(beside.unlink)
         write_atomically(
             path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report)
         )
-    except BaseException:
-        beside.unlink()
-        raise
+        undo.pop_all()
 
 
 def modelfile_path(path: Path) -> Path:
@@ -125,10 +125,12 @@ def import_peft(folder: Path, output: Path, base: ModelSource) -> None:
         "imported": str(folder),
         **provenance(),
     }
-    with looked_at(output) as written:
-        save_adapter(written, tensors, document)
+
+    def look(written: Path) -> None:
         bare, _ = AdapterSource(written, base, silent).load()
         bare.release()
+
+    save_adapter(output, tensors, document, look=look)
 
 
 def _tensors(adapter: AdapterSource) -> dict[str, mx.array]:

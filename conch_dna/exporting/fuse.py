@@ -11,9 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from conch_dna.checkpoints import content_digest, provenance, write_folder
-from conch_dna.errors import ConchError, number_of
+from conch_dna.errors import ConchError
 from conch_dna.exporting.healing import healed_arrays
-from conch_dna.exporting.judging import Judgement, judged, kept_share, refusal, valid_answers
+from conch_dna.exporting.judging import (
+    Judgement,
+    judged,
+    kept_share,
+    refusal,
+    valid_answers,
+    warn_of_few,
+)
 from conch_dna.exporting.mixed_bits import mixed_precision
 from conch_dna.exporting.moments import input_moments
 from conch_dna.exporting.quantised import (
@@ -30,7 +37,6 @@ from conch_dna.exporting.settings import FuseSettings
 from conch_dna.exporting.source import AdapterSource
 from conch_dna.exporting.work_folder import WorkFolder
 from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
-from conch_dna.metrics import FEWEST_EXAMPLES
 from conch_dna.screen.progress import Report, silent
 from conch_dna.training.adapters import outline
 from conch_dna.training.batches import Example
@@ -134,12 +140,7 @@ class Fusing:
         """Read the texts, and compare with what lies in the working folder."""
         split = self.adapter.split(self.data, self.config)
         self._parts(split.train)
-        if (held := len(split.heldout)) < FEWEST_EXAMPLES:
-            message = (
-                f"{number_of(held, 'held-out text')} cannot show what is lost, it takes "
-                f"{FEWEST_EXAMPLES}: give more --data"
-            )
-            self.report("warning", {"message": message})
+        warn_of_few(split, self.adapter.domain, self.report)
         identity = {
             **self.settings.identity(),
             "adapter": self.adapter.digest,

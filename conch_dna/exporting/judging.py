@@ -12,8 +12,9 @@ import numpy as np
 
 from conch_dna.errors import number_of
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import paired_interval
+from conch_dna.metrics import FEWEST_EXAMPLES, paired_interval
 from conch_dna.screen.presentation import bytes_text, text_table
+from conch_dna.screen.progress import Report
 from conch_dna.training.data.examples import Split
 from conch_dna.training.data.soft_targets import Targets
 from conch_dna.training.evaluation import HeldoutFigures, figures_on, named_slice, slices_of
@@ -23,6 +24,16 @@ from conch_dna.training.settings import KDConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+def warn_of_few(split: Split, domain: str, report: Report) -> None:
+    """Say where so few texts are held out that no interval can be made of them."""
+    if (held := len(split.heldout)) < FEWEST_EXAMPLES:
+        message = (
+            f"{number_of(held, 'held-out text')} of {domain} cannot show what is lost, it takes "
+            f"{FEWEST_EXAMPLES}"
+        )
+        report("warning", {"message": message})
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,14 @@ import numpy as np
 
 from conch_dna.checkpoints import content_digest, provenance, write_folder
 from conch_dna.errors import ConchError, number_of
-from conch_dna.exporting.judging import valid_answers
+from conch_dna.exporting.judging import valid_answers, warn_of_few
 from conch_dna.exporting.settings import MergeSettings
 from conch_dna.exporting.source import AdapterSource, same_base
 from conch_dna.exporting.work_folder import WorkFolder
 from conch_dna.generations.promotion import GateVerdict, TextScores, recall_gate, text_scores
 from conch_dna.generations.settings import GateSettings
 from conch_dna.language_model import LanguageModel
-from conch_dna.metrics import FEWEST_EXAMPLES, ranges_of
+from conch_dna.metrics import ranges_of
 from conch_dna.retraining.adapter_config import shape_of
 from conch_dna.retraining.domain import active_adapter
 from conch_dna.screen.presentation import text_table
@@ -272,12 +272,7 @@ class Merging:
                     f"{name} has {number_of(len(split.train), 'text')} to learn from, and a batch "
                     f"has {self.settings.batch_size} of each: give a smaller --batch-size"
                 )
-            if (held := len(split.heldout)) < FEWEST_EXAMPLES:
-                message = (
-                    f"{number_of(held, 'held-out text')} of {name} cannot show what is lost, it "
-                    f"takes {FEWEST_EXAMPLES}"
-                )
-                self.report("warning", {"message": message})
+            warn_of_few(split, name, self.report)
         return found
 
     def _identity(self, splits: Mapping[str, Split]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from conch_dna.cortex.engine import grammars
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request
 from conch_dna.cortex.engine.grammars import Grammars
+from conch_dna.cortex.options import AskOptions
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer
@@ -174,6 +175,20 @@ def test_what_cannot_be_kept_to_is_one_line(base, engine, schema, message):
         engine.submit(request(base, None, schema=schema))
     assert "\n" not in str(refused.value)
     assert not engine.pending
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{", "the schema is no JSON"),
+        ("[" * 100_000, "the schema is no JSON"),
+        ("[]", r"the schema's type is \[\]: answers are objects"),
+        ('{"type": "array"}', "the schema's type is 'array': answers are objects"),
+    ],
+)
+def test_what_is_no_schema_of_an_object_is_refused(schema, message):
+    with pytest.raises(ConchError, match=message):
+        AskOptions(schema=schema)
 
 
 def test_a_schema_that_refers_to_itself(base, engine):

@@ -12,9 +12,7 @@ from conch_dna.exporting.adapter_files import export_gguf
 from conch_dna.exporting.source import AdapterSource
 from conch_dna.language_model import ModelSource
 from conch_dna.screen.progress import silent
-from conch_dna.training.adapters import attach_lora, save_adapter, trained_tensors
-from conch_dna.training.settings import KDConfig
-from models import ASSETS, make_model_folder
+from models import ASSETS, make_model_folder, random_adapter
 
 TEXTS = [
     "Once upon a time, there were 12 cats.",
@@ -25,13 +23,9 @@ TEXTS = [
 
 
 def adapter_of(folder: Path, model: Path) -> AdapterSource:
-    """An adapter of random numbers on all linear layers."""
-    student = ModelSource(str(model)).load()
-    described = attach_lora(student, KDConfig(lora_rank=4, lora_keys="all"))
-    mx.random.seed(7)
-    tensors = {n: 0.1 * mx.random.normal(v.shape) for n, v in trained_tensors(student).items()}
-    save_adapter(folder / "adapter", tensors, {**described, "model": str(model)})
-    return AdapterSource.open(folder / "adapter", trust_remote_code=False, report=silent)
+    return AdapterSource.open(
+        random_adapter(model, folder / "adapter"), trust_remote_code=False, report=silent
+    )
 
 
 def logits(source: ModelSource, ids: list[int], adapter: Path | None = None) -> np.ndarray:

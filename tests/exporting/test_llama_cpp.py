@@ -12,12 +12,10 @@ import pytest
 from conch_dna.exporting.adapter_files import export_gguf, export_gguf_lora
 from conch_dna.exporting.gguf_model import write_gguf_model
 from conch_dna.exporting.source import AdapterSource
-from conch_dna.language_model import ModelSource, named_arrays
+from conch_dna.language_model import named_arrays
 from conch_dna.screen.progress import silent
-from conch_dna.training.adapters import attach_lora, save_adapter, trained_tensors
-from conch_dna.training.settings import KDConfig
 from llama_cpp import LlamaCpp
-from models import make_model_folder
+from models import make_model_folder, random_adapter
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's package has no wheel for this machine")
 
@@ -39,13 +37,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(tmp_path: Path, model: Path) -> AdapterSource:
-    """An adapter of random numbers on all linear layers."""
-    student = ModelSource(str(model)).load()
-    described = attach_lora(student, KDConfig(lora_rank=4, lora_keys="all"))
-    mx.random.seed(7)
-    tensors = {n: 0.1 * mx.random.normal(v.shape) for n, v in trained_tensors(student).items()}
-    save_adapter(tmp_path / "adapter", tensors, {**described, "model": str(model)})
-    return AdapterSource.open(tmp_path / "adapter", trust_remote_code=False, report=silent)
+    return AdapterSource.open(
+        random_adapter(model, tmp_path / "adapter"), trust_remote_code=False, report=silent
+    )
 
 
 def ours(adapter: AdapterSource, ids: Sequence[int]) -> np.ndarray:

@@ -13,12 +13,9 @@ from conch_dna.cli import main
 from conch_dna.errors import ConchError
 from conch_dna.exporting import adapter_files
 from conch_dna.exporting.work_folder import RUN_FILE, WorkFolder
-from conch_dna.language_model import ModelSource
 from conch_dna.screen.progress import silent
-from conch_dna.training.adapters import attach_lora, save_adapter, trained_tensors
-from conch_dna.training.settings import KDConfig
 from conch_dna.training.students import block_influence
-from models import make_model_folder
+from models import make_model_folder, random_adapter
 
 TEXTS = [
     {"text": f"There were {n} owls in the old tree, and {n + 1} cats under it."} for n in range(24)
@@ -35,25 +32,6 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
     return path
-
-
-def adapter_on(model: Path, folder: Path, *, seed: int = 7) -> Path:
-    """Of random numbers, as distillation writes it."""
-    source = ModelSource(str(model))
-    student = source.load()
-    described = attach_lora(student, KDConfig(lora_rank=2, lora_keys="all"))
-    mx.random.seed(seed)
-    tensors = {n: 0.05 * mx.random.normal(v.shape) for n, v in trained_tensors(student).items()}
-    save_adapter(
-        folder,
-        tensors,
-        {
-            **described,
-            "model": str(model),
-            "conch_dna": {"student": str(model), "student_digest": source.weights_digest},
-        },
-    )
-    return folder
 
 
 @pytest.fixture
@@ -73,9 +51,9 @@ def fuse(adapter: Path, folder: Any, data: Path, *more: Any) -> tuple[int, str]:
 
 
 def test_a_model_fused_twice_has_its_own_figures(model, data, tmp_path):
-    code, said = fuse(adapter_on(model, tmp_path / "a"), tmp_path / "first", data, "--bits", 8)
+    code, said = fuse(random_adapter(model, tmp_path / "a"), tmp_path / "first", data, "--bits", 8)
     assert code == 0, said
-    second = adapter_on(tmp_path / "first", tmp_path / "b", seed=8)
+    second = random_adapter(tmp_path / "first", tmp_path / "b", seed=8)
     code, said = fuse(second, tmp_path / "second", data, "--bits", 4)
     assert code == 0, said
     told = json.loads((tmp_path / "second" / "fused.json").read_text())
@@ -83,7 +61,7 @@ def test_a_model_fused_twice_has_its_own_figures(model, data, tmp_path):
 
 
 def test_a_base_is_not_replaced_by_what_is_made_of_it(model, data, tmp_path):
-    adapter = adapter_on(model, tmp_path / "a")
+    adapter = random_adapter(model, tmp_path / "a")
     link = tmp_path / "link"
     link.symlink_to(model)
     before = (model / "model.safetensors").read_bytes()
@@ -95,7 +73,7 @@ def test_a_base_is_not_replaced_by_what_is_made_of_it(model, data, tmp_path):
 
 @pytest.mark.parametrize("place", [".", "/", ""])
 def test_a_place_without_a_name(model, data, tmp_path, place, monkeypatch):
-    adapter = adapter_on(model, tmp_path / "a")
+    adapter = random_adapter(model, tmp_path / "a")
     monkeypatch.chdir(tmp_path)
     for found in (
         fuse(adapter, place, data, "--bits", 4),
@@ -106,7 +84,7 @@ def test_a_place_without_a_name(model, data, tmp_path, place, monkeypatch):
 
 
 def test_steps_need_few_bits_and_enough_texts(model, data, tmp_path):
-    adapter = adapter_on(model, tmp_path / "a")
+    adapter = random_adapter(model, tmp_path / "a")
     code, said = fuse(adapter, tmp_path / "f", data, "--steps", 2)
     assert code == 2 and "give --bits 4, or leave --steps out" in said
     code, said = fuse(adapter, tmp_path / "f", data, "--bits", 4, "--steps", 2, "--batch-size", 99)
@@ -118,7 +96,7 @@ def test_steps_need_few_bits_and_enough_texts(model, data, tmp_path):
 def test_few_texts_to_judge_by_are_told(model, tmp_path):
     data = tmp_path / "few.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS[:8]))
-    _, said = fuse(adapter_on(model, tmp_path / "a"), tmp_path / "f", data, "--bits", 4)
+    _, said = fuse(random_adapter(model, tmp_path / "a"), tmp_path / "f", data, "--bits", 4)
     assert "cannot show what is lost, it takes 6" in " ".join(said.split())
 
 
@@ -148,7 +126,7 @@ class TestWorkFolder:
 
 def peft_of(model: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "peft"
-    code, said = run("export", adapter_on(model, tmp_path / "a"), folder, "--to", "peft")
+    code, said = run("export", random_adapter(model, tmp_path / "a"), folder, "--to", "peft")
     assert code == 0, said
     return folder
 
@@ -210,15 +188,15 @@ def test_a_full_disk_leaves_neither_file(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(adapter_files, "write_gguf_model", full)
-    adapter = adapter_on(model, tmp_path / "a")
+    adapter = random_adapter(model, tmp_path / "a")
     code, said = run("export", adapter, tmp_path / "m.gguf", "--to", "gguf")
     assert code == 2 and "No space left" in said
     assert not list(tmp_path.glob("m.*"))
 
 
 def test_one_adapter_is_not_merged_with_itself(model, tmp_path):
-    adapter_on(model, tmp_path / "out" / "a" / "adapters_kd")
-    adapter_on(model, tmp_path / "out" / "b" / "adapters_kd")
+    random_adapter(model, tmp_path / "out" / "a" / "adapters_kd")
+    random_adapter(model, tmp_path / "out" / "b" / "adapters_kd")
     code, said = run("merge", "a", "b", "--into", "one", "--adapters", tmp_path / "out")
     assert code == 2 and "a and b are the same adapter" in said
 

@@ -21,7 +21,7 @@ from conch_dna.cortex.calibration.calibrating import (
     answers_to,
     questions_of,
 )
-from conch_dna.cortex.calibration.confidence import Calibration
+from conch_dna.cortex.calibration.confidence import Calibration, TooFewAnswersError
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
 from conch_dna.cortex.calibration.settings import AdapterBenchmarkSettings
 from conch_dna.cortex.neuron import CortexSuite
@@ -209,7 +209,7 @@ class DomainBenchmark:
             calibration = agreement.fitted(
                 self.settings, adapter_digest=digest, ego=self.ego.model_id
             )
-        except ConchError as error:
+        except TooFewAnswersError as error:
             self.notes.append(f"{name}: not calibrated: {error}")
             return figures
         curves = agreement.curves(calibration)

@@ -34,6 +34,10 @@ END = 1e-6
 SLOPES, SHIFTS = (1e-3, 1e3), (-20.0, 20.0)
 
 
+class TooFewAnswersError(ConchError):
+    """There are fewer answers than what is asked of a calibration takes."""
+
+
 def answer_confidence(log_probs: Numbers) -> float:
     """Exp of the mean log-probability of an answer's tokens: the same for any length.
 
@@ -173,10 +177,9 @@ class Calibration:
             ConchError: A field is missing, unknown or of the wrong kind.
         """
         names = {field.name for field in fields(cls)}
-        if isinstance(document, dict):
-            # Calibrations of before promise nothing.
-            document = {"confidence": 0.0, **document}
-        if not isinstance(document, dict) or set(document) != names:
+        # Calibrations of before promise nothing.
+        document = {"confidence": 0.0, **document} if isinstance(document, dict) else {}
+        if set(document) != names:
             raise ConchError("the calibration has not the fields it should have: calibrate again")
         try:
             knots = tuple((float(raw), float(value)) for raw, value in document["knots"])
@@ -340,12 +343,12 @@ def calibrate(
 def _require_enough(held: int, max_risk: float, confidence: float) -> None:
     fewest = fewest_answers(max_risk, confidence)
     if fewest is None:
-        raise ConchError(
+        raise TooFewAnswersError(
             f"no number of answers can show a disagreement of {max_risk:g} with probability "
             f"{confidence:g}: give a higher --max-risk, or --confidence 0"
         )
     if held < fewest:
-        raise ConchError(
+        raise TooFewAnswersError(
             f"{held} held-out answers cannot show a disagreement of at most {max_risk:g} with "
             f"probability {confidence:g}, were all of them right: {2 * fewest} answers would do, "
             "half of which are held out; or give a higher --max-risk, or --confidence 0, which "
@@ -374,7 +377,7 @@ def _checked(raw: Numbers, agreement: Numbers) -> tuple[np.ndarray, np.ndarray]:
             "length: give one of each for every answer"
         )
     if len(sure) < MIN_ANSWERS:
-        raise ConchError(
+        raise TooFewAnswersError(
             f"{len(sure)} answers are too few to calibrate on: {MIN_ANSWERS} or more are needed"
         )
     for name, values in zip(columns, (sure, right), strict=True):

@@ -6,6 +6,7 @@ be shown to keep the risk. Another bound on a mean: in place of `p_value`.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,6 +19,7 @@ BOLDEST = 0.9
 MOST = 100_000
 
 
+@lru_cache
 def fewest_answers(max_risk: float, confidence: float) -> int | None:
     """How many answers, all of them right, would show a risk; None where no number up to MOST does.
 
@@ -102,11 +104,12 @@ def guaranteed_threshold(
     first = next((n for n, count in enumerate(expected) if count >= fewest), len(expected) - 1)
     starts = {first + (len(thresholds) - 1 - first) * n // (STARTS - 1) for n in range(STARTS)}
     level = (1 - confidence) / STARTS
-    loosest = None
+    loosest = -1
     for start in sorted(starts):
-        for place in range(start, len(thresholds)):
+        # From where another sequence has been, it would come to the same end.
+        for place in range(max(start, loosest + 1), len(thresholds)):
             kept = losses[confidences >= thresholds[place]]
             if p_value(kept, max_risk, level) > level:
                 break
-            loosest = max(place, loosest or 0)
-    return None if loosest is None else float(thresholds[loosest])
+            loosest = place
+    return None if loosest < 0 else float(thresholds[loosest])

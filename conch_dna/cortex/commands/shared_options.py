@@ -4,7 +4,6 @@ Knows click and fields of settings; no command. To give every command that answe
 field of `AskOptions`, and its name in ANSWERING.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from conch_dna.checkpoints import read_json
+from conch_dna.checkpoints import read_text
 from conch_dna.cortex.options import AskOptions
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.options.commands import options_of
@@ -131,23 +130,8 @@ def ask_options(values: Mapping[str, Any]) -> AskOptions:
         settings_of(AskOptions, {**values, "schema": None}),
         structured=not values["no_structured"],
         constrained=not values["no_constrained"],
-        schema=_schema(values["schema"]) if values["schema"] else None,
+        schema=read_text(values["schema"]) if values["schema"] else None,
     )
-
-
-def _schema(path: Path) -> str:
-    """A JSON schema of an object, out of a file.
-
-    Raises:
-        ConchError: It cannot be read, is no JSON object, or describes something else.
-    """
-    schema = read_json(path, needs={})
-    if schema.get("type") != "object":
-        raise ConchError(
-            f"{path} describes {schema.get('type')!r}, and answers are objects: give a JSON schema "
-            "whose type is 'object'"
-        )
-    return json.dumps(schema)
 
 
 def ego_config(values: Mapping[str, Any]) -> "EgoConfig | None":

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from conch_dna.cortex.options import AskOptions, HandOver
+from conch_dna.cortex.options import AskOptions, HandOver, schema_problem
 from conch_dna.cortex.turn import Answer
 from conch_dna.web.door import ApiError, json_object
 
@@ -134,11 +134,8 @@ class _Schema(_Strict):
     @field_validator("schema_")
     @classmethod
     def _of_an_object(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        if schema.get("type") != "object":
-            kind = reprlib.repr(schema.get("type"))
-            raise PydanticCustomError(
-                "clash", f"the schema's type is {kind}: answers are objects, give 'object'"
-            )
+        if problem := schema_problem(schema):
+            raise PydanticCustomError("clash", problem)
         return schema
 
 

@@ -32,7 +32,6 @@ from conch_dna.training.students.student_folder import (
     FUSED_FILE,
     STUDENT_FILE,
     file_arrays,
-    looked_at,
     require_free,
     says_the_same,
     student_arrays,
@@ -326,21 +325,24 @@ def write_student(model: LanguageModel, folder: Path, cut: Cut) -> None:
         "curve_tokens": sum(map(len, cut.apart)),
         **provenance(),
     }
-    with looked_at(folder) as written:
-        write_files(
-            source,
-            written,
-            student_arrays(file_arrays(source), cut.kept, cut.neurons),
-            document,
-            kept=cut.kept,
-            width=cut.width.neurons if cut.width else None,
-            beside=other_files(source.folder),
-        )
+
+    def look(written: Path) -> None:
         if not says_the_same(model, written, cut.kept, cut.neurons, cut.measured[0]):
             raise ConchError(
                 f"{source.model_id} says another thing when it is read again without these parts, "
                 "as where layers depend on their number: none can be left out of it here"
             )
+
+    write_files(
+        source,
+        folder,
+        student_arrays(file_arrays(source), cut.kept, cut.neurons),
+        document,
+        kept=cut.kept,
+        width=cut.width.neurons if cut.width else None,
+        beside=other_files(source.folder),
+        look=look,
+    )
 
 
 def make_student(

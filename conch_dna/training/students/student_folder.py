@@ -4,11 +4,9 @@ Knows files and names in them; nothing of why a part stays. To leave out another
 `student_arrays` and in `_config`.
 """
 
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,18 +39,6 @@ def require_free(path: Path) -> None:
     above = next(each for each in path.absolute().parents if each.exists())
     if not above.is_dir():
         raise ConchError(f"{path} cannot be made, since {above} is a file: name another place")
-
-
-@contextmanager
-def looked_at(path: Path) -> Iterator[Path]:
-    """A folder to write and to look at beside a free place, where it stands if nothing is wrong."""
-    temporary = path.with_name(f".made-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def file_arrays(source: ModelSource) -> dict[str, mx.array]:
@@ -91,6 +77,7 @@ def write_files(
     kept: Sequence[int],
     width: int | None,
     beside: Sequence[Path],
+    look: Callable[[Path], None],
 ) -> None:
     """Write a folder that mlx_lm opens.
 
@@ -102,6 +89,7 @@ def write_files(
         kept: Layers that stay.
         width: Neurons of each MLP; None for the teacher's.
         beside: Files of the teacher that are copied.
+        look: See `write_folder`.
     """
     config = _config(source.config, kept)
     write_folder(
@@ -112,6 +100,7 @@ def write_files(
             STUDENT_FILE: document,
         },
         writers={path.name: partial(shutil.copyfile, path) for path in beside},
+        look=look,
     )
 
 
