@@ -220,9 +220,10 @@ class CortexSuite:
 
     # Questions
 
-    def turn(self, domain: str, prompt: Prompt, options: AskOptions) -> Turn:
+    def turn(self, domain: str, prompt: Prompt, options: AskOptions, *, live: bool = False) -> Turn:
         """A question to a neuron, for whoever drives the engine; see `Turn`."""
-        return Turn(self.domain(domain), prompt, options, has_ego=self.ego is not None)
+        has_ego = self.ego is not None
+        return Turn(self.domain(domain), prompt, options, has_ego=has_ego, live=live)
 
     def ask(self, domain: str, prompt: Prompt, **options: Any) -> Answer:
         """The answer to one question; see `ask_many`."""
@@ -261,7 +262,7 @@ class CortexSuite:
         Raises:
             ConchError: See `ask_many`.
         """
-        turn = self.turn(domain, prompt, AskOptions(**options))
+        turn = self.turn(domain, prompt, AskOptions(**options), live=True)
         if turn.request is not None:
             self.engine.check(turn.request)
         return self._streamed(turn)
@@ -282,8 +283,11 @@ class CortexSuite:
             while under_way:
                 for piece in self.engine.step():
                     turn = under_way[piece.uid]
+                    asked = turn.request
                     text = turn.add(piece)
-                    if piece.finish_reason is not None:
+                    if turn.request is not asked:
+                        # It may have ended before its last token.
+                        self.engine.cancel(piece.uid)
                         del under_way[piece.uid]
                         self._submit(turn, under_way)
                     yield turn, text

@@ -8,6 +8,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from conch_dna.cortex.tools import Tools
 from conch_dna.errors import ConchError
 from conch_dna.options.fields import option, option_problems
 from conch_dna.web.door import ListenSettings
@@ -16,6 +17,15 @@ from conch_dna.web.strict_json import JsonError, read_json
 HandOver = Literal["auto", "never", "always"]
 HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
 MAX_BATCH = 32
+# Options of a draw that EGO knows nothing of.
+DRAWN_BY_NEURONS = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 
 
 def schema_problem(schema: Any) -> str | None:
@@ -28,7 +38,10 @@ def schema_problem(schema: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """How the tokens of an answer are drawn; the fields say themselves what they are.
+    """How the tokens of an answer are drawn; the other fields say themselves what they are.
+
+    Attributes:
+        logit_bias: Tokens, and what is added to the logit of each.
 
     Raises:
         ConchError: Values are out of their range; all of them are named.
@@ -41,11 +54,31 @@ class DrawOptions:
     top_p: float = option(
         1.0, "Draw only from the likeliest tokens with this probability.", above=0, high=1
     )
+    top_k: int = option(0, "Draw only from so many of the likeliest tokens; 0 from all.", low=0)
+    min_p: float = option(
+        0.0,
+        "Draw only tokens with at least this share of the likeliest one's probability.",
+        low=0,
+        high=1,
+    )
+    presence_penalty: float = option(
+        0.0, "Taken from the logit of what the answer has already.", low=-2, high=2
+    )
+    frequency_penalty: float = option(
+        0.0, "Taken from a logit for every time that the answer has its token.", low=-2, high=2
+    )
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = option(0, "Seed of the random draw of tokens.")
 
     def __post_init__(self) -> None:
         if problems := option_problems(self):
             raise ConchError("; ".join(problems))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, as the model has it."""
+        changes = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.temperature == 0 and not changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +93,12 @@ class AskOptions(DrawOptions):
         schema: A JSON schema of an object, as JSON text, instead of the domain's.
         constrained: Whether the neuron can write nothing else than what keeps to its schema; else
             the answer is checked when it is there.
+        stop: Texts before the first of which the answer ends.
+        top_logprobs: How many of the likeliest tokens are told beside each one of the neuron's
+            answer, with their log-probabilities; None tells of no tokens.
+        plain: The prompt is a text that the neuron continues: without a template, a system prompt,
+            the domain's schema or a hand-over.
+        tools: What functions the neuron may call; None where it may not, see tools.py.
 
     Raises:
         ConchError: Values are out of their range; all of them are named. Or the schema is none of
@@ -76,9 +115,15 @@ class AskOptions(DrawOptions):
     structured: bool = True
     schema: str | None = None
     constrained: bool = True
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    plain: bool = False
+    tools: Tools | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "" in self.stop:
+            raise ConchError("a stop is an empty text, which is everywhere: leave it out")
         if self.schema is None:
             return
         try:

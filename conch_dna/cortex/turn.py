@@ -1,13 +1,14 @@
 """One question to a neuron: its prompt, its tokens, its check, and who answers in the end.
 
 Runs no model: whoever has an engine and EGO feeds it, so that a call, a batch and a server do the
-same thing. To check an answer for something else: a reason in `Turn._judge`.
+same thing. To check an answer for something else: a reason in `Turn._judge`. What stands in its
+text besides an answer, such as calls, is told apart in spoken.py.
 """
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import takewhile
 from statistics import fmean
@@ -15,11 +16,15 @@ from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
 from conch_dna.cortex.engine.batching import Piece, Request
-from conch_dna.cortex.options import AskOptions, DrawOptions
-from conch_dna.ego.prompts import checked_prompt
+from conch_dna.cortex.engine.grammars import WHITESPACE
+from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, DrawOptions
+from conch_dna.cortex.spoken import Spoken
+from conch_dna.cortex.tools import Call, prompt_with_tools
+from conch_dna.ego.prompts import checked_prompt, checked_text
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
+from conch_dna.options.fields import changed
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.data.answers import TextStream, continuation_text
 from conch_dna.training.structured_answers import parse_answer, repair_messages
@@ -45,7 +50,9 @@ class Answer:
         threshold: The confidence below which EGO answers; None where there is no calibration.
         removed: Mean share of probability that the schema took from the neuron's tokens while it
             wrote; None where it wrote freely. High where it would have said something else.
-        finish_reason: "stop" or, where it was cut off, "length".
+        finish_reason: "stop", "tool_calls" or, where it was cut off, "length".
+        calls: Of functions that it may call.
+        tokens: Of the neuron's answer, where they were asked for; None else, and where it is EGO's.
         prompt_tokens: Of the neuron's prompts, a repair's among them; None where EGO alone was
             asked, by an API that does not say.
         completion_tokens: Of its answers, a repaired one among them, and of EGO's where it says;
@@ -68,14 +75,16 @@ class Answer:
     threshold: float | None = None
     removed: float | None = None
     finish_reason: str = "stop"
+    calls: tuple[Call, ...] = ()
+    tokens: tuple[Piece, ...] | None = None
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
     first_token_s: float | None = None
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+        """The fields as a JSON object, without the tokens."""
+        return asdict(replace(self, tokens=None))
 
 
 @dataclass(kw_only=True)
@@ -117,6 +126,13 @@ def common(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def ended(answer: EgoAnswer, stops: Sequence[str]) -> tuple[str, str]:
+    """EGO's text before the first of several stops, and why it ends."""
+    spoken = Spoken(stops, calls=False)
+    text = spoken.add(answer.text) + spoken.end()
+    return text, "stop" if spoken.stopped else answer.finish_reason
+
+
 class Turn:
     """A question on its way to an answer.
 
@@ -128,6 +144,7 @@ class Turn:
         prompt: A text, or a conversation of messages with role and content.
         options: How it is to be answered.
         has_ego: Whether there is somebody to hand over to.
+        live: Whether what `add` gives is shown as it comes, where it is final.
 
     Attributes:
         request: What an engine is to answer now.
@@ -140,18 +157,26 @@ class Turn:
     """
 
     def __init__(
-        self, domain: Domain, prompt: Prompt, options: AskOptions, *, has_ego: bool
+        self,
+        domain: Domain,
+        prompt: Prompt,
+        options: AskOptions,
+        *,
+        has_ego: bool,
+        live: bool = False,
     ) -> None:
         self.domain = domain
         self.options = options
         self.answer: Answer | None = None
         self.asks_ego = False
         self.request: Request | None = None
-        self._has_ego = has_ego
+        # EGO would know nothing of the functions, and a plain text is no question.
+        self._has_ego = has_ego and not options.plain and options.tools is None
+        self._live = live
         self._prompt = prompt
         self._began = time.perf_counter()
         self._first: float | None = None
-        own = options.system is None
+        own = options.system is None and not options.plain
         self.turns = prompt_turns(prompt, domain.system if own else options.system or "")
         self.schema: Mapping[str, Any] | None
         self.schema = domain.schema if own and options.structured else None
@@ -196,31 +221,53 @@ class Turn:
         """
         hand_over = self.options.hand_over
         stands = hand_over == "never" or (hand_over == "auto" and not self._has_ego)
-        return self.schema is None and stands
+        return stands and (self.schema is None or self._form is not None)
 
-    def _ask(self, turns: Sequence[dict[str, str]]) -> None:
-        ids = checked_prompt(self.domain.source, turns, "the prompt")
+    @cached_property
+    def _form(self) -> str | None:
+        """What the neuron's answer is held to."""
+        options = self.options
+        if not options.constrained:
+            return None
+        if options.tools is not None:
+            return options.tools.grammar(self.schema, WHITESPACE)
+        return json.dumps(self.schema) if self.schema else None
+
+    def _prompt_ids(self, turns: Sequence[dict[str, Any]]) -> list[int]:
+        source, options = self.domain.source, self.options
+        if options.plain:
+            return checked_text(source, turns[0]["content"], "the prompt")
+        turns, tools = prompt_with_tools(source.tokenizer, turns, options.tools)
+        return checked_prompt(source, turns, "the prompt", tools=tools)
+
+    def _ask(self, turns: Sequence[dict[str, Any]]) -> None:
+        ids = self._prompt_ids(turns)
         if not ids:
             raise ConchError("the prompt is empty: there is nothing to answer")
         options = self.options
         self.request = Request(
             domain=self.domain.name,
             tokens=tuple(ids),
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
             prefix=common(self.domain.prefix, ids) if options.system is None else (),
-            schema=json.dumps(self.schema) if self.schema and options.constrained else None,
+            form=self._form,
+            top_logprobs=options.top_logprobs or 0,
+            **{each.name: getattr(options, each.name) for each in fields(DrawOptions)},
         )
-        self._ids: list[int] = []
-        self._removed: list[float] = []
-        self._log_probs: list[float] = []
-        self._text = TextStream(self.domain.tokenizer, ids)
         self._prompt_tokens += len(ids)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What comes of the answer to `request`: nothing yet."""
+        assert self.request is not None
+        self._pieces: list[Piece] = []
+        self._text = TextStream(self.domain.tokenizer, list(self.request.tokens))
+        self._spoken = Spoken(self.options.stop, calls=self.options.tools is not None)
 
     def add(self, piece: Piece) -> str:
         """Take a token of the answer to `request`.
+
+        Where that is None afterwards and the piece is not the last one, the rest of them is not to
+        be computed.
 
         Returns:
             The text that it makes certain; see `streams`.
@@ -228,47 +275,63 @@ class Turn:
         assert self.request is not None
         if self._first is None:
             self._first = time.perf_counter() - self._began
-        self._log_probs.append(piece.log_prob)
-        if piece.removed is not None:
-            self._removed.append(piece.removed)
+        self._pieces.append(piece)
         self._completion_tokens += 1
-        text = ""
-        if piece.finish_reason != "stop":
-            self._ids.append(piece.token)
-            text = self._text.add(piece.token)
-        if piece.finish_reason is None:
+        text, reason = "", piece.finish_reason
+        if reason != "stop":
+            text = self._spoken.add(self._text.add(piece.token))
+        if self._spoken.stopped:
+            reason = "stop"
+        elif reason is not None:
+            text += self._spoken.add(self._text.end()) + self._spoken.end()
+        if reason is None:
             return text
-        text += self._text.end()
-        raw = continuation_text(self.domain.tokenizer, self.request.tokens, self._ids)
+        raw = self._spoken.text
+        if not self.options.stop and not self.options.tools:
+            ids = [each.token for each in self._pieces if each.finish_reason != "stop"]
+            raw = continuation_text(self.domain.tokenizer, self.request.tokens, ids)
         self.request = None
-        self._judge(raw, piece.finish_reason)
+        self._judge(raw, reason)
         return text
+
+    @property
+    def _told_tokens(self) -> tuple[Piece, ...] | None:
+        if self.options.top_logprobs is None:
+            return None
+        return tuple(piece for piece in self._pieces if piece.finish_reason != "stop")
 
     def begin_again(self) -> None:
         """Forget what came of the answer to `request`: all of it is to come once more."""
         assert self.request is not None
-        self._completion_tokens -= len(self._log_probs)
-        self._ids, self._log_probs, self._removed = [], [], []
-        self._text = TextStream(self.domain.tokenizer, list(self.request.tokens))
+        self._completion_tokens -= len(self._pieces)
+        self._begin()
 
     def _judge(self, raw: str, finish_reason: str) -> None:
         """Whether the neuron's answer stands, is asked for again, or is EGO's to give."""
-        confidence = answer_confidence(self._log_probs)
+        confidence = answer_confidence([piece.log_prob for piece in self._pieces])
+        removed = [piece.removed for piece in self._pieces if piece.removed is not None]
         calibration = self.domain.calibration
         if calibration is not None:
             confidence = calibration(confidence)
+        called = self._spoken.calls and finish_reason == "stop"
         draft = self._draft = replace(
             self._draft,
             text=raw,
             raw=raw,
-            finish_reason=finish_reason,
+            finish_reason="tool_calls" if called else finish_reason,
+            calls=self._spoken.calls,
+            tokens=self._told_tokens,
             confidence=confidence,
             calibrated=calibration is not None,
-            removed=fmean(self._removed) if self._removed else None,
-            **self._checked(raw),
+            removed=fmean(removed) if removed else None,
+            **({} if self._spoken.calls else self._checked(raw)),
         )
-        if self.schema is not None and not draft.valid:
-            if draft.repaired:
+        if draft.calls:
+            self._end("the neuron calls a function, so its answer stands")
+        elif self.schema is not None and not draft.valid:
+            if self._live and self.streams:
+                self._end(f"the neuron's answer is not valid, and was shown: {draft.problems[0]}")
+            elif draft.repaired:
                 why = f"the neuron's answer is not valid: {draft.problems[0]}"
                 self._end(why, hand_over=True)
             else:
@@ -343,15 +406,25 @@ class Turn:
             self._done(replace(draft, reason=f"{draft.reason}; {ego}"))
             return
         self._completion_tokens += ego.tokens or 0
+        text, reason = ended(ego, self.options.stop)
         self._done(
             replace(
                 draft,
-                text=ego.text,
+                text=text,
                 answered_by="ego",
-                finish_reason=ego.finish_reason,
-                **self._checked(ego.text),
+                reason=draft.reason + self._left_out(),
+                finish_reason=reason,
+                tokens=None,
+                **self._checked(text),
             )
         )
+
+    def _left_out(self) -> str:
+        """What of the options EGO does not know, in words."""
+        told = ["logprobs"] if self.options.top_logprobs is not None else []
+        if missing := changed(self.options, DRAWN_BY_NEURONS) + told:
+            return f"; EGO answers without {', '.join(missing)}"
+        return ""
 
     def _done(self, answer: Answer) -> None:
         self.answer = replace(

@@ -12,8 +12,8 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
-from conch_dna.training.chats.conversations import prompt_ids, prompt_messages
-from conch_dna.training.chats.templates import render
+from conch_dna.training.chats.conversations import prompt_ids, prompt_messages, text_ids
+from conch_dna.training.chats.templates import Turn, render
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 
 # Bytes that UTF-8 has.
@@ -25,7 +25,13 @@ _ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 _SPACES = re.compile(r"(?:\\[Az]|[ +*|{}0-9,^$])*")
 
 
-def checked_prompt(source: ModelSource, turns: Sequence[dict[str, str]], name: str) -> list[int]:
+def checked_prompt(
+    source: ModelSource,
+    turns: Sequence[Turn],
+    name: str,
+    *,
+    tools: Sequence[Turn] | None = None,
+) -> list[int]:
     """Token ids of a conversation that a model continues with its answer.
 
     A text that cannot fit into the context is not tokenised, which may take a second.
@@ -34,28 +40,52 @@ def checked_prompt(source: ModelSource, turns: Sequence[dict[str, str]], name: s
         source: The model's.
         turns: As `prompt_turns` gives them.
         name: What messages call the prompt.
+        tools: See `render`.
 
     Raises:
         ConchError: It has more bytes than the context's tokens could stand for, or a token for
             which the model has no row.
     """
-    context, longest = source.context_length, longest_token(source.tokenizer)
-    if context is not None and longest is not None:
-        most = context * longest
-        size = _size(turn["content"] for turn in turns)
-        if size > most and source.tokenizer.has_chat_template:
+    tokenizer = source.tokenizer
+    if _too_large(source, [*(turn["content"] for turn in turns), *map(json.dumps, tools or ())]):
+        texts = [turn["content"] for turn in turns]
+        if tokenizer.has_chat_template:
             # Templates may leave parts out.
-            messages = prompt_messages(source.tokenizer, turns, "")
-            size = _size([render(source.tokenizer, messages, generation_prompt=True)])
-        if size > most:
-            raise ConchError(
-                f"{name} has {size:,} bytes without its spaces, and the context of "
-                f"{source.model_id} ends at {context} tokens, each of at most {longest} bytes: "
-                "shorten it"
-            )
-    ids = prompt_ids(source.tokenizer, turns, "")
+            messages = prompt_messages(tokenizer, turns, "")
+            texts = [render(tokenizer, messages, generation_prompt=True, tools=tools)]
+        _require_size(source, texts, name)
+    ids = prompt_ids(tokenizer, turns, "", tools=tools)
     source.require_rows(ids, name)
     return ids
+
+
+def checked_text(source: ModelSource, text: str, name: str) -> list[int]:
+    """Token ids of a text that a model continues as it is; see `checked_prompt`."""
+    _require_size(source, [text], name)
+    ids = text_ids(source.tokenizer, text)
+    source.require_rows(ids, name)
+    return ids
+
+
+def _most_bytes(source: ModelSource) -> int | None:
+    """Most bytes that the context's tokens can stand for; None where that is not known."""
+    context, longest = source.context_length, longest_token(source.tokenizer)
+    return None if context is None or longest is None else context * longest
+
+
+def _too_large(source: ModelSource, texts: Sequence[str]) -> bool:
+    most = _most_bytes(source)
+    return most is not None and _size(texts) > most
+
+
+def _require_size(source: ModelSource, texts: Sequence[str], name: str) -> None:
+    """Refuse texts of more bytes than the context's tokens can stand for."""
+    if _too_large(source, texts):
+        raise ConchError(
+            f"{name} has {_size(texts):,} bytes without its spaces, and the context of "
+            f"{source.model_id} ends at {source.context_length} tokens, each of at most "
+            f"{longest_token(source.tokenizer)} bytes: shorten it"
+        )
 
 
 @lru_cache(maxsize=4)

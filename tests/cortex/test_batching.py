@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request, make_request_sampler
+from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request
+from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
 from cortex_models import TEXTS, FlatMLP, train_adapter, write_adapter

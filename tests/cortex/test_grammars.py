@@ -54,7 +54,7 @@ def engine(base, adapter):
 def request(base, domain, text="The owl", schema=SHORT, **more) -> Request:
     more = {"max_tokens": 60, **more}
     ids = tuple(base.tokenizer.encode(text))
-    return Request(domain=domain, tokens=ids, schema=schema and json.dumps(schema), **more)
+    return Request(domain=domain, tokens=ids, form=schema and json.dumps(schema), **more)
 
 
 def by_hand(model: LanguageModel, ids: Sequence[int], schema, steps: int):
@@ -96,7 +96,7 @@ def test_a_mixed_batch_writes_what_each_would_alone(base, adapter, engine):
             free = engine.run([each])[0]
             assert [piece.token for piece in pieces] == [piece.token for piece in free]
             continue
-        expected = by_hand(model, each.tokens, json.loads(each.schema), each.max_tokens)
+        expected = by_hand(model, each.tokens, json.loads(each.form), each.max_tokens)
         assert [piece.token for piece in pieces] == [token for token, _, _ in expected]
         for piece, (_, log_prob, removed) in zip(pieces, expected, strict=True):
             assert piece.log_prob == pytest.approx(log_prob, abs=2e-4)
@@ -136,7 +136,7 @@ def test_who_leaves_takes_its_grammar_along(base, engine):
     while engine.pending:
         pieces += engine.step()
     assert {piece.uid for piece in pieces} == {second}
-    assert not engine._held
+    assert not engine._rows
 
 
 @pytest.mark.parametrize("domain", DOMAIN_SCHEMAS)

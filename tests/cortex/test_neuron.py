@@ -193,8 +193,15 @@ def test_what_is_certain_streams_and_what_may_change_comes_whole(alone, helped):
     assert only.text == only.answer.text == whole.text
     [only] = helped["owls"].stream(OPENING, max_tokens=8, hand_over="always")
     assert only.text == only.answer.text and only.answer.answered_by == "ego"
-    [only] = alone["thinking"].stream(QUESTION, max_tokens=120)
-    assert only.answer.valid and only.text == only.answer.text
+    *parts, last = alone["thinking"].stream(QUESTION, max_tokens=120)
+    assert len(parts) > 3 and last.answer.valid
+    assert "".join(part.text for part in parts) == last.answer.text
+    [only] = alone["thinking"].stream(QUESTION, max_tokens=120, constrained=False)
+    assert only.text == only.answer.text
+    *parts, last = alone["thinking"].stream(QUESTION, max_tokens=5)
+    assert not last.answer.valid and not last.answer.repaired
+    assert "is not valid, and was shown" in last.answer.reason
+    assert alone["thinking"].ask(QUESTION, max_tokens=5).repaired
 
 
 def test_a_stream_that_is_left_ends_its_request(alone):

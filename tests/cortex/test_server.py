@@ -267,8 +267,8 @@ def test_the_clients_mistakes_are_told_in_one_line(client):
     with pytest.raises(openai.NotFoundError, match="no model 'memory': there is boxes") as error:
         ask(client, "memory", "a")
     assert error.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="n is not supported"):
-        ask(client, "owls", "a", n=2)
+    with pytest.raises(openai.BadRequestError, match="n is 0: give a whole number"):
+        ask(client, "owls", "a", n=0)
     with pytest.raises(openai.BadRequestError, match="context of embedded:student ends at 512"):
         ask(client, "owls", "word " * 600, stream=True)
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
@@ -288,7 +288,7 @@ def test_what_no_client_sends_is_refused_in_the_same_shape(server):
         (413, raw(server, "POST", path, huge)),
         (415, raw(server, "POST", path, b"{}", Content_Type="text/plain")),
         (400, raw(server, "POST", path, b"{")),
-        (404, raw(server, "GET", "/v1/completions")),
+        (404, raw(server, "GET", "/v1/responses")),
         (405, raw(server, "GET", path)),
         (403, raw(server, "GET", "/v1/models", Host="evil.example:80")),
         (403, raw(server, "GET", "/v1/models", Origin="https://evil.example")),
@@ -405,7 +405,9 @@ def test_too_many_requests_are_told_to_come_back(adapters, whole_tale):
     with served(adapters, pause_s=0.01, max_queue=1) as server, client_of(server) as client:
         parts = tale(client)
         first = next(parts)
-        with pytest.raises(openai.RateLimitError, match="1 requests wait") as error:
+        with pytest.raises(
+            openai.RateLimitError, match="1 answers are waited for at most"
+        ) as error:
             ask(client, "owls", "The owl", max_tokens=2)
         assert error.value.response.headers["retry-after"] == "1"
         assert first + "".join(parts) == whole_tale

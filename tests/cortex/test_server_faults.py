@@ -17,7 +17,7 @@ import pytest
 
 from conch_dna.cortex.neuron import MOST_NOTES, CortexSuite, create_cortex_suite
 from conch_dna.cortex.server import app
-from conch_dna.cortex.server.app import ChatEndpoint
+from conch_dna.cortex.server.app import AnswerEndpoint
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.ego import prompts
 from conch_dna.ego.model import EgoConfig, EgoModel
@@ -200,7 +200,7 @@ def test_long_prompts_are_tokenised_beside_short_ones(served_adapters, monkeypat
 
 
 def test_a_thread_rests_between_two_long_bodies(server):
-    chat = ChatEndpoint(server._loop, lambda request: None)
+    chat = AnswerEndpoint(server._loop, lambda request: None)
     began = time.monotonic()
     for _ in range(3):
         chat._rested(time.sleep, 0.02)

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from conch_dna.cortex.options import ServerSettings
-from conch_dna.cortex.server.openai_api import Shapes, parse_chat
+from conch_dna.cortex.server.openai_api import ChatRequest, CompletionRequest, parse_request
+from conch_dna.cortex.server.replies import ChatReplies
 from conch_dna.cortex.turn import Answer
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError
@@ -15,15 +16,26 @@ from conch_dna.web.door import ApiError
 ASKED = {"model": "owls", "messages": [{"role": "user", "content": "hello"}]}
 
 
+def parse_chat(body):
+    return parse_request(body, ChatRequest)
+
+
 def parsed(**more):
     return parse_chat(json.dumps(ASKED | more).encode())
+
+
+def options_of(**more):
+    """How the first answer is drawn."""
+    return parsed(**more).questions[0][1]
 
 
 def test_what_is_not_said_has_its_default():
     chat = parsed()
     assert (chat.model, chat.stream, chat.stream_options.include_usage) == ("owls", False, None)
     assert chat.turns == [{"role": "user", "content": "hello"}]
-    assert (chat.options.temperature, chat.options.top_p, chat.options.hand_over) == (0, 1, "auto")
+    [(turns, options)] = chat.questions
+    assert turns == chat.turns
+    assert (options.temperature, options.top_p, options.hand_over) == (0, 1, "auto")
 
 
 def test_what_is_said_is_taken():
@@ -42,7 +54,7 @@ def test_what_is_said_is_taken():
             {"role": "user", "content": "d"},
         ],
     )
-    options = chat.options
+    [(_, options)] = chat.questions
     assert (options.max_tokens, options.temperature, options.top_p, options.seed) == (7, 1, 0.5, 3)
     assert (options.hand_over, options.structured, options.system) == ("never", False, "Be short.")
     assert chat.stream and chat.stream_options.include_usage
@@ -51,17 +63,14 @@ def test_what_is_said_is_taken():
 
 
 def test_who_draws_without_a_seed_gets_another_answer_each_time():
-    assert len({parsed(temperature=1).options.seed for _ in range(5)}) > 1
-    assert len({parsed().options.seed for _ in range(5)}) == 1
+    assert len({options_of(temperature=1).seed for _ in range(5)}) > 1
+    assert len({options_of().seed for _ in range(5)}) == 1
 
 
 def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
-    assert (
-        parsed(
-            n=1, stop=None, logprobs=False, tools=[], response_format={"type": "text"}, user="u"
-        ).options
-        == parsed(metadata={"a": "b"}, store=True).options
-    )
+    assert options_of(
+        n=1, stop=None, logprobs=False, tools=[], response_format={"type": "text"}, user="u"
+    ) == options_of(metadata={"a": "b"}, store=True)
 
 
 @pytest.mark.parametrize(
@@ -76,25 +85,39 @@ def test_what_changes_nothing_or_is_for_records_is_taken_and_dropped():
     ],
 )
 def test_what_the_api_takes_and_changes_nothing_here_is_taken(more):
-    assert (parsed(**more).turns, parsed(**more).options) == (parsed().turns, parsed().options)
+    assert (parsed(**more).turns, options_of(**more)) == (parsed().turns, options_of())
+    assert parsed(**more).ignored == []
 
 
 @pytest.mark.parametrize("seed", [0, 10**9, 10**9 + 1, -1, 2**40, 2**63 - 1, -(2**63)])
 def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
-    options = parsed(seed=seed).options
-    assert options.seed == parsed(seed=seed).options.seed == seed % (10**9 + 1)
+    options = options_of(seed=seed)
+    assert options.seed == options_of(seed=seed).seed == seed % (10**9 + 1)
     assert EgoConfig(seed=options.seed)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"n": 2}, "n is not supported by this server"),
-        ({"n": True}, "n is not supported"),
-        ({"stop": ["."]}, "stop is not supported"),
-        ({"logprobs": True}, "logprobs is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"n": 0}, "n is 0: give a whole number from 1 to 128"),
+        ({"n": True}, "n is True"),
+        ({"stop": [""]}, r"stop\[0\] is '': give a text, or at most 16"),
+        ({"stop": ["a"] * 17}, r"stop is \['a', 'a'.*: give a text, or at most 16"),
+        ({"logprobs": 3}, "logprobs is 3: give true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21: give .* from 0 to 20"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias has 'a': give ids of tokens"),
+        ({"logit_bias": {"1": 101}}, r"logit_bias.1 is 101: give an object of at most 1,024"),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\].function is missing: give an object"),
+        ({"tools": [{"type": "web"}]}, r"tools\[0\].type is 'web': give function"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 1}}}]},
+            "parameters of a function: the schema's type is 1: answers are objects",
+        ),
+        ({"tool_choice": "maybe"}, "tool_choice.type is 'maybe': give none, auto, required"),
+        ({"functions": [{}]}, "functions is not supported by this server: use tools"),
         ({"response_format": {"type": "xml"}}, "response_format.type is 'xml': give text"),
         ({"response_format": {"type": "json_schema"}}, "give both or neither"),
         (
@@ -106,12 +129,12 @@ def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
             },
             "answers are objects",
         ),
-        ({"best_of": 3}, "best_of is not supported by this server: leave it out"),
+        ({"modalities": ["audio"]}, "modalities is not supported by this server: leave it out"),
         ({"model": None}, "model is missing"),
         ({"messages": None}, "messages is missing: give a list of objects"),
         ({"messages": []}, r"messages is \[\]: give a list of objects"),
         ({"messages": ["hello"]}, r"messages\[0\] is 'hello': give a list of objects"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\].role is 'tool'"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\].role is 'robot'"),
         (
             {"messages": [{"role": "user"}]},
             r"messages\[0\].content is missing: give a text",
@@ -122,7 +145,7 @@ def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
         ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
-            r"messages\[0\].tool_calls is not supported",
+            r"messages\[0\].tool_calls\[0\] is 1: give a list of objects with id",
         ),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5"),
@@ -136,12 +159,11 @@ def test_every_seed_of_64_bits_draws_and_ego_takes_it_too(seed):
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": 2**63}, "seed is 9223372036854775808: give a whole number of 64 bits"),
         ({"seed": 0.5}, "seed is 0.5"),
-        ({"top_logprobs": 2}, "top_logprobs is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: set it to true"),
         ({"verbosity": "low"}, "verbosity is not supported"),
         ({"messages": [{"role": "user", "content": "a", "name": 1}]}, r"messages\[0\].name is 1"),
         ({"stream": "yes"}, "stream is 'yes'"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not supported"),
         (
             {"stream": True, "stream_options": 1},
             "stream_options is 1: give an object",
@@ -169,11 +191,11 @@ def test_what_is_not_supported_is_refused_by_its_name(more, message):
 
 def test_all_that_is_wrong_is_told_at_once_and_values_are_cut():
     with pytest.raises(ApiError) as refused:
-        parsed(best_of=1, temperature=-1, messages=[{"role": "x" * 10**5, "content": 1}] * 9)
+        parsed(temperature=-1, messages=[{"role": "x" * 10**5, "content": 1}] * 9)
     message = str(refused.value)
-    assert "messages[0].role is 'xxx" in message and "messages[3].content is 1" in message
-    assert message.endswith("; and 12 more") and len(message) < 1000
-    assert refused.value.param == "messages[0].role"
+    assert "messages[0].role is 'xxx" in message and "messages[2].content is 1" in message
+    assert message.endswith("; and 11 more") and len(message) < 1000
+    assert refused.value.param == "temperature"
 
 
 def many(piece, count=2**20):
@@ -188,10 +210,8 @@ def many(piece, count=2**20):
         (many("[]"), "more than 50,000 values"),
         (many('"m"').replace('"messages"', '"m"').replace('"x"', '"messages"'), "50,000 values"),
         (many("{}").replace('"messages"', '"m"').replace('"x"', '"messages"'), "50,000 values"),
-        (many("0", 45_000), "x is not supported"),
         (many("0", 45_000).replace('"messages"', '"m"').replace('"x"', '"messages"'), "is 0"),
         (json.dumps(ASKED | {str(n): 1 for n in range(80_000)}), "more than 50,000 values"),
-        (json.dumps(ASKED | {str(n): 1 for n in range(40_000)}), "39992 more"),
     ],
 )
 def test_what_is_wrong_with_a_large_body_is_told_in_no_time_and_few_words(body, message):
@@ -201,6 +221,43 @@ def test_what_is_wrong_with_a_large_body_is_told_in_no_time_and_few_words(body, 
     # Far above what it takes, and far below a search that grows with the square.
     assert time.process_time() - began < 8
     assert len(str(refused.value)) < 2000
+
+
+def test_what_is_not_known_is_ignored_and_named():
+    began = time.process_time()
+    chat = parsed(
+        **{str(n): 1 for n in range(40_000)},
+        messages=[{"role": "user", "content": "hello", "mood": 1}] * 2,
+        stream=True,
+        stream_options={"x": 1},
+    )
+    assert time.process_time() - began < 8
+    assert len(chat.ignored) == 40_002
+    assert {"0", "39999", "messages.mood", "stream_options.x"} <= set(chat.ignored)
+    assert [turn["content"] for turn in chat.turns] == ["hello", "hello"]
+
+
+def test_texts_are_asked_for_by_a_prompt_alone():
+    body = {"model": "owls", "prompt": ["a", "b"], "n": 2, "seed": 4, "logprobs": 3, "stop": "."}
+    asked = parse_request(json.dumps(body).encode(), CompletionRequest)
+    assert [(prompt, options.seed) for prompt, options in asked.questions] == [
+        ("a", 4),
+        ("a", 5),
+        ("b", 4),
+        ("b", 5),
+    ]
+    options = asked.questions[0][1]
+    assert options.plain and options.hand_over == "never"
+    assert (options.top_logprobs, options.stop) == (3, (".",))
+    for more, message in [
+        ({"prompt": [1, 2]}, r"prompt\[0\] is 1: give .*; token ids are not taken"),
+        ({"prompt": []}, r"prompt is \[\]"),
+        ({"suffix": "end"}, "suffix is not supported"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"echo": True}, "leave out echo or logprobs"),
+    ]:
+        with pytest.raises(ApiError, match=message):
+            parse_request(json.dumps(body | more).encode(), CompletionRequest)
 
 
 @pytest.mark.parametrize("text", [", " * 60_000, '","' * 60_000, "\\," * 60_000])
@@ -263,7 +320,7 @@ def test_a_reply_tells_who_answered_and_what_the_check_found():
         prompt_tokens=3,
         completion_tokens=4,
     )
-    told = Shapes("thinking").completion(answer)
+    told = ChatReplies("thinking", (), counts=False).whole([answer])
     conch = told["conch"]
     assert (conch["answered_by"], conch["reason"], conch["confidence"]) == ("neuron", "why", 0.5)
     assert (conch["parsed"], conch["valid"], conch["problems"]) == ({"a": 1}, True, ())
@@ -280,8 +337,10 @@ def test_usage_is_only_told_where_it_is_known():
         "completion_tokens": 4,
     }
     known, unknown = (Answer(**counts, prompt_tokens=count) for count in (3, None))
-    assert Shapes("m").completion(known)["usage"]["total_tokens"] == 7
-    assert Shapes("m").completion(unknown)["usage"] is None
+    replies = ChatReplies("m", (), counts=False)
+    assert replies.whole([known])["usage"]["total_tokens"] == 7
+    assert replies.whole([known, known])["usage"]["total_tokens"] == 14
+    assert replies.whole([known, unknown])["usage"] is None
 
 
 @pytest.mark.parametrize(

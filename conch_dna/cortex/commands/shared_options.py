@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S")
-ANSWERING = ("max_tokens", "temperature", "top_p", "seed", "hand_over")
+ANSWERING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "hand_over",
+)
 
 
 domain_argument = click.argument("domain", help="Whose neuron, such as thinking.")
@@ -106,6 +116,9 @@ def answer_options(command: F) -> F:
         metavar="FILE",
         type=click.Path(dir_okay=False, path_type=Path),
         help="JSON schema of an object that answers keep to, instead of the domain's.",
+    )(command)
+    command = click.option(
+        "--stop", metavar="TEXT", multiple=True, help="End the answer before this; may be repeated."
     )(command)
     command = options_of(AskOptions, only=ANSWERING)(command)
     return click.option(

@@ -7,7 +7,7 @@ way to draw tokens: a field of `DrawOptions`, and a branch in `make_request_samp
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import content_digest
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
+from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.cortex.engine.grammars import Grammars, HeldSampler
 from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
@@ -27,8 +27,6 @@ from conch_dna.training.data.answers import make_sampler, takes_unequal_rows
 
 PREFILL_ROWS = 8
 MAX_PREFIX_BYTES = 256 * 2**20
-
-Sampler = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,8 @@ class Request(DrawOptions):
         tokens: Ids of the whole prompt.
         prefix: A beginning of `tokens` that other requests of the domain have too, such as its
             system prompt; it is computed once.
-        schema: A JSON schema as JSON text, to which the answer is held; None for a free one.
+        form: What the answer is held to, see `Grammars.matcher`; None for a free one.
+        top_logprobs: How many of the likeliest tokens each piece tells.
 
     Raises:
         ConchError: A value is out of its range, or the prefix is no beginning of the tokens.
@@ -49,7 +48,8 @@ class Request(DrawOptions):
     domain: str | None
     tokens: tuple[int, ...]
     prefix: tuple[int, ...] = ()
-    schema: str | None = None
+    form: str | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +67,12 @@ class Piece:
         uid: The request's number.
         token: Its id; the token that stops an answer comes too.
         log_prob: Its log-probability in nats, at temperature 1 and over the real tokens, whatever
-            a schema allows.
+            a form allows and a penalty takes.
         finish_reason: None until the last token; then "stop" or, where max_tokens or the
             context ends, "length".
-        removed: The share of probability that the request's schema did not allow; None without.
+        removed: The share of probability that the request's form did not allow; None without.
+        top: The likeliest tokens with their log-probabilities, as many as were asked for, the
+            likeliest first.
     """
 
     uid: int
@@ -78,19 +80,7 @@ class Piece:
     log_prob: float
     finish_reason: Literal["stop", "length"] | None
     removed: float | None = None
-
-
-def make_request_sampler(request: Request, vocabulary_size: int) -> Sampler:
-    """A sampler for one request, with a chain of random keys that follows from its seed alone."""
-    key = mx.random.key(int(content_digest("request", str(request.seed))[:16], 16))
-    draw = make_sampler(request.temperature, vocabulary_size, key)
-    if request.temperature == 0 or request.top_p == 1:
-        return draw
-    from mlx_lm.sample_utils import apply_top_p
-
-    # As an array it is an input of the compiled function, which a number would compile anew.
-    top_p = mx.array(request.top_p)
-    return lambda log_probs: draw(apply_top_p(log_probs, top_p))
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @contextmanager
@@ -128,6 +118,23 @@ class _Lane:
     model: RoutedModel
     generator: Any
     uids: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request that is not finished.
+
+    Attributes:
+        lane: Where it is.
+        inner: Its number there.
+        held: Draws its tokens, where they are held to a form.
+        top: How many of the likeliest tokens it wants to know.
+    """
+
+    lane: _Lane
+    inner: int
+    held: HeldSampler | None
+    top: int
 
 
 class AnswerEngine:
@@ -177,8 +184,7 @@ class AnswerEngine:
         self.max_batch = max_batch
         self.prefixes = PrefixCaches(max_prefix_bytes)
         self._lanes: list[_Lane] = []
-        self._where: dict[int, tuple[_Lane, int]] = {}
-        self._held: dict[int, HeldSampler] = {}
+        self._rows: dict[int, _Row] = {}
         self._grammars = Grammars(bank.base.tokenizer)
         self._next_uid = 0
         self._shares: tuple[int, bool] | None = None
@@ -187,7 +193,7 @@ class AnswerEngine:
     @property
     def pending(self) -> int:
         """Requests that are not finished."""
-        return len(self._where)
+        return len(self._rows)
 
     @property
     def shares_batches(self) -> bool:
@@ -217,11 +223,11 @@ class AnswerEngine:
         prefix = request.prefix[: len(request.tokens) - 1]
         cache = self.prefixes.get(request.domain, lane.model.trees[row], prefix)
         sampler = self._greedy
-        if request.temperature > 0:
+        if not request.is_greedy:
             sampler = make_request_sampler(request, self.bank.vocabulary_size)
         held = None
-        if request.schema is not None:
-            matcher = self._grammars.matcher(request.schema)
+        if request.form is not None:
+            matcher = self._grammars.matcher(request.form)
             sampler = held = HeldSampler(matcher, sampler, self._grammars.ends)
         [inner] = lane.generator.insert(
             [list(request.tokens[len(prefix) :])],
@@ -233,9 +239,7 @@ class AnswerEngine:
         uid = self._next_uid
         self._next_uid += 1
         lane.uids[inner] = uid
-        self._where[uid] = (lane, inner)
-        if held is not None:
-            self._held[uid] = held
+        self._rows[uid] = _Row(lane, inner, held, request.top_logprobs)
         return uid
 
     def check(self, request: Request) -> int:
@@ -246,13 +250,15 @@ class AnswerEngine:
 
         Raises:
             ConchError: There is no such domain, the prompt fills the context, or it has tokens
-                that the model has not; or its schema is refused, see `Grammars.matcher`.
+                that the model has not; or its form is refused, see `Grammars.matcher`.
         """
-        if request.schema is not None:
-            self._grammars.matcher(request.schema)
+        if request.form is not None:
+            self._grammars.matcher(request.form)
         if request.domain is not None:
             self.bank.get(request.domain)
         rows = self.bank.vocabulary_size
+        if unknown := [token for token, _ in request.logit_bias if not 0 <= token < rows]:
+            raise ConchError(f"logit_bias has the token {unknown[0]}: give tokens 0 to {rows - 1}")
         if wrong := [token for token in request.tokens if not 0 <= token < rows]:
             raise ConchError(
                 f"the prompt has the token {wrong[0]}, but {self.bank.base.model_id} has tokens 0 "
@@ -270,13 +276,12 @@ class AnswerEngine:
 
     def cancel(self, uid: int) -> None:
         """Forget a request; nothing happens if it is finished already."""
-        if uid not in self._where:
+        if uid not in self._rows:
             return
-        lane, inner = self._where.pop(uid)
-        self._held.pop(uid, None)
-        del lane.uids[inner]
-        with mx.stream(lane.generator.stream):
-            lane.generator.remove([inner])
+        row = self._rows.pop(uid)
+        del row.lane.uids[row.inner]
+        with mx.stream(row.lane.generator.stream):
+            row.lane.generator.remove([row.inner])
         self._drop_idle()
 
     @interrupt_held_back()
@@ -304,7 +309,7 @@ class AnswerEngine:
             ConchError: One of them is refused; none is answered then.
             ValueError: Other requests are under way, whose pieces would be lost.
         """
-        if self._where:
+        if self._rows:
             raise ValueError(f"{self.pending} requests are under way: step until they are done")
         for request in requests:
             self.check(request)
@@ -322,7 +327,7 @@ class AnswerEngine:
 
     def abandon(self) -> None:
         """Forget all requests after a failure, and whatever it may have left broken."""
-        lanes, self._lanes, self._where, self._held = self._lanes, [], {}, {}
+        lanes, self._lanes, self._rows = self._lanes, [], {}
         for owner in (*self.bank.names, None):
             self.prefixes.forget(owner)
         for lane in lanes:
@@ -332,7 +337,7 @@ class AnswerEngine:
 
     def close(self) -> None:
         """Forget all requests and free what they hold."""
-        for uid in list(self._where):
+        for uid in list(self._rows):
             self.cancel(uid)
         for lane in self._lanes:
             lane.generator.close()
@@ -370,20 +375,28 @@ class AnswerEngine:
         if not responses:
             return []
         uids = [lane.uids[response.uid] for response in responses]
+        rows = [self._rows[uid] for uid in uids]
         # One transfer for the whole batch.
         figures = mx.stack(
             [response.logprobs[response.token] for response in responses]
-            + [self._held[uid].removed.popleft() for uid in uids if uid in self._held]
+            + [row.held.removed.popleft() for row in rows if row.held is not None]
         )
         log_probs, removed = np.split(np.asarray(figures), [len(uids)])
         shares = iter(removed.tolist())
         pieces = []
-        for uid, response, log_prob in zip(uids, responses, log_probs, strict=True):
-            share = next(shares) if uid in self._held else None
+        for uid, row, response, log_prob in zip(uids, rows, responses, log_probs, strict=True):
+            share = next(shares) if row.held is not None else None
             token, reason = int(response.token), response.finish_reason
-            pieces.append(Piece(uid, token, float(log_prob), reason, share))
+            top = _likeliest(response.logprobs, row.top) if row.top else ()
+            pieces.append(Piece(uid, token, float(log_prob), reason, share, top))
             if reason is not None:
                 del lane.uids[response.uid]
-                del self._where[uid]
-                self._held.pop(uid, None)
+                del self._rows[uid]
         return pieces
+
+
+def _likeliest(log_probs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
+    """So many tokens of `[tokens]` with their log-probabilities, the likeliest first."""
+    found = np.asarray(log_probs)
+    best = np.argsort(-found, kind="stable")[:count]
+    return tuple((int(token), float(found[token])) for token in best)

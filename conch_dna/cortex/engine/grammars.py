@@ -39,29 +39,30 @@ class Grammars:
         self._lock = threading.Lock()
         self.ends: frozenset[int] = frozenset(tokenizer.eos_token_ids)
 
-    def matcher(self, schema: str) -> "LLMatcher":
+    def matcher(self, form: str) -> "LLMatcher":
         """A grammar at its beginning.
 
         Args:
-            schema: A JSON schema as JSON text. Keywords that no grammar can hold, such as
-                uniqueItems, are left to whoever checks the whole answer.
+            form: A JSON schema as JSON text, or a grammar in llguidance's Lark. Keywords of a
+                schema that no grammar can hold, such as uniqueItems, are left to whoever checks the
+                whole answer.
 
         Raises:
             ConchError: It is too long, cannot be compiled, or no text can keep to it; or the
                 tokenizer is of a kind that llguidance does not read.
         """
         with self._lock:
-            if schema not in self._kept:
-                self._kept[schema] = self._compiled(schema)
+            if form not in self._kept:
+                self._kept[form] = self._compiled(form)
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-            self._kept.move_to_end(schema)
-            return self._kept[schema].deep_copy()
+            self._kept.move_to_end(form)
+            return self._kept[form].deep_copy()
 
-    def _compiled(self, schema: str) -> "LLMatcher":
+    def _compiled(self, form: str) -> "LLMatcher":
         from llguidance import LLMatcher
 
-        size = len(schema.encode())
+        size = len(form.encode())
         if size > MAX_SCHEMA_BYTES:
             raise ConchError(
                 f"the answer's JSON schema has {size:,} bytes: at most {MAX_SCHEMA_BYTES:,} are "
@@ -71,7 +72,9 @@ class Grammars:
             self._tokens = self._read_tokenizer()
         options: Any = {"lenient": True, "whitespace_pattern": WHITESPACE}
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+            grammar = form
+            if form.startswith("{"):
+                grammar = LLMatcher.grammar_from_json_schema(form, overrides=options)
         except ValueError as error:
             raise ConchError(f"the answer's JSON schema is none: {one_line(error)}") from error
         matcher = LLMatcher(self._tokens, grammar, log_level=0)

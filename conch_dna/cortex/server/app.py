@@ -1,29 +1,37 @@
-"""The server's addresses: who may ask them, chat completions, and how refusals are told.
+"""The server's addresses: who may ask them, chats and texts, and how refusals are told.
 
 Knows Starlette, ASGI and jobs; nothing of models, which run in other threads than these
-connections. Another address: a method of `Addresses` and its route in `make_app`. Another kind of
-event to send: a branch in `_Connection`.
+connections. Another address: a method of `Addresses` and its route in `make_app`; one whose answers
+are a model's: a line in `ANSWERED`. Another kind of event to send: a branch in `_Connection`.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from conch_dna import __version__
-from conch_dna.cortex.server.jobs import Job
+from conch_dna.cortex.server.jobs import Events, Job, Part, Question
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
 from conch_dna.cortex.server.openai_api import (
-    COMMENT,
-    Shapes,
-    model_entry,
-    parse_chat,
-    server_sent_event,
+    AnyRequest,
+    ChatRequest,
+    CompletionRequest,
+    parse_request,
     unknown_model,
+)
+from conch_dna.cortex.server.replies import (
+    COMMENT,
+    ChatReplies,
+    TextReplies,
+    model_entry,
+    server_sent_event,
 )
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError, one_line
@@ -35,8 +43,15 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+ANSWERED: dict[str, type[AnyRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
 CLIENT_GONE = 499
+# So many names of fields that are not known are told in a header.
+_MOST_NAMES = 8
 UNKNOWN = "unknown"
+WARNING_HEADER = "x-conch-warning"
 # Bodies from here on are read by another thread, so that short ones do not wait for them.
 _LARGE = 2**15
 # After a long body its thread rests so many times as long as it worked: Python's threads share one
@@ -50,7 +65,7 @@ _STREAM_HEADERS = [
 ]
 
 
-def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
+def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, AnswerEndpoint]":
     """The ASGI application of a server, and what knows who waits.
 
     Args:
@@ -61,10 +76,10 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
     from starlette.routing import Route
 
     check = partial(check_door, key=key.encode())
-    chat = ChatEndpoint(loop, check)
+    chat = AnswerEndpoint(loop, check)
     addresses = Addresses(loop, chat, check)
     routes = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        *(Route(path, chat, methods=["POST"]) for path in ANSWERED),
         Route("/v1/models", addresses.models),
         Route("/v1/models/{name}", addresses.model),
         Route("/health", addresses.health),
@@ -79,7 +94,7 @@ def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
 
 @dataclass
 class Addresses:
-    """What is answered besides chat completions.
+    """What is answered besides chats and texts.
 
     Attributes:
         loop: Knows the suite.
@@ -89,7 +104,7 @@ class Addresses:
     """
 
     loop: ServerLoop
-    chat: "ChatEndpoint"
+    chat: "AnswerEndpoint"
     check: "Callable[[Request], None]"
     began: float = field(default_factory=time.time)
 
@@ -143,8 +158,8 @@ class Addresses:
         return json_response({"changed": changed, "domains": self.loop.models, "notes": notes})
 
 
-class ChatEndpoint:
-    """The ASGI application of /v1/chat/completions.
+class AnswerEndpoint:
+    """The ASGI application of the addresses in `ANSWERED`.
 
     Bodies are read and prompts tokenised in threads of its own: neither other connections nor the
     models wait for that. What is not whole yet has no place in the queue.
@@ -159,8 +174,9 @@ class ChatEndpoint:
 
     def __init__(self, loop: ServerLoop, check: "Callable[[Request], None]") -> None:
         self.unfinished = 0
-        # A place is free before the answer's end is sent, so that a client may go on at once.
-        self._places: set[Request] = set()
+        # A place is free before the answer's end is sent, so that a client may go on at once. Each
+        # of a request's answers has one.
+        self._places: dict[Request, int] = {}
         self._short_bodies = ThreadPoolExecutor(2, "short bodies")
         self._long_bodies = ThreadPoolExecutor(1, "long bodies")
         self._rest_until = 0.0
@@ -174,19 +190,23 @@ class ChatEndpoint:
         request = Request(scope, receive)
         began = time.perf_counter()
         model, status, counted = UNKNOWN, 500, False
-        leave = partial(self._places.discard, request)
+        leave = partial(self._places.pop, request, None)
         try:
             self._check(request)
-            self._check_room(len(self._places) + 1)
+            self._check_room(request, 1)
             body = await self._whole_body(request)
             # Before the look whether the server is stopping: who is counted is waited for.
             self.unfinished, counted = self.unfinished + 1, True
-            self._places.add(request)
-            self._check_room(len(self._places))
-            chat = await self._read(body, parse_chat, body)
-            model = chat.model if chat.model in self._loop.models else UNKNOWN
-            job = Job(chat, await self._read(body, self._loop.prepare, chat), began=began)
-            status = await self._answer(_Connection(self._loop, job, request, send, leave))
+            self._take_places(request, 1)
+            kind = ANSWERED[request.scope["path"]]
+            asked = await self._read(body, parse_request, body, kind)
+            model = asked.model if asked.model in self._loop.models else UNKNOWN
+            questions = await self._read(body, self._loop.prepare, asked)
+            self._take_places(request, len(questions))
+            replies = make_replies(self._loop, asked, questions)
+            connection = _Connection(self._loop, asked, questions, replies, request, send, leave)
+            connection.began = began
+            status = await self._answer(connection)
         except ApiError as error:
             status = error.status
             raise
@@ -229,14 +249,20 @@ class ChatEndpoint:
             ended = time.monotonic()
             self._rest_until = ended + _REST * (ended - began)
 
-    def _check_room(self, places: int) -> None:
+    def _take_places(self, request: "Request", count: int) -> None:
+        self._places[request] = count
+        self._check_room(request, count)
+
+    def _check_room(self, request: "Request", count: int) -> None:
         if self._loop.stopping:
             raise ApiError(503, STOPPING, headers={"Retry-After": "5"})
         most = self._loop.settings.max_queue
-        if places > most:
+        others = sum(self._places.values()) - self._places.get(request, 0)
+        if others + count > most:
             raise ApiError(
                 429,
-                f"{most} requests wait or are answered, as many as may: ask again later",
+                f"{most} answers are waited for at most, and there are {others} already: ask again "
+                "later",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
@@ -259,31 +285,56 @@ class ChatEndpoint:
             connection.close()
 
 
+def make_replies(loop: ServerLoop, asked: AnyRequest, questions: Sequence[Question]) -> ChatReplies:
+    """What writes the replies to a request.
+
+    Raises:
+        ApiError: Log-probabilities are asked for, and the tokenizer does not list its tokens.
+    """
+    told = any(each.options.top_logprobs is not None for each in questions)
+    texts = loop.token_texts() if told else ()
+    counts = bool(asked.stream_options.include_usage)
+    if isinstance(asked, ChatRequest):
+        return ChatReplies(asked.model, texts, counts=counts)
+    prompts = [str(each.prompt) if asked.echo else "" for each in questions]
+    return TextReplies(asked.model, texts, prompts, counts=counts)
+
+
 @dataclass
 class _Connection:
-    """One job and the client that waits for it.
+    """The jobs of one request, and the client that waits for them.
 
     Attributes:
         loop: Answers.
-        job: Is put into it.
+        asked: By the client.
+        questions: What is to be answered.
+        replies: Writes what is sent.
         request: Of the client.
         send: To the client.
-        leave: Frees the client's place in the queue.
-        done: Whether the last event has come.
+        leave: Frees the client's places in the queue.
+        began: When the request came, on `time.perf_counter`.
+        answers: Those that are there.
         has_text: Whether a text has come.
     """
 
     loop: ServerLoop
-    job: Job
+    asked: AnyRequest
+    questions: list[Question]
+    replies: ChatReplies
     request: "Request"
     send: "Send"
-    leave: Callable[[], None]
-    done: bool = False
+    leave: Callable[[], object]
+    began: float = field(default_factory=time.perf_counter)
+    answers: dict[int, Answer] = field(default_factory=dict)
     has_text: bool = False
 
     def __post_init__(self) -> None:
-        self.shapes = Shapes(self.job.chat.model)
-        self.loop.put(self.job)
+        self.events: Events = asyncio.Queue()
+        # Tokens whose log-probabilities were sent, of each answer.
+        self.told = [0] * len(self.questions)
+        self.jobs = [Job(each, self.events, index) for index, each in enumerate(self.questions)]
+        for job in self.jobs:
+            self.loop.put(job)
 
     async def client_gone(self) -> None:
         """Wait until the client has left."""
@@ -292,8 +343,9 @@ class _Connection:
 
     def close(self) -> None:
         """Nobody reads the rest."""
-        if not self.done:
-            self.loop.forget(self.job)
+        for job in self.jobs:
+            if job.index not in self.answers:
+                self.loop.forget(job)
 
     async def answer(self) -> int:
         """Send the whole reply; gives its status.
@@ -301,68 +353,104 @@ class _Connection:
         Raises:
             ApiError: There is none, and nothing was sent.
         """
-        # Whether the request can be answered.
-        await self._next()
-        if self.job.chat.stream:
-            return await self._stream()
-        while not isinstance(answer := await self._next(), Answer):
-            pass
-        response = json_response(self.shapes.completion(answer))
+        # Whether each can be answered; of the first ones more may have come by then.
+        begun: set[int] = set()
+        early = []
+        while len(begun) < len(self.jobs):
+            event = await self._next()
+            assert event is not None
+            begun.add(event[0])
+            early.append(event)
+        if self.asked.stream:
+            return await self._stream(deque(early))
+        while not self.done:
+            await self._next()
+        reply = self.replies.whole([self.answers[job.index] for job in self.jobs])
+        response = json_response(reply, headers=self._warning)
         await response(self.request.scope, self.request.receive, self.send)
         return 200
 
-    async def _next(self, wait_s: float | None = None) -> str | Answer | None:
-        """The next event; None where there was none in so many seconds.
+    @property
+    def done(self) -> bool:
+        """Whether all answers are there."""
+        return len(self.answers) == len(self.jobs)
+
+    @property
+    def _warning(self) -> dict[str, str]:
+        """The header that names fields that were left out of account."""
+        names = self.asked.ignored
+        if not names:
+            return {}
+        told = [name if name.isascii() and name.isprintable() else repr(name) for name in names]
+        told = [quote(name[:64], safe="._-[] ") for name in told[:_MOST_NAMES]]
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        return {WARNING_HEADER: f"not known here and ignored: {', '.join(told)}{more}"}
+
+    async def _next(self, wait_s: float | None = None) -> tuple[int, Part | Answer] | None:
+        """The next event, and of which answer; None where there was none in so many seconds.
 
         Raises:
             ApiError: It was one, or the request took too long.
         """
         longest = self.loop.settings.request_timeout_s
-        left = self.job.began + longest - time.perf_counter()
+        left = self.began + longest - time.perf_counter()
         try:
             async with asyncio.timeout(left if wait_s is None else min(wait_s, left)):
-                event = await self.job.events.get()
+                index, event = await self.events.get()
         except TimeoutError:
             if wait_s is not None and wait_s < left:
                 return None
             raise ApiError(
                 504, f"the request took longer than {longest:g} s: ask for fewer tokens"
             ) from None
-        if isinstance(event, Answer | ApiError):
-            self.done = True
-            self.leave()
         if isinstance(event, ApiError):
+            self.leave()
             raise event
-        if event and not self.has_text:
+        if isinstance(event, Answer):
+            self.answers[index] = event
+            if self.done:
+                self.leave()
+        if not self.has_text and (isinstance(event, Answer) or event.text):
             self.has_text = True
-            passed = time.perf_counter() - self.job.began
-            self.loop.metrics.first_text.labels(self.job.chat.model).observe(passed)
-        return event
+            passed = time.perf_counter() - self.began
+            self.loop.metrics.first_text.labels(self.asked.model).observe(passed)
+        return index, event
 
-    async def _stream(self) -> int:
-        await self.send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        include_usage = bool(self.job.chat.stream_options.include_usage)
-        usage = {"usage": None} if include_usage else {}
-        await self._write(self.shapes.chunk({"role": "assistant", "content": ""}, **usage))
-        status, sent = 200, False
-        while not self.done:
+    async def _stream(self, early: "deque[tuple[int, Part | Answer]]") -> int:
+        warning = [(name.encode(), value.encode()) for name, value in self._warning.items()]
+        headers = [*_STREAM_HEADERS, *warning]
+        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        for job in self.jobs:
+            await self._write(self.replies.begin(job.index))
+        sent: set[int] = set()
+        while early or not self.done:
             try:
-                event = await self._next(self.loop.settings.keep_alive_s)
+                wait_s = self.loop.settings.keep_alive_s
+                event = early.popleft() if early else await self._next(wait_s)
             except ApiError as error:
-                status = error.status
                 await self._write(server_sent_event(error.to_json()))
-                break
+                await self._write(b"", more=False)
+                return error.status
             if event is None:
                 await self._write(COMMENT)
                 continue
-            text = event if isinstance(event, str) else ("" if sent else event.text)
-            if text:
-                sent = True
-                await self._write(self.shapes.chunk({"content": text}, **usage))
-            if isinstance(event, Answer):
-                await self._write(self.shapes.end(event, include_usage=include_usage))
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-        return status
+            index, part = event
+            if isinstance(part, Answer):
+                if index not in sent and part.text:
+                    await self._write(self._part(index, Part(part.text, part.tokens)))
+                rest = None if part.tokens is None else part.tokens[self.told[index] :]
+                await self._write(self.replies.end(index, part, rest))
+            elif part.text:
+                sent.add(index)
+                await self._write(self._part(index, part))
+        await self._write(self.replies.last([self.answers[job.index] for job in self.jobs]))
+        await self._write(b"", more=False)
+        return 200
 
-    async def _write(self, data: bytes) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+    def _part(self, index: int, part: Part) -> bytes:
+        self.told[index] += len(part.tokens or ())
+        return self.replies.part(index, part.text, part.tokens)
+
+    async def _write(self, data: bytes, *, more: bool = True) -> None:
+        if data or not more:
+            await self.send({"type": "http.response.body", "body": data, "more_body": more})

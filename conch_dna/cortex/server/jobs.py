@@ -9,62 +9,114 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.cortex.server.openai_api import ChatRequest
-from conch_dna.cortex.turn import Answer, Turn
+from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.turn import Answer, Turn, ended
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
-from conch_dna.training.chats.conversations import prompt_ids, prompt_turns
+from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.web.door import ApiError
 
-# A text is a part of the answer that is final; the first is empty, and says that the request can be
-# answered. The last event of a request is an Answer or an ApiError.
-Event = str | Answer | ApiError
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an answer that is final.
+
+    Attributes:
+        text: What is said; the first is empty, and says that the request can be answered.
+        tokens: Those that it stands for, where log-probabilities were asked for.
+    """
+
+    text: str
+    tokens: tuple[Piece, ...] | None = None
+
+
+# The last event of an answer is an Answer or an ApiError.
+Event = Part | Answer | ApiError
+# Which answer of a request, and what there is of it.
+Events = asyncio.Queue[tuple[int, Event]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer that a request asks for.
+
+    Attributes:
+        model: Who is to answer.
+        prompt: A conversation, or a text to go on with.
+        options: How it is to be answered.
+        turn: A neuron's question; None where EGO was asked for.
+    """
+
+    model: str
+    prompt: Prompt
+    options: AskOptions
+    turn: Turn | None
 
 
 class Job:
-    """A request between the client's connection and the models. Made in the connection's loop.
+    """A question between the client's connection and the models. Made in the connection's loop.
 
     Args:
-        chat: What was asked for.
-        turn: A neuron's question; None where EGO was asked for.
-        began: When it came, on `time.perf_counter`.
+        question: What is to be answered.
+        events: What the connection waits for.
+        index: Which of the request's answers it is.
 
     Attributes:
-        events: What the connection waits for.
         uid: Its number in the engine, while it is there.
         gone: Whether nobody waits for it any more.
         connections: The event loop in which the connection waits.
     """
 
-    def __init__(self, chat: ChatRequest, turn: Turn | None, *, began: float) -> None:
-        self.chat = chat
-        self.turn = turn
-        self.began = began
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+    def __init__(self, question: Question, events: Events, index: int = 0) -> None:
+        self.model = question.model
+        self.prompt = question.prompt
+        self.options = question.options
+        self.turn = question.turn
+        self.events = events
+        self.index = index
         self.uid: int | None = None
         self.gone = False
         self.connections = asyncio.get_running_loop()
         self._sent = self._again = ""
+        # Tokens whose text is not certain yet, and how many were sent before it began again.
+        self._tokens: list[Piece] = []
+        self._sent_tokens = self._tokens_again = 0
 
     def begin_again(self) -> None:
         """The answer under way comes from its beginning once more."""
         assert self.turn is not None
         self.turn.begin_again()
         self._again = self._sent
+        self._tokens, self._tokens_again = [], self._sent_tokens
 
-    def unsent(self, text: str) -> str:
-        """What of the next text of the answer was not sent before it began again.
+    def unsent(self, piece: Piece, text: str) -> Part | None:
+        """What of the answer was not sent yet.
+
+        Args:
+            piece: Its next token.
+            text: What that makes certain.
 
         Raises:
-            ApiError: It goes on otherwise than before.
+            ApiError: The answer goes on otherwise than before it began again.
         """
         length = min(len(text), len(self._again))
         if text[:length] != self._again[:length]:
             raise ApiError(500, "the answer broke off and could not be taken up: ask again")
         self._again = self._again[length:]
         self._sent += text[length:]
-        return text[length:]
+        told = self.options.top_logprobs is not None
+        if self._tokens_again:
+            self._tokens_again -= 1
+        elif told and piece.finish_reason != "stop":
+            self._tokens.append(piece)
+        if not text[length:]:
+            return None
+        tokens, self._tokens = tuple(self._tokens), []
+        self._sent_tokens += len(tokens)
+        return Part(text[length:], tokens if told else None)
 
 
 def tell_all(events: Sequence[tuple[Job, Event]]) -> None:
@@ -72,7 +124,7 @@ def tell_all(events: Sequence[tuple[Job, Event]]) -> None:
 
     def put() -> None:
         for job, event in events:
-            job.events.put_nowait(event)
+            job.events.put_nowait((job.index, event))
 
     if events and not events[0][0].connections.is_closed():
         events[0][0].connections.call_soon_threadsafe(put)
@@ -195,11 +247,11 @@ class EgoThread:
 
     def _by_name(self, job: Job) -> Answer | ApiError:
         """EGO as the model that was asked for."""
-        ego, options = self._suite.ego, job.chat.options
+        ego, options = self._suite.ego, job.options
         assert ego is not None
         began = time.perf_counter()
         try:
-            turns = prompt_turns(job.chat.turns, options.system or "")
+            turns = prompt_turns(job.prompt, options.system or "")
             [answer] = ego.generate_many(
                 [turns],
                 max_tokens=options.max_tokens,
@@ -214,12 +266,13 @@ class EgoThread:
             return ApiError(503, str(error))
         except ConchError as error:
             return ApiError(400, str(error))
+        text, reason = ended(answer, options.stop)
         return Answer(
-            domain=job.chat.model,
-            text=answer.text,
+            domain=job.model,
+            text=text,
             answered_by="ego",
             reason="EGO was asked for",
-            finish_reason=answer.finish_reason,
+            finish_reason=reason,
             prompt_tokens=prompt,
             completion_tokens=answer.tokens,
             seconds=time.perf_counter() - began,

@@ -8,19 +8,21 @@ import math
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
-from conch_dna.cortex.options import ServerSettings
-from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
+from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, ServerSettings
+from conch_dna.cortex.server.jobs import EgoThread, Event, Job, Part, Question, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
-from conch_dna.cortex.server.openai_api import ChatRequest, unknown_model
-from conch_dna.cortex.turn import Answer, Turn
+from conch_dna.cortex.server.openai_api import AnyRequest, unknown_model
+from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError, one_line
+from conch_dna.options.fields import changed
+from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.settings import EGO
 from conch_dna.web.door import ApiError
 
@@ -90,29 +92,51 @@ class ServerLoop:
         """What can be asked."""
         return [*self.suite.domains, *([EGO] if self._ego else [])]
 
-    def prepare(self, chat: ChatRequest) -> Turn | None:
-        """A neuron's question, its prompt tokenised; None where EGO is asked.
+    def prepare(self, asked: AnyRequest) -> list[Question]:
+        """What a request wants answered, every prompt tokenised.
 
         Raises:
             ApiError: It cannot be answered.
         """
+        model = asked.model
+        if model not in self.models:
+            raise unknown_model(model, self.models)
+        most = self.settings.max_queue
         try:
-            if chat.model == EGO and self._ego is not None:
-                asked = {"top_p": chat.options.top_p != 1, "response_format": chat.options.schema}
-                if wrong := [name for name, value in asked.items() if value]:
-                    message = f"{wrong[0]} is not supported by {EGO}: leave it out"
-                    raise ApiError(400, message, param=wrong[0])
-                return None
-            if chat.model not in self.suite:
-                raise unknown_model(chat.model, self.models)
-            turn = self.suite.turn(chat.model, chat.turns, chat.options)
-            if turn.request is not None:
-                self.suite.engine.check(turn.request)
+            questions = asked.questions
+            if len(questions) > most:
+                raise ApiError(
+                    400,
+                    f"the request wants {len(questions)} answers, and at most {most} are waited "
+                    "for at once: ask for fewer",
+                    param="n",
+                )
+            if model == EGO:
+                for _, options in questions:
+                    _require_for_ego(options)
+                return [Question(model, prompt, options, None) for prompt, options in questions]
+            made = []
+            for prompt, options in questions:
+                turn = self.suite.turn(model, prompt, options, live=asked.stream)
+                if turn.request is not None:
+                    self.suite.engine.check(turn.request)
+                made.append(Question(model, prompt, options, turn))
         except ApiError:
             raise
         except ConchError as error:
             raise ApiError(400, str(error)) from error
-        return turn
+        return made
+
+    def token_texts(self) -> Sequence[bytes]:
+        """The bytes of every token of the student.
+
+        Raises:
+            ApiError: Its tokenizer does not list them.
+        """
+        try:
+            return token_bytes(self.suite.base.tokenizer).texts
+        except ConchError as error:
+            raise ApiError(400, f"log-probabilities cannot be told: {error}") from error
 
     def put(self, job: Job) -> None:
         """Answer a request; its events tell the rest."""
@@ -230,7 +254,7 @@ class ServerLoop:
         if job.gone:
             return
         self._jobs.add(job)
-        self._events.append((job, ""))
+        self._events.append((job, Part("")))
         self._attempt(job, self._go_on)
 
     def _attempt(self, job: Job, work: Callable[[Job], None]) -> None:
@@ -247,7 +271,7 @@ class ServerLoop:
     def _fail_alone(self, job: Job, error: Exception) -> None:
         self._culprit = self._culprit or job is self._single
         why = one_line(error)
-        self._report(f"a request to {job.chat.model} failed: {why}")
+        self._report(f"a request to {job.model} failed: {why}")
         self._end(job, ApiError(500, f"the answer failed ({why}): ask again, or for fewer tokens"))
 
     def _end(self, job: Job, error: ApiError) -> None:
@@ -290,10 +314,13 @@ class ServerLoop:
     def _add(self, piece: Piece, job: Job) -> None:
         """Take a token of a job's answer."""
         assert job.turn is not None
+        asked = job.turn.request
         text = job.turn.add(piece)
-        if job.turn.streams and (unsent := job.unsent(text)):
-            self._events.append((job, unsent))
-        if piece.finish_reason is not None:
+        if job.turn.streams and (part := job.unsent(piece, text)):
+            self._events.append((job, part))
+        if job.turn.request is not asked:
+            # It may have ended before its last token.
+            self.suite.engine.cancel(piece.uid)
             del self._under_way[piece.uid]
             job.uid = None
             self._go_on(job)
@@ -349,7 +376,7 @@ class ServerLoop:
         self._jobs.discard(job)
         if isinstance(end, Answer):
             handed_over = end.answered_by == "ego" and job.turn is not None
-            self.metrics.answered(job.chat.model, end, handed_over=handed_over)
+            self.metrics.answered(job.model, end, handed_over=handed_over)
         self._events.append((job, end))
 
     def _drop(self, job: Job) -> None:
@@ -365,3 +392,14 @@ class ServerLoop:
     def _tell(self) -> None:
         events, self._events = self._events, []
         tell_all(events)
+
+
+def _require_for_ego(options: AskOptions) -> None:
+    """Refuse what EGO as a model knows nothing of."""
+    if options.plain:
+        raise ApiError(400, f"{EGO} does not go on with texts: ask it at /v1/chat/completions")
+    names = {"schema": "response_format", "top_logprobs": "logprobs"}
+    unknown = ("schema", "tools", "top_logprobs", *DRAWN_BY_NEURONS)
+    if wrong := changed(options, unknown):
+        name = names.get(wrong[0], wrong[0])
+        raise ApiError(400, f"{name} is not supported by {EGO}: leave it out", param=name)

@@ -1,32 +1,39 @@
-"""OpenAI's chat API as data: requests that are read, refusals and replies that are written.
+"""OpenAI's API as data: what chat and text completions ask for, and how they are refused.
 
-Knows the API as JSON, and answers; nothing of HTTP, models or threads. To support another
-parameter: a field of `ChatRequest`, and out of `_NEUTRAL`. What clients are to learn of an answer
-beyond that API: a field of `Answer`.
+Knows the API as JSON; nothing of HTTP, models or threads. To support another parameter: a field of
+`ChatRequest`, `CompletionRequest` or what they share, and out of `_NEUTRAL`.
 """
 
 import json
 import reprlib
 import secrets
-import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from conch_dna.cortex.options import AskOptions, HandOver, schema_problem
-from conch_dna.cortex.turn import Answer
+from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.server.fields import (
+    Choice,
+    Conch,
+    Format,
+    Message,
+    StreamOptions,
+    Strict,
+    Tool,
+)
+from conch_dna.cortex.tools import MOST_FUNCTIONS, Tools
+from conch_dna.training.chats.conversations import Prompt
 from conch_dna.web.door import ApiError, json_object
 
 # A seed is any number of 64 bits; as many different draws there are.
@@ -36,13 +43,12 @@ SEEDS = 10**9 + 1
 MAX_VALUES = 50_000
 # So many problems of a request are told; of more their number.
 MAX_PROBLEMS = 8
-DONE = b"data: [DONE]\n\n"
-COMMENT = b": waiting\n\n"
+# Most answers of one request, most stops, and most tokens told beside each one.
+MOST_CHOICES, MOST_STOPS, MOST_TOP = 128, 16, 20
 
-# What response_format's json_object asks for.
-ANY_OBJECT = '{"type": "object"}'
+R = TypeVar("R", bound="_Asked")
 _LIMIT = "a whole number from 1 to 2,147,483,647"
-# They are for the provider's own records and caches.
+# They are for the provider's own records, caches and queues.
 _IGNORED = {
     "user",
     "metadata",
@@ -51,28 +57,19 @@ _IGNORED = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "prediction",
+    "service_tier",
 }
-# Parameters of the API that change nothing at these values, and are refused at all others.
+# Parameters that change an answer, and are supported at these values only.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "stop": ([],),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
     "functions": ([],),
     "function_call": ("none",),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default", "flex", "priority"),
+    "audio": (),
+    "suffix": ("",),
+    "best_of": (1,),
     "verbosity": ("medium",),
 }
-# Of an answer, what stands elsewhere in the reply.
-_ELSEWHERE = ("domain", "text", "finish_reason", "prompt_tokens", "completion_tokens")
+_INSTEAD = {"functions": "tools", "function_call": "tool_choice"}
 
 
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
@@ -84,107 +81,26 @@ def unknown_model(name: str, known: Sequence[str]) -> ApiError:
 # What is asked for. A field's description is what a message says to give instead of a wrong value.
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class _Part(_Strict):
-    model_config = ConfigDict(extra="ignore")
-
-    type: Literal["text"] = Field(description="text, the only kind that is supported")
-    text: str = Field(description="a text")
-
-
-class _Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="system, developer, user or assistant"
-    )
-    content: list[_Part] = Field(description="a text, or a list of text parts")
-    # Tells speakers of one role apart for the provider; no template has a place for it.
-    name: str | None = Field(default=None, description="a text")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_fields(cls, message: Any) -> Any:
-        """Clients send empty fields of an answer back with it."""
-        if not isinstance(message, dict):
-            return message
-        return {
-            name: value
-            for name, value in message.items()
-            if name in cls.model_fields or value not in (None, [], "", {})
-        }
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _as_parts(cls, content: Any) -> Any:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class _StreamOptions(_Strict):
-    include_usage: bool | None = Field(default=None, description="true or false")
-    include_obfuscation: Literal[False] | None = Field(default=None, description="false")
-
-
-class _Schema(_Strict):
-    model_config = ConfigDict(extra="ignore")
-
-    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema of an object")
-
-    @field_validator("schema_")
-    @classmethod
-    def _of_an_object(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        if problem := schema_problem(schema):
-            raise PydanticCustomError("clash", problem)
-        return schema
-
-
-class _Format(_Strict):
-    type: Literal["text", "json_object", "json_schema"] = Field(
-        description="text, json_object or json_schema"
-    )
-    json_schema: _Schema | None = Field(
-        default=None, validate_default=True, description="an object with schema"
-    )
-
-    @field_validator("json_schema")
-    @classmethod
-    def _where_it_belongs(cls, schema: _Schema | None, info: ValidationInfo) -> _Schema | None:
-        if (schema is None) == (info.data.get("type") == "json_schema"):
-            raise PydanticCustomError(
-                "clash", "json_schema belongs to the type json_schema: give both or neither"
-            )
-        return schema
-
-    @property
-    def schema_text(self) -> str | None:
-        """A JSON schema as JSON text; None for text."""
-        if self.json_schema is not None:
-            return json.dumps(self.json_schema.schema_)
-        return ANY_OBJECT if self.type == "json_object" else None
-
-
-class _Conch(_Strict):
-    """The options that only this server has."""
-
-    hand_over: HandOver | None = Field(default=None, description="auto, never or always")
-    structured: bool | None = Field(default=None, description="true or false")
-    constrained: bool | None = Field(default=None, description="true or false")
-    system: str | None = Field(default=None, description="a text")
-
-
-class ChatRequest(_Strict):
-    """A chat completion that was asked for, in the API's own fields."""
+class _Asked(Strict):
+    """What chats and texts have in common."""
 
     model: str = Field(min_length=1, description="the name of a domain, see /v1/models")
-    messages: list[_Message] = Field(
-        min_length=1, description="a list of objects with role and content"
-    )
     temperature: float = Field(
         default=AskOptions.temperature, ge=0, le=2, description="a number from 0 to 2"
     )
     top_p: float = Field(
         default=AskOptions.top_p, gt=0, le=1, description="a number above 0, up to 1"
+    )
+    top_k: int = Field(
+        default=AskOptions.top_k, ge=-1, lt=2**31, description="a whole number; 0 or -1 for all"
+    )
+    min_p: float = Field(default=AskOptions.min_p, ge=0, le=1, description="a number from 0 to 1")
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="a number from -2 to 2")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default={},
+        max_length=1024,
+        description="an object of at most 1,024 token ids with numbers from -100 to 100",
     )
     seed: int | None = Field(
         default=None,
@@ -192,28 +108,34 @@ class ChatRequest(_Strict):
         le=LAST_SEED,
         description="a whole number of 64 bits, from -2^63 to 2^63 - 1",
     )
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description=_LIMIT)
+    n: int = Field(
+        default=1, ge=1, le=MOST_CHOICES, description=f"a whole number from 1 to {MOST_CHOICES}"
+    )
+    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
+        default=[],
+        max_length=MOST_STOPS,
+        description=f"a text, or at most {MOST_STOPS}, each of 1 to 1,000 characters",
+    )
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description=_LIMIT)
     stream: bool = Field(default=False, description="true or false")
-    stream_options: _StreamOptions = Field(
-        default=_StreamOptions(), description="an object with include_usage"
-    )
-    conch: _Conch = Field(
-        default=_Conch(),
-        description="an object with hand_over, structured, constrained or system",
-    )
-    response_format: _Format | None = Field(
-        default=None, description="an object with type, and json_schema where that is its type"
+    stream_options: StreamOptions = Field(
+        default=StreamOptions(), description="an object with include_usage"
     )
 
-    @field_validator("max_tokens")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _one_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
-        if info.data.get("max_completion_tokens") not in (None, limit):
-            raise PydanticCustomError(
-                "clash", "max_tokens and max_completion_tokens differ: give one of them"
-            )
-        return limit
+    def _as_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_tokens(cls, bias: dict[str, float]) -> dict[str, float]:
+        for token in bias:
+            if not token.isdecimal() or len(token) > 9:
+                raise PydanticCustomError(
+                    "clash", f"logit_bias has {reprlib.repr(token)}: give ids of tokens"
+                )
+        return bias
 
     @field_validator("stream_options", mode="before")
     @classmethod
@@ -225,156 +147,252 @@ class ChatRequest(_Strict):
         return options
 
     @property
-    def turns(self) -> list[dict[str, str]]:
-        """The conversation, each turn with role and content as text."""
-        return [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": "".join(part.text for part in message.content),
-            }
-            for message in self.messages
-        ]
+    def questions(self) -> list[tuple[Prompt, AskOptions]]:
+        """What each answer goes on from, and how it is drawn: the next one by the next seed."""
+        raise NotImplementedError
 
-    @cached_property
-    def options(self) -> AskOptions:
-        """How it is to be answered; who draws without a seed gets another answer each time."""
+    def _drawn(self, **more: Any) -> list[AskOptions]:
+        """How each of `n` answers is drawn; without a seed, otherwise each time."""
         seed = self.seed
         if seed is None:
             seed = secrets.randbelow(SEEDS) if self.temperature else AskOptions.seed
-        return AskOptions(
-            max_tokens=self.max_tokens or self.max_completion_tokens or AskOptions.max_tokens,
+        options = AskOptions(
             temperature=self.temperature,
             top_p=self.top_p,
-            seed=seed % SEEDS,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), value) for token, value in self.logit_bias.items()),
+            stop=tuple(self.stop),
+            **more,
+        )
+        return [replace(options, seed=(seed + index) % SEEDS) for index in range(self.n)]
+
+    @cached_property
+    def ignored(self) -> list[str]:
+        """Names of what is not known here, and changes nothing."""
+        return list(dict.fromkeys(_unknown(self, "")))
+
+
+class ChatRequest(_Asked):
+    """A chat completion that was asked for, in the API's own fields."""
+
+    messages: list[Message] = Field(
+        min_length=1, description="a list of objects with role and content"
+    )
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description=_LIMIT)
+    logprobs: bool = Field(default=False, description="true or false")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=MOST_TOP, description=f"a whole number from 0 to {MOST_TOP}"
+    )
+    tools: list[Tool] = Field(
+        default=[],
+        max_length=MOST_FUNCTIONS,
+        description=f"a list of at most {MOST_FUNCTIONS} objects with type and function",
+    )
+    tool_choice: Choice = Field(
+        default=Choice(type="auto"), description="none, auto, required, or an object"
+    )
+    parallel_tool_calls: bool = Field(default=True, description="true or false")
+    conch: Conch = Field(
+        default=Conch(),
+        description="an object with hand_over, structured, constrained or system",
+    )
+    response_format: Format | None = Field(
+        default=None, description="an object with type, and json_schema where that is its type"
+    )
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("max_tokens") not in (None, limit):
+            raise PydanticCustomError(
+                "clash", "max_tokens and max_completion_tokens differ: give one of them"
+            )
+        return limit
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, count: int, info: ValidationInfo) -> int:
+        if count and info.data.get("logprobs") is False:
+            raise PydanticCustomError("clash", "top_logprobs needs logprobs: set it to true")
+        return count
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _as_choice(cls, choice: Any) -> Any:
+        return {"type": choice} if isinstance(choice, str) else choice
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The conversation, as chat templates take it."""
+        return [message.turn for message in self.messages]
+
+    @property
+    def questions(self) -> list[tuple[Prompt, AskOptions]]:
+        """The conversation `n` times."""
+        turns = self.turns
+        options = self._drawn(
+            max_tokens=self.max_tokens or self.max_completion_tokens or AskOptions.max_tokens,
             schema=self.response_format.schema_text if self.response_format else None,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+            tools=self._tools,
             **self.conch.model_dump(exclude_none=True),
+        )
+        return [(turns, each) for each in options]
+
+    @property
+    def _tools(self) -> Tools | None:
+        choice = self.tool_choice.function.name if self.tool_choice.function else None
+        if not self.tools:
+            if self.tool_choice.type in ("required", "function"):
+                raise ApiError(
+                    400, "tool_choice asks for a call, and there are no tools", param="tool_choice"
+                )
+            return None
+        if self.tool_choice.type == "none":
+            return None
+        functions = [
+            tool.function.model_dump(include={"name", "description", "parameters"})
+            for tool in self.tools
+        ]
+        return Tools(
+            functions=json.dumps(
+                [{k: v for k, v in each.items() if v is not None} for each in functions]
+            ),
+            choice=choice or self.tool_choice.type,
+            several=self.parallel_tool_calls,
         )
 
 
-_DESCRIPTIONS = {
-    name: str(field.description)
-    for kind in (ChatRequest, _StreamOptions, _Schema, _Format, _Conch, _Message, _Part)
-    for name, field in kind.model_fields.items()
-}
+class CompletionRequest(_Asked):
+    """Texts to go on with, in the API's own fields."""
+
+    prompt: list[str] = Field(
+        min_length=1,
+        max_length=MOST_CHOICES,
+        description=f"a text, or a list of 1 to {MOST_CHOICES} texts; token ids are not taken",
+    )
+    echo: bool = Field(default=False, description="true or false")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=MOST_TOP, description=f"a whole number from 0 to {MOST_TOP}"
+    )
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _as_prompts(cls, prompt: Any) -> Any:
+        return [prompt] if isinstance(prompt, str) else prompt
+
+    @field_validator("logprobs")
+    @classmethod
+    def _not_of_prompts(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and info.data.get("echo"):
+            raise PydanticCustomError(
+                "clash", "logprobs of a prompt are not told: leave out echo or logprobs"
+            )
+        return count
+
+    @property
+    def questions(self) -> list[tuple[Prompt, AskOptions]]:
+        """Each prompt `n` times."""
+        options = self._drawn(
+            max_tokens=self.max_tokens or AskOptions.max_tokens,
+            top_logprobs=self.logprobs,
+            plain=True,
+            hand_over="never",
+        )
+        return [(prompt, each) for prompt in self.prompt for each in options]
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+AnyRequest = ChatRequest | CompletionRequest
+
+
+def _unknown(part: Any, place: str) -> Iterator[str]:
+    """Names of fields that are not known, at all depths."""
+    if isinstance(part, list):
+        for each in part:
+            yield from _unknown(each, place)
+    elif isinstance(part, BaseModel):
+        for name in part.model_extra or ():
+            yield f"{place}{name}"
+        for name in type(part).model_fields:
+            yield from _unknown(getattr(part, name), f"{place}{name}.")
+
+
+def parse_request(body: bytes, kind: type[R]) -> R:
     """Read a request.
+
+    Args:
+        body: JSON.
+        kind: `ChatRequest` or `CompletionRequest`.
 
     Raises:
         ApiError: It is no JSON object, or something of it is not supported or out of its range; all
             of that is named.
     """
     fields = json_object(body, most_values=MAX_VALUES)
+    problems = [
+        (name, f"{name} is not supported by this server: {_remedy(name)}")
+        for name, value in fields.items()
+        if name in _NEUTRAL and value is not None and not _is_neutral(value, _NEUTRAL[name])
+    ]
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and name not in _IGNORED and name not in _NEUTRAL
+    }
     try:
-        return ChatRequest.model_validate(
-            {name: value for name, value in fields.items() if _matters(name, value)}
-        )
+        request = kind.model_validate(kept)
     except ValidationError as error:
-        problems = [_problem(each) for each in error.errors(include_url=False)]
+        problems += [_problem(each, kind) for each in error.errors(include_url=False)]
+    if not problems:
+        return request
     messages = [message for _, message in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
     raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
 
 
-def _matters(name: str, value: Any) -> bool:
-    """Whether a parameter is more than said in passing."""
+def _remedy(name: str) -> str:
+    return f"use {_INSTEAD[name]}" if name in _INSTEAD else "leave it out"
+
+
+def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
+    """Whether a value is one of those that change nothing."""
     # True is a 1 to Python.
-    same = (
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in _NEUTRAL.get(name, ())
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
     )
-    return value is not None and name not in _IGNORED and not any(same)
 
 
-def _problem(error: ErrorDetails) -> tuple[str, str]:
+def _problem(error: ErrorDetails, kind: type[BaseModel]) -> tuple[str, str]:
     """What of the body is meant, and what is wrong with it."""
-    place, names = "", []
-    for part in error["loc"]:
-        if isinstance(part, int):
-            place += f"[{part}]"
-        else:
-            place = f"{place}.{part}".lstrip(".")
-            names.append(part)
+    place, told, holder = "", "", ""
+    part: type[BaseModel] | None = kind
+    for step in error["loc"]:
+        if isinstance(step, int):
+            place += f"[{step}]"
+            continue
+        place = f"{place}.{step}".lstrip(".")
+        # What stands in an object of any names is told of as the field that holds it.
+        if part is not None:
+            found = {each.alias or name: each for name, each in part.model_fields.items()}
+            holder = told
+            told, part = _described(found[step]) if step in found else ("", None)
     if error["type"] == "clash":
         return place, error["msg"]
     if error["type"] == "extra_forbidden":
-        remedy = f"give {_DESCRIPTIONS[names[-2]]}" if len(names) > 1 else "leave it out"
-        return place, f"{place} is not supported by this server: {remedy}"
+        return place, f"{place} is not supported by this server: give {holder}"
     value = "missing" if error["type"] == "missing" else reprlib.repr(error["input"])
-    return place, f"{place} is {value}: give {_DESCRIPTIONS[names[-1]]}"
+    return place, f"{place} is {value}: give {told}"
 
 
-# What is answered.
-
-
-class Shapes:
-    """Replies to one request, which share an id.
-
-    Args:
-        model: As the client named it.
-    """
-
-    def __init__(self, model: str) -> None:
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def completion(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer at once."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [_choice(answer.finish_reason, message=message)],
-            "usage": _usage(answer),
-            "conch": _conch(answer),
-        }
-
-    def chunk(self, delta: Mapping[str, str], **more: Any) -> bytes:
-        """A part of a streamed answer, as the event that is sent."""
-        return self._event(choices=[_choice(None, delta=delta)], **more)
-
-    def end(self, answer: Answer, *, include_usage: bool) -> bytes:
-        """The last events of a streamed answer, whose text was sent before."""
-        choices, conch = [_choice(answer.finish_reason, delta={})], _conch(answer)
-        if not include_usage:
-            return self._event(choices=choices, conch=conch) + DONE
-        last = self._event(choices=choices, conch=conch, usage=None)
-        return last + self._event(choices=[], usage=_usage(answer)) + DONE
-
-    def _event(self, **more: Any) -> bytes:
-        return server_sent_event({**self._head, "object": "chat.completion.chunk", **more})
-
-
-def server_sent_event(value: Any) -> bytes:
-    """A server-sent event with a JSON value."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
-
-
-def model_entry(name: str, created: int) -> dict[str, Any]:
-    """What /v1/models says of one of them."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "conch_dna"}
-
-
-def _choice(finish_reason: str | None, **text: Mapping[str, Any]) -> dict[str, Any]:
-    return {"index": 0, **text, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _conch(answer: Answer) -> dict[str, Any]:
-    """Who answered and why, how sure it is, and what its check found."""
-    return {name: value for name, value in answer.to_json().items() if name not in _ELSEWHERE}
-
-
-def _usage(answer: Answer) -> dict[str, int] | None:
-    """Numbers of tokens; None where they are not known."""
-    if answer.prompt_tokens is None or answer.completion_tokens is None:
-        return None
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-    }
+def _described(field: FieldInfo) -> tuple[str, type[BaseModel] | None]:
+    """What a field's value is, and the object that it is or has, if any."""
+    kinds: list[Any] = [field.annotation]
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return str(field.description), kind
+        kinds += get_args(kind)
+    return str(field.description), None

@@ -23,7 +23,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import (
     token_spans,
 )
 
-Prompt = str | Sequence[dict[str, str]]
+Prompt = str | Sequence[Turn]
 # Of the text before an answer: white space that a template adds, and what must be alike before it.
 MOST_SPACES, LEAST_ALIKE = 4, 4
 THOUGHT_BEGIN, THOUGHT_END = "<think>", "</think>"
@@ -129,7 +129,7 @@ def are_turns(turns: Any) -> bool:
     )
 
 
-def prompt_turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
+def prompt_turns(prompt: Prompt, system: str) -> list[Turn]:
     """A conversation that waits for its answer, the system prompt its first turn.
 
     Args:
@@ -161,7 +161,7 @@ def prompt_turns(prompt: Prompt, system: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def prompt_messages(tokenizer: Any, prompt: Prompt, system: str) -> list[dict[str, str]]:
+def prompt_messages(tokenizer: Any, prompt: Prompt, system: str) -> list[Turn]:
     """A conversation that waits for its answer, for a tokenizer with a chat template.
 
     The system prompt is a turn of its own, or stands above the prompt where the template has no
@@ -182,15 +182,18 @@ def _takes_system_turn(tokenizer: Any, system: str) -> bool:
         return False
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, prompt: Prompt, system: str, *, tools: Sequence[Turn] | None = None
+) -> list[int]:
     """Token ids that a model continues with its answer.
 
-    Through the tokenizer's chat template where it has one; else plainly, the system prompt above
-    the prompt.
+    Through the tokenizer's chat template where it has one, which writes the tools too, see
+    `render`; else plainly, the system prompt above the prompt.
     """
     if tokenizer.has_chat_template:
         turns = prompt_messages(tokenizer, prompt, system)
-        return encode_all(tokenizer, [render(tokenizer, turns, generation_prompt=True)])[0]
+        text = render(tokenizer, turns, generation_prompt=True, tools=tools)
+        return encode_all(tokenizer, [text])[0]
     return text_ids(tokenizer, plain_prompt(prompt, system))
 
 

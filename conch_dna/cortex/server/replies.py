@@ -1,0 +1,237 @@
+"""What clients are answered in OpenAI's API: whole, and as streams.
+
+Knows the API as JSON, and answers; nothing of HTTP, models or threads. What clients are to learn of
+an answer beyond that API: a field of `Answer`. Replies of another address: a class like
+`ChatReplies`.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conch_dna.cortex.engine.batching import Piece
+from conch_dna.cortex.turn import Answer
+
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": waiting\n\n"
+# Of an answer, what stands elsewhere in the reply.
+_ELSEWHERE = (
+    "domain",
+    "text",
+    "finish_reason",
+    "calls",
+    "tokens",
+    "prompt_tokens",
+    "completion_tokens",
+)
+
+
+class ChatReplies:
+    """Replies to one chat request, which share an id.
+
+    Args:
+        model: As the client named it.
+        texts: The bytes of every token, where log-probabilities were asked for.
+        counts: Whether a stream ends with the numbers of tokens.
+    """
+
+    kind, chunk_kind, mark = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, model: str, texts: Sequence[bytes], *, counts: bool) -> None:
+        self._head = {
+            "id": f"{self.mark}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._texts = texts
+        self._usage = {"usage": None} if counts else {}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """All answers at once."""
+        choices = [
+            self._choice(index, self._whole_choice(answer), answer.tokens, answer.finish_reason)
+            for index, answer in enumerate(answers)
+        ]
+        reply = {**self._head, "object": self.kind, "choices": choices, "usage": usage_of(answers)}
+        if len(answers) == 1:
+            return {**reply, "conch": _conch(answers[0])}
+        for choice, answer in zip(choices, answers, strict=True):
+            choice["conch"] = _conch(answer)
+        return reply
+
+    def begin(self, index: int) -> bytes:
+        """What a streamed answer begins with."""
+        return self._event([self._choice(index, {"delta": {"role": "assistant", "content": ""}})])
+
+    def part(self, index: int, text: str, tokens: Sequence[Piece] | None) -> bytes:
+        """More of a streamed answer."""
+        return self._event([self._choice(index, self._part_choice(text), tokens)])
+
+    def end(self, index: int, answer: Answer, tokens: Sequence[Piece] | None) -> bytes:
+        """The end of a streamed answer, whose text was sent before.
+
+        Args:
+            index: Which of them.
+            answer: The whole.
+            tokens: Those that were not told of yet.
+        """
+        rest = self._end_choice(answer)
+        choice = self._choice(index, rest, tokens, answer.finish_reason)
+        return self._event([choice], conch=_conch(answer))
+
+    def last(self, answers: Sequence[Answer]) -> bytes:
+        """The end of a stream, with the numbers of tokens where they were asked for."""
+        return (self._event([], usage=usage_of(answers)) if self._usage else b"") + DONE
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        head = {**self._head, "object": self.chunk_kind, "choices": choices}
+        return server_sent_event({**head, **self._usage, **more})
+
+    def _choice(
+        self,
+        index: int,
+        text: Mapping[str, Any],
+        tokens: Sequence[Piece] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        log_probs = None if tokens is None else self._log_probs(tokens)
+        return {"index": index, **text, "logprobs": log_probs, "finish_reason": finish_reason}
+
+    def _whole_choice(self, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.text or None, "tool_calls": _calls(answer)}
+        return {"message": message}
+
+    def _part_choice(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def _end_choice(self, answer: Answer) -> dict[str, Any]:
+        calls = [{"index": index, **call} for index, call in enumerate(_calls(answer))]
+        return {"delta": {"tool_calls": calls} if calls else {}}
+
+    def _log_probs(self, tokens: Sequence[Piece]) -> dict[str, Any]:
+        content = [
+            {
+                **self._token(piece.token, piece.log_prob),
+                "top_logprobs": [self._token(*each) for each in piece.top],
+            }
+            for piece in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, log_prob: float) -> dict[str, Any]:
+        text = self._texts[token]
+        return {"token": text.decode(errors="replace"), "logprob": log_prob, "bytes": list(text)}
+
+
+class TextReplies(ChatReplies):
+    """Replies to one request for texts.
+
+    Args:
+        model: As the client named it.
+        texts: The bytes of every token, where log-probabilities were asked for.
+        prompts: For each answer what stands before its text: the prompt, where it is told.
+        counts: Whether a stream ends with the numbers of tokens.
+    """
+
+    kind = chunk_kind = "text_completion"
+    mark = "cmpl"
+
+    def __init__(
+        self, model: str, texts: Sequence[bytes], prompts: Sequence[str], *, counts: bool
+    ) -> None:
+        super().__init__(model, texts, counts=counts)
+        self._prompts = prompts
+        self._offsets = [0] * len(prompts)
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """All answers at once."""
+        reply = super().whole(answers)
+        for choice, prompt in zip(reply["choices"], self._prompts, strict=True):
+            choice["text"] = prompt + choice["text"]
+        return reply
+
+    def begin(self, index: int) -> bytes:
+        """The prompt, where it is told."""
+        prompt = self._prompts[index]
+        return self.part(index, prompt, None) if prompt else b""
+
+    def _whole_choice(self, answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
+
+    def _part_choice(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _end_choice(self, answer: Answer) -> dict[str, Any]:
+        return {"text": ""}
+
+    def _choice(
+        self,
+        index: int,
+        text: Mapping[str, Any],
+        tokens: Sequence[Piece] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        choice = super()._choice(index, text, tokens, finish_reason)
+        if tokens is not None:
+            sizes = [len(name) for name in choice["logprobs"]["tokens"]]
+            starts = [self._offsets[index] + sum(sizes[:place]) for place in range(len(sizes))]
+            choice["logprobs"]["text_offset"] = starts
+            self._offsets[index] += sum(sizes)
+        return choice
+
+    def _log_probs(self, tokens: Sequence[Piece]) -> dict[str, Any]:
+        return {
+            "tokens": [self._name(piece.token) for piece in tokens],
+            "token_logprobs": [piece.log_prob for piece in tokens],
+            "top_logprobs": [
+                {self._name(token): log_prob for token, log_prob in piece.top} for piece in tokens
+            ],
+        }
+
+    def _name(self, token: int) -> str:
+        return self._texts[token].decode(errors="replace")
+
+
+def server_sent_event(value: Any) -> bytes:
+    """A server-sent event with a JSON value."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def model_entry(name: str, created: int) -> dict[str, Any]:
+    """What /v1/models says of one of them."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "conch_dna"}
+
+
+def usage_of(answers: Sequence[Answer]) -> dict[str, int] | None:
+    """Tokens read and written for several answers; None where they are not known."""
+    prompt = completion = 0
+    for answer in answers:
+        if answer.prompt_tokens is None or answer.completion_tokens is None:
+            return None
+        prompt += answer.prompt_tokens
+        completion += answer.completion_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _calls(answer: Answer) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"call_{uuid.uuid4().hex}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in answer.calls
+    ]
+
+
+def _conch(answer: Answer) -> dict[str, Any]:
+    """Who answered and why, how sure it is, and what its check found."""
+    return {name: value for name, value in answer.to_json().items() if name not in _ELSEWHERE}

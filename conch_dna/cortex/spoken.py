@@ -1,0 +1,92 @@
+"""What an answer's text is made of: what is said, calls of functions, and where it is to stop.
+
+Knows text alone; nothing of tokens or models. Another kind of part: a state in `Spoken`, by
+mlx_lm's machine.
+"""
+
+from collections.abc import Sequence
+
+from conch_dna.cortex.tools import CALL_BEGIN, CALL_END, Call, read_call
+
+_SAID, _CALL = "said", "call"
+
+
+class Spoken:
+    """Tells the parts of a text apart as it comes.
+
+    Args:
+        stops: Texts before the first of which it ends.
+        calls: Whether it may have calls.
+
+    Attributes:
+        stopped: Whether one of those has come; nothing counts after it.
+        text: What was said so far; a call that is none, such as one broken off, stands in it.
+    """
+
+    def __init__(self, stops: Sequence[str], *, calls: bool) -> None:
+        from mlx_lm.generate import TextStateMachine
+
+        said: list[tuple[str, str | None]] = [(stop, None) for stop in stops]
+        edges = {_SAID: [*said, (CALL_BEGIN, _CALL)] if calls else said}
+        if calls:
+            edges[_CALL] = [(CALL_END, _SAID)]
+        self._machine = TextStateMachine
+        self._state = TextStateMachine(edges).make_state(_SAID)
+        # Whether there may be a call before anything is said.
+        self._begins = calls
+        self._call = self._spaces = ""
+        self._found: list[Call] = []
+        self.stopped = False
+        self.text = ""
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls so far."""
+        return tuple(self._found)
+
+    def add(self, text: str) -> str:
+        """Take more of it.
+
+        Returns:
+            What is certain to be said.
+        """
+        if self.stopped or not text:
+            return ""
+        self._state, segments = self._machine.split(self._state, text)
+        given, before = "", None
+        for state, part in segments:
+            if state == _CALL:
+                self._call += part
+            else:
+                given += self._say(self._end_call() + part if before == _CALL else part)
+            before = state
+        self.stopped = self._state[0] is None
+        return given
+
+    def end(self) -> str:
+        """The rest that is said when no more comes: what began like a stop or a call."""
+        if self.stopped:
+            return ""
+        state = self._state[0]
+        self._state, rest, _ = self._machine.flush(self._state)
+        if state == _CALL:
+            rest = CALL_BEGIN + self._call + rest
+        return self._say(rest, last=not self._found)
+
+    def _say(self, text: str, *, last: bool = False) -> str:
+        """What of a text is said now: spaces in front of calls are not."""
+        self._spaces += text
+        if self._begins and not last and not self._spaces.strip():
+            return ""
+        said, self._spaces, self._begins = self._spaces, "", False
+        self.text += said
+        return said
+
+    def _end_call(self) -> str:
+        """Take a call that is whole; gives the text of one that is none."""
+        text, self._call = self._call, ""
+        if call := read_call(text):
+            self._found.append(call)
+            self._begins = True
+            return ""
+        return CALL_BEGIN + text + CALL_END
