@@ -286,8 +286,8 @@ class CortexSuite:
                     asked = turn.request
                     text = turn.add(piece)
                     if turn.request is not asked:
-                        # It may have ended before its last token.
-                        self.engine.cancel(piece.uid)
+                        if piece.finish_reason is None:
+                            self.engine.cancel(piece.uid)
                         del under_way[piece.uid]
                         self._submit(turn, under_way)
                     yield turn, text

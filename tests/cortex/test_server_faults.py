@@ -181,10 +181,10 @@ def test_doubled_keys_do_not_hold_up_others(server):
 def test_long_prompts_are_tokenised_beside_short_ones(served_adapters, monkeypatch):
     tokenise, going_on = prompts.prompt_ids, threading.Event()
 
-    def slowly(tokenizer, turns, system):
+    def slowly(tokenizer, turns, system, *, tools):
         if len(turns[-1]["content"]) > 100_000:
             going_on.wait(20)
-        return tokenise(tokenizer, turns, system)
+        return tokenise(tokenizer, turns, system, tools=tools)
 
     monkeypatch.setattr(prompts, "prompt_ids", slowly)
     monkeypatch.setattr(prompts, "longest_token", lambda tokenizer: None)
@@ -269,7 +269,7 @@ def test_what_fails_alone_too_fails_alone(served_adapters, says):
             return uid
 
         suite.engine.submit = watched
-        failing(suite, lambda: not under_way.isdisjoint(suite.engine._where))
+        failing(suite, lambda: not under_way.isdisjoint(suite.engine._rows))
 
     with served(served_adapters, pause_s=0.01, change=change, report=lines.append) as server:
         told = asked_together(server, ["owls", "cars", "boxes", "owls"])

@@ -319,8 +319,8 @@ class ServerLoop:
         if job.turn.streams and (part := job.unsent(piece, text)):
             self._events.append((job, part))
         if job.turn.request is not asked:
-            # It may have ended before its last token.
-            self.suite.engine.cancel(piece.uid)
+            if piece.finish_reason is None:
+                self.suite.engine.cancel(piece.uid)
             del self._under_way[piece.uid]
             job.uid = None
             self._go_on(job)
