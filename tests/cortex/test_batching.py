@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request
+from conch_dna.cortex.engine.batching import PREFILL_TOKENS, AnswerEngine, Piece, Request
 from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
@@ -495,3 +495,23 @@ def test_a_model_whose_masks_are_not_made_for_unequal_rows_answers_one_by_one(tm
                 assert [piece.log_prob for piece in pieces] == pytest.approx(
                     [piece.log_prob for piece in expected], abs=1e-5
                 )
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_are_answered(bank, base):
+    engine = AnswerEngine(bank)
+    long = make(base, None, "Once upon a time " * 40, max_tokens=2)
+    [alone] = engine.run([long])
+    first = engine.submit(make(base, None, "The owl", max_tokens=200))
+    while not engine.step():
+        pass
+    asked = engine.submit(long)
+    before, pieces = 0, []
+    while not any(piece.uid == asked for piece in pieces):
+        pieces = engine.step()
+        before += any(piece.uid == first for piece in pieces)
+    # As many parts as it has, each between two tokens of the first one.
+    assert before >= len(long.tokens) // PREFILL_TOKENS
+    rest = [piece for piece in pieces if piece.uid == asked]
+    while engine.pending:
+        rest += [piece for piece in engine.step() if piece.uid == asked]
+    assert [piece.token for piece in rest] == [piece.token for piece in alone]

@@ -19,6 +19,7 @@ from conch_dna.cortex.engine.routing import (
     RowLoRALinear,
     Rows,
     RowShapeError,
+    side_by_side,
 )
 from conch_dna.language_model import ModelSource
 from cortex_models import FlatMLP, write_adapter
@@ -61,10 +62,11 @@ def test_a_linear_layer_against_the_formula(shape):
     rows.indices = mx.array([1, 0, 2, 1])
     a = mx.concatenate([random(2, 6, 3, seed=1), mx.zeros((1, 6, 3))])
     b = mx.concatenate([random(2, 3, 5, seed=2), mx.zeros((1, 3, 5))])
-    scale = mx.array([2.0, 0.5, 0.0])
+    scale = [2.0, 0.5, 0.0]
+    factors = side_by_side([(a[0], b[0], 2.0), (a[1], b[1], 0.5), None])
     linear = nn.Linear(6, 5)
     x = random(*shape, seed=3)
-    found = RowLoRALinear(linear, a, b, scale, rows)(x)
+    found = RowLoRALinear(linear, *factors, rows)(x)
     weight, bias = as64(linear.weight), as64(linear.bias)
     for row, index in enumerate([1, 0, 2, 1]):
         each = as64(x)[row]
@@ -79,9 +81,10 @@ def test_an_embedding_against_the_formula_both_ways():
     rows.indices = mx.array([1, 2, 0])
     a = mx.concatenate([random(2, 10, 3, seed=1), mx.zeros((1, 10, 3))])
     b = mx.concatenate([random(2, 3, 4, seed=2), mx.zeros((1, 3, 4))])
-    scale = mx.array([2.0, 0.5, 0.0])
+    scale = [2.0, 0.5, 0.0]
     embedding = nn.Embedding(10, 4)
-    layer = RowLoRAEmbedding(embedding, a, b, scale, rows)
+    factors = side_by_side([(a[0], b[0], 2.0), (a[1], b[1], 0.5), None])
+    layer = RowLoRAEmbedding(embedding, *factors, rows)
     ids = mx.array([[1, 2], [3, 9], [0, 5]])
     hidden = random(3, 2, 4, seed=5)
     out, logits = as64(layer(ids)), as64(layer.as_linear(hidden))
@@ -97,8 +100,9 @@ def test_the_base_layers_dtype_goes_in_and_comes_out(dtype):
     rows.indices = mx.array([0, 1])
     linear = nn.Linear(6, 5)
     linear.set_dtype(dtype)
-    factors = random(2, 6, 3, seed=1), random(2, 3, 5, seed=2)
-    layer = RowLoRALinear(linear, *factors, mx.array([2.0, 0.5]), rows)
+    a, b = random(2, 6, 3, seed=1), random(2, 3, 5, seed=2)
+    factors = side_by_side([(a[0], b[0], 2.0), (a[1], b[1], 0.5)])
+    layer = RowLoRALinear(linear, *factors, rows)
     assert layer(random(2, 1, 6, seed=3).astype(dtype)).dtype == dtype
 
 
@@ -106,9 +110,8 @@ def test_the_base_layers_dtype_goes_in_and_comes_out(dtype):
 def test_an_input_without_the_rows_in_front_is_refused(x):
     rows = Rows()
     rows.indices = mx.array([0, 1])
-    layer = RowLoRALinear(
-        nn.Linear(6, 5), mx.zeros((2, 6, 1)), mx.zeros((2, 1, 5)), mx.zeros(2), rows
-    )
+    factors = side_by_side([(mx.zeros((6, 1)), mx.zeros((1, 5)), 1.0)] * 2)
+    layer = RowLoRALinear(nn.Linear(6, 5), *factors, rows)
     with pytest.raises(RowShapeError, match="2 rows, but an input of shape"):
         layer(x)
 

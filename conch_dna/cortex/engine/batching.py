@@ -26,6 +26,9 @@ from conch_dna.errors import ConchError
 from conch_dna.training.data.answers import make_sampler, takes_unequal_rows
 
 PREFILL_ROWS = 8
+# So many tokens of prompts are read between two tokens of those who are answered, which then take
+# a few times as long; all at once where nobody is.
+PREFILL_TOKENS, PREFILL_ALONE = 64, 2048
 MAX_PREFIX_BYTES = 256 * 2**20
 
 
@@ -112,12 +115,23 @@ class _Lane:
         model: What it runs, for the rows of its `names`.
         generator: mlx_lm's.
         uids: The engine's number of each unfinished request, by the generator's.
+        answered: How many of them got a token in the last step.
     """
 
     version: int
     model: RoutedModel
     generator: Any
     uids: dict[int, int] = field(default_factory=dict)
+    answered: int = 0
+
+    def next(self) -> list[Any]:
+        """A token more of those who are answered, and a part of the prompts that are read."""
+        reading = min(max(1, len(self.uids) - self.answered), PREFILL_ROWS)
+        part = max(8, PREFILL_TOKENS // reading)
+        self.generator.prefill_step_size = part if self.answered else PREFILL_ALONE
+        _, responses = self.generator.next()
+        self.answered = len(responses)
+        return list(responses)
 
 
 @dataclass(eq=False)
@@ -294,8 +308,7 @@ class AnswerEngine:
         pieces: list[Piece] = []
         for lane in self._lanes:
             if lane.uids:
-                _, responses = lane.generator.next()
-                pieces += self._pieces(lane, responses)
+                pieces += self._pieces(lane, lane.next())
         self._drop_idle()
         return pieces
 
