@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
+from conch_dna.cortex.calibration.drift import Outcome
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.ego.prompts import checked_prompt
@@ -134,6 +135,8 @@ class Turn:
         asks_ego: Whether EGO is to answer now.
         answer: When all is done.
         turns: The conversation that waits for an answer, the system prompt its first turn.
+        outcome: When the neuron's first answer is there, what calibration would have seen of it;
+            None where it is not of the kind that was calibrated.
 
     Raises:
         ConchError: The prompt is none, or an option is out of its range.
@@ -147,6 +150,7 @@ class Turn:
         self.answer: Answer | None = None
         self.asks_ego = False
         self.request: Request | None = None
+        self.outcome: Outcome | None = None
         self._has_ego = has_ego
         self._prompt = prompt
         self._began = time.perf_counter()
@@ -178,6 +182,12 @@ class Turn:
     def conversation(self) -> list[dict[str, str]]:
         """The turns without the system prompt, as experience keeps them."""
         return [turn for turn in self.turns if turn["role"] != "system"]
+
+    @property
+    def own_system(self) -> bool:
+        """Whether the prompt or the options bring a system message of their own."""
+        first = self.turns[0]
+        return first["content"] != self.domain.system if first["role"] == "system" else False
 
     @property
     def drawn(self) -> DrawOptions:
@@ -240,9 +250,29 @@ class Turn:
             return text
         text += self._text.end()
         raw = continuation_text(self.domain.tokenizer, self.request.tokens, self._ids)
+        if not self._draft.repaired:
+            self.outcome = self._outcome(self.request)
         self.request = None
         self._judge(raw, piece.finish_reason)
         return text
+
+    def _outcome(self, request: Request) -> Outcome | None:
+        """What calibration would have seen of the first answer, which it cut at its own length."""
+        calibration, options = self.domain.calibration, self.options
+        expected = calibration.expected if calibration else None
+        usual = replace(AskOptions(), max_tokens=options.max_tokens, seed=options.seed)
+        if calibration is None or expected is None or self.own_system:
+            return None
+        if replace(options, top_p=usual.top_p) != usual or options.max_tokens < expected.max_tokens:
+            return None
+        most = expected.max_tokens
+        unsure = calibration.should_fallback(calibration(answer_confidence(self._log_probs[:most])))
+        text = continuation_text(self.domain.tokenizer, request.tokens, self._ids[:most])
+        removed = self._removed[:most]
+        return Outcome(
+            unsure or self._checked(text).get("valid") is False,
+            fmean(removed) if removed else None,
+        )
 
     def begin_again(self) -> None:
         """Forget what came of the answer to `request`: all of it is to come once more."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.cortex.calibration.confidence import Calibration, load_calibration
+from conch_dna.cortex.calibration.drift import KINDS, Drift
+from conch_dna.cortex.calibration.drift_file import read_drift, remedy
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
@@ -19,6 +21,9 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+# What drift is called in a table.
+WATCHED = {"hand_over": "handed over", "mask": "masked"}
 
 
 def neuron_rows(pipeline: TrainingPipeline) -> tuple[list[dict[str, Any]], list[str]]:
@@ -68,10 +73,36 @@ def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str,
         "digest": digest,
         "structured": domain in DOMAIN_SCHEMAS,
         "calibration": calibration.to_json() if calibration else None,
+        "drift": _drift(pipeline.adapters_dir, domain, calibration, notes),
         "experience": advice.counts,
         "retrain": advice.retrain,
         "advice": advice.reason,
     }
+
+
+def _drift(
+    folder: Path, domain: str, calibration: Calibration | None, notes: list[str]
+) -> dict[str, Any] | None:
+    """What servers have counted since the calibration; None where nothing can be compared."""
+    if calibration is None:
+        return None
+    if calibration.expected is None:
+        notes.append(
+            f"{domain}'s calibration does not say what to expect of live answers, so that no drift "
+            "is seen: calibrate again"
+        )
+        return None
+    try:
+        drift = read_drift(folder / domain, calibration)
+    except ConchError as error:
+        notes.append(f"what was counted of {domain}'s drift is left out: {error}")
+        return None
+    findings = (drift or Drift(calibration.expected, "")).findings
+    for each in findings:
+        if each.drifted:
+            notes.append(f"{domain} drifts since {each.drifted}: {each}; {remedy(domain)}")
+    counted = {each.kind: each.to_json() for each in findings}
+    return {"since": drift.since if drift else None, **counted}
 
 
 def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
@@ -83,7 +114,7 @@ def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
     table = Table(
         Column("neuron", overflow="fold"),
         Column("version and adapter", overflow="fold", min_width=18),
-        *("answers", "calibrated", "new", "retrain?"),
+        *("answers", "calibrated", "drift", "new", "retrain?"),
         title=Text(f"neurons in {folder}"),
     )
     for row in rows:
@@ -94,6 +125,7 @@ def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
             Text(f"{row['version'] or 'distilled'}\n{shown}"),
             "JSON" if row["structured"] else "text",
             _calibrated(row["calibration"]),
+            _drifted(row["drift"]),
             str(counts["new"]),
             f"{'yes' if row['retrain'] else 'no'}: {row['advice']}",
         )
@@ -106,6 +138,22 @@ def _calibrated(calibration: dict[str, Any] | None) -> str:
     threshold = calibration["threshold"]
     sure = "EGO answers all" if threshold is None else f"from {threshold:.3f}"
     return f"{calibration['method']}, {sure}"
+
+
+def _drifted(drift: dict[str, Any] | None) -> str:
+    if drift is None:
+        return "-"
+    findings = [drift[kind] for kind in KINDS if kind in drift]
+    kinds = [WATCHED[each["kind"]] for each in findings if each["drifted"]]
+    lines = [", ".join(kinds) or "no"]
+    if drift["since"] is not None:
+        lines.append(f"{findings[0]['answers']} since {drift['since'][:10]}")
+    lines += [
+        f"{WATCHED[each['kind']]} {each['live']:.1%} ({each['expected']['mean']:.1%})"
+        for each in findings
+        if each["live"] is not None
+    ]
+    return "\n".join(lines)
 
 
 def calibration_table(calibrations: dict[str, Calibration]) -> "Table":

@@ -16,6 +16,7 @@ from typing import Any
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
+from conch_dna.cortex.server.drift_watch import DriftWatch
 from conch_dna.cortex.server.jobs import EgoThread, Event, Job, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
 from conch_dna.cortex.server.openai_api import ChatRequest, unknown_model
@@ -52,8 +53,11 @@ class ServerLoop:
         self.settings = settings
         self.unfinished: Callable[[], int] = lambda: 0
         self.stopping = False
+        self._watch = DriftWatch(suite, report=report)
         self.metrics = ServerMetrics(
-            unfinished=lambda: self.unfinished(), computed=lambda: suite.engine.pending
+            unfinished=lambda: self.unfinished(),
+            computed=lambda: suite.engine.pending,
+            drift=lambda: self._watch.findings,
         )
         self._report = report
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -167,6 +171,7 @@ class ServerLoop:
                 self._look()
                 self._step()
                 self._tell()
+                self._watch.save_sometimes()
             if self._failure is not None:
                 raise self._failure
         finally:
@@ -179,6 +184,7 @@ class ServerLoop:
             self._tell()
             if self._ego is not None and not self._ego.stop(wait_s=1.0):
                 self._report("EGO was left in the middle of an answer")
+            self._watch.save(wait_s=2.0)
 
     def _over(self) -> bool:
         if self._failure is not None:
@@ -221,6 +227,7 @@ class ServerLoop:
         try:
             return self.suite.reload()
         finally:
+            self._watch.take_in()
             for name in self.suite.bank.names:
                 if before.get(name) != id(self.suite.bank.get(name)):
                     self.metrics.reloads.labels(name).inc()
@@ -296,6 +303,7 @@ class ServerLoop:
         if piece.finish_reason is not None:
             del self._under_way[piece.uid]
             job.uid = None
+            self._watch.add(job.turn)
             self._go_on(job)
 
     def _batch_failed(self, error: Exception) -> None:
