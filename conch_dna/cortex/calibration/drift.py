@@ -107,7 +107,7 @@ class Expectations:
             ConchError: A field is missing, unknown or of the wrong kind.
             TypeError: The same.
         """
-        read = {
+        read: dict[str, Any] = {
             name: value if value is None or name == "max_tokens" else Expected(**value)
             for name, value in dict(document).items()
         }

@@ -101,7 +101,7 @@ def _drift(
     for each in findings:
         if each.drifted:
             notes.append(f"{domain} drifts since {each.drifted}: {each}; {remedy(domain)}")
-    counted = {each.kind: each.to_json() for each in findings}
+    counted: dict[str, Any] = {each.kind: each.to_json() for each in findings}
     return {"since": drift.since if drift else None, **counted}
 
 
