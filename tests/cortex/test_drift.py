@@ -352,20 +352,17 @@ class TestFile:
 TALE = "Once upon a time there was a"
 
 
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CortexSuite]:
+    place = tmp_path_factory.mktemp("adapters")
+    for name in (DOMAIN, "task"):
+        write_adapter(place / name / "adapters_kd", STUDENT, strength=0.0)
+    with CortexSuite(place, STUDENT) as suite:
+        yield suite
+
+
 class TestSuite:
     """What of the answers of real neurons counts, and as what."""
-
-    @pytest.fixture(scope="class")
-    def adapters(self, tmp_path_factory) -> Path:
-        place = tmp_path_factory.mktemp("adapters")
-        for name in (DOMAIN, "task"):
-            write_adapter(place / name / "adapters_kd", STUDENT, strength=0.0)
-        return place
-
-    @pytest.fixture(scope="class")
-    def suite(self, adapters) -> Iterator[CortexSuite]:
-        with CortexSuite(adapters, STUDENT) as suite:
-            yield suite
 
     def calibrated(self, suite, domain: str, threshold: float, *, mask: bool = False) -> None:
         expected = EXPECTED if mask else replace(EXPECTED, mask=None)
@@ -451,7 +448,7 @@ class TestSuite:
 
 def test_a_server_tells_drift_once_and_keeps_it(served_adapters: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
-    shutil.copytree(served_adapters, adapters)
+    shutil.copytree(served_adapters / "owls", adapters / "owls")
     with CortexSuite(adapters, STUDENT, domains=["owls"]) as suite:
         digest = suite.bank.digest_of("owls")
     expected = Expectations(hand_over=expected_hand_overs(5, 200), mask=None, max_tokens=3)
