@@ -352,6 +352,11 @@ class Drift:
                 tally.add(value, now)
 
     @property
+    def kinds(self) -> set[Kind]:
+        """Those that have an alarm."""
+        return {kind for kind, tally in self._tallies.items() if tally.drifted}
+
+    @property
     def findings(self) -> list[Finding]:
         """Of each kind that is watched."""
         return [tally.finding for tally in self._tallies.values()]

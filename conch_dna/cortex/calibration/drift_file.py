@@ -92,11 +92,10 @@ class DriftCount:
         self._report = report
         self._digest = digest_of(calibration)
         self._waiting: list[tuple[Outcome, str]] = []
-        self._told: set[Kind] = set()
         self._problem = ""
         self._drift = self._read() or Drift(calibration.expected, now())
         # What a server before has found it has told.
-        self._told |= {each.kind for each in self.findings if each.drifted}
+        self._told: set[Kind] = self._drift.kinds
 
     @property
     def findings(self) -> list[Finding]:
@@ -171,6 +170,8 @@ class DriftCount:
             self._report(line)
 
     def _tell(self) -> None:
+        if self._drift.kinds <= self._told:
+            return
         for each in self.findings:
             if each.drifted and each.kind not in self._told:
                 self._told.add(each.kind)

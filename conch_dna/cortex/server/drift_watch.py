@@ -12,7 +12,7 @@ from conch_dna.cortex.calibration.drift_file import DriftCount
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.turn import Turn
 
-# Between two writes of what was counted, in seconds.
+# Between two writes of what was counted of a domain, in seconds.
 SAVE_S = 5.0
 
 
@@ -29,6 +29,7 @@ class DriftWatch:
         self._report = report
         self._counts: dict[str, DriftCount] = {}
         self._next_save = time.monotonic() + SAVE_S
+        self._saved = 0
         self.take_in()
 
     @property
@@ -61,10 +62,15 @@ class DriftWatch:
             count.add(outcome)
 
     def save_sometimes(self) -> None:
-        """Write what was counted, if the last time is some seconds ago."""
-        if time.monotonic() >= self._next_save:
-            self.save()
-            self._next_save = time.monotonic() + SAVE_S
+        """Write what was counted, a domain at a time, each every SAVE_S seconds."""
+        if time.monotonic() < self._next_save:
+            return
+        counts = list(self._counts.values())
+        if counts:
+            # Nobody gets a token while the disk is waited for: not for all domains in one go.
+            self._saved += 1
+            counts[self._saved % len(counts)].save()
+        self._next_save = time.monotonic() + SAVE_S / max(1, len(counts))
 
     def save(self, *, wait_s: float = 0.0) -> None:
         """Write what was counted.
