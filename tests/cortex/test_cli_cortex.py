@@ -433,14 +433,19 @@ def test_status_shows_drift_and_what_keeps_it_from_being_seen(
     result = done("status", *at(adapters))
     assert "babble's calibration does not say what to expect of live answers" in result.stderr
     assert "drifts" not in result.stderr
+    table = re.sub(r"[\s│]+", " ", result.stdout)
+    assert "owls hand-overs 20.0% - - 0 - no" in table and "babble hand-overs" not in table
     for _ in range(50):
         owls.add(Outcome(True, 0.01))
     owls.save()
     (adapters / "task" / DRIFT_FILE).write_text("{")
     file = tmp_path / "status.json"
     result = done("status", "--json", str(file), *at(adapters))
-    table = " ".join(result.stdout.split())
-    assert "handed over 100.0% (20.0%)" in table or "(20.0%)" in table
+    table = re.sub(r"[\s│]+", " ", result.stdout)
+    day = r"\d{4}-\d\d-\d\d"
+    assert re.search(rf"owls hand-overs 20.0% 100.0% 100.0% 50 {day} {day}", table)
+    assert re.search(rf"owls mask 1.0% 1.0% 1.0% 50 {day} no", table)
+    assert "task hand-overs" not in table
     [line] = [line for line in result.stderr.splitlines() if "drifts" in line]
     assert line.startswith("owls drifts since 2")
     assert "100.0% of 50 answers did not stand; calibration: 20.0% of 200; calibrate on" in line

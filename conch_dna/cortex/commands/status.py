@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.cortex.calibration.confidence import Calibration, load_calibration
-from conch_dna.cortex.calibration.drift import KINDS, Drift
+from conch_dna.cortex.calibration.drift import KINDS, RECENT, Drift
 from conch_dna.cortex.calibration.drift_file import read_drift, remedy
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
 from conch_dna.cortex.turn import Answer
@@ -22,8 +22,8 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 if TYPE_CHECKING:
     from rich.table import Table
 
-# What drift is called in a table.
-WATCHED = {"hand_over": "handed over", "mask": "masked"}
+# What drifts, in a table.
+WATCHED = {"hand_over": "hand-overs", "mask": "mask"}
 
 
 def neuron_rows(pipeline: TrainingPipeline) -> tuple[list[dict[str, Any]], list[str]]:
@@ -114,7 +114,7 @@ def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
     table = Table(
         Column("neuron", overflow="fold"),
         Column("version and adapter", overflow="fold", min_width=18),
-        *("answers", "calibrated", "drift", "new", "retrain?"),
+        *("answers", "calibrated", "new", "retrain?"),
         title=Text(f"neurons in {folder}"),
     )
     for row in rows:
@@ -125,7 +125,6 @@ def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
             Text(f"{row['version'] or 'distilled'}\n{shown}"),
             "JSON" if row["structured"] else "text",
             _calibrated(row["calibration"]),
-            _drifted(row["drift"]),
             str(counts["new"]),
             f"{'yes' if row['retrain'] else 'no'}: {row['advice']}",
         )
@@ -140,20 +139,27 @@ def _calibrated(calibration: dict[str, Any] | None) -> str:
     return f"{calibration['method']}, {sure}"
 
 
-def _drifted(drift: dict[str, Any] | None) -> str:
-    if drift is None:
-        return "-"
-    findings = [drift[kind] for kind in KINDS if kind in drift]
-    kinds = [WATCHED[each["kind"]] for each in findings if each["drifted"]]
-    lines = [", ".join(kinds) or "no"]
-    if drift["since"] is not None:
-        lines.append(f"{findings[0]['answers']} since {drift['since'][:10]}")
-    lines += [
-        f"{WATCHED[each['kind']]} {each['live']:.1%} ({each['expected']['mean']:.1%})"
-        for each in findings
-        if each["live"] is not None
+def drift_table(rows: Sequence[dict[str, Any]]) -> "Table | None":
+    """Live answers against calibration, by `neuron_rows`; None where none is watched."""
+    cells = [
+        (
+            row["domain"],
+            WATCHED[kind],
+            f"{each['expected']['mean']:.1%}",
+            *("-" if share is None else f"{share:.1%}" for share in (each["live"], each["recent"])),
+            str(each["answers"]),
+            (row["drift"]["since"] or "-")[:10],
+            each["drifted"][:10] or "no",
+        )
+        for row in rows
+        for kind in KINDS
+        if (each := (row["drift"] or {}).get(kind))
     ]
-    return "\n".join(lines)
+    if not cells:
+        return None
+    shares = ("calibration", "live", f"last {RECENT}")
+    columns = ("neuron", "watched", *shares, "answers", "since", "drift")
+    return text_table("live answers against calibration", columns, cells)
 
 
 def calibration_table(calibrations: dict[str, Calibration]) -> "Table":
