@@ -17,6 +17,14 @@ from hypothesis import strategies as st
 from chat_templates import FAMILIES
 from conch_dna.checkpoints import DIGESTS
 from conch_dna.cortex.calibration.confidence import load_calibration
+from conch_dna.cortex.calibration.drift import (
+    Drift,
+    Expectations,
+    Outcome,
+    expected_hand_overs,
+    expected_mask,
+)
+from conch_dna.cortex.calibration.drift_file import DRIFT_FILE, digest_of, read_drift
 from conch_dna.cortex.engine.adapter_modules import SharedTree, read_adapter
 from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.options import ServerSettings
@@ -36,6 +44,7 @@ from cortex_models import write_adapter
 from fuzz_files import chat_tokenizer, folder_changes
 from hostile import json_bytes, safetensors_bytes
 from models import make_model_folder
+from suites import calibration
 
 # CORTEX: calibrations, experience, answers, and the server.
 
@@ -52,6 +61,32 @@ def read_calibration(folder: Path, content: bytes) -> None:
     assert 0 <= read(0.5) <= 1
     assert read.verdict and read.should_fallback(0.5) in (True, False)
     json.dumps(read.to_json(), allow_nan=False)
+
+
+WATCHED = calibration(
+    "d" * 64,
+    threshold=0.5,
+    expected=Expectations(
+        hand_over=expected_hand_overs(4, 20), mask=expected_mask([0.1] * 20), max_tokens=8
+    ),
+)
+
+
+def drift_counted() -> dict[str, Any]:
+    drift = Drift(WATCHED.expected, "then")
+    for number in range(9):
+        drift.add(Outcome(number % 2 == 0, 0.1), "now")
+    return {"calibration": digest_of(WATCHED)} | drift.to_json()
+
+
+def read_counted(folder: Path, content: bytes) -> None:
+    (folder / DRIFT_FILE).write_bytes(content)
+    drift = read_drift(folder, WATCHED)
+    if drift is None:
+        return
+    drift.add(Outcome(True, 1.0), "later")
+    assert all(str(each) for each in drift.findings)
+    json.dumps([drift.to_json(), *(each.to_json() for each in drift.findings)], allow_nan=False)
 
 
 EXPERIENCE = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conch_dna.cortex.calibration.confidence import Calibration
+from conch_dna.cortex.calibration.drift import Expectations
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.serving import CortexServer
@@ -23,7 +24,9 @@ NAMES = ("Tom", "Sue", "Ben", "Mia", "Sam", "Lily", "Max", "Anna")
 THINGS = ("ball", "cat", "hat", "dog", "car", "cup", "box", "bird")
 
 
-def calibration(adapter_digest: str, *, threshold: float | None) -> Calibration:
+def calibration(
+    adapter_digest: str, *, threshold: float | None, expected: Expectations | None = None
+) -> Calibration:
     """A calibration that leaves confidences as they are."""
     return Calibration(
         method="temperature",
@@ -38,6 +41,7 @@ def calibration(adapter_digest: str, *, threshold: float | None) -> Calibration:
         seed=0,
         adapter_digest=adapter_digest,
         ego=TEACHER,
+        expected=expected,
     )
 
 

@@ -142,7 +142,12 @@ TARGETS = [
     Target("cached vectors", files.vector_shards(), files.read_vectors),
     Target("chelation log", files.log_bytes(), files.read_log),
     Target("gate history", json_line_bytes([files.DECISION]), files.read_gate_history, 700),
-    Target("calibration.json", json_bytes([CALIBRATION]), models.read_calibration),
+    Target(
+        "calibration.json",
+        json_bytes([CALIBRATION, models.WATCHED.to_json()]),
+        models.read_calibration,
+    ),
+    Target("drift.json", json_bytes([models.drift_counted()]), models.read_counted),
     Target("answers.jsonl", json_line_bytes(models.EXPERIENCE), models.read_answers_file),
     Target("experience", json_line_bytes(models.experience_lines()), models.read_buffer),
     Target("structured answers", json_bytes([models.SHAPED]), models.read_answer),

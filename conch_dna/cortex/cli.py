@@ -161,11 +161,12 @@ def serve(**values: Any) -> None:
 @json_option
 def status(min_new: int, json_file: str | None, **values: Any) -> None:
     """Show the neurons, how sure they are, and what was recorded; loads no model."""
-    from conch_dna.cortex.commands.status import neuron_rows, status_table
+    from conch_dna.cortex.commands.status import drift_table, neuron_rows, status_table
 
     pipeline = pipeline_of(values, min_new=min_new)
     rows, notes = neuron_rows(pipeline)
-    print_tables(status_table(pipeline.adapters_dir, rows))
+    tables = [status_table(pipeline.adapters_dir, rows), drift_table(rows)]
+    print_tables(*(table for table in tables if table is not None))
     for note in notes:
         click.echo(note, err=True)
     write_figures(json_file, {"neurons": rows, "notes": notes})

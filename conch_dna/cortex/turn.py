@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
+from conch_dna.cortex.calibration.drift import Outcome
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.engine.grammars import WHITESPACE
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, DrawOptions
@@ -151,6 +152,8 @@ class Turn:
         asks_ego: Whether EGO is to answer now.
         answer: When all is done.
         turns: The conversation that waits for an answer, the system prompt its first turn.
+        outcome: When the neuron's first answer is there, what calibration would have seen of it;
+            None where it is not of the kind that was calibrated.
 
     Raises:
         ConchError: The prompt is none, or an option is out of its range.
@@ -170,6 +173,7 @@ class Turn:
         self.answer: Answer | None = None
         self.asks_ego = False
         self.request: Request | None = None
+        self.outcome: Outcome | None = None
         # EGO would know nothing of the functions, and a plain text is no question.
         self._has_ego = has_ego and not options.plain and options.tools is None
         self._live = live
@@ -203,6 +207,12 @@ class Turn:
     def conversation(self) -> list[dict[str, str]]:
         """The turns without the system prompt, as experience keeps them."""
         return [turn for turn in self.turns if turn["role"] != "system"]
+
+    @property
+    def own_system(self) -> bool:
+        """Whether the prompt or the options bring a system message of their own."""
+        first = self.turns[0]
+        return first["content"] != self.domain.system if first["role"] == "system" else False
 
     @property
     def drawn(self) -> DrawOptions:
@@ -288,17 +298,49 @@ class Turn:
             return text
         raw = self._spoken.text
         if not self.options.stop and not self.options.tools:
-            ids = [each.token for each in self._pieces if each.finish_reason != "stop"]
-            raw = continuation_text(self.domain.tokenizer, self.request.tokens, ids)
+            tokens = self.request.tokens
+            raw = continuation_text(self.domain.tokenizer, tokens, self._said_ids)
+        if not self._draft.repaired:
+            self.outcome = self._outcome(self.request)
         self.request = None
         self._judge(raw, reason)
         return text
+
+    @property
+    def _said_ids(self) -> list[int]:
+        return [piece.token for piece in self._pieces if piece.finish_reason != "stop"]
 
     @property
     def _told_tokens(self) -> tuple[Piece, ...] | None:
         if self.options.top_logprobs is None:
             return None
         return tuple(piece for piece in self._pieces if piece.finish_reason != "stop")
+
+    def _outcome(self, request: Request) -> Outcome | None:
+        """What calibration would have seen of the first answer, which it cut at its own length."""
+        calibration, options = self.domain.calibration, self.options
+        expected = calibration.expected if calibration else None
+        usual = AskOptions(
+            max_tokens=options.max_tokens, seed=options.seed, top_logprobs=options.top_logprobs
+        )
+        if calibration is None or expected is None or self.own_system:
+            return None
+        if replace(options, top_p=usual.top_p) != usual or options.max_tokens < expected.max_tokens:
+            return None
+        most = expected.max_tokens
+        log_probs = [piece.log_prob for piece in self._pieces[:most]]
+        unsure = calibration.should_fallback(calibration(answer_confidence(log_probs)))
+        text = continuation_text(self.domain.tokenizer, request.tokens, self._said_ids[:most])
+        removed = self._removed(most)
+        return Outcome(
+            unsure or self._checked(text).get("valid") is False,
+            removed,
+        )
+
+    def _removed(self, most: int | None = None) -> float | None:
+        """Mean share of probability that the form took from so many first tokens."""
+        shares = [piece.removed for piece in self._pieces[:most] if piece.removed is not None]
+        return fmean(shares) if shares else None
 
     def begin_again(self) -> None:
         """Forget what came of the answer to `request`: all of it is to come once more."""
@@ -309,7 +351,6 @@ class Turn:
     def _judge(self, raw: str, finish_reason: str) -> None:
         """Whether the neuron's answer stands, is asked for again, or is EGO's to give."""
         confidence = answer_confidence([piece.log_prob for piece in self._pieces])
-        removed = [piece.removed for piece in self._pieces if piece.removed is not None]
         calibration = self.domain.calibration
         if calibration is not None:
             confidence = calibration(confidence)
@@ -323,7 +364,7 @@ class Turn:
             tokens=self._told_tokens,
             confidence=confidence,
             calibrated=calibration is not None,
-            removed=fmean(removed) if removed else None,
+            removed=self._removed(),
             **({} if self._spoken.calls else self._checked(raw)),
         )
         if draft.calls:

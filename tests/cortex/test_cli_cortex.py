@@ -24,6 +24,13 @@ from click.testing import CliRunner, Result
 
 from conch_dna.cli import main
 from conch_dna.cortex.calibration.confidence import save_calibration
+from conch_dna.cortex.calibration.drift import (
+    Expectations,
+    Outcome,
+    expected_hand_overs,
+    expected_mask,
+)
+from conch_dna.cortex.calibration.drift_file import DRIFT_FILE, DriftCount
 from conch_dna.cortex.calibration.settings import CalibrationSettings
 from conch_dna.cortex.cli import cortex
 from conch_dna.cortex.commands.terminal import visible
@@ -404,6 +411,51 @@ def test_status_shows_every_neuron_and_loads_no_model(
     assert "there is experience of gone and no adapter" in result.stderr
     assert "gone.jsonl, line 1: no whole record" in result.stderr
     assert "task is not calibrated" in result.stderr
+
+
+def test_status_shows_drift_and_what_keeps_it_from_being_seen(
+    adapters: Path, tmp_path: Path
+) -> None:
+    with create_cortex_suite(adapters) as suite:
+        digests = {name: suite.bank.digest_of(name) for name in suite.domains}
+    for name in digests:
+        source = (adapters / name).resolve()
+        (adapters / name).unlink()
+        (adapters / name).mkdir()
+        (adapters / name / "adapters_kd").symlink_to(source / "adapters_kd")
+    masses = expected_mask([0.01] * 200)
+    watched = Expectations(hand_over=expected_hand_overs(40, 200), mask=masses, max_tokens=8)
+    for name, expected in {"owls": watched, "task": watched, "babble": None}.items():
+        found = calibration(digests[name], threshold=0.5, expected=expected)
+        save_calibration(adapters, name, found)
+        if name == "owls":
+            owls = DriftCount(adapters, name, found, report=lambda line: None)
+    result = done("status", *at(adapters))
+    assert "babble's calibration does not say what to expect of live answers" in result.stderr
+    assert "drifts" not in result.stderr
+    table = re.sub(r"[\s│]+", " ", result.stdout)
+    assert "owls hand-overs 20.0% - - 0 - no" in table and "babble hand-overs" not in table
+    for _ in range(50):
+        owls.add(Outcome(True, 0.01))
+    owls.save()
+    (adapters / "task" / DRIFT_FILE).write_text("{")
+    file = tmp_path / "status.json"
+    result = done("status", "--json", str(file), *at(adapters))
+    table = re.sub(r"[\s│]+", " ", result.stdout)
+    day = r"\d{4}-\d\d-\d\d"
+    assert re.search(rf"owls hand-overs 20.0% 100.0% 100.0% 50 {day} {day}", table)
+    assert re.search(rf"owls mask 1.0% 1.0% 1.0% 50 {day} no", table)
+    assert "task hand-overs" not in table
+    [line] = [line for line in result.stderr.splitlines() if "drifts" in line]
+    assert line.startswith("owls drifts since 2")
+    assert "100.0% of 50 answers did not stand; calibration: 20.0% of 200; calibrate on" in line
+    assert "what was counted of task's drift is left out" in result.stderr
+    rows = {row["domain"]: row for row in json.loads(file.read_text())["neurons"]}
+    assert rows["babble"]["drift"] is None and rows["task"]["drift"] is None
+    drift = rows["owls"]["drift"]
+    assert (drift["hand_over"]["answers"], drift["hand_over"]["live"]) == (50, 1.0)
+    assert drift["hand_over"]["drifted"] and not drift["mask"]["drifted"] and drift["since"]
+    assert drift["mask"]["expected"]["at_most"] == pytest.approx(masses.at_most)
 
 
 # record

@@ -406,6 +406,10 @@ class TestOnDisk:
             {"ece_after": -0.1},
             {"adapter_digest": 7},
             {"n_held": "many"},
+            {"expected": 7},
+            {"expected": {}},
+            {"expected": {"hand_over": None, "mask": None, "max_tokens": 9}},
+            {"expected": {"hand_over": {"answers": 9}, "mask": None, "max_tokens": 9}},
             {"more": 1},
         ],
     )
@@ -432,8 +436,8 @@ class TestOnDisk:
             less = {key: value for key, value in document.items() if key != name}
             path.write_text(json.dumps(less), encoding="utf-8")
             found = load_calibration(tmp_path, "thinking", "abc", report=lambda text: None)
-            # Without a confidence it is of before there were promises.
-            assert (found is None) == (name != "confidence")
+            # Without these it is of before there were promises, or alarms of drift.
+            assert (found is None) == (name not in ("confidence", "expected"))
 
     @pytest.mark.parametrize("domain", ["../other", "a/b", ""])
     def test_a_domain_is_a_folders_name(self, domain, tmp_path) -> None:

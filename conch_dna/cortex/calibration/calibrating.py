@@ -5,9 +5,10 @@ in heldout.py. Another way to agree: a branch in `agreement_with_ego`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,11 @@ from conch_dna.cortex.calibration.confidence import (
     calibrate,
     halves,
     save_calibration,
+)
+from conch_dna.cortex.calibration.drift import (
+    Expectations,
+    expected_hand_overs,
+    expected_mask,
 )
 from conch_dna.cortex.calibration.heldout import chosen, heldout_prompts, heldout_records
 from conch_dna.cortex.calibration.risk_coverage import (
@@ -55,10 +61,12 @@ class Question(NamedTuple):
     Attributes:
         turns: The conversation as EGO is asked, the system prompt its first turn.
         request: For the engine.
+        own_system: Whether the prompt brings a system message of its own.
     """
 
     turns: list[dict[str, str]]
     request: Request
+    own_system: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +78,17 @@ class NeuronAnswer:
         text: The answer.
         finish_reason: "stop" or "length".
         log_probs: Of its tokens, in nats, that which stops it among them.
+        removed: Mean share of probability that a schema took from them; None where it was written
+            freely.
+        own_system: Whether the prompt brings a system message of its own.
     """
 
     turns: list[dict[str, str]]
     text: str
     finish_reason: str
     log_probs: tuple[float, ...]
+    removed: float | None = None
+    own_system: bool = False
 
     @property
     def confidence(self) -> float:
@@ -142,6 +155,7 @@ def questions_of(
     *,
     max_tokens: int = CalibrationSettings.max_tokens,
     with_adapter: bool = True,
+    structured: bool = False,
 ) -> tuple[list[Question], dict[str, int]]:
     """Prompts as the suite would ask them, greedily; those it cannot be asked are left out.
 
@@ -151,11 +165,12 @@ def questions_of(
         prompts: Each a text or a conversation.
         max_tokens: Longest answer.
         with_adapter: Otherwise the student without one is asked the same.
+        structured: Whether answers are held to the domain's schema, as when users ask.
 
     Returns:
         What to ask, and for each reason how many are left out.
     """
-    options = AskOptions(max_tokens=max_tokens, hand_over="never", structured=False)
+    options = AskOptions(max_tokens=max_tokens, hand_over="never", structured=structured)
     questions, left_out = [], Counter[str]()
     for prompt in prompts:
         turn = suite.turn(domain, prompt, options)
@@ -166,7 +181,7 @@ def questions_of(
         except ConchError:
             left_out["longer than the student's context"] += 1
             continue
-        questions.append(Question(turn.ego_turns, request))
+        questions.append(Question(turn.ego_turns, request, turn.own_system))
     return questions, dict(left_out)
 
 
@@ -189,7 +204,15 @@ def _answer(suite: CortexSuite, question: Question, pieces: Sequence[Piece]) -> 
     ids = [piece.token for piece in pieces]
     own = ids[:-1] if reason == "stop" else ids
     text = continuation_text(suite.source.tokenizer, question.request.tokens, own)
-    return NeuronAnswer(question.turns, text, reason, tuple(piece.log_prob for piece in pieces))
+    removed = [piece.removed for piece in pieces if piece.removed is not None]
+    return NeuronAnswer(
+        question.turns,
+        text,
+        reason,
+        tuple(piece.log_prob for piece in pieces),
+        fmean(removed) if removed else None,
+        question.own_system,
+    )
 
 
 def agreement_of(
@@ -209,13 +232,53 @@ def agreement_of(
             f"{domain} cannot be calibrated without EGO, whose agreement it is about: name one"
         )
     schema = suite.domain(domain).schema
-    valid = [each for each in answers if schema is None or parse_answer(each.text, schema).valid]
+    valid = [each for each in answers if _valid(each, schema)]
     shares, meaning = agreement_with_ego(suite.ego, valid, max_tokens=max_tokens)
     known = ~np.isnan(shares)
     confidence = np.array([each.confidence for each in valid], np.float64)
     left_out = {NOT_VALID: len(answers) - len(valid), NOT_READ: int((~known).sum())}
     reasons = {reason: count for reason, count in left_out.items() if count}
     return Agreement(confidence[known], shares[known], meaning, reasons)
+
+
+def _valid(answer: NeuronAnswer, schema: Mapping[str, Any] | None) -> bool:
+    return schema is None or parse_answer(answer.text, schema).valid
+
+
+def expectations_of(
+    calibration: Calibration,
+    answers: Sequence[NeuronAnswer],
+    schema: Mapping[str, Any] | None,
+    *,
+    max_tokens: int,
+) -> Expectations | None:
+    """What the calibration's own answers let expect of live ones.
+
+    All answers count, also such as EGO could not judge; not those to prompts with a system message
+    of their own, which live ones are not compared with either.
+
+    Args:
+        calibration: Of these answers.
+        answers: As the neuron gives them to users.
+        schema: Of the domain.
+        max_tokens: Longest answer.
+
+    Returns:
+        None where none counts.
+    """
+    plain = [each for each in answers if not each.own_system]
+    if not plain:
+        return None
+    kept = [
+        _valid(each, schema) and not calibration.should_fallback(calibration(each.confidence))
+        for each in plain
+    ]
+    removed = [each.removed for each in plain if each.removed is not None]
+    return Expectations(
+        hand_over=expected_hand_overs(len(plain) - sum(kept), len(plain)),
+        mask=expected_mask(removed) if removed else None,
+        max_tokens=max_tokens,
+    )
 
 
 def agreement_with_ego(
@@ -284,9 +347,9 @@ def calibrate_domain(
 ) -> tuple[Calibration, dict[str, Any]]:
     """Calibrate a neuron's confidence on held-out prompts; the suite uses it from then on.
 
-    The neuron gives its first answer to each, greedily. `calibration.json` and
-    `risk_coverage.png` go into the domain's folder. With a schema only valid answers count, since
-    the others go to EGO however sure they are.
+    The neuron gives its first answer to each, greedily and held to the domain's schema, as it
+    answers users. `calibration.json` and `risk_coverage.png` go into the domain's folder. With a
+    schema only valid answers count, since the others go to EGO however sure they are.
 
     Args:
         suite: With EGO, and an idle engine.
@@ -307,7 +370,9 @@ def calibrate_domain(
     settings = settings or CalibrationSettings()
     digest = suite.bank.digest_of(suite.domain(domain).name)
     prompts = _prompts(suite, domain, settings, prompts, data)
-    questions, left_out = questions_of(suite, domain, prompts, max_tokens=settings.max_tokens)
+    questions, left_out = questions_of(
+        suite, domain, prompts, max_tokens=settings.max_tokens, structured=True
+    )
     report("phase", {"name": f"{domain}: answers", "total": len(questions), "unit": "prompts"})
     answers = answers_to(suite, questions, report=report)
     report("phase", {"name": f"{domain}: EGO reads them"})
@@ -324,6 +389,9 @@ def calibrate_domain(
         )
     assert suite.ego is not None
     calibration = agreement.fitted(settings, adapter_digest=digest, ego=suite.ego.model_id)
+    schema = suite.domain(domain).schema
+    expected = expectations_of(calibration, answers, schema, max_tokens=settings.max_tokens)
+    calibration = replace(calibration, expected=expected)
     path = save_calibration(suite.adapters_dir, domain, calibration)
     picture = path.with_name(PICTURE_FILE)
     confidences, shares = agreement.held_out(calibration)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import read_json, write_json
+from conch_dna.cortex.calibration.drift import Expectations
 from conch_dna.cortex.calibration.guarantee import fewest_answers, guaranteed_threshold
 from conch_dna.cortex.calibration.risk_coverage import Numbers, risk_coverage
 from conch_dna.cortex.calibration.settings import METHODS, MIN_ANSWERS, CalibrationSettings
@@ -85,6 +86,7 @@ class Calibration:
         seed: Of the split.
         adapter_digest: The adapter that gave the answers.
         ego: The model that they were compared with.
+        expected: What live answers are compared with; None where that was not kept.
     """
 
     method: str
@@ -103,6 +105,7 @@ class Calibration:
     seed: int
     adapter_digest: str
     ego: str
+    expected: Expectations | None = None
 
     def __post_init__(self) -> None:
         _check_method(self.method)
@@ -177,13 +180,17 @@ class Calibration:
             ConchError: A field is missing, unknown or of the wrong kind.
         """
         names = {field.name for field in fields(cls)}
-        # Calibrations of before promise nothing.
-        document = {"confidence": 0.0, **document} if isinstance(document, dict) else {}
+        # Calibrations of before promise nothing, and expect nothing of live answers.
+        before = {"confidence": 0.0, "expected": None}
+        document = {**before, **document} if isinstance(document, dict) else {}
         if set(document) != names:
             raise ConchError("the calibration has not the fields it should have: calibrate again")
         try:
             knots = tuple((float(raw), float(value)) for raw, value in document["knots"])
-            return cls(**{**document, "knots": knots})
+            expected = document["expected"]
+            if expected is not None:
+                expected = Expectations.from_json(expected)
+            return cls(**{**document, "knots": knots, "expected": expected})
         except (TypeError, ValueError) as error:
             raise ConchError(
                 f"the calibration cannot be read ({error}): calibrate again"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conch_dna.cortex.calibration.confidence import Calibration, load_calibration
+from conch_dna.cortex.calibration.drift import KINDS, RECENT, Drift
+from conch_dna.cortex.calibration.drift_file import read_drift, remedy
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
@@ -19,6 +21,9 @@ from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+# What drifts, in a table.
+WATCHED = {"hand_over": "hand-overs", "mask": "mask"}
 
 
 def neuron_rows(pipeline: TrainingPipeline) -> tuple[list[dict[str, Any]], list[str]]:
@@ -68,10 +73,36 @@ def _row(pipeline: TrainingPipeline, domain: str, notes: list[str]) -> dict[str,
         "digest": digest,
         "structured": domain in DOMAIN_SCHEMAS,
         "calibration": calibration.to_json() if calibration else None,
+        "drift": _drift(pipeline.adapters_dir, domain, calibration, notes),
         "experience": advice.counts,
         "retrain": advice.retrain,
         "advice": advice.reason,
     }
+
+
+def _drift(
+    folder: Path, domain: str, calibration: Calibration | None, notes: list[str]
+) -> dict[str, Any] | None:
+    """What servers have counted since the calibration; None where nothing can be compared."""
+    if calibration is None:
+        return None
+    if calibration.expected is None:
+        notes.append(
+            f"{domain}'s calibration does not say what to expect of live answers, so that no drift "
+            "is seen: calibrate again"
+        )
+        return None
+    try:
+        drift = read_drift(folder / domain, calibration)
+    except ConchError as error:
+        notes.append(f"what was counted of {domain}'s drift is left out: {error}")
+        return None
+    findings = (drift or Drift(calibration.expected, "")).findings
+    for each in findings:
+        if each.drifted:
+            notes.append(f"{domain} drifts since {each.drifted}: {each}; {remedy(domain)}")
+    counted: dict[str, Any] = {each.kind: each.to_json() for each in findings}
+    return {"since": drift.since if drift else None, **counted}
 
 
 def status_table(folder: Path, rows: Sequence[dict[str, Any]]) -> "Table":
@@ -106,6 +137,29 @@ def _calibrated(calibration: dict[str, Any] | None) -> str:
     threshold = calibration["threshold"]
     sure = "EGO answers all" if threshold is None else f"from {threshold:.3f}"
     return f"{calibration['method']}, {sure}"
+
+
+def drift_table(rows: Sequence[dict[str, Any]]) -> "Table | None":
+    """Live answers against calibration, by `neuron_rows`; None where none is watched."""
+    cells = [
+        (
+            row["domain"],
+            WATCHED[kind],
+            f"{each['expected']['mean']:.1%}",
+            *("-" if share is None else f"{share:.1%}" for share in (each["live"], each["recent"])),
+            str(each["answers"]),
+            (row["drift"]["since"] or "-")[:10],
+            each["drifted"][:10] or "no",
+        )
+        for row in rows
+        for kind in KINDS
+        if (each := (row["drift"] or {}).get(kind))
+    ]
+    if not cells:
+        return None
+    shares = ("calibration", "live", f"last {RECENT}")
+    columns = ("neuron", "watched", *shares, "answers", "since", "drift")
+    return text_table("live answers against calibration", columns, cells)
 
 
 def calibration_table(calibrations: dict[str, Calibration]) -> "Table":

@@ -16,6 +16,7 @@ from typing import Any
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, ServerSettings
+from conch_dna.cortex.server.drift_watch import DriftWatch
 from conch_dna.cortex.server.jobs import EgoThread, Event, Job, Part, Question, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
 from conch_dna.cortex.server.openai_api import AnyRequest, unknown_model
@@ -54,8 +55,11 @@ class ServerLoop:
         self.settings = settings
         self.unfinished: Callable[[], int] = lambda: 0
         self.stopping = False
+        self._watch = DriftWatch(suite, report=report)
         self.metrics = ServerMetrics(
-            unfinished=lambda: self.unfinished(), computed=lambda: suite.engine.pending
+            unfinished=lambda: self.unfinished(),
+            computed=lambda: suite.engine.pending,
+            drift=lambda: self._watch.findings,
         )
         self._report = report
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -191,6 +195,7 @@ class ServerLoop:
                 self._look()
                 self._step()
                 self._tell()
+                self._watch.save_sometimes()
             if self._failure is not None:
                 raise self._failure
         finally:
@@ -203,6 +208,7 @@ class ServerLoop:
             self._tell()
             if self._ego is not None and not self._ego.stop(wait_s=1.0):
                 self._report("EGO was left in the middle of an answer")
+            self._watch.save(wait_s=2.0)
 
     def _over(self) -> bool:
         if self._failure is not None:
@@ -245,6 +251,7 @@ class ServerLoop:
         try:
             return self.suite.reload()
         finally:
+            self._watch.take_in()
             for name in self.suite.bank.names:
                 if before.get(name) != id(self.suite.bank.get(name)):
                     self.metrics.reloads.labels(name).inc()
@@ -323,6 +330,7 @@ class ServerLoop:
                 self.suite.engine.cancel(piece.uid)
             del self._under_way[piece.uid]
             job.uid = None
+            self._watch.add(job.turn)
             self._go_on(job)
 
     def _batch_failed(self, error: Exception) -> None:

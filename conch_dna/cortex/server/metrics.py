@@ -4,9 +4,10 @@ Knows prometheus_client; nothing of HTTP or models. A registry of its own, so th
 can be in one process. Another figure: a metric here, counted by whoever sees it happen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from conch_dna.cortex.calibration.drift import Finding
 from conch_dna.cortex.turn import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -20,13 +21,20 @@ class ServerMetrics:
     Args:
         unfinished: How many requests wait or are answered.
         computed: How many of these are in the engine.
+        drift: What live answers say against calibration, with the model of each.
 
     Attributes:
         first_text: Seconds to the first text of an answer, by model.
         reloads: How often a domain got another adapter.
     """
 
-    def __init__(self, *, unfinished: Callable[[], int], computed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        unfinished: Callable[[], int],
+        computed: Callable[[], int],
+        drift: Callable[[], list[tuple[str, Finding]]],
+    ) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self.registry = CollectorRegistry()
@@ -57,6 +65,7 @@ class ServerMetrics:
             unfinished
         )
         Gauge("engine_requests", "Of these, the ones in the engine.", **more).set_function(computed)
+        self.registry.register(_DriftFigures(drift))
 
     def ended(self, model: str, status: int, seconds: float) -> None:
         """A request is over; 499 where the client had gone."""
@@ -76,3 +85,38 @@ class ServerMetrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry)
+
+
+class _DriftFigures:
+    """Gauges of drift, made when they are asked for: of models that are calibrated then."""
+
+    def __init__(self, drift: Callable[[], list[tuple[str, Finding]]]) -> None:
+        self._drift = drift
+
+    def collect(self) -> Iterator[Any]:
+        """As prometheus_client asks for them."""
+        from prometheus_client.metrics_core import GaugeMetricFamily
+
+        figures: dict[str, tuple[str, Callable[[Finding], float | None]]] = {
+            "drift_share_expected": (
+                "Share of hand-overs, or of probability under the mask, at calibration.",
+                lambda each: each.expected.mean,
+            ),
+            "drift_share": ("The same of live answers since then.", lambda each: each.live),
+            "drift_share_recent": (
+                "The same of the last hundred of them.",
+                lambda each: each.recent,
+            ),
+            "drift_answers": ("Live answers counted.", lambda each: each.answers),
+            "drift": (
+                "Whether live answers are of another kind than at calibration.",
+                lambda each: bool(each.drifted),
+            ),
+        }
+        found = self._drift()
+        for name, (text, value) in figures.items():
+            family = GaugeMetricFamily(f"conch_dna_{name}", text, labels=["model", "kind"])
+            for model, each in found:
+                if (figure := value(each)) is not None:
+                    family.add_metric([model, each.kind], float(figure))
+            yield family
