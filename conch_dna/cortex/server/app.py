@@ -1,4 +1,4 @@
-"""The server's addresses: who may ask them, chat completions, and how refusals are told.
+"""The server's addresses: who may ask them, chats, embeddings, and how refusals are told.
 
 Knows Starlette, ASGI and jobs; nothing of models, which run in other threads than these
 connections. Another address: a method of `Addresses` and its route in `make_app`. Another kind of
@@ -7,13 +7,14 @@ event to send: a branch in `_Connection`.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conch_dna import __version__
+from conch_dna.cortex.server.embeddings import EmbeddingThread, parse_embeddings
 from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
@@ -50,21 +51,25 @@ _STREAM_HEADERS = [
 ]
 
 
-def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, ChatEndpoint]":
+def make_app(
+    loop: ServerLoop, key: str, embeddings: EmbeddingThread | None = None
+) -> "tuple[Starlette, ChatEndpoint]":
     """The ASGI application of a server, and what knows who waits.
 
     Args:
         loop: Answers.
         key: That clients must send; empty where they need none.
+        embeddings: Makes embeddings, if anyone does.
     """
     from starlette.applications import Starlette
     from starlette.routing import Route
 
     check = partial(check_door, key=key.encode())
-    chat = ChatEndpoint(loop, check)
-    addresses = Addresses(loop, chat, check)
+    chat = ChatEndpoint(loop, check, embeds=embeddings.name if embeddings else "")
+    addresses = Addresses(loop, chat, check, embeddings)
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingsEndpoint(loop, chat, embeddings), methods=["POST"]),
         Route("/v1/models", addresses.models),
         Route("/v1/models/{name}", addresses.model),
         Route("/health", addresses.health),
@@ -85,24 +90,32 @@ class Addresses:
         loop: Knows the suite.
         chat: Knows who waits.
         check: Refuses who may not ask.
+        embeddings: Makes embeddings, if anyone does.
         began: When the server did, in seconds since 1970.
     """
 
     loop: ServerLoop
     chat: "ChatEndpoint"
     check: "Callable[[Request], None]"
+    embeddings: EmbeddingThread | None = None
     began: float = field(default_factory=time.time)
+
+    @property
+    def known(self) -> list[str]:
+        """Every model; a domain that came later may have the name of that of the embeddings."""
+        more = [self.embeddings.name] if self.embeddings else []
+        return list(dict.fromkeys([*self.loop.models, *more]))
 
     async def models(self, request: "Request") -> "Response":
         """GET /v1/models."""
         self.check(request)
-        entries = [model_entry(name, int(self.began)) for name in self.loop.models]
+        entries = [model_entry(name, int(self.began)) for name in self.known]
         return json_response({"object": "list", "data": entries})
 
     async def model(self, request: "Request") -> "Response":
         """GET /v1/models/NAME."""
         self.check(request)
-        name, known = request.path_params["name"], self.loop.models
+        name, known = request.path_params["name"], self.known
         if name not in known:
             raise unknown_model(name, known)
         return json_response(model_entry(name, int(self.began)))
@@ -115,6 +128,7 @@ class Addresses:
             "version": __version__,
             "domains": loop.suite.domains,
             "ego": loop.suite.ego is not None,
+            "embeddings": self.embeddings.name if self.embeddings else None,
             "queue": {"unfinished": self.chat.unfinished, "max": loop.settings.max_queue},
             "uptime_s": round(time.time() - self.began, 1),
         }
@@ -152,12 +166,15 @@ class ChatEndpoint:
     Args:
         loop: Answers.
         check: Refuses who may not ask.
+        embeds: The model that only makes embeddings; empty where there is none.
 
     Attributes:
         unfinished: Requests whose connection waits.
     """
 
-    def __init__(self, loop: ServerLoop, check: "Callable[[Request], None]") -> None:
+    def __init__(
+        self, loop: ServerLoop, check: "Callable[[Request], None]", *, embeds: str = ""
+    ) -> None:
         self.unfinished = 0
         # A place is free before the answer's end is sent, so that a client may go on at once.
         self._places: set[Request] = set()
@@ -166,15 +183,28 @@ class ChatEndpoint:
         self._rest_until = 0.0
         self._loop = loop
         self._check = check
+        self._embeds = embeds
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request."""
-        from starlette.requests import ClientDisconnect, Request
+        from starlette.requests import Request
 
         request = Request(scope, receive)
-        began = time.perf_counter()
-        model, status, counted = UNKNOWN, 500, False
-        leave = partial(self._places.discard, request)
+        await self.counted(request, partial(self._chat, request, send))
+
+    async def counted(
+        self, request: "Request", work: Callable[["_Visit", bytes], Awaitable[int]]
+    ) -> None:
+        """Let who may in, give it a place in the queue, and count how it ends.
+
+        Args:
+            request: Of the client.
+            work: Answers a body; gives the status.
+        """
+        from starlette.requests import ClientDisconnect
+
+        visit = _Visit(time.perf_counter(), leave=partial(self._places.discard, request))
+        status, counted = 500, False
         try:
             self._check(request)
             self._check_room(len(self._places) + 1)
@@ -183,19 +213,29 @@ class ChatEndpoint:
             self.unfinished, counted = self.unfinished + 1, True
             self._places.add(request)
             self._check_room(len(self._places))
-            chat = await self._read(body, parse_chat, body)
-            model = chat.model if chat.model in self._loop.models else UNKNOWN
-            job = Job(chat, await self._read(body, self._loop.prepare, chat), began=began)
-            status = await self._answer(_Connection(self._loop, job, request, send, leave))
+            status = await work(visit, body)
         except ApiError as error:
             status = error.status
             raise
         except ClientDisconnect:
             status = CLIENT_GONE
         finally:
-            leave()
+            visit.leave()
             self.unfinished -= counted
-            self._loop.metrics.ended(model, status, time.perf_counter() - began)
+            self._loop.metrics.ended(visit.model, status, time.perf_counter() - visit.began)
+
+    async def _chat(self, request: "Request", send: "Send", visit: "_Visit", body: bytes) -> int:
+        chat = await self.read(body, parse_chat, body)
+        visit.model = chat.model if chat.model in self._loop.models else UNKNOWN
+        if visit.model == UNKNOWN and chat.model == self._embeds:
+            message = f"{chat.model} makes embeddings and no answers: ask it at /v1/embeddings"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        job = Job(chat, await self.read(body, self._loop.prepare, chat), began=visit.began)
+        connection = _Connection(self._loop, job, request, send, visit.leave)
+        try:
+            return await self.until_gone(connection.answer(), request)
+        finally:
+            connection.close()
 
     def close(self) -> None:
         """Read nothing more."""
@@ -207,7 +247,7 @@ class ChatEndpoint:
         longest = min(settings.body_timeout_s, settings.request_timeout_s)
         return await read_body(request, settings.max_body_bytes, timeout_s=longest)
 
-    async def _read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
         """Do what takes longer the longer a body is, away from the connections' thread."""
         pool = self._short_bodies
         if len(body) > _LARGE:
@@ -241,10 +281,10 @@ class ChatEndpoint:
                 headers={"Retry-After": "1"},
             )
 
-    async def _answer(self, connection: "_Connection") -> int:
+    async def until_gone(self, answer: Coroutine[Any, Any, int], request: "Request") -> int:
         """Answer until the end, or until the client has gone; gives the status."""
-        answering = asyncio.ensure_future(connection.answer())
-        leaving = asyncio.ensure_future(connection.client_gone())
+        answering = asyncio.ensure_future(answer)
+        leaving = asyncio.ensure_future(_client_gone(request))
         # A client that does not read what it is sent is waited for a little longer.
         longest = self._loop.settings.request_timeout_s + 5
         try:
@@ -256,7 +296,77 @@ class ChatEndpoint:
             answering.cancel()
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
-            connection.close()
+
+
+async def _client_gone(request: "Request") -> None:
+    """Wait until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass
+class _Visit:
+    """A request from its beginning to its end.
+
+    Attributes:
+        began: On `time.perf_counter`.
+        leave: Frees its place in the queue.
+        model: Under which it is counted.
+    """
+
+    began: float
+    leave: Callable[[], None]
+    model: str = UNKNOWN
+
+
+class EmbeddingsEndpoint:
+    """The ASGI application of /v1/embeddings, whose requests stand in the queue of the chats.
+
+    Args:
+        loop: Counts, and has the settings.
+        chat: Has the queue, and reads bodies.
+        embeddings: Makes them, if anyone does.
+    """
+
+    def __init__(
+        self, loop: ServerLoop, chat: ChatEndpoint, embeddings: EmbeddingThread | None
+    ) -> None:
+        self._loop = loop
+        self._chat = chat
+        self._embeddings = embeddings
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request."""
+        from starlette.requests import Request
+
+        request = Request(scope, receive)
+        await self._chat.counted(request, partial(self._embed, request, send))
+
+    async def _embed(self, request: "Request", send: "Send", visit: _Visit, body: bytes) -> int:
+        if self._embeddings is None:
+            raise ApiError(404, "no embeddings are made here: start serve with --embeddings FOLDER")
+        asked = await self._chat.read(body, parse_embeddings, body)
+        self._embeddings.check(asked)
+        visit.model = self._embeddings.name
+        future = self._embeddings.put(asked)
+
+        async def answer() -> int:
+            from starlette.responses import Response
+
+            longest = self._loop.settings.request_timeout_s
+            try:
+                async with asyncio.timeout(visit.began + longest - time.perf_counter()):
+                    made = await asyncio.wrap_future(future)
+            except TimeoutError:
+                message = f"the request took longer than {longest:g} s: send fewer texts"
+                raise ApiError(504, message) from None
+            visit.leave()
+            self._loop.metrics.embedded(visit.model, made.tokens)
+            response = Response(made.body, media_type="application/json")
+            await response(request.scope, request.receive, send)
+            return 200
+
+        return await self._chat.until_gone(answer(), request)
 
 
 @dataclass
@@ -284,11 +394,6 @@ class _Connection:
     def __post_init__(self) -> None:
         self.shapes = Shapes(self.job.chat.model)
         self.loop.put(self.job)
-
-    async def client_gone(self) -> None:
-        """Wait until the client has left."""
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
 
     def close(self) -> None:
         """Nobody reads the rest."""

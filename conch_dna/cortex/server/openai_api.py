@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,7 @@ from conch_dna.cortex.options import AskOptions, HandOver, schema_problem
 from conch_dna.cortex.turn import Answer
 from conch_dna.web.door import ApiError, json_object
 
+M = TypeVar("M", bound=BaseModel)
 # A seed is any number of 64 bits; as many different draws there are.
 FIRST_SEED, LAST_SEED = -(2**63), 2**63 - 1
 SEEDS = 10**9 + 1
@@ -266,12 +267,32 @@ def parse_chat(body: bytes) -> ChatRequest:
             of that is named.
     """
     fields = json_object(body, most_values=MAX_VALUES)
+    return validated(
+        ChatRequest, {name: value for name, value in fields.items() if _matters(name, value)}
+    )
+
+
+def validated(
+    kind: type[M], fields: Mapping[str, Any], *, parts: Sequence[type[BaseModel]] = ()
+) -> M:
+    """A body's fields as a request of a kind.
+
+    Args:
+        kind: Its fields have descriptions.
+        fields: Of the body.
+        parts: Kinds that stand in its fields.
+
+    Raises:
+        ApiError: Something of them is not supported or out of its range; all of that is named.
+    """
+    kinds: list[type[BaseModel]] = [kind, *parts]
+    described = _DESCRIPTIONS | {
+        name: str(field.description) for each in kinds for name, field in each.model_fields.items()
+    }
     try:
-        return ChatRequest.model_validate(
-            {name: value for name, value in fields.items() if _matters(name, value)}
-        )
+        return kind.model_validate(fields)
     except ValidationError as error:
-        problems = [_problem(each) for each in error.errors(include_url=False)]
+        problems = [_problem(each, described) for each in error.errors(include_url=False)]
     messages = [message for _, message in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
@@ -288,7 +309,7 @@ def _matters(name: str, value: Any) -> bool:
     return value is not None and name not in _IGNORED and not any(same)
 
 
-def _problem(error: ErrorDetails) -> tuple[str, str]:
+def _problem(error: ErrorDetails, described: Mapping[str, str]) -> tuple[str, str]:
     """What of the body is meant, and what is wrong with it."""
     place, names = "", []
     for part in error["loc"]:
@@ -300,10 +321,10 @@ def _problem(error: ErrorDetails) -> tuple[str, str]:
     if error["type"] == "clash":
         return place, error["msg"]
     if error["type"] == "extra_forbidden":
-        remedy = f"give {_DESCRIPTIONS[names[-2]]}" if len(names) > 1 else "leave it out"
+        remedy = f"give {described[names[-2]]}" if len(names) > 1 else "leave it out"
         return place, f"{place} is not supported by this server: {remedy}"
     value = "missing" if error["type"] == "missing" else reprlib.repr(error["input"])
-    return place, f"{place} is {value}: give {_DESCRIPTIONS[names[-1]]}"
+    return place, f"{place} is {value}: give {described[names[-1]]}"
 
 
 # What is answered.
