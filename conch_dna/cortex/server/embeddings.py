@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import queue
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -155,7 +156,7 @@ def open_student(folder: str, *, trust_remote_code: bool = False) -> LocalEmbedd
 class EmbeddingThread:
     """Makes embeddings in a thread of its own, a batch of each request in turn.
 
-    So a request waits for one batch of each other one, however long those are. A text that is
+    So a batch waits for one batch of each other request, however long those are. A text that is
     longer than the model reads is refused, before any embedding is made.
 
     Args:
@@ -208,7 +209,7 @@ class EmbeddingThread:
         if asked.model != self.name:
             raise ApiError(
                 404,
-                f"{asked.model!r} makes no embeddings here: {self.name} does",
+                f"{reprlib.repr(asked.model)} makes no embeddings here: {self.name} does",
                 param="model",
                 code="model_not_found",
             )
@@ -292,20 +293,23 @@ class EmbeddingThread:
         sizes = [len(text) for text in texts]
         counts: list[int] = []
         for part in _batches(range(len(texts)), sizes, most=_PART_CHARACTERS):
+            if counts:
+                yield None
             found = self._embedder.token_counts([texts[each] for each in part], queries=queries)
             counts.extend(found)
-            yield None
         self._check_lengths(counts, queries=queries)
         # Alike lengths together, so that little is padded.
         order = sorted(range(len(texts)), key=counts.__getitem__)
         entries = [""] * len(texts)
-        for batch in _batches(order, counts, most=_BATCH_TOKENS):
+        for begun, batch in enumerate(_batches(order, counts, most=_BATCH_TOKENS)):
+            # Only between two: what fits in one batch waits for one of each other request.
+            if begun:
+                yield None
             embedded = self._embedder.embed([texts[each] for each in batch], queries=queries)
             for place, reason in embedded.errors.items():
                 raise ApiError(400, f"input[{batch[place]}]: {reason}", param="input")
             for number, row in zip(batch, embedded.vectors, strict=True):
                 entries[number] = _entry(number, row, asked.encoding_format)
-            yield None
         yield MadeEmbeddings(_reply(entries, self.name, sum(counts)), sum(counts))
 
     def _check_lengths(self, counts: Sequence[int], *, queries: bool) -> None:
