@@ -29,6 +29,7 @@ from conch_dna.cortex.engine.adapter_modules import SharedTree, read_adapter
 from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
+from conch_dna.cortex.server.embeddings import parse_embeddings
 from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.cortex.server.openai_api import parse_chat
@@ -163,11 +164,23 @@ BODY = {
     "stop": [],
     "conch": {"hand_over": "never", "structured": False, "system": ""},
 }
+EMBEDDED = {
+    "model": "student",
+    "input": ["Hello.", "Ünder"],
+    "encoding_format": "base64",
+    "dimensions": 16,
+    "user": "u",
+    "conch": {"queries": True},
+}
 STREAMED = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
 
 
 def read_body(folder: Path, content: bytes) -> None:
     parse_chat(content).options  # noqa: B018
+
+
+def read_texts(folder: Path, content: bytes) -> None:
+    parse_embeddings(content)
 
 
 @functools.cache
@@ -186,7 +199,14 @@ def application(folder: Path) -> Any:
     return make_app(loop, "")[0]
 
 
-PATHS = ("/v1/chat/completions", "/v1/models", "/v1/models/tales", "/health", "/metrics")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/models/tales",
+    "/health",
+    "/metrics",
+)
 HEADERS = {
     b"host": (b"127.0.0.1:8642", b"localhost", b"[", b"x@127.0.0.1", b"[::1]:1", b"\xff", b""),
     b"origin": (b"http://localhost", b"null", b"http://[", b"\xe9", b"a" * 60_000),

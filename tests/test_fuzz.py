@@ -152,6 +152,7 @@ TARGETS = [
     Target("experience", json_line_bytes(models.experience_lines()), models.read_buffer),
     Target("structured answers", json_bytes([models.SHAPED]), models.read_answer),
     Target("HTTP bodies", json_bytes([models.BODY, models.STREAMED]), models.read_body, 2_000),
+    Target("HTTP bodies with texts", json_bytes([models.EMBEDDED]), models.read_texts),
     Target("HTTP requests", models.requests(), models.ask_server, 1_500),
     Target("config.json", json_bytes([models.CONFIG]), models.read_model_config),
     Target(

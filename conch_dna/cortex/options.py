@@ -155,3 +155,8 @@ class ServerSettings(ListenSettings):
     keep_alive_s: float = option(
         10.0, "Seconds of silence in a stream after which a comment keeps it open", above=0
     )
+    embeddings: str = option(
+        "",
+        "Folder of a model that answers /v1/embeddings: a student of `sediment make-student`, or "
+        "what `sediment export` wrote",
+    )

@@ -1,22 +1,21 @@
-"""The server's addresses: who may ask them, chats and texts, and how refusals are told.
+"""The server's addresses: who may ask them, chats, texts, embeddings, and how refusals are told.
 
 Knows Starlette, ASGI and jobs; nothing of models, which run in other threads than these
 connections. Another address: a method of `Addresses` and its route in `make_app`; one whose answers
-are a model's: a line in `ANSWERED`. Another kind of event to send: a branch in `_Connection`.
+are a neuron's: a line in `ANSWERED`.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from conch_dna import __version__
-from conch_dna.cortex.server.jobs import Events, Job, Part, Question
+from conch_dna.cortex.server.connection import Connection, make_replies
+from conch_dna.cortex.server.embeddings import EmbeddingThread, parse_embeddings
 from conch_dna.cortex.server.loop import STOPPING, ServerLoop
 from conch_dna.cortex.server.metrics import CONTENT_TYPE
 from conch_dna.cortex.server.openai_api import (
@@ -26,14 +25,7 @@ from conch_dna.cortex.server.openai_api import (
     parse_request,
     unknown_model,
 )
-from conch_dna.cortex.server.replies import (
-    COMMENT,
-    ChatReplies,
-    TextReplies,
-    model_entry,
-    server_sent_event,
-)
-from conch_dna.cortex.turn import Answer
+from conch_dna.cortex.server.replies import model_entry, warning_header
 from conch_dna.errors import ConchError, one_line
 from conch_dna.web.door import ApiError, check_door, error_handlers, json_response, read_body
 
@@ -48,38 +40,33 @@ ANSWERED: dict[str, type[AnyRequest]] = {
     "/v1/completions": CompletionRequest,
 }
 CLIENT_GONE = 499
-# So many names of fields that are not known are told in a header.
-_MOST_NAMES = 8
 UNKNOWN = "unknown"
-WARNING_HEADER = "x-conch-warning"
 # Bodies from here on are read by another thread, so that short ones do not wait for them.
 _LARGE = 2**15
 # After a long body its thread rests so many times as long as it worked: Python's threads share one
 # lock, and long bodies of a few clients would keep it from those who answer.
 _REST = 3.0
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    # Proxies would keep parts until they have more of them.
-    (b"x-accel-buffering", b"no"),
-]
 
 
-def make_app(loop: ServerLoop, key: str) -> "tuple[Starlette, AnswerEndpoint]":
+def make_app(
+    loop: ServerLoop, key: str, embeddings: EmbeddingThread | None = None
+) -> "tuple[Starlette, AnswerEndpoint]":
     """The ASGI application of a server, and what knows who waits.
 
     Args:
         loop: Answers.
         key: That clients must send; empty where they need none.
+        embeddings: Makes embeddings, if anyone does.
     """
     from starlette.applications import Starlette
     from starlette.routing import Route
 
     check = partial(check_door, key=key.encode())
-    chat = AnswerEndpoint(loop, check)
-    addresses = Addresses(loop, chat, check)
+    chat = AnswerEndpoint(loop, check, embeds=embeddings.name if embeddings else "")
+    addresses = Addresses(loop, chat, check, embeddings)
     routes = [
         *(Route(path, chat, methods=["POST"]) for path in ANSWERED),
+        Route("/v1/embeddings", EmbeddingsEndpoint(loop, chat, embeddings), methods=["POST"]),
         Route("/v1/models", addresses.models),
         Route("/v1/models/{name}", addresses.model),
         Route("/health", addresses.health),
@@ -100,24 +87,32 @@ class Addresses:
         loop: Knows the suite.
         chat: Knows who waits.
         check: Refuses who may not ask.
+        embeddings: Makes embeddings, if anyone does.
         began: When the server did, in seconds since 1970.
     """
 
     loop: ServerLoop
     chat: "AnswerEndpoint"
     check: "Callable[[Request], None]"
+    embeddings: EmbeddingThread | None = None
     began: float = field(default_factory=time.time)
+
+    @property
+    def known(self) -> list[str]:
+        """Every model; a domain that came later may have the name of that of the embeddings."""
+        more = [self.embeddings.name] if self.embeddings else []
+        return list(dict.fromkeys([*self.loop.models, *more]))
 
     async def models(self, request: "Request") -> "Response":
         """GET /v1/models."""
         self.check(request)
-        entries = [model_entry(name, int(self.began)) for name in self.loop.models]
+        entries = [model_entry(name, int(self.began)) for name in self.known]
         return json_response({"object": "list", "data": entries})
 
     async def model(self, request: "Request") -> "Response":
         """GET /v1/models/NAME."""
         self.check(request)
-        name, known = request.path_params["name"], self.loop.models
+        name, known = request.path_params["name"], self.known
         if name not in known:
             raise unknown_model(name, known)
         return json_response(model_entry(name, int(self.began)))
@@ -130,6 +125,7 @@ class Addresses:
             "version": __version__,
             "domains": loop.suite.domains,
             "ego": loop.suite.ego is not None,
+            "embeddings": self.embeddings.name if self.embeddings else None,
             "queue": {"unfinished": self.chat.unfinished, "max": loop.settings.max_queue},
             "uptime_s": round(time.time() - self.began, 1),
         }
@@ -167,12 +163,15 @@ class AnswerEndpoint:
     Args:
         loop: Answers.
         check: Refuses who may not ask.
+        embeds: The model that only makes embeddings; empty where there is none.
 
     Attributes:
         unfinished: Requests whose connection waits.
     """
 
-    def __init__(self, loop: ServerLoop, check: "Callable[[Request], None]") -> None:
+    def __init__(
+        self, loop: ServerLoop, check: "Callable[[Request], None]", *, embeds: str = ""
+    ) -> None:
         self.unfinished = 0
         # A place is free before the answer's end is sent, so that a client may go on at once. Each
         # of a request's answers has one.
@@ -182,15 +181,28 @@ class AnswerEndpoint:
         self._rest_until = 0.0
         self._loop = loop
         self._check = check
+        self._embeds = embeds
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request."""
-        from starlette.requests import ClientDisconnect, Request
+        from starlette.requests import Request
 
         request = Request(scope, receive)
-        began = time.perf_counter()
-        model, status, counted = UNKNOWN, 500, False
-        leave = partial(self._places.pop, request, None)
+        await self.counted(request, partial(self._answer, request, send))
+
+    async def counted(
+        self, request: "Request", work: Callable[["_Visit", bytes], Awaitable[int]]
+    ) -> None:
+        """Let who may in, give it a place in the queue, and count how it ends.
+
+        Args:
+            request: Of the client.
+            work: Answers a body; gives the status.
+        """
+        from starlette.requests import ClientDisconnect
+
+        visit = _Visit(time.perf_counter(), leave=partial(self._places.pop, request, None))
+        status, counted = 500, False
         try:
             self._check(request)
             self._check_room(request, 1)
@@ -198,24 +210,33 @@ class AnswerEndpoint:
             # Before the look whether the server is stopping: who is counted is waited for.
             self.unfinished, counted = self.unfinished + 1, True
             self._take_places(request, 1)
-            kind = ANSWERED[request.scope["path"]]
-            asked = await self._read(body, parse_request, body, kind)
-            model = asked.model if asked.model in self._loop.models else UNKNOWN
-            questions = await self._read(body, self._loop.prepare, asked)
-            self._take_places(request, len(questions))
-            replies = make_replies(self._loop, asked, questions)
-            connection = _Connection(self._loop, asked, questions, replies, request, send, leave)
-            connection.began = began
-            status = await self._answer(connection)
+            status = await work(visit, body)
         except ApiError as error:
             status = error.status
             raise
         except ClientDisconnect:
             status = CLIENT_GONE
         finally:
-            leave()
+            visit.leave()
             self.unfinished -= counted
-            self._loop.metrics.ended(model, status, time.perf_counter() - began)
+            self._loop.metrics.ended(visit.model, status, time.perf_counter() - visit.began)
+
+    async def _answer(self, request: "Request", send: "Send", visit: "_Visit", body: bytes) -> int:
+        asked = await self.read(body, parse_request, body, ANSWERED[request.scope["path"]])
+        visit.model = asked.model if asked.model in self._loop.models else UNKNOWN
+        if visit.model == UNKNOWN and asked.model == self._embeds:
+            message = f"{asked.model} makes embeddings and no answers: ask it at /v1/embeddings"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        questions = await self.read(body, self._loop.prepare, asked)
+        self._take_places(request, len(questions))
+        replies = make_replies(self._loop, asked, questions)
+        connection = Connection(
+            self._loop, asked, questions, replies, request, send, visit.leave, began=visit.began
+        )
+        try:
+            return await self.until_gone(connection.answer(), request)
+        finally:
+            connection.close()
 
     def close(self) -> None:
         """Read nothing more."""
@@ -227,7 +248,7 @@ class AnswerEndpoint:
         longest = min(settings.body_timeout_s, settings.request_timeout_s)
         return await read_body(request, settings.max_body_bytes, timeout_s=longest)
 
-    async def _read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def read(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
         """Do what takes longer the longer a body is, away from the connections' thread."""
         pool = self._short_bodies
         if len(body) > _LARGE:
@@ -267,10 +288,10 @@ class AnswerEndpoint:
                 headers={"Retry-After": "1"},
             )
 
-    async def _answer(self, connection: "_Connection") -> int:
+    async def until_gone(self, answer: Coroutine[Any, Any, int], request: "Request") -> int:
         """Answer until the end, or until the client has gone; gives the status."""
-        answering = asyncio.ensure_future(connection.answer())
-        leaving = asyncio.ensure_future(connection.client_gone())
+        answering = asyncio.ensure_future(answer)
+        leaving = asyncio.ensure_future(_client_gone(request))
         # A client that does not read what it is sent is waited for a little longer.
         longest = self._loop.settings.request_timeout_s + 5
         try:
@@ -282,175 +303,75 @@ class AnswerEndpoint:
             answering.cancel()
             leaving.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
-            connection.close()
 
 
-def make_replies(loop: ServerLoop, asked: AnyRequest, questions: Sequence[Question]) -> ChatReplies:
-    """What writes the replies to a request.
-
-    Raises:
-        ApiError: Log-probabilities are asked for, and the tokenizer does not list its tokens.
-    """
-    told = any(each.options.top_logprobs is not None for each in questions)
-    texts = loop.token_texts() if told else ()
-    counts = bool(asked.stream_options.include_usage)
-    if isinstance(asked, ChatRequest):
-        return ChatReplies(asked.model, texts, counts=counts)
-    prompts = [str(each.prompt) if asked.echo else "" for each in questions]
-    return TextReplies(asked.model, texts, prompts, counts=counts)
+async def _client_gone(request: "Request") -> None:
+    """Wait until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 @dataclass
-class _Connection:
-    """The jobs of one request, and the client that waits for them.
+class _Visit:
+    """A request from its beginning to its end.
 
     Attributes:
-        loop: Answers.
-        asked: By the client.
-        questions: What is to be answered.
-        replies: Writes what is sent.
-        request: Of the client.
-        send: To the client.
-        leave: Frees the client's places in the queue.
-        began: When the request came, on `time.perf_counter`.
-        answers: Those that are there.
-        has_text: Whether a text has come.
+        began: On `time.perf_counter`.
+        leave: Frees its place in the queue.
+        model: Under which it is counted.
     """
 
-    loop: ServerLoop
-    asked: AnyRequest
-    questions: list[Question]
-    replies: ChatReplies
-    request: "Request"
-    send: "Send"
+    began: float
     leave: Callable[[], object]
-    began: float = field(default_factory=time.perf_counter)
-    answers: dict[int, Answer] = field(default_factory=dict)
-    has_text: bool = False
+    model: str = UNKNOWN
 
-    def __post_init__(self) -> None:
-        self.events: Events = asyncio.Queue()
-        # Tokens whose log-probabilities were sent, of each answer.
-        self.told = [0] * len(self.questions)
-        self.jobs = [Job(each, self.events, index) for index, each in enumerate(self.questions)]
-        for job in self.jobs:
-            self.loop.put(job)
 
-    async def client_gone(self) -> None:
-        """Wait until the client has left."""
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+class EmbeddingsEndpoint:
+    """The ASGI application of /v1/embeddings, whose requests stand in the queue of the chats.
 
-    def close(self) -> None:
-        """Nobody reads the rest."""
-        for job in self.jobs:
-            if job.index not in self.answers:
-                self.loop.forget(job)
+    Args:
+        loop: Counts, and has the settings.
+        chat: Has the queue, and reads bodies.
+        embeddings: Makes them, if anyone does.
+    """
 
-    async def answer(self) -> int:
-        """Send the whole reply; gives its status.
+    def __init__(
+        self, loop: ServerLoop, chat: AnswerEndpoint, embeddings: EmbeddingThread | None
+    ) -> None:
+        self._loop = loop
+        self._chat = chat
+        self._embeddings = embeddings
 
-        Raises:
-            ApiError: There is none, and nothing was sent.
-        """
-        # Whether each can be answered; of the first ones more may have come by then.
-        begun: set[int] = set()
-        early = []
-        while len(begun) < len(self.jobs):
-            event = await self._next()
-            assert event is not None
-            begun.add(event[0])
-            early.append(event)
-        if self.asked.stream:
-            return await self._stream(deque(early))
-        while not self.done:
-            await self._next()
-        reply = self.replies.whole([self.answers[job.index] for job in self.jobs])
-        response = json_response(reply, headers=self._warning)
-        await response(self.request.scope, self.request.receive, self.send)
-        return 200
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer one request."""
+        from starlette.requests import Request
 
-    @property
-    def done(self) -> bool:
-        """Whether all answers are there."""
-        return len(self.answers) == len(self.jobs)
+        request = Request(scope, receive)
+        await self._chat.counted(request, partial(self._embed, request, send))
 
-    @property
-    def _warning(self) -> dict[str, str]:
-        """The header that names fields that were left out of account."""
-        names = self.asked.ignored
-        if not names:
-            return {}
-        told = [name if name.isascii() and name.isprintable() else repr(name) for name in names]
-        told = [quote(name[:64], safe="._-[] ") for name in told[:_MOST_NAMES]]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        return {WARNING_HEADER: f"not known here and ignored: {', '.join(told)}{more}"}
+    async def _embed(self, request: "Request", send: "Send", visit: _Visit, body: bytes) -> int:
+        if self._embeddings is None:
+            raise ApiError(404, "no embeddings are made here: start serve with --embeddings FOLDER")
+        asked = await self._chat.read(body, parse_embeddings, body)
+        self._embeddings.check(asked)
+        visit.model = self._embeddings.name
+        future = self._embeddings.put(asked)
 
-    async def _next(self, wait_s: float | None = None) -> tuple[int, Part | Answer] | None:
-        """The next event, and of which answer; None where there was none in so many seconds.
+        async def answer() -> int:
+            from starlette.responses import Response
 
-        Raises:
-            ApiError: It was one, or the request took too long.
-        """
-        longest = self.loop.settings.request_timeout_s
-        left = self.began + longest - time.perf_counter()
-        try:
-            async with asyncio.timeout(left if wait_s is None else min(wait_s, left)):
-                index, event = await self.events.get()
-        except TimeoutError:
-            if wait_s is not None and wait_s < left:
-                return None
-            raise ApiError(
-                504, f"the request took longer than {longest:g} s: ask for fewer tokens"
-            ) from None
-        if isinstance(event, ApiError):
-            self.leave()
-            raise event
-        if isinstance(event, Answer):
-            self.answers[index] = event
-            if self.done:
-                self.leave()
-        if not self.has_text and (isinstance(event, Answer) or event.text):
-            self.has_text = True
-            passed = time.perf_counter() - self.began
-            self.loop.metrics.first_text.labels(self.asked.model).observe(passed)
-        return index, event
-
-    async def _stream(self, early: "deque[tuple[int, Part | Answer]]") -> int:
-        warning = [(name.encode(), value.encode()) for name, value in self._warning.items()]
-        headers = [*_STREAM_HEADERS, *warning]
-        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
-        for job in self.jobs:
-            await self._write(self.replies.begin(job.index))
-        sent: set[int] = set()
-        while early or not self.done:
+            longest = self._loop.settings.request_timeout_s
             try:
-                wait_s = self.loop.settings.keep_alive_s
-                event = early.popleft() if early else await self._next(wait_s)
-            except ApiError as error:
-                await self._write(server_sent_event(error.to_json()))
-                await self._write(b"", more=False)
-                return error.status
-            if event is None:
-                await self._write(COMMENT)
-                continue
-            index, part = event
-            if isinstance(part, Answer):
-                if index not in sent and part.text:
-                    await self._write(self._part(index, Part(part.text, part.tokens)))
-                rest = None if part.tokens is None else part.tokens[self.told[index] :]
-                await self._write(self.replies.end(index, part, rest))
-            elif part.text:
-                sent.add(index)
-                await self._write(self._part(index, part))
-        await self._write(self.replies.last([self.answers[job.index] for job in self.jobs]))
-        await self._write(b"", more=False)
-        return 200
+                async with asyncio.timeout(visit.began + longest - time.perf_counter()):
+                    made = await asyncio.wrap_future(future)
+            except TimeoutError:
+                message = f"the request took longer than {longest:g} s: send fewer texts"
+                raise ApiError(504, message) from None
+            visit.leave()
+            self._loop.metrics.embedded(visit.model, made.tokens)
+            headers = warning_header(asked.ignored)
+            response = Response(made.body, media_type="application/json", headers=headers)
+            await response(request.scope, request.receive, send)
+            return 200
 
-    def _part(self, index: int, part: Part) -> bytes:
-        self.told[index] += len(part.tokens or ())
-        return self.replies.part(index, part.text, part.tokens)
-
-    async def _write(self, data: bytes, *, more: bool = True) -> None:
-        if data or not more:
-            await self.send({"type": "http.response.body", "body": data, "more_body": more})
+        return await self._chat.until_gone(answer(), request)

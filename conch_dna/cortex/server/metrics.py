@@ -40,7 +40,10 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         more: dict[str, Any] = {"registry": self.registry, "namespace": "conch_dna"}
         self._requests = Counter(
-            "requests", "Chat completions by model and HTTP status.", ["model", "status"], **more
+            "requests",
+            "Requests for answers or embeddings by model and HTTP status.",
+            ["model", "status"],
+            **more,
         )
         self._hand_overs = Counter(
             "hand_overs", "Questions to a neuron that EGO answered.", ["model"], **more
@@ -79,6 +82,10 @@ class ServerMetrics:
         self._tokens.labels(model, "completion").inc(answer.completion_tokens or 0)
         if handed_over:
             self._hand_overs.labels(model).inc()
+
+    def embedded(self, model: str, tokens: int) -> None:
+        """There are the embeddings of a request's texts, which have so many tokens."""
+        self._tokens.labels(model, "prompt").inc(tokens)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

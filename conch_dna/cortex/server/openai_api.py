@@ -7,7 +7,7 @@ Knows the API as JSON; nothing of HTTP, models or threads. To support another pa
 import json
 import reprlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, TypeVar, get_args
@@ -46,6 +46,7 @@ MAX_PROBLEMS = 8
 # Most answers of one request, most stops, and most tokens told beside each one.
 MOST_CHOICES, MOST_STOPS, MOST_TOP = 128, 16, 20
 
+M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", bound="_Asked")
 _LIMIT = "a whole number from 1 to 2,147,483,647"
 # They are for the provider's own records, caches and queues.
@@ -342,16 +343,33 @@ def parse_request(body: bytes, kind: type[R]) -> R:
         for name, value in fields.items()
         if value is not None and name not in _IGNORED and name not in _NEUTRAL
     }
+    return validated(kind, kept, problems)
+
+
+def validated(
+    kind: type[M], fields: Mapping[str, Any], problems: Sequence[tuple[str, str]] = ()
+) -> M:
+    """A body's fields as a request of a kind, whose fields have descriptions.
+
+    Args:
+        kind: Of the request.
+        fields: Of the body.
+        problems: What was found so far: field and words.
+
+    Raises:
+        ApiError: Something of them is not supported or out of its range; all of that is named.
+    """
+    found = list(problems)
     try:
-        request = kind.model_validate(kept)
+        request = kind.model_validate(fields)
     except ValidationError as error:
-        problems += [_problem(each, kind) for each in error.errors(include_url=False)]
-    if not problems:
+        found += [_problem(each, kind) for each in error.errors(include_url=False)]
+    if not found:
         return request
-    messages = [message for _, message in problems[:MAX_PROBLEMS]]
-    if len(problems) > MAX_PROBLEMS:
-        messages.append(f"and {len(problems) - MAX_PROBLEMS} more")
-    raise ApiError(400, " ".join("; ".join(messages).split()), param=problems[0][0])
+    messages = [message for _, message in found[:MAX_PROBLEMS]]
+    if len(found) > MAX_PROBLEMS:
+        messages.append(f"and {len(found) - MAX_PROBLEMS} more")
+    raise ApiError(400, " ".join("; ".join(messages).split()), param=found[0][0])
 
 
 def _remedy(name: str) -> str:

@@ -10,12 +10,16 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.turn import Answer
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
+WARNING_HEADER = "x-conch-warning"
+# So many names of fields that are not known are told in it.
+_MOST_NAMES = 8
 # Of an answer, what stands elsewhere in the reply.
 _ELSEWHERE = (
     "domain",
@@ -194,6 +198,16 @@ class TextReplies(ChatReplies):
 
     def _name(self, token: int) -> str:
         return self._texts[token].decode(errors="replace")
+
+
+def warning_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names fields of a request that were left out of account."""
+    if not names:
+        return {}
+    told = [name if name.isascii() and name.isprintable() else repr(name) for name in names]
+    told = [quote(name[:64], safe="._-[] ") for name in told[:_MOST_NAMES]]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return {WARNING_HEADER: f"not known here and ignored: {', '.join(told)}{more}"}
 
 
 def server_sent_event(value: Any) -> bytes:

@@ -16,6 +16,7 @@ import click
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
+from conch_dna.cortex.server.embeddings import EmbeddingThread, open_student
 from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.web.connections import guarded_server, listening
 
@@ -29,8 +30,8 @@ _to_standard_error = partial(click.echo, err=True)
 class CortexServer:
     """A server that listens; it answers while `run` runs.
 
-    The thread that calls `run` owns the suite. Connections have a thread of their own, and EGO
-    has one.
+    The thread that calls `run` owns the suite. Connections have a thread of their own, EGO has one,
+    and so have embeddings.
 
     Args:
         suite: Neurons, EGO and what remembers; closed by whoever made it.
@@ -41,8 +42,8 @@ class CortexServer:
         url: The base URL for clients.
 
     Raises:
-        ConchError: The address is taken or not this machine's, the key is missing, or a domain
-            has EGO's name.
+        ConchError: The address is taken or not this machine's, the key is missing, a domain has
+            EGO's name, or there is no model for embeddings, or one with the name of a domain.
     """
 
     def __init__(
@@ -55,7 +56,15 @@ class CortexServer:
         self.settings = settings or ServerSettings()
         self._report = report
         self._loop = ServerLoop(suite, self.settings, report=report)
-        app, chat = make_app(self._loop, self.settings.key())
+        self._embeddings: EmbeddingThread | None = None
+        if self.settings.embeddings:
+            student = open_student(
+                self.settings.embeddings, trust_remote_code=suite.source.trust_remote_code
+            )
+            self._embeddings = EmbeddingThread(
+                student, taken=suite.domains, failed=self._loop.fail, report=report
+            )
+        app, chat = make_app(self._loop, self.settings.key(), self._embeddings)
         self._chat = chat
         self._loop.unfinished = lambda: chat.unfinished
         self._socket, self.url = listening(self.settings)
@@ -66,11 +75,17 @@ class CortexServer:
         thread = threading.Thread(target=self._connect, name="connections")
         interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
+        if self._embeddings is not None:
+            self._embeddings.start()
         thread.start()
         self._report(f"{', '.join(self._loop.models)} answer at {self.url}")
+        if self._embeddings is not None:
+            self._report(f"{self._embeddings.name} makes embeddings there")
         try:
             self._loop.run()
         finally:
+            if self._embeddings is not None and not self._embeddings.stop(wait_s=1.0):
+                self._report("embeddings were left in the middle of a batch")
             self._connections.should_exit = True
             thread.join()
             self._chat.close()

@@ -39,6 +39,8 @@ _DECIDING = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 # Tell of a model, decide nothing: what it was trained on, what it was made by.
 _TELLING = {DIGESTS, STUDENT_FILE, "data_config.json"}
 _OTHER_FORMATS = ("onnx", "openvino")
+# From here on a number of tokens is no limit.
+_NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,18 @@ class LocalEmbedder(CheckedEmbedder):
         return loaded.model
 
     @abstractmethod
+    def token_counts(self, texts: list[str], *, queries: bool) -> list[int]:
+        """How many tokens each text has as the model reads it, with its prompt, before any is cut.
+
+        Raises:
+            ConchError: The model has no tokens that can be counted.
+        """
+
+    @abstractmethod
+    def most_tokens(self, *, queries: bool) -> int | None:
+        """How many tokens of a text the model reads; what follows is cut. None where it is all."""
+
+    @abstractmethod
     def _load(self) -> Any:
         """The library's own model; whatever it raises becomes one line."""
 
@@ -241,6 +255,38 @@ class SentenceTransformersEmbedder(LocalEmbedder):
     def dimension(self) -> int:
         """D, as the model says, or as one text shows where it does not."""
         return int(self.model.get_embedding_dimension() or len(self.model.encode("dimension")))
+
+    def token_counts(self, texts: list[str], *, queries: bool) -> list[int]:
+        """Of the library's own input, so that prompts and templates are counted as it has them."""
+        names = ["query"] if queries else ["document", "passage", "corpus"]
+        names.append(self.model.default_prompt_name)
+        inputs = self.model.preprocess(
+            texts,
+            prompt=next(
+                (self.model.prompts[name] for name in names if name in self.model.prompts), None
+            ),
+            task="query" if queries else "document",
+            processing_kwargs={"text": {"truncation": False}},
+        )
+        if "attention_mask" in inputs:
+            return [int(count) for count in inputs["attention_mask"].sum(axis=1)]
+        if "offsets" in inputs:
+            ends = [*inputs["offsets"][1:].tolist(), len(inputs["input_ids"])]
+            return np.diff(ends, prepend=0).tolist()
+        raise ConchError(f"the tokens of {self.name} cannot be counted: choose another model")
+
+    def most_tokens(self, *, queries: bool) -> int | None:
+        """The least of the limits that the model has."""
+        first = self.model[0]
+        cut = getattr(getattr(first, "tokenizer", None), "truncation", None)
+        limits = [
+            self.model.max_seq_length,
+            getattr(first, "query_length" if queries else "document_length", None),
+            cut["max_length"] if isinstance(cut, dict) else None,
+        ]
+        # transformers says 10^30 where a tokenizer has none.
+        least = min((limit for limit in limits if limit is not None), default=_NO_LIMIT)
+        return int(least) if least < _NO_LIMIT else None
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         import torch
@@ -278,6 +324,15 @@ class StaticEmbedder(LocalEmbedder):
     def dimension(self) -> int:
         """D of its table."""
         return int(self.model.dim)
+
+    def token_counts(self, texts: list[str], *, queries: bool) -> list[int]:
+        """The unknown ones too, which have no part in the mean."""
+        found = self.model.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(each) for each in found]
+
+    def most_tokens(self, *, queries: bool) -> int | None:
+        """All."""
+        return None
 
     def _encode(self, texts: list[str], *, queries: bool) -> tuple[np.ndarray, dict[int, str]]:
         rows = self.model.encode(
