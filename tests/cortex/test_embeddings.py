@@ -331,7 +331,7 @@ def test_embeddings_have_places_in_the_queue(served_adapters, student, slow):
             lambda: client.embeddings.create(model="student", input="baba"),
             lambda: ask(client, "owls", "The owl", max_tokens=3),
         ):
-            with pytest.raises(openai.RateLimitError, match="1 requests wait"):
+            with pytest.raises(openai.RateLimitError, match="1 answers are waited for at most"):
                 refused()
         slow.release()
         assert waiting.result(timeout=30).data
