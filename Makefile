@@ -28,7 +28,7 @@ DEMO_OPTIONS := \
 	--overwrite
 
 # What these measure is a model of yours, which they have to be told.
-OWN_MODEL := real_model prompt_distillation self_distillation fuse_bits student_sizes merge_neurons llama_cpp_files
+OWN_MODEL := real_model prompt_distillation self_distillation fuse_bits student_sizes merge_neurons llama_cpp_files valid_answers
 
 # pip compiles all 12,000 installed files, which takes longer than the rest of the set-up; without
 # it Python compiles what is used, when it is first used, unless this variable forbids that.
