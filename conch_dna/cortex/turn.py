@@ -50,6 +50,9 @@ class Answer:
             asked, by an API that does not say.
         completion_tokens: Of its answers, a repaired one among them, and of EGO's where it says;
             None as before.
+        draft: Who drafted EGO's answer; None where nobody did.
+        ego_tokens: Of EGO's answer; None where the neuron answers, or an API does not say.
+        ego_steps: In how many steps EGO said them; None where nobody drafted.
         first_token_s: Seconds to the first token of the neuron; None where it was not asked.
         seconds: From the question to the answer.
     """
@@ -70,12 +73,22 @@ class Answer:
     finish_reason: str = "stop"
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
+    draft: str | None = None
+    ego_tokens: int | None = None
+    ego_steps: int | None = None
     first_token_s: float | None = None
     seconds: float = 0.0
 
+    @property
+    def acceptance(self) -> float | None:
+        """Mean tokens of a step of EGO; None where nobody drafted."""
+        if not self.ego_steps or self.ego_tokens is None:
+            return None
+        return self.ego_tokens / self.ego_steps
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+        """The fields and the acceptance as a JSON object."""
+        return asdict(self) | {"acceptance": self.acceptance}
 
 
 @dataclass(kw_only=True)
@@ -191,8 +204,7 @@ class Turn:
     def streams(self) -> bool:
         """Whether every piece of text that `add` gives is final.
 
-        Not so where the answer is EGO's, or may yet be repaired or EGO's: then it comes in one
-        piece.
+        Not so where the answer may yet be repaired or EGO's: then a neuron's comes in one piece.
         """
         hand_over = self.options.hand_over
         stands = hand_over == "never" or (hand_over == "auto" and not self._has_ego)
@@ -349,6 +361,9 @@ class Turn:
                 text=ego.text,
                 answered_by="ego",
                 finish_reason=ego.finish_reason,
+                draft=ego.draft or None,
+                ego_tokens=ego.tokens,
+                ego_steps=ego.steps,
                 **self._checked(ego.text),
             )
         )

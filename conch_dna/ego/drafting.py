@@ -73,12 +73,12 @@ def unfit(model: LanguageModel, draft: Draft, length: int) -> str:
         return problem
     if length > (draft.source.context_length or length):
         return (
-            f"prompt and answer may have {length:,} tokens, and the context of "
-            f"{draft.source.model_id} is {draft.source.context_length:,}"
+            f"prompt and answer are longer than the context of {draft.source.model_id}, "
+            f"{draft.source.context_length:,} tokens"
         )
     for side, tree in ((model.source, model.model), (draft.source, draft.model)):
         if not _goes_back(_caches(tree), length):
-            return f"{side.model_id} cannot take tokens back for a text of {length:,}"
+            return f"{side.model_id} remembers a window or a state, out of which no token is taken"
     return ""
 
 
@@ -128,7 +128,7 @@ def drafted_tokens(
     draw = _Draw(model.vocabulary_size, temperature, seed)
     sides = [_Side(tree, _caches(tree), draw) for tree in (model.model, draft.model)]
     steps = speculative_generate_step(
-        mx.array(ids),
+        mx.array(list(ids)),
         *sides,
         # The thread's own: mlx_lm keeps the stream while the caller has the token.
         stream=mx.default_stream(mx.default_device()),

@@ -77,6 +77,7 @@ class ServerLoop:
         if suite.ego is not None:
             self._ego = EgoThread(
                 suite,
+                tell=lambda job, text: self._inbox.put(lambda: self._part(job, text)),
                 finish=lambda job, end: self._inbox.put(lambda: self._finish(job, end)),
                 failed=self.fail,
                 report=report,
@@ -342,6 +343,11 @@ class ServerLoop:
         for job in held:
             if job in self._jobs:
                 self._attempt(job, self._go_on)
+
+    def _part(self, job: Job, text: str) -> None:
+        """Send the next text of EGO's answer."""
+        if job in self._jobs:
+            self._events.append((job, text))
 
     def _finish(self, job: Job, end: Answer | ApiError) -> None:
         if job not in self._jobs:
