@@ -23,12 +23,19 @@ from _ratios import note_ratio
 from _setting import print_setting, short_stories, spread
 from rich.console import Console
 
-from conch_dna.checkpoints import NotWholeError, read_json, write_json
+from conch_dna.checkpoints import (
+    NotWholeError,
+    content_digest,
+    file_digest,
+    read_json,
+    write_json,
+)
 from conch_dna.ego.drafting import Draft
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.language_model import ASSETS, ModelSource
 from conch_dna.screen.presentation import text_table
+from conch_dna.training.adapters import ADAPTER_FILE
 from conch_dna.training.data.records import read_prompts
 from conch_dna.training.data.views import prompt_text
 from conch_dna.training.settings import KDConfig
@@ -162,7 +169,8 @@ def main() -> None:
     ways: dict[str, Draft | None] = {ALONE: None}
     for count in args.draft_tokens:
         ways |= {f"{n}, {count} drafted": Draft(n, source, t, count) for n, t in drafts.items()}
-    place = args.output / f"answers-{args.max_tokens}-{args.temperature:g}"
+    who = content_digest(args.ego, args.student, file_digest(adapter / ADAPTER_FILE))[:8]
+    place = args.output / f"answers-{who}-{args.max_tokens}-{args.temperature:g}"
     config = EgoConfig(model=args.ego, max_tokens=args.max_tokens, temperature=args.temperature)
     with EgoModel(config) as ego:
         for draft in ways.values():
