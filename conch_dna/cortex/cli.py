@@ -19,6 +19,7 @@ from conch_dna.cortex.commands.shared_options import (
     answer_options,
     ask_options,
     domain_argument,
+    draft_options,
     model_options,
     opened_suite,
     pipeline_of,
@@ -62,6 +63,7 @@ def cortex() -> None:
 @domain_argument
 @click.argument("prompt", help="The question; - reads it from standard input.")
 @model_options()
+@draft_options
 @answer_options
 @remember_option
 @redact_option
@@ -113,6 +115,7 @@ def _question(prompt: str) -> str:
 )
 @click.argument("domain", required=False, help="Who answers first. [default: the first neuron]")
 @model_options()
+@draft_options
 @answer_options
 @remember_option
 @redact_option
@@ -137,6 +140,7 @@ def chat(domain: str | None, **values: Any) -> None:
     headings={"Models": "adapters", "Server": "host", "Experience": "remember"},
 )
 @model_options()
+@draft_options
 @options_of(ServerSettings)
 @remember_option
 @redact_option

@@ -4,7 +4,7 @@ Knows folders of adapters, the engine that answers, and EGO; how a question beco
 turn.py. To give neurons another ability: a method of `Neuron`, made of turns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
-from conch_dna.cortex.options import AskOptions, DrawOptions
+from conch_dna.cortex.hand_over import Drafts, Given, ego_answers, ego_stream, remember
+from conch_dna.cortex.options import AskOptions, DraftSettings, DrawOptions
+from conch_dna.cortex.spoken import pieces_before
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
-from conch_dna.errors import ConchError, EgoUnavailableError, one_line
+from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.language_model import ModelSource
 from conch_dna.retraining.domain import (
     active_adapter,
@@ -74,17 +76,19 @@ class CortexSuite:
             nobody where None. It is loaded when it is first needed.
         domains: Which; all that have an adapter where None.
         pipeline: Remembers what was handed over; nothing is remembered where None.
+        draft: Who drafts EGO's answers; `DraftSettings()` by default.
         trust_remote_code: Let Python code that comes with the student run.
 
     Attributes:
         bank: The adapters in memory.
+        drafts: Who drafts EGO's answers.
         engine: What answers.
         notes: What is to be known of the neurons, such as a calibration of another adapter; each
             once, MOST_NOTES at most.
 
     Raises:
         ConchError: There is no adapter, one belongs to another student or has EGO's name, or a
-            model cannot be loaded.
+            model cannot be loaded, or the draft that was named is none for this EGO.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class CortexSuite:
         ego: EgoModel | EgoConfig | str | None = None,
         domains: Sequence[str] | None = None,
         pipeline: TrainingPipeline | None = None,
+        draft: DraftSettings | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.adapters_dir = Path(adapters_dir).expanduser()
@@ -118,6 +123,8 @@ class CortexSuite:
         self._taken: dict[str, Mark] = {}
         self._domains: dict[str, Domain] = {}
         self.reload()
+        drafts = draft or DraftSettings()
+        self.drafts = Drafts(drafts, self.ego, self.bank, self.adapters_dir)
 
     def reload(self) -> list[str]:
         """Take in adapters that are new or have another active version, and calibrations.
@@ -252,15 +259,22 @@ class CortexSuite:
                 self.engine.check(turn.request)
         for _ in self._driven(turns):
             pass
+        alike: dict[DrawOptions, list[Turn]] = {}
+        for turn in turns:
+            if turn.asks_ego:
+                alike.setdefault(turn.drawn, []).append(turn)
+        for group in alike.values():
+            self.answer_by_ego(group)
         return [turn.answer for turn in turns if turn.answer is not None]
 
     def stream(self, domain: str, prompt: Prompt, **options: Any) -> Iterator[Delta]:
-        """Parts of one answer as they become certain; see `Turn.streams`.
+        """Parts of one answer as they become certain, a neuron's or EGO's; see `Turn.streams`.
 
         The engine answers nothing else meanwhile. Not read to its end, the rest is not computed.
 
         Raises:
             ConchError: See `ask_many`.
+            EgoUnavailableError: Besides, EGO's answer broke off.
         """
         turn = self.turn(domain, prompt, AskOptions(**options), live=True)
         if turn.request is not None:
@@ -268,14 +282,19 @@ class CortexSuite:
         return self._streamed(turn)
 
     def _streamed(self, turn: Turn) -> Iterator[Delta]:
+        sent = turn.streams
         for _, text in self._driven([turn]):
             if text and turn.streams:
                 yield Delta(text)
+        if turn.asks_ego:
+            for text in self.stream_by_ego(turn):
+                sent = True
+                yield Delta(text)
         assert turn.answer is not None
-        yield Delta("" if turn.streams else turn.answer.text, turn.answer)
+        yield Delta("" if sent else turn.answer.text, turn.answer)
 
     def _driven(self, turns: Sequence[Turn]) -> Iterator[tuple[Turn, str]]:
-        """Run turns to their answers, and give every piece of text with its turn."""
+        """Run turns until they have answers or wait for EGO, and give every piece of text."""
         under_way: dict[int, Turn] = {}
         try:
             for turn in turns:
@@ -294,12 +313,6 @@ class CortexSuite:
         finally:
             for uid in under_way:
                 self.engine.cancel(uid)
-        alike: dict[DrawOptions, list[Turn]] = {}
-        for turn in turns:
-            if turn.asks_ego:
-                alike.setdefault(turn.drawn, []).append(turn)
-        for group in alike.values():
-            self.answer_by_ego(group)
 
     def _submit(self, turn: Turn, under_way: dict[int, Turn]) -> None:
         if turn.request is None:
@@ -311,64 +324,55 @@ class CortexSuite:
         except ConchError as error:
             turn.refuse_request(error)
 
-    def answer_by_ego(self, turns: Sequence[Turn]) -> None:
+    def answer_by_ego(
+        self, turns: Sequence[Turn], *, check: Callable[[], None] = lambda: None
+    ) -> None:
         """Let EGO answer turns that wait for it and are drawn alike; nothing else is touched.
+
+        Args:
+            turns: At least one.
+            check: Called after each token of a local EGO; what it raises ends the work.
 
         Raises:
             EgoUnavailableError: See `Turn.take_ego`; the turns that have an answer all the same
                 have it.
         """
+        assert self.ego is not None
         refused = None
-        for turn, answer in zip(turns, self._ego_answers(turns), strict=True):
+        for turn, answer in zip(
+            turns, ego_answers(self.ego, turns, self.drafts, check), strict=True
+        ):
             try:
-                turn.take_ego(answer)
+                self._take_ego(turn, answer)
             except EgoUnavailableError as error:
                 refused = refused or error
-            self._remember(turn)
         if refused is not None:
             raise refused
 
-    def _ego_answers(self, turns: Sequence[Turn]) -> Sequence[EgoAnswer | EgoUnavailableError]:
-        assert self.ego is not None
-        options = turns[0].options
-        try:
-            return self.ego.generate_many(
-                [turn.ego_turns for turn in turns],
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
-            )
-        except EgoUnavailableError as error:
-            return [error] * len(turns)
-        except (ConchError, MemoryError, RuntimeError, ValueError) as error:
-            # EGO is there and cannot answer one of them, such as a prompt too long for it, or all
-            # together, for which the memory is too small or the model's masks are not made.
-            if len(turns) == 1:
-                why = error if isinstance(error, ConchError) else one_line(error)
-                return [EgoUnavailableError(f"EGO {self.ego.model_id} cannot answer: {why}")]
-            return [answer for turn in turns for answer in self._ego_answers([turn])]
+    def stream_by_ego(
+        self, turn: Turn, *, check: Callable[[], None] = lambda: None
+    ) -> Generator[str, None, None]:
+        """Let EGO answer a turn that waits for it, piece by piece; then the turn has its answer.
 
-    def _remember(self, turn: Turn) -> None:
-        """Keep what was handed over, where there is a pipeline and the neuron had answered."""
-        answer = turn.answer
-        if self.pipeline is None or answer is None or answer.answered_by != EGO:
-            return
-        # EGO was asked for, so that the neuron had no chance; or there is nothing to learn.
-        if answer.confidence is None or not answer.text:
-            return
+        Args:
+            turn: Is EGO's to answer.
+            check: Called after each token of a local EGO; what it raises ends the work.
+
+        Raises:
+            EgoUnavailableError: See `Turn.take_ego`; or the answer broke off after its first piece.
+        """
+        assert self.ego is not None
+        pieces = ego_stream(self.ego, turn, self.drafts, check)
+        self._take_ego(turn, (yield from pieces_before(pieces, turn.options.stop)))
+
+    def _take_ego(self, turn: Turn, answer: Given) -> None:
+        if isinstance(answer, EgoAnswer) and answer.undrafted:
+            self._note(f"nobody drafts EGO's answers for {turn.domain.name}: {answer.undrafted}")
         try:
-            self.pipeline.record_fallback(
-                answer.domain,
-                turn.conversation,
-                answer.raw,
-                answer.text,
-                reason=answer.reason,
-                confidence=answer.confidence,
-                finish_reason=answer.finish_reason,
-            )
-        except ConchError as error:
-            # The answer is there all the same.
-            self._note(f"a hand-over of {answer.domain} is not remembered: {error}")
+            turn.take_ego(answer)
+        finally:
+            if problem := remember(self.pipeline, turn):
+                self._note(problem)
 
     def _note(self, text: str) -> None:
         """Keep what is to be known, each once and not without end."""

@@ -17,6 +17,7 @@ from conch_dna.web.strict_json import JsonError, read_json
 HandOver = Literal["auto", "never", "always"]
 HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
 MAX_BATCH = 32
+DRAFT_AUTO, DRAFT_NONE = "auto", "none"
 # Options of a draw that EGO knows nothing of.
 DRAWN_BY_NEURONS = (
     "top_p",
@@ -132,6 +133,31 @@ class AskOptions(DrawOptions):
             problem = f"the schema is no JSON: {error}"
         if problem:
             raise ConchError(problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSettings:
+    """Who drafts what EGO says, so that it says it in fewer steps; the fields say what they are.
+
+    Raises:
+        ConchError: Values are out of their range; all of them are named.
+    """
+
+    draft: str = option(
+        DRAFT_AUTO,
+        "Who drafts EGO's answers, which stay EGO's: auto for the neuron that was asked, where EGO "
+        "is a local model of its tokens, none, a domain for its neuron, or a model.",
+    )
+    draft_tokens: int = option(
+        4,
+        "Tokens that are drafted at a time.",
+        low=1,
+        high=32,
+    )
+
+    def __post_init__(self) -> None:
+        if problems := option_problems(self):
+            raise ConchError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)

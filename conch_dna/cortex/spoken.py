@@ -4,10 +4,12 @@ Knows text alone; nothing of tokens or models. Another kind of part: a state in 
 mlx_lm's machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 from conch_dna.cortex.tools import CALL_BEGIN, CALL_END, Call, read_call
 
+T = TypeVar("T")
 _SAID, _CALL = "said", "call"
 
 
@@ -90,3 +92,28 @@ class Spoken:
             self._begins = True
             return ""
         return CALL_BEGIN + text + CALL_END
+
+
+def text_before(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """A text before the first of several stops, and whether there was one."""
+    spoken = Spoken(stops, calls=False)
+    return spoken.add(text) + spoken.end(), spoken.stopped
+
+
+def pieces_before(pieces: Generator[str, None, T], stops: Sequence[str]) -> Generator[str, None, T]:
+    """Pieces of a text before the first of several stops; gives what the pieces end with.
+
+    What follows the stop is not said, but waited for, since it ends with what is known of it all.
+    """
+    spoken = Spoken(stops, calls=False)
+    try:
+        while True:
+            if text := spoken.add(next(pieces)):
+                yield text
+    except StopIteration as end:
+        if text := spoken.end():
+            yield text
+        whole: T = end.value
+        return whole
+    finally:
+        pieces.close()

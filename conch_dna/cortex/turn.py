@@ -19,7 +19,7 @@ from conch_dna.cortex.calibration.drift import Outcome
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.engine.grammars import WHITESPACE
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, DrawOptions
-from conch_dna.cortex.spoken import Spoken
+from conch_dna.cortex.spoken import Spoken, text_before
 from conch_dna.cortex.tools import Call, prompt_with_tools
 from conch_dna.ego.prompts import checked_prompt, checked_text
 from conch_dna.ego.settings import EgoAnswer
@@ -58,6 +58,9 @@ class Answer:
             asked, by an API that does not say.
         completion_tokens: Of its answers, a repaired one among them, and of EGO's where it says;
             None as before.
+        draft: Who drafted EGO's answer; None where nobody did.
+        ego_tokens: Of EGO's answer; None where the neuron answers, or an API does not say.
+        ego_steps: In how many steps EGO said them; None where nobody drafted.
         first_token_s: Seconds to the first token of the neuron; None where it was not asked.
         seconds: From the question to the answer.
     """
@@ -80,12 +83,22 @@ class Answer:
     tokens: tuple[Piece, ...] | None = None
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
+    draft: str | None = None
+    ego_tokens: int | None = None
+    ego_steps: int | None = None
     first_token_s: float | None = None
     seconds: float = 0.0
 
+    @property
+    def acceptance(self) -> float | None:
+        """Mean tokens of a step of EGO; None where nobody drafted."""
+        if not self.ego_steps or self.ego_tokens is None:
+            return None
+        return self.ego_tokens / self.ego_steps
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, without the tokens."""
-        return asdict(replace(self, tokens=None))
+        """The fields and the acceptance as a JSON object, without the tokens."""
+        return asdict(replace(self, tokens=None)) | {"acceptance": self.acceptance}
 
 
 @dataclass(kw_only=True)
@@ -125,13 +138,6 @@ def common(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     """The longest beginning that two sequences share."""
     pairs = zip(first, second, strict=False)
     return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def ended(answer: EgoAnswer, stops: Sequence[str]) -> tuple[str, str]:
-    """EGO's text before the first of several stops, and why it ends."""
-    spoken = Spoken(stops, calls=False)
-    text = spoken.add(answer.text) + spoken.end()
-    return text, "stop" if spoken.stopped else answer.finish_reason
 
 
 class Turn:
@@ -226,8 +232,7 @@ class Turn:
     def streams(self) -> bool:
         """Whether every piece of text that `add` gives is final.
 
-        Not so where the answer is EGO's, or may yet be repaired or EGO's: then it comes in one
-        piece.
+        Not so where the answer may yet be repaired or EGO's: then a neuron's comes in one piece.
         """
         hand_over = self.options.hand_over
         stands = hand_over == "never" or (hand_over == "auto" and not self._has_ego)
@@ -447,16 +452,19 @@ class Turn:
             self._done(replace(draft, reason=f"{draft.reason}; {ego}"))
             return
         self._completion_tokens += ego.tokens or 0
-        text, reason = ended(ego, self.options.stop)
+        text, stopped = text_before(ego.text, self.options.stop)
         self._done(
             replace(
                 draft,
                 text=text,
                 answered_by="ego",
                 reason=draft.reason + self._left_out(),
-                finish_reason=reason,
+                finish_reason="stop" if stopped else ego.finish_reason,
                 tokens=None,
                 **self._checked(text),
+                draft=ego.draft or None,
+                ego_tokens=ego.tokens,
+                ego_steps=ego.steps,
             )
         )
 

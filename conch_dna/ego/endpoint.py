@@ -4,7 +4,7 @@ Knows the chat completions of that API, through the official client; nothing of 
 models or training. Another setting of the API: a field of `EgoConfig`, used in `_request`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,6 +34,8 @@ class Endpoint:
         self._config = config
         # The older name of the limit; servers that want the newer one say so.
         self._limit = "max_tokens"
+        # What makes a stream say its tokens; servers that do not know it say so.
+        self._counted: dict[str, Any] = {"stream_options": {"include_usage": True}}
         self._api = ApiClient(
             config.model,
             name=config.name,
@@ -67,8 +69,7 @@ class Endpoint:
                 raise self._api.foreign() from error
             usage = getattr(completion, "usage", None)
         self._check_finish(reason)
-        tokens = getattr(usage, "completion_tokens", None)
-        return EgoAnswer(text or "", reason, tokens if isinstance(tokens, int) else None)
+        return EgoAnswer(text or "", reason, _tokens(usage))
 
     def answers(self, conversations: Sequence[Turns], config: EgoConfig) -> list[EgoAnswer]:
         """Answer several conversations, some at once; each with the next seed.
@@ -89,22 +90,28 @@ class Endpoint:
                 for future in waiting:
                     future.cancel()
 
-    def stream(self, turns: Turns, config: EgoConfig) -> Iterator[str]:
+    def stream(self, turns: Turns, config: EgoConfig) -> Generator[str, None, EgoAnswer]:
         """Pieces of the answer as they come; closing the iterator hangs up.
+
+        Returns:
+            The whole, when all pieces are there.
 
         Raises:
             EgoUnavailableError: The API is not there, or the answer breaks off.
             ConchError: It refuses the request.
         """
-        reason = None
+        reason, tokens, text = None, None, ""
         with self._api.explained():
             chunks = self._request(turns, config, stream=True)
             if not hasattr(chunks, "close"):
                 raise self._api.foreign()
             try:
                 for chunk in chunks:
+                    usage = getattr(chunk, "usage", None)
+                    tokens = _tokens(usage) if usage is not None else tokens
                     for choice in getattr(chunk, "choices", None) or ():
                         if choice.delta and choice.delta.content:
+                            text += choice.delta.content
                             yield choice.delta.content
                         reason = choice.finish_reason or reason
             finally:
@@ -114,6 +121,7 @@ class Endpoint:
                 f"{self._config.name} broke off its answer: ask again, or look at the server's log"
             )
         self._check_finish(str(reason))
+        return EgoAnswer(text, str(reason), tokens)
 
     def _request(self, turns: Turns, config: EgoConfig, *, stream: bool) -> Any:
         import openai
@@ -126,12 +134,17 @@ class Endpoint:
             "seed": config.seed,
             limit: config.max_tokens,
         }
+        if stream:
+            arguments |= self._counted
         try:
             return self._api.client.chat.completions.create(**arguments, stream=stream)
         except openai.BadRequestError as error:
-            if limit == "max_completion_tokens" or "max_completion_tokens" not in str(error):
+            if "stream_options" in arguments and "stream_options" in str(error):
+                self._counted = {}
+            elif limit == "max_tokens" and "max_completion_tokens" in str(error):
+                self._limit = "max_completion_tokens"
+            else:
                 raise
-        self._limit = "max_completion_tokens"
         return self._request(turns, config, stream=stream)
 
     def _check_finish(self, reason: str) -> None:
@@ -140,3 +153,9 @@ class Endpoint:
                 f"{self._config.name} gave no whole answer (finish reason {reason}): reword the "
                 "prompt"
             )
+
+
+def _tokens(usage: Any) -> int | None:
+    """How many tokens an answer had; None where it does not say."""
+    tokens = getattr(usage, "completion_tokens", None)
+    return tokens if isinstance(tokens, int) else None

@@ -5,7 +5,7 @@ loaded when it is first needed. One thread at a time may use a local model. To l
 else: a method of `EgoModel`, or a figure of a text in `TextScore`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import mlx.core as mx
 
 from conch_dna.checkpoints import content_digest
+from conch_dna.ego.drafting import Draft, drafted_tokens, unfit
 from conch_dna.ego.endpoint import Endpoint
 from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
@@ -25,7 +26,7 @@ from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.data.answers import (
     TextStream,
     answer_batch,
-    continuation_text,
+    answer_text,
     generate_answers,
     make_sampler,
 )
@@ -150,6 +151,8 @@ class EgoModel:
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
+        draft: Draft | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> list[EgoAnswer]:
         """Answer prompts, `config.batch_size` at once.
 
@@ -159,7 +162,11 @@ class EgoModel:
             max_tokens: Longest answer; shorter where the context ends. The configuration's where
                 it is None, like the next two.
             temperature: 0 takes the likeliest token.
-            seed: Of the draw, which also depends on which prompts share a batch.
+            seed: Of the draw, which also depends on which prompts share a batch, and on whether
+                one is drafted.
+            draft: Who drafts the answer of a local model to a single prompt, where it can; several
+                are answered together instead.
+            check: Called after each token of a local model; what it raises ends the work.
 
         Returns:
             The answers in the order of the prompts.
@@ -175,6 +182,11 @@ class EgoModel:
         if config.is_endpoint:
             return self._remote().answers(conversations, config)
         encoded = self._encoded(conversations)
+        if draft is not None and len(encoded) == 1:
+            decoding = _Decoding(self._local(), encoded[0], config, draft, check)
+            for _ in decoding:
+                pass
+            return [self._answer(encoded[0], decoding.tokens, decoding)]
         answers: list[EgoAnswer] = []
         for start in range(0, len(encoded), config.batch_size):
             batch = encoded[start : start + config.batch_size]
@@ -184,6 +196,7 @@ class EgoModel:
                 max_tokens=config.max_tokens,
                 temperature=config.temperature,
                 seed=(config.seed, start),
+                check=check,
             )
             answers += [self._answer(ids, new) for ids, new in zip(batch, drawn, strict=True)]
         return answers
@@ -196,41 +209,35 @@ class EgoModel:
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
-    ) -> Iterator[str]:
-        """Pieces of the text that `generate` gives, as they come; arguments and errors are its.
+        draft: Draft | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Generator[str, None, EgoAnswer]:
+        """Pieces of the text that `generate_many` gives for one prompt, as they come.
 
-        Arguments are checked at once, and the model is loaded with the first piece.
+        Arguments and errors are those of `generate_many`. Arguments are checked at once, and the
+        model is loaded with the first piece.
+
+        Returns:
+            The whole answer, when all pieces are there.
         """
         config = self._drawn(max_tokens, temperature, seed)
         turns = prompt_turns(prompt, system)
         if config.is_endpoint:
             return self._remote().stream(turns, config)
-        return self._local_stream(self._encoded([turns])[0], config)
+        return self._local_stream(self._encoded([turns])[0], config, draft, check)
 
-    def _local_stream(self, ids: list[int], config: EgoConfig) -> Iterator[str]:
-        from mlx_lm.generate import generate_step
-
+    def _local_stream(
+        self, ids: list[int], config: EgoConfig, draft: Draft | None, check: Callable[[], None]
+    ) -> Generator[str, None, EgoAnswer]:
         model = self._local()
-        # As answer_batch draws for the first batch.
-        digest = content_digest(str(config.seed), "0")
-        key = mx.random.key(int(digest[:16], 16))
-        steps = generate_step(
-            mx.array(ids),
-            model.model,
-            max_tokens=min(config.max_tokens, self._context - len(ids)),
-            sampler=make_sampler(config.temperature, model.vocabulary_size, key),
-        )
+        decoding = _Decoding(model, ids, config, draft, check)
         text = TextStream(model.tokenizer, ids)
-        try:
-            for token, _ in steps:
-                if int(token) in model.tokenizer.eos_token_ids:
-                    break
-                if piece := text.add(int(token)):
-                    yield piece
-        finally:
-            steps.close()
+        for token in decoding:
+            if token not in model.tokenizer.eos_token_ids and (piece := text.add(token)):
+                yield piece
         if rest := text.end():
             yield rest
+        return self._answer(ids, decoding.tokens, decoding)
 
     def generate_distillation_example(self, domain: str, prompt: str) -> Record:
         """A training record with EGO's answer to a prompt of a domain.
@@ -385,11 +392,91 @@ class EgoModel:
                     f"{self.model_id} is {self._context:,}: shorten it"
                 )
 
-    def _answer(self, prompt: Sequence[int], answer: list[int]) -> EgoAnswer:
-        tokenizer = self.source.tokenizer
-        stopped = bool(answer) and answer[-1] in tokenizer.eos_token_ids
-        text = continuation_text(tokenizer, prompt, answer[:-1] if stopped else answer)
-        return EgoAnswer(text, "stop" if stopped else "length", len(answer))
+    def _answer(
+        self, prompt: Sequence[int], answer: list[int], decoding: "_Decoding | None" = None
+    ) -> EgoAnswer:
+        text, reason = answer_text(self.source.tokenizer, prompt, answer)
+        told = decoding.told if decoding is not None else {}
+        return EgoAnswer(text, reason, len(answer), **told)
+
+
+class _Decoding:
+    """An answer of a local model token by token, with a draft where there is a fitting one.
+
+    Args:
+        model: Whose answer it is.
+        ids: The prompt.
+        config: How it is drawn.
+        draft: Who drafts; nobody where None.
+        check: Called after each token; what it raises ends the work.
+
+    Attributes:
+        tokens: What has come, the end-of-sequence token included.
+        told: Of the draft, as `EgoAnswer` says it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: list[int],
+        config: EgoConfig,
+        draft: Draft | None,
+        check: Callable[[], None],
+    ) -> None:
+        self.tokens: list[int] = []
+        self.told: dict[str, Any] = {}
+        self._check = check
+        self._ends = model.tokenizer.eos_token_ids
+        context = model.source.context_length or 2**31
+        most = min(config.max_tokens, context - len(ids))
+        if draft is None:
+            self._steps = _plain_tokens(model, ids, most, config)
+        elif why := unfit(model, draft, len(ids) + most):
+            self.told["undrafted"] = why
+            self._steps = _plain_tokens(model, ids, most, config)
+        else:
+            self.told |= {"draft": draft.name, "steps": 0}
+            self._steps = drafted_tokens(
+                model,
+                draft,
+                ids,
+                max_tokens=most,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        before = False
+        try:
+            for token, drafted in self._steps:
+                self._check()
+                if "steps" in self.told and not before:
+                    # The first of those that came of one step.
+                    self.told["steps"] += 1
+                before = drafted
+                self.tokens.append(token)
+                yield token
+                if token in self._ends:
+                    return
+        finally:
+            self._steps.close()
+
+
+def _plain_tokens(
+    model: LanguageModel, ids: list[int], most: int, config: EgoConfig
+) -> Generator[tuple[int, bool], None, None]:
+    """Tokens one by one, drawn as `answer_batch` draws for the first batch."""
+    from mlx_lm.generate import generate_step
+
+    digest = content_digest(str(config.seed), "0")
+    key = mx.random.key(int(digest[:16], 16))
+    sampler = make_sampler(config.temperature, model.vocabulary_size, key)
+    steps = generate_step(mx.array(ids), model.model, max_tokens=most, sampler=sampler)
+    try:
+        for token, _ in steps:
+            yield int(token), False
+    finally:
+        steps.close()
 
 
 def _system(domain: str) -> str:

@@ -132,11 +132,17 @@ class EgoAnswer:
         finish_reason: `stop`, or `length` where the answer was cut off.
         tokens: How many were generated, the end-of-sequence token among them for a local model;
             None where an API does not say.
+        draft: Who drafted it; empty where nobody did.
+        steps: In how many steps EGO said them; None where nobody drafted.
+        undrafted: Why a draft that was given was not used; empty where none was, or it was.
     """
 
     text: str
     finish_reason: str
     tokens: int | None
+    draft: str = ""
+    steps: int | None = None
+    undrafted: str = ""
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,19 @@ def test_what_is_not_valid_goes_to_ego_and_is_remembered_on_request(adapters: Pa
     assert own.stderr.startswith("task: ") and own.stdout != result.stdout
 
 
+def test_who_drafted_is_told_beside_the_answer(adapters: Path, tmp_path: Path) -> None:
+    asked = ("ask", "owls", "First, get", "--max-tokens", "8", *EGO, "--hand-over", "always")
+    alone = done(*asked, "--draft", "none", *at(adapters))
+    figures = tmp_path / "answer.json"
+    for draft, told in (("auto", "owls"), ("task", "task"), ("embedded:student", None)):
+        result = done(*asked, "--draft", draft, "--json", str(figures), *at(adapters))
+        name = told or draft
+        assert result.stdout == alone.stdout and f"{name} drafted, " in result.stderr
+        answer = json.loads(figures.read_text())
+        assert answer["draft"] == name and answer["acceptance"] >= 1
+    assert "drafted" not in alone.stderr
+
+
 def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> None:
     question = "First, write to tom@example.org"
     run("ask", "task", question, "--max-tokens", "4", *EGO, "--redact", *at(adapters))
@@ -156,6 +169,9 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
         (("owls", "Hi", "--max-tokens", "0"), "max_tokens is 0: it must be 1 or more"),
         (("owls", "Hi", "--top-p", "2"), "top_p is 2.0: it must be above 0 and at most 1"),
         (("owls", "Hi", "--ego-name", "x"), "--ego-name and --ego-key-env go with --ego URL"),
+        (("owls", "Hi", "--draft", "owls"), "--draft and --draft-tokens go with --ego MODEL"),
+        (("owls", "Hi", *EGO, "--draft-tokens", "99"), "draft_tokens is 99: it must be at least 1"),
+        (("owls", "Hi", *EGO, "--draft", "nobody"), "model folder nobody does not exist"),
         (("owls", "Hi", "--ego", "http://127.0.0.1:9/v1"), "calls the model, by --ego-name"),
         (("owls", "Hi", "--hand-over", "always"), "always asks EGO, and there is none: give --ego"),
         (("owls", "word " * 600), "context of embedded:student ends at 512"),

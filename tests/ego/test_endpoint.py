@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from conch_dna.ego.model import EgoConfig, EgoModel
+from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.training.distillation import DOMAIN_PROMPTS
 
@@ -48,7 +49,9 @@ def error(status: int, message: str) -> tuple[int, Any]:
     return status, {"error": {"message": message, "type": "x", "code": None}}
 
 
-def pieces(*texts: str, ends: bool = True, delay_s: float = 0.0) -> Reply:
+def pieces(
+    *texts: str, ends: bool = True, delay_s: float = 0.0, usage: dict[str, int] | None = None
+) -> Reply:
     """A stream of server-sent events, which breaks off where it does not end."""
 
     def send(handler: BaseHTTPRequestHandler) -> None:
@@ -62,7 +65,8 @@ def pieces(*texts: str, ends: bool = True, delay_s: float = 0.0) -> Reply:
         if ends:
             last = {"index": 0, "delta": {}, "finish_reason": "stop"}
             _event(handler, {"id": "1", "object": "chat.completion.chunk", "choices": [last]})
-            _event(handler, {"id": "1", "object": "chat.completion.chunk", "choices": []})
+            end = {"id": "1", "object": "chat.completion.chunk", "choices": [], "usage": usage}
+            _event(handler, end)
             handler.wfile.write(b"data: [DONE]\n\n")
 
     return send
@@ -208,6 +212,25 @@ def test_a_stream_comes_piece_by_piece(api, ego):
     assert texts == ["One", " two", " three."]
     assert times[-1] - times[0] > 0.1
     assert api.seen[0][0]["stream"] is True
+
+
+def test_a_stream_says_its_tokens_where_the_server_counts_them(api, ego):
+    counted = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    api.replies = [
+        pieces("One", " two", usage=counted),
+        error(400, "stream_options is not known here"),
+        pieces("Three."),
+    ]
+    for expected in (EgoAnswer("One two", "stop", 5), EgoAnswer("Three.", "stop", None)):
+        stream, texts, whole = ego.stream("Count."), [], None
+        while whole is None:
+            try:
+                texts.append(next(stream))
+            except StopIteration as end:
+                whole = end.value
+        assert whole == expected and "".join(texts) == expected.text
+    asked = [body.get("stream_options") for body, _ in api.seen]
+    assert asked == [{"include_usage": True}] * 2 + [None]
 
 
 def test_a_stream_may_be_left(api, ego):

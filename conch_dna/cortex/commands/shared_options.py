@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from conch_dna.checkpoints import read_text
-from conch_dna.cortex.options import AskOptions
+from conch_dna.cortex.options import AskOptions, DraftSettings
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.options.commands import options_of
 from conch_dna.training.settings import KDConfig
@@ -61,6 +61,7 @@ remember_option = click.option(
     show_default=True,
     help="Record what was handed over to EGO, to learn from it.",
 )
+draft_options = options_of(DraftSettings)
 
 
 def model_options(*, ego: str | None = None) -> Callable[[F], F]:
@@ -197,7 +198,8 @@ def opened_suite(
     """The neurons of a folder of adapters, in memory.
 
     Args:
-        values: Of a command's options: `model_options`, and whether to remember.
+        values: Of a command's options: `model_options`, perhaps `draft_options`, and whether to
+            remember.
         domains: Which; all where None.
 
     Raises:
@@ -207,6 +209,9 @@ def opened_suite(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     ego = ego_config(values)
+    draft = settings_of(DraftSettings, values)
+    if ego is None and (values.get("draft") or values.get("draft_tokens")) is not None:
+        raise ConchError("--draft and --draft-tokens go with --ego MODEL")
     from conch_dna.cortex.commands.terminal import Screen
     from conch_dna.cortex.neuron import CortexSuite
 
@@ -217,6 +222,7 @@ def opened_suite(
                 values["student"],
                 ego=ego,
                 domains=domains,
+                draft=draft,
                 trust_remote_code=values["trust_remote_code"],
             )
         with suite:

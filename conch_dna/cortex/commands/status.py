@@ -193,6 +193,8 @@ def who_answered(answer: Answer) -> str:
     parts = [f"{who}: {answer.reason}"]
     if answer.answered_by == "neuron" and not answer.calibrated and answer.confidence is not None:
         parts.append(f"bare confidence {answer.confidence:.3f}")
+    if answer.acceptance is not None:
+        parts.append(f"{answer.draft} drafted, {answer.acceptance:.1f} tokens a step")
     if answer.repaired:
         parts.append("asked a second time for a valid answer")
     if answer.valid is False:

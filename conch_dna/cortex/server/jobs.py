@@ -8,16 +8,21 @@ EGO is to do for clients: a branch in `EgoThread._answer`.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import AskOptions
-from conch_dna.cortex.turn import Answer, Turn, ended
+from conch_dna.cortex.spoken import pieces_before, text_before
+from conch_dna.cortex.turn import Answer, Turn
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.web.door import ApiError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,14 @@ class Question:
         prompt: A conversation, or a text to go on with.
         options: How it is to be answered.
         turn: A neuron's question; None where EGO was asked for.
+        stream: Whether it is told as it comes.
     """
 
     model: str
     prompt: Prompt
     options: AskOptions
     turn: Turn | None
+    stream: bool
 
 
 class Job:
@@ -75,6 +82,7 @@ class Job:
         self.prompt = question.prompt
         self.options = question.options
         self.turn = question.turn
+        self.stream = question.stream
         self.events = events
         self.index = index
         self.uid: int | None = None
@@ -130,14 +138,20 @@ def tell_all(events: Sequence[tuple[Job, Event]]) -> None:
         events[0][0].connections.call_soon_threadsafe(put)
 
 
+class _LeftError(Exception):
+    """Nobody waits for what EGO is at, or the server ends."""
+
+
 class EgoThread:
     """Answers jobs one after the other, hand-overs that are drawn alike and greedy together.
 
-    The neurons go on meanwhile. A thread of its own also because EGO's model may be used by one
-    only.
+    What is streamed is answered alone. The neurons go on meanwhile. A thread of its own also
+    because EGO's model may be used by one only.
 
     Args:
-        suite: With an EGO. Only `ego`, `answer_by_ego` and what that remembers are used.
+        suite: With an EGO. Only `ego`, `drafts`, `answer_by_ego`, `stream_by_ego` and what these
+            remember are used.
+        tell: Gets a job that streams and the next text of its answer; called in this thread.
         finish: Gets every job with its answer or why there is none; called in this thread.
         failed: Gets what ends the thread, such as an interrupt.
         report: Gets a line for what the one who runs the server should know.
@@ -147,18 +161,20 @@ class EgoThread:
         self,
         suite: CortexSuite,
         *,
+        tell: Callable[[Job, str], None],
         finish: Callable[[Job, Answer | ApiError], None],
         failed: Callable[[BaseException], None],
         report: Callable[[str], None],
     ) -> None:
         self._suite = suite
+        self._tell = tell
         self._finish = finish
         self._failed = failed
         self._report = report
         self._waiting: list[Job] = []
         self._change = threading.Condition()
         self._ending = False
-        # A daemon, since a model that is in the middle of an answer cannot be stopped.
+        # A daemon, since a model that reads a long prompt, or an API, cannot be stopped.
         self._thread = threading.Thread(target=self._run, name="ego", daemon=True)
 
     def start(self) -> None:
@@ -172,7 +188,7 @@ class EgoThread:
             self._change.notify()
 
     def stop(self, *, wait_s: float) -> bool:
-        """End the thread when it has answered what it is at.
+        """End the thread at the next token of what it is at, or the end of an API's answer.
 
         Returns:
             Whether it ended in that time.
@@ -209,17 +225,23 @@ class EgoThread:
 
     def _alike(self, first: Job) -> list[Job]:
         # What is drawn at random depends on who shares a batch.
-        if first.turn is None or first.turn.options.temperature > 0:
+        if first.turn is None or first.turn.options.temperature > 0 or first.stream:
             return [first]
         assert self._suite.ego is not None
         drawn = first.turn.drawn
-        alike = [job for job in self._waiting if job.turn is not None and job.turn.drawn == drawn]
+        alike = [
+            job
+            for job in self._waiting
+            if job.turn is not None and job.turn.drawn == drawn and not job.stream
+        ]
         return alike[: self._suite.ego.config.batch_size]
 
     def _attempt(self, jobs: list[Job]) -> None:
         """Answer jobs together; where that fails, each alone."""
         try:
             self._answer(jobs)
+        except _LeftError:
+            pass
         except Exception as error:  # noqa: BLE001  (the failure of these jobs alone)
             self._report(f"EGO failed for {len(jobs)} requests: {one_line(error)}")
             if len(jobs) > 1:
@@ -237,13 +259,40 @@ class EgoThread:
         refused = "EGO gave no answer: ask again"
         turns = [job.turn for job in jobs if job.turn is not None]
         waiting = [turn for turn in turns if turn.asks_ego]
+        check, known = partial(self._check, jobs), list(self._suite.notes)
         try:
-            if waiting:
-                self._suite.answer_by_ego(waiting)
+            if waiting and jobs[0].stream:
+                self._told(jobs[0], self._suite.stream_by_ego(waiting[0], check=check))
+            elif waiting:
+                self._suite.answer_by_ego(waiting, check=check)
         except EgoUnavailableError as error:
             refused = str(error)
+        for note in self._suite.notes:
+            if note not in known:
+                self._report(note)
         for job, turn in zip(jobs, turns, strict=True):
             self._finish(job, turn.answer or ApiError(503, refused))
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        """Stop EGO where nobody waits for it.
+
+        Raises:
+            _LeftError: So it is.
+        """
+        if self._ending or all(job.gone for job in jobs):
+            raise _LeftError
+
+    def _told(self, job: Job, pieces: Generator[str, None, T]) -> T:
+        """Tell a job the pieces of its answer as they come; gives what they end with."""
+        try:
+            while True:
+                self._tell(job, next(pieces))
+                self._check([job])
+        except StopIteration as end:
+            whole: T = end.value
+            return whole
+        finally:
+            pieces.close()
 
     def _by_name(self, job: Job) -> Answer | ApiError:
         """EGO as the model that was asked for."""
@@ -252,12 +301,19 @@ class EgoThread:
         began = time.perf_counter()
         try:
             turns = prompt_turns(job.prompt, options.system or "")
-            [answer] = ego.generate_many(
-                [turns],
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
-            )
+            how: dict[str, Any] = {
+                "max_tokens": options.max_tokens,
+                "temperature": options.temperature,
+                "seed": options.seed,
+                "draft": self._suite.drafts.of(None),
+                "check": partial(self._check, [job]),
+            }
+            if job.stream:
+                pieces = pieces_before(ego.stream(turns, **how), options.stop)
+                answer = self._told(job, pieces)
+            else:
+                [answer] = ego.generate_many([turns], **how)
+            why = answer.undrafted
             # An API does not say how long a prompt was.
             prompt = None
             if not ego.config.is_endpoint:
@@ -266,14 +322,17 @@ class EgoThread:
             return ApiError(503, str(error))
         except ConchError as error:
             return ApiError(400, str(error))
-        text, reason = ended(answer, options.stop)
+        text, stopped = text_before(answer.text, options.stop)
         return Answer(
             domain=job.model,
             text=text,
             answered_by="ego",
-            reason="EGO was asked for",
-            finish_reason=reason,
+            reason="EGO was asked for" + (f"; not drafted: {why}" if why else ""),
+            finish_reason="stop" if stopped else answer.finish_reason,
             prompt_tokens=prompt,
             completion_tokens=answer.tokens,
+            draft=answer.draft or None,
+            ego_tokens=answer.tokens,
+            ego_steps=answer.steps,
             seconds=time.perf_counter() - began,
         )

@@ -83,6 +83,7 @@ class ServerLoop:
         if suite.ego is not None:
             self._ego = EgoThread(
                 suite,
+                tell=lambda job, text: self._inbox.put(lambda: self._part(job, text)),
                 finish=lambda job, end: self._inbox.put(lambda: self._finish(job, end)),
                 failed=self.fail,
                 report=report,
@@ -118,13 +119,13 @@ class ServerLoop:
             if model == EGO:
                 for _, options in questions:
                     _require_for_ego(options)
-                return [Question(model, prompt, options, None) for prompt, options in questions]
+                return [Question(model, *each, None, asked.stream) for each in questions]
             made = []
             for prompt, options in questions:
                 turn = self.suite.turn(model, prompt, options, live=asked.stream)
                 if turn.request is not None:
                     self.suite.engine.check(turn.request)
-                made.append(Question(model, prompt, options, turn))
+                made.append(Question(model, prompt, options, turn, asked.stream))
         except ApiError:
             raise
         except ConchError as error:
@@ -377,6 +378,11 @@ class ServerLoop:
         for job in held:
             if job in self._jobs:
                 self._attempt(job, self._go_on)
+
+    def _part(self, job: Job, text: str) -> None:
+        """Send the next text of EGO's answer."""
+        if job in self._jobs:
+            self._events.append((job, Part(text)))
 
     def _finish(self, job: Job, end: Answer | ApiError) -> None:
         if job not in self._jobs:

@@ -49,6 +49,10 @@ class ServerMetrics:
             "hand_overs", "Questions to a neuron that EGO answered.", ["model"], **more
         )
         self._tokens = Counter("tokens", "Tokens read and written.", ["model", "kind"], **more)
+        self._ego_tokens = Counter(
+            "ego_tokens", "Tokens of EGO's answers that were drafted.", ["model"], **more
+        )
+        self._ego_steps = Counter("ego_steps", "EGO's steps for these tokens.", ["model"], **more)
         self.reloads = Counter("adapter_reloads", "Adapters taken in anew.", ["model"], **more)
         self.first_text = Histogram(
             "first_text_seconds",
@@ -80,6 +84,9 @@ class ServerMetrics:
         """There is a whole answer, EGO's in a neuron's place where it was handed over."""
         self._tokens.labels(model, "prompt").inc(answer.prompt_tokens or 0)
         self._tokens.labels(model, "completion").inc(answer.completion_tokens or 0)
+        if answer.ego_tokens is not None and answer.ego_steps is not None:
+            self._ego_tokens.labels(model).inc(answer.ego_tokens)
+            self._ego_steps.labels(model).inc(answer.ego_steps)
         if handed_over:
             self._hand_overs.labels(model).inc()
 
