@@ -256,8 +256,8 @@ def test_ego_answers_the_turns_that_it_can_answer(adapters):
         with pytest.raises(EgoUnavailableError, match="cannot answer: prompt 1 has"):
             suite.answer_by_ego(turns)
         assert [turn.answer is not None for turn in turns] == [True, False, True]
-        [only] = suite.stream("owls", TALE, hand_over="always", max_tokens=4)
-        assert only.text == only.answer.text == turns[0].answer.text
+        *parts, last = suite.stream("owls", TALE, hand_over="always", max_tokens=4)
+        assert "".join(part.text for part in parts) == last.answer.text == turns[0].answer.text
 
 
 # Refusals
