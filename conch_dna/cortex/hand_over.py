@@ -110,7 +110,7 @@ def ego_answers(
         drafts: Who drafts.
         check: Called after each token; what it raises ends the work.
     """
-    options = turns[0].options
+    options, schema = turns[0].drawn
     try:
         return ego.generate_many(
             [turn.ego_turns for turn in turns],
@@ -119,6 +119,7 @@ def ego_answers(
             seed=options.seed,
             draft=drafts.of(turns[0].domain.name) if len(turns) == 1 else None,
             check=check,
+            schema=schema,
         )
     except EgoUnavailableError as error:
         return [error] * len(turns)
@@ -147,7 +148,7 @@ def ego_stream(
     Raises:
         EgoUnavailableError: The answer broke off after a piece of it was given.
     """
-    options = turn.options
+    options, schema = turn.drawn
     begun = False
     try:
         pieces = ego.stream(
@@ -157,6 +158,7 @@ def ego_stream(
             seed=options.seed,
             draft=drafts.of(turn.domain.name),
             check=check,
+            schema=schema,
         )
         try:
             while True:

@@ -13,7 +13,7 @@ from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calib
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
 from conch_dna.cortex.hand_over import Drafts, Given, ego_answers, ego_stream, remember
-from conch_dna.cortex.options import AskOptions, DraftSettings, DrawOptions
+from conch_dna.cortex.options import AskOptions, DraftSettings
 from conch_dna.cortex.spoken import pieces_before
 from conch_dna.cortex.turn import Answer, Domain, Turn
 from conch_dna.ego.model import EgoModel
@@ -259,7 +259,7 @@ class CortexSuite:
                 self.engine.check(turn.request)
         for _ in self._driven(turns):
             pass
-        alike: dict[DrawOptions, list[Turn]] = {}
+        alike: dict[Any, list[Turn]] = {}
         for turn in turns:
             if turn.asks_ego:
                 alike.setdefault(turn.drawn, []).append(turn)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
 from conch_dna.cortex.calibration.drift import Outcome
 from conch_dna.cortex.engine.batching import Piece, Request
-from conch_dna.cortex.engine.grammars import WHITESPACE
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, DrawOptions
 from conch_dna.cortex.spoken import Spoken, text_before
 from conch_dna.cortex.tools import Call, prompt_with_tools
+from conch_dna.ego.grammars import WHITESPACE
 from conch_dna.ego.prompts import checked_prompt, checked_text
 from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -221,12 +221,17 @@ class Turn:
         return first["content"] != self.domain.system if first["role"] == "system" else False
 
     @property
-    def drawn(self) -> DrawOptions:
-        """How EGO would draw an answer; turns that are alike in it can be answered together."""
+    def drawn(self) -> tuple[DrawOptions, str | None]:
+        """How EGO would draw an answer, and the schema that it would keep to.
+
+        Turns that are alike in both can be answered together.
+        """
         options = self.options
-        return DrawOptions(
+        draw = DrawOptions(
             max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
         )
+        held = self.schema is not None and options.constrained
+        return draw, json.dumps(self.schema) if held else None
 
     @property
     def streams(self) -> bool:

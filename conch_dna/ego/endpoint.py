@@ -4,6 +4,7 @@ Knows the chat completions of that API, through the official client; nothing of 
 models or training. Another setting of the API: a field of `EgoConfig`, used in `_request`.
 """
 
+import json
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,8 @@ class Endpoint:
         # The older name of the limit; servers that want the newer one say so.
         self._limit = "max_tokens"
         # What makes a stream say its tokens; servers that do not know it say so.
+        # Whether it takes a schema; servers that do not say so.
+        self._holds = True
         self._counted: dict[str, Any] = {"stream_options": {"include_usage": True}}
         self._api = ApiClient(
             config.model,
@@ -49,19 +52,21 @@ class Endpoint:
         """Close its connections; the object is of no use afterwards."""
         self._api.close()
 
-    def answer(self, turns: Turns, config: EgoConfig) -> EgoAnswer:
+    def answer(self, turns: Turns, config: EgoConfig, schema: str | None = None) -> EgoAnswer:
         """Answer one conversation.
 
         Args:
             turns: The conversation, as objects of role and content.
             config: Length, temperature and seed.
+            schema: Of the answer, a JSON schema as JSON text; servers that do not know how to keep
+                to it are asked without.
 
         Raises:
             EgoUnavailableError: The API cannot be reached, gives no access, is busy or broken.
             ConchError: It refuses the request.
         """
         with self._api.explained():
-            completion = self._request(turns, config, stream=False)
+            completion = self._request(turns, config, schema, stream=False)
             try:
                 choice = completion.choices[0]
                 text, reason = choice.message.content, str(choice.finish_reason)
@@ -71,7 +76,9 @@ class Endpoint:
         self._check_finish(reason)
         return EgoAnswer(text or "", reason, _tokens(usage))
 
-    def answers(self, conversations: Sequence[Turns], config: EgoConfig) -> list[EgoAnswer]:
+    def answers(
+        self, conversations: Sequence[Turns], config: EgoConfig, schema: str | None = None
+    ) -> list[EgoAnswer]:
         """Answer several conversations, some at once; each with the next seed.
 
         Raises:
@@ -80,7 +87,7 @@ class Endpoint:
         configs = [config.reseeded(number) for number in range(len(conversations))]
         with ThreadPoolExecutor(config.batch_size) as pool:
             waiting = [
-                pool.submit(self.answer, turns, one)
+                pool.submit(self.answer, turns, one, schema)
                 for turns, one in zip(conversations, configs, strict=True)
             ]
             try:
@@ -90,7 +97,9 @@ class Endpoint:
                 for future in waiting:
                     future.cancel()
 
-    def stream(self, turns: Turns, config: EgoConfig) -> Generator[str, None, EgoAnswer]:
+    def stream(
+        self, turns: Turns, config: EgoConfig, schema: str | None = None
+    ) -> Generator[str, None, EgoAnswer]:
         """Pieces of the answer as they come; closing the iterator hangs up.
 
         Returns:
@@ -102,7 +111,7 @@ class Endpoint:
         """
         reason, tokens, text = None, None, ""
         with self._api.explained():
-            chunks = self._request(turns, config, stream=True)
+            chunks = self._request(turns, config, schema, stream=True)
             if not hasattr(chunks, "close"):
                 raise self._api.foreign()
             try:
@@ -123,7 +132,7 @@ class Endpoint:
         self._check_finish(str(reason))
         return EgoAnswer(text, str(reason), tokens)
 
-    def _request(self, turns: Turns, config: EgoConfig, *, stream: bool) -> Any:
+    def _request(self, turns: Turns, config: EgoConfig, schema: str | None, *, stream: bool) -> Any:
         import openai
 
         limit = self._limit
@@ -136,16 +145,21 @@ class Endpoint:
         }
         if stream:
             arguments |= self._counted
+        if schema is not None and self._holds:
+            form = {"name": "answer", "schema": json.loads(schema)}
+            arguments["response_format"] = {"type": "json_schema", "json_schema": form}
         try:
             return self._api.client.chat.completions.create(**arguments, stream=stream)
         except openai.BadRequestError as error:
             if "stream_options" in arguments and "stream_options" in str(error):
                 self._counted = {}
+            elif "response_format" in arguments and "response_format" in str(error):
+                self._holds = False
             elif limit == "max_tokens" and "max_completion_tokens" in str(error):
                 self._limit = "max_completion_tokens"
             else:
                 raise
-        return self._request(turns, config, stream=stream)
+        return self._request(turns, config, schema, stream=stream)
 
     def _check_finish(self, reason: str) -> None:
         if reason not in ("stop", "length"):

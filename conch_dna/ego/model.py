@@ -5,17 +5,16 @@ loaded when it is first needed. One thread at a time may use a local model. To l
 else: a method of `EgoModel`, or a figure of a text in `TextScore`.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import mlx.core as mx
-
-from conch_dna.checkpoints import content_digest
-from conch_dna.ego.drafting import Draft, drafted_tokens, unfit
+from conch_dna.ego.decoding import Decoding
+from conch_dna.ego.drafting import Draft
 from conch_dna.ego.endpoint import Endpoint
+from conch_dna.ego.grammars import Grammars
 from conch_dna.ego.prompts import checked_prompt
 from conch_dna.ego.settings import Correction, EgoAnswer, EgoConfig, TextScore
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -28,7 +27,6 @@ from conch_dna.training.data.answers import (
     answer_batch,
     answer_text,
     generate_answers,
-    make_sampler,
 )
 from conch_dna.training.data.records import Record, tokenize_record
 from conch_dna.training.distillation import DOMAIN_PROMPTS
@@ -153,6 +151,7 @@ class EgoModel:
         seed: int | None = None,
         draft: Draft | None = None,
         check: Callable[[], None] = lambda: None,
+        schema: str | None = None,
     ) -> list[EgoAnswer]:
         """Answer prompts, `config.batch_size` at once.
 
@@ -167,6 +166,8 @@ class EgoModel:
             draft: Who drafts the answer of a local model to a single prompt, where it can; several
                 are answered together instead.
             check: Called after each token of a local model; what it raises ends the work.
+            schema: A JSON schema as JSON text. A local model can say nothing else, one answer after
+                the other and without a draft; an API is asked for it, where it knows how.
 
         Returns:
             The answers in the order of the prompts.
@@ -180,13 +181,10 @@ class EgoModel:
         config = self._drawn(max_tokens, temperature, seed)
         conversations = [prompt_turns(prompt, system) for prompt in prompts]
         if config.is_endpoint:
-            return self._remote().answers(conversations, config)
+            return self._remote().answers(conversations, config, schema)
         encoded = self._encoded(conversations)
-        if draft is not None and len(encoded) == 1:
-            decoding = _Decoding(self._local(), encoded[0], config, draft, check)
-            for _ in decoding:
-                pass
-            return [self._answer(encoded[0], decoding.tokens, decoding)]
+        if schema is not None or (draft is not None and len(encoded) == 1):
+            return [self._decoded(ids, config, draft, check, schema) for ids in encoded]
         answers: list[EgoAnswer] = []
         for start in range(0, len(encoded), config.batch_size):
             batch = encoded[start : start + config.batch_size]
@@ -201,6 +199,34 @@ class EgoModel:
             answers += [self._answer(ids, new) for ids, new in zip(batch, drawn, strict=True)]
         return answers
 
+    def _decoded(
+        self,
+        ids: list[int],
+        config: EgoConfig,
+        draft: Draft | None,
+        check: Callable[[], None],
+        schema: str | None,
+    ) -> EgoAnswer:
+        decoding = self._decoding(ids, config, draft, check, schema)
+        for _ in decoding:
+            pass
+        return self._answer(ids, decoding.tokens, decoding)
+
+    def _decoding(
+        self,
+        ids: list[int],
+        config: EgoConfig,
+        draft: Draft | None,
+        check: Callable[[], None],
+        schema: str | None,
+    ) -> Decoding:
+        matcher = self._grammars.matcher(schema) if schema is not None else None
+        return Decoding(self._local(), ids, config, draft, check, matcher)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.source.tokenizer)
+
     def stream(
         self,
         prompt: Prompt,
@@ -211,6 +237,7 @@ class EgoModel:
         seed: int | None = None,
         draft: Draft | None = None,
         check: Callable[[], None] = lambda: None,
+        schema: str | None = None,
     ) -> Generator[str, None, EgoAnswer]:
         """Pieces of the text that `generate_many` gives for one prompt, as they come.
 
@@ -223,14 +250,22 @@ class EgoModel:
         config = self._drawn(max_tokens, temperature, seed)
         turns = prompt_turns(prompt, system)
         if config.is_endpoint:
-            return self._remote().stream(turns, config)
-        return self._local_stream(self._encoded([turns])[0], config, draft, check)
+            return self._remote().stream(turns, config, schema)
+        [ids] = self._encoded([turns])
+        if schema is not None:
+            self._grammars.matcher(schema)
+        return self._local_stream(ids, config, draft, check, schema)
 
     def _local_stream(
-        self, ids: list[int], config: EgoConfig, draft: Draft | None, check: Callable[[], None]
+        self,
+        ids: list[int],
+        config: EgoConfig,
+        draft: Draft | None,
+        check: Callable[[], None],
+        schema: str | None,
     ) -> Generator[str, None, EgoAnswer]:
         model = self._local()
-        decoding = _Decoding(model, ids, config, draft, check)
+        decoding = self._decoding(ids, config, draft, check, schema)
         text = TextStream(model.tokenizer, ids)
         for token in decoding:
             if token not in model.tokenizer.eos_token_ids and (piece := text.add(token)):
@@ -393,90 +428,11 @@ class EgoModel:
                 )
 
     def _answer(
-        self, prompt: Sequence[int], answer: list[int], decoding: "_Decoding | None" = None
+        self, prompt: Sequence[int], answer: list[int], decoding: Decoding | None = None
     ) -> EgoAnswer:
         text, reason = answer_text(self.source.tokenizer, prompt, answer)
         told = decoding.told if decoding is not None else {}
         return EgoAnswer(text, reason, len(answer), **told)
-
-
-class _Decoding:
-    """An answer of a local model token by token, with a draft where there is a fitting one.
-
-    Args:
-        model: Whose answer it is.
-        ids: The prompt.
-        config: How it is drawn.
-        draft: Who drafts; nobody where None.
-        check: Called after each token; what it raises ends the work.
-
-    Attributes:
-        tokens: What has come, the end-of-sequence token included.
-        told: Of the draft, as `EgoAnswer` says it.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        ids: list[int],
-        config: EgoConfig,
-        draft: Draft | None,
-        check: Callable[[], None],
-    ) -> None:
-        self.tokens: list[int] = []
-        self.told: dict[str, Any] = {}
-        self._check = check
-        self._ends = model.tokenizer.eos_token_ids
-        context = model.source.context_length or 2**31
-        most = min(config.max_tokens, context - len(ids))
-        if draft is None:
-            self._steps = _plain_tokens(model, ids, most, config)
-        elif why := unfit(model, draft, len(ids) + most):
-            self.told["undrafted"] = why
-            self._steps = _plain_tokens(model, ids, most, config)
-        else:
-            self.told |= {"draft": draft.name, "steps": 0}
-            self._steps = drafted_tokens(
-                model,
-                draft,
-                ids,
-                max_tokens=most,
-                temperature=config.temperature,
-                seed=config.seed,
-            )
-
-    def __iter__(self) -> Iterator[int]:
-        before = False
-        try:
-            for token, drafted in self._steps:
-                self._check()
-                if "steps" in self.told and not before:
-                    # The first of those that came of one step.
-                    self.told["steps"] += 1
-                before = drafted
-                self.tokens.append(token)
-                yield token
-                if token in self._ends:
-                    return
-        finally:
-            self._steps.close()
-
-
-def _plain_tokens(
-    model: LanguageModel, ids: list[int], most: int, config: EgoConfig
-) -> Generator[tuple[int, bool], None, None]:
-    """Tokens one by one, drawn as `answer_batch` draws for the first batch."""
-    from mlx_lm.generate import generate_step
-
-    digest = content_digest(str(config.seed), "0")
-    key = mx.random.key(int(digest[:16], 16))
-    sampler = make_sampler(config.temperature, model.vocabulary_size, key)
-    steps = generate_step(mx.array(ids), model.model, max_tokens=most, sampler=sampler)
-    try:
-        for token, _ in steps:
-            yield int(token), False
-    finally:
-        steps.close()
 
 
 def _system(domain: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 from conch_dna.cortex.engine import grammars
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request
-from conch_dna.cortex.engine.grammars import Grammars
 from conch_dna.cortex.options import AskOptions
+from conch_dna.ego.grammars import Grammars
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.structured_answers import DOMAIN_SCHEMAS, parse_answer

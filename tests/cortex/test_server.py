@@ -27,6 +27,7 @@ from conch_dna.generations.data import init_line
 from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 from cortex_models import TEXTS
 from servers import (
     LONG,
@@ -127,7 +128,14 @@ def test_draws_follow_from_the_seed(client, alone):
 def test_what_is_not_valid_is_handed_over_and_may_be_kept(client):
     ego = EgoModel(EgoConfig(model=TEACHER))
     system = DOMAIN_PROMPTS["task"]["system"]
-    expected = ego.generate("First, get", system=system, max_tokens=12)
+    [held] = ego.generate_many(
+        ["First, get"],
+        system=system,
+        max_tokens=12,
+        schema=json.dumps(DOMAIN_SCHEMAS["task"]),
+    )
+    expected = held.text
+    assert expected.startswith("{")
     before = ask(client, "task", "First, get", max_tokens=12)
     assert before.choices[0].message.content == expected
     told = before.conch
@@ -192,8 +200,19 @@ def test_ego_is_a_model_too(client):
     assert "".join(part or "" for part in parts) == expected.text
     with pytest.raises(openai.BadRequestError, match="top_p is not supported by ego"):
         ask(client, "ego", TALE, top_p=0.5)
-    with pytest.raises(openai.BadRequestError, match="response_format is not supported by ego"):
-        ask(client, "ego", TALE, response_format={"type": "json_object"})
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"enum": ["low", "high"]}},
+        "required": ["sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "choice", "schema": schema}}
+    held = ask(client, "ego", TALE, response_format=form).choices[0].message.content
+    assert json.loads(held)["sure"] in ("low", "high")
+    parts = ask(client, "ego", TALE, response_format=form, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == held
+    handed = ask(client, "owls", TALE, {"hand_over": "always"}, response_format=form)
+    assert handed.choices[0].message.content == held and handed.conch["valid"]
     with pytest.raises(openai.BadRequestError, match="the context of embedded:teacher is"):
         ask(client, "ego", "word " * 1000)
 

@@ -468,3 +468,24 @@ def test_a_trained_model_gives_a_real_story_more_than_a_random_one(ego, tiny_tea
     random = EgoModel(EgoConfig(model=str(tiny_teacher)))
     trained = np.mean([score.bits_per_byte for score in ego.score(texts)])
     assert trained < 1.6 < np.mean([score.bits_per_byte for score in random.score(texts)])
+
+
+def test_an_answer_is_held_to_a_schema():
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"enum": ["low", "high"]}},
+        "required": ["sure"],
+        "additionalProperties": False,
+    }
+    ego = EgoModel(EgoConfig(model="embedded:teacher"))
+    prompts = ["Once upon a time", "The owl"]
+    answers = ego.generate_many(prompts, max_tokens=40, schema=json.dumps(schema))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert json.loads(answer.text)["sure"] in ("low", "high")
+        assert answer.finish_reason == "stop"
+        pieces = ego.stream(prompt, max_tokens=40, schema=json.dumps(schema))
+        assert "".join(pieces) == answer.text
+    with pytest.raises(ConchError, match="nsatisfiable"):
+        ego.stream(
+            "Why?", schema='{"type": "object", "required": ["a"], "properties": {"a": false}}'
+        )

@@ -233,6 +233,20 @@ def test_a_stream_says_its_tokens_where_the_server_counts_them(api, ego):
     assert asked == [{"include_usage": True}] * 2 + [None]
 
 
+SCHEMA = '{"type": "object", "properties": {"yes": {"type": "boolean"}}}'
+
+
+def test_a_schema_is_asked_for_where_the_server_takes_it(api, ego):
+    api.replies = [completion('{"yes": true}')]
+    [answer] = ego.generate_many(["Why?"], schema=SCHEMA)
+    assert answer.text == '{"yes": true}'
+    form = api.seen[0][0]["response_format"]
+    assert form["json_schema"]["schema"] == json.loads(SCHEMA)
+    api.replies = [error(400, "unknown field response_format"), completion("A."), completion("B.")]
+    assert [ego.generate_many(["Why?"], schema=SCHEMA)[0].text for _ in range(2)] == ["A.", "B."]
+    assert ["response_format" in body for body, *_ in api.seen[1:]] == [True, False, False]
+
+
 def test_a_stream_may_be_left(api, ego):
     api.replies = [pieces(*["word "] * 200, delay_s=0.01), completion("Yes.")]
     stream = ego.stream("Talk.")

@@ -18,10 +18,10 @@ import numpy as np
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.drawing import make_request_sampler
-from conch_dna.cortex.engine.grammars import Grammars, HeldSampler
 from conch_dna.cortex.engine.prefixes import PrefixCaches
 from conch_dna.cortex.engine.routing import RoutedModel, RowCache
 from conch_dna.cortex.options import MAX_BATCH, DrawOptions
+from conch_dna.ego.grammars import Grammars, HeldSampler
 from conch_dna.errors import ConchError
 from conch_dna.training.data.answers import make_sampler, takes_unequal_rows
 

@@ -307,6 +307,7 @@ class EgoThread:
                 "seed": options.seed,
                 "draft": self._suite.drafts.of(None),
                 "check": partial(self._check, [job]),
+                "schema": options.schema if options.constrained else None,
             }
             if job.stream:
                 pieces = pieces_before(ego.stream(turns, **how), options.stop)

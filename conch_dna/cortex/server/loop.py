@@ -412,8 +412,8 @@ def _require_for_ego(options: AskOptions) -> None:
     """Refuse what EGO as a model knows nothing of."""
     if options.plain:
         raise ApiError(400, f"{EGO} does not go on with texts: ask it at /v1/chat/completions")
-    names = {"schema": "response_format", "top_logprobs": "logprobs"}
-    unknown = ("schema", "tools", "top_logprobs", *DRAWN_BY_NEURONS)
+    names = {"top_logprobs": "logprobs"}
+    unknown = ("tools", "top_logprobs", *DRAWN_BY_NEURONS)
     if wrong := changed(options, unknown):
         name = names.get(wrong[0], wrong[0])
         raise ApiError(400, f"{name} is not supported by {EGO}: leave it out", param=name)
