@@ -4,6 +4,7 @@ Knows token ids, log-probabilities and schemas as JSON texts; nothing of domains
 Another kind of form than JSON: a branch in `Grammars._compiled`.
 """
 
+import json
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
@@ -45,7 +46,7 @@ class Grammars:
         Args:
             form: A JSON schema as JSON text, or a grammar in llguidance's Lark. Keywords of a
                 schema that no grammar can hold, such as uniqueItems, are left to whoever checks the
-                whole answer.
+                whole answer; objects get no keys that it does not name, unless it speaks of others.
 
         Raises:
             ConchError: It is too long, cannot be compiled, or no text can keep to it; or the
@@ -74,7 +75,7 @@ class Grammars:
         try:
             grammar = form
             if form.startswith("{"):
-                grammar = LLMatcher.grammar_from_json_schema(form, overrides=options)
+                grammar = LLMatcher.grammar_from_json_schema(_closed(form), overrides=options)
         except ValueError as error:
             raise ConchError(f"the answer's JSON schema is none: {one_line(error)}") from error
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
@@ -97,6 +98,44 @@ class Grammars:
                 f"answers of this tokenizer ({type(inner).__name__}) cannot be held to a schema "
                 f"while they are written ({one_line(error)}): ask for it with constrained off"
             ) from error
+
+
+# Parts of a schema that say together what an object may have.
+_TOGETHER = {"allOf", "anyOf", "oneOf", "$ref", "not", "if", "dependentSchemas"}
+_NO_OTHERS = {"additionalProperties": False}
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties"}
+
+
+def _closed(schema: str) -> str:
+    """A schema whose objects have no other keys than it names, where it does not speak of others.
+
+    A model that is unsure would name new ones without end. Whatever keeps to it keeps to the schema
+    as well.
+    """
+    try:
+        found = json.loads(schema)
+    except ValueError:
+        return schema
+    # What stands under these is one object with what stands beside them, perhaps by a reference.
+    if any(f'"{word}"' in schema for word in ("allOf", "if", "not", "dependentSchemas")):
+        return schema
+    return json.dumps(_closed_part(found))
+
+
+def _closed_part(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_closed_part(each) for each in part]
+    if not isinstance(part, dict) or ("properties" in part and _TOGETHER & part.keys()):
+        return part
+    closed = {
+        name: {key: _closed_part(each) for key, each in value.items()}
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict)
+        else _closed_part(value)
+        if name in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties")
+        else value
+        for name, value in part.items()
+    }
+    return closed | ({} if "properties" not in part or _OPEN & part.keys() else _NO_OTHERS)
 
 
 class HeldSampler:

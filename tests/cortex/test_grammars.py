@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from conch_dna.cortex.engine import grammars
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, Piece, Request
 from conch_dna.cortex.options import AskOptions
+from conch_dna.ego import grammars
 from conch_dna.ego.grammars import Grammars
 from conch_dna.errors import ConchError
 from conch_dna.language_model import LanguageModel, ModelSource
@@ -214,3 +214,28 @@ def test_grammars_are_made_once_and_the_oldest_goes(base, monkeypatch):
     for text in [texts[0], texts[0], texts[1], texts[2], texts[0]]:
         made.matcher(text)
     assert len(compiled) == 4
+
+
+OPEN = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "other"),
+    [
+        (OPEN, False),
+        ({**OPEN, "additionalProperties": {"type": "integer"}}, True),
+        ({**OPEN, "additionalProperties": True}, True),
+        ({"type": "object"}, True),
+        ({"type": "object", "properties": {"in": OPEN}, "required": ["in"]}, False),
+        ({**OPEN, "anyOf": [{"required": ["other"]}, {}]}, True),
+        ({"allOf": [OPEN], "type": "object"}, True),
+        ({"$ref": "#/$defs/open", "$defs": {"open": OPEN}}, False),
+    ],
+)
+def test_objects_get_no_keys_that_nobody_named(base, schema, other):
+    matcher = Grammars(base.tokenizer).matcher(json.dumps(schema))
+    inner = '{"name": "a", "other": 1}'
+    nested = "in" in schema.get("properties", {})
+    text = f'{{"in": {inner}}}' if nested else inner
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    assert (matcher.validate_tokens(ids) == len(ids)) == other
