@@ -4,12 +4,13 @@ Knows EGO, turns, experience and adapters' modules; nothing of the engine or of 
 to choose who drafts: a branch in `Drafts.of`.
 """
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.adapter_modules import read_adapter
-from conch_dna.cortex.options import DRAFT_AUTO, DRAFT_NONE, DraftSettings
+from conch_dna.cortex.options import DRAFT_AUTO, DRAFT_NONE, DraftSettings, DrawOptions
 from conch_dna.cortex.turn import Turn
 from conch_dna.ego.drafting import Draft, other_vocabulary
 from conch_dna.ego.model import EgoModel
@@ -21,6 +22,34 @@ from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.settings import EGO
 
 Given = EgoAnswer | EgoUnavailableError
+
+
+# Answers of fewer tokens say little of how fast tokens come; each so many, the slower way is tried
+# again, since machines and neurons change.
+_LEAST_TOKENS, _AGAIN = 8, 16
+
+
+class Pace:
+    """Whether drafts make EGO's answers faster, by the answers so far."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, float] = {}
+        self._asked = 0
+
+    def wants_draft(self) -> bool:
+        """Whether the next answer is to be drafted: the first is, the second is not."""
+        self._asked += 1
+        if len(self._seconds) < 2:
+            return True not in self._seconds
+        faster = self._seconds[True] <= self._seconds[False]
+        return faster if self._asked % _AGAIN else not faster
+
+    def took(self, answer: EgoAnswer, seconds: float) -> None:
+        """Count an answer, the later ones more."""
+        if not answer.tokens or answer.tokens < _LEAST_TOKENS or answer.undrafted:
+            return
+        each, drafted = seconds / answer.tokens, bool(answer.draft)
+        self._seconds[drafted] = (self._seconds.get(drafted, each) + each) / 2
 
 
 class Drafts:
@@ -48,6 +77,7 @@ class Drafts:
         self._ego = ego
         self._bank = bank
         self._fixed: Draft | None = None
+        self._paces: dict[str, Pace] = {}
         name = settings.draft
         if name in (DRAFT_AUTO, DRAFT_NONE):
             return
@@ -82,19 +112,32 @@ class Drafts:
             tree = bank.tree(None) if same else source.load().model
             self._fixed = Draft(name, source, tree, settings.draft_tokens)
 
-    def of(self, domain: str | None) -> Draft | None:
+    def of(self, domain: str | None, options: DrawOptions, schema: str | None) -> Draft | None:
         """Who drafts an answer to a domain's question, the neuron as it is now; None for nobody.
+
+        Where nobody was named, the neuron drafts greedy answers if that makes them faster here.
 
         Args:
             domain: None where EGO was asked by its own name.
+            options: How it is drawn.
+            schema: What it is held to; then nobody drafts.
         """
-        name = domain if self.settings.draft == DRAFT_AUTO else self.settings.draft
+        auto = self.settings.draft == DRAFT_AUTO
+        name = domain if auto else self.settings.draft
         if self._ego is None or self._ego.config.is_endpoint or name in (None, DRAFT_NONE):
+            return None
+        if schema is not None:
+            return None
+        if auto and (options.temperature > 0 or not self.pace(str(name)).wants_draft()):
             return None
         if self._fixed is not None:
             return self._fixed
         tree = self._bank.tree(name)
         return Draft(str(name), self._bank.base.source, tree, self.settings.draft_tokens)
+
+    def pace(self, domain: str) -> Pace:
+        """How fast a domain's answers come with and without drafts."""
+        return self._paces.setdefault(domain, Pace())
 
 
 def ego_answers(
@@ -111,16 +154,22 @@ def ego_answers(
         check: Called after each token; what it raises ends the work.
     """
     options, schema = turns[0].drawn
+    domain = turns[0].domain.name
     try:
-        return ego.generate_many(
+        ego.load()
+        began = time.perf_counter()
+        answers = ego.generate_many(
             [turn.ego_turns for turn in turns],
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             seed=options.seed,
-            draft=drafts.of(turns[0].domain.name) if len(turns) == 1 else None,
+            draft=drafts.of(domain, options, schema) if len(turns) == 1 else None,
             check=check,
             schema=schema,
         )
+        if len(turns) == 1 and options.temperature == 0 and schema is None:
+            drafts.pace(domain).took(answers[0], time.perf_counter() - began)
+        return answers
     except EgoUnavailableError as error:
         return [error] * len(turns)
     except (ConchError, MemoryError, RuntimeError, ValueError) as error:
@@ -151,12 +200,14 @@ def ego_stream(
     options, schema = turn.drawn
     begun = False
     try:
+        ego.load()
+        began = time.perf_counter()
         pieces = ego.stream(
             turn.ego_turns,
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             seed=options.seed,
-            draft=drafts.of(turn.domain.name),
+            draft=drafts.of(turn.domain.name, options, schema),
             check=check,
             schema=schema,
         )
@@ -167,6 +218,8 @@ def ego_stream(
                 yield piece
         except StopIteration as end:
             whole: EgoAnswer = end.value
+            if options.temperature == 0 and schema is None:
+                drafts.pace(turn.domain.name).took(whole, time.perf_counter() - began)
             return whole
         finally:
             pieces.close()

@@ -145,8 +145,8 @@ class DraftSettings:
 
     draft: str = option(
         DRAFT_AUTO,
-        "Who drafts EGO's answers, which stay EGO's: auto for the neuron that was asked, where EGO "
-        "is a local model of its tokens, none, a domain for its neuron, or a model.",
+        "Who drafts EGO's answers, which stay EGO's: auto for the neuron that was asked, where "
+        "that is faster, none, a domain for its neuron, or a model.",
     )
     draft_tokens: int = option(
         4,

@@ -10,10 +10,12 @@ import openai
 import pytest
 
 from conch_dna.cortex.commands.status import who_answered
+from conch_dna.cortex.hand_over import Pace
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
-from conch_dna.cortex.options import DraftSettings
+from conch_dna.cortex.options import DraftSettings, DrawOptions
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.ego.model import EgoConfig, EgoModel
+from conch_dna.ego.settings import EgoAnswer
 from conch_dna.errors import ConchError, EgoUnavailableError
 from conch_dna.retraining.pipeline import TrainingPipeline
 from models import make_model_folder
@@ -23,6 +25,16 @@ from tokenizers_made import byte_level_tokenizer
 
 STUDENT, TEACHER = "embedded:student", "embedded:teacher"
 ALWAYS = {"hand_over": "always"}
+
+
+DRAW = DrawOptions()
+
+
+@pytest.fixture(autouse=True)
+def _always_faster(request, monkeypatch) -> None:
+    """Nothing depends on how fast this machine is."""
+    if "pace" not in request.node.name:
+        monkeypatch.setattr(Pace, "wants_draft", lambda self: True)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +96,7 @@ def test_another_one_may_draft(draft, told, served_adapters, ego):
         if draft == TEACHER:
             assert answer.ego_steps == 4
         if draft == STUDENT:
-            assert suite.drafts.of("owls").model is suite.bank.tree(None)
+            assert suite.drafts.of("owls", DRAW, None).model is suite.bank.tree(None)
 
 
 def test_drafts_that_are_none_are_refused_in_one_line(served_adapters, foreign, ego):
@@ -135,11 +147,11 @@ def test_a_neuron_that_is_replaced_goes_on_drafting_what_it_began(served_adapter
         expected = ego.generate(TALE, max_tokens=16)
         stream = suite.stream("tales", TALE, max_tokens=16, **ALWAYS)
         text = next(stream).text
-        before = suite.drafts.of("tales").model
+        before = suite.drafts.of("tales", DRAW, None).model
         for path in (served_adapters / "cars" / "adapters_kd").iterdir():
             shutil.copy(path, tmp_path / "tales" / "adapters_kd")
         assert suite.reload() == ["tales"]
-        assert suite.drafts.of("tales").model is not before
+        assert suite.drafts.of("tales", DRAW, None).model is not before
         assert text + "".join(delta.text for delta in stream) == expected
 
 
@@ -217,7 +229,7 @@ def test_egos_answer_streams(model, how, server, client, ego):
     assert "".join(parts) == whole.choices[0].message.content and len(parts) > 5
     assert end.choices[0].finish_reason == whole.choices[0].finish_reason
     assert end.conch["answered_by"] == "ego"
-    drafted = None if model == "ego" else model
+    drafted = model if model == "tales" else None
     assert whole.conch["draft"] == end.conch["draft"] == drafted
     after = [metric(server, f"conch_dna_ego_{name}_total") for name in ("tokens", "steps")]
     gained = [now - then for now, then in zip(after, before, strict=True)]
@@ -293,3 +305,30 @@ def test_ego_drafts_while_the_engine_computes_with_the_same_arrays(served_adapte
         for each in work:
             each.join()
     assert wrong == []
+
+
+def took(draft: str, tokens: int = 20) -> EgoAnswer:
+    return EgoAnswer("a", "stop", tokens, draft=draft)
+
+
+def test_the_pace_tells_whether_drafts_pay():
+    pace = Pace()
+    assert pace.wants_draft()
+    # Too short to say how fast it was.
+    pace.took(took("owls", 3), 0.0)
+    assert pace.wants_draft()
+    pace.took(took("owls"), 2.0)
+    assert not pace.wants_draft()
+    pace.took(took(""), 1.0)
+    wanted = [pace.wants_draft() for _ in range(32)]
+    assert wanted.count(True) == 2, "the slower way is tried again"
+    # It has become the faster one.
+    for _ in range(8):
+        pace.took(took("owls"), 0.2)
+    assert [pace.wants_draft() for _ in range(32)].count(True) == 30
+
+
+def test_what_is_drawn_or_held_is_not_drafted(helped):
+    assert helped.drafts.of("tales", DRAW, None) is not None
+    assert helped.drafts.of("tales", DrawOptions(temperature=1.0), None) is None
+    assert helped.drafts.of("tales", DRAW, "{}") is None

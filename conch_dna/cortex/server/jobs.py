@@ -305,7 +305,7 @@ class EgoThread:
                 "max_tokens": options.max_tokens,
                 "temperature": options.temperature,
                 "seed": options.seed,
-                "draft": self._suite.drafts.of(None),
+                "draft": self._suite.drafts.of(None, options, options.schema),
                 "check": partial(self._check, [job]),
                 "schema": options.schema if options.constrained else None,
             }
