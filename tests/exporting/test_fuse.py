@@ -114,8 +114,8 @@ class TestWhatIsMade:
         assert lost["outputs"] < 0.8 * lost["rounded"]
 
     def test_trained_scales_lose_less_than_they_did(self, adapter, tmp_path):
+        how = {"bits": "2", "steps": 12, "learning_rate": 1e-2, "batch_size": 4, "max_kl": 9.0}
         before = fuse(adapter, tmp_path / "fitted", bits="2", max_kl=9.0)[-1].kl
-        how = {"bits": "2", "steps": 20, "learning_rate": 1e-2, "batch_size": 4, "max_kl": 9.0}
         after = fuse(adapter, tmp_path / "trained", **how)[-1].kl
         assert after < 0.95 * before
         assert logits_of(opened(tmp_path / "trained"), [5, 9]).shape[0] == 2

@@ -127,9 +127,18 @@ def test_a_joined_batch_holds_each_token_and_each_domain_counts_as_much():
     np.testing.assert_array_equal(before, np.concatenate(expected))
 
 
+HOW: dict[str, Any] = {"steps": 4, "recall_margin": 1.0}
+
+
 class TestItStops:
+    @pytest.fixture(scope="class")
+    def whole(self, neurons, tmp_path_factory) -> bytes:
+        folder = tmp_path_factory.mktemp("merged") / "whole"
+        merge(neurons, folder, **HOW)
+        return (folder / "adapters.safetensors").read_bytes()
+
     @pytest.mark.parametrize("where", ["what songs says", "training", "measuring"])
-    def test_it_goes_on_to_the_same_bytes(self, neurons, tmp_path, where):
+    def test_it_goes_on_to_the_same_bytes(self, neurons, tmp_path, where, whole):
         class Crash(BaseException):
             pass
 
@@ -137,18 +146,13 @@ class TestItStops:
             if event == "phase" and row["name"].startswith(where):
                 raise Crash
 
-        how: dict[str, Any] = {"steps": 4, "recall_margin": 1.0}
         with pytest.raises(Crash):
-            merge(neurons, tmp_path / "stopped", report=report, **how)
+            merge(neurons, tmp_path / "stopped", report=report, **HOW)
         assert not (tmp_path / "stopped").exists()
         with pytest.raises(ConchError, match="holds an unfinished adapter: add --resume"):
-            merge(neurons, tmp_path / "stopped", **how)
-        merge(neurons, tmp_path / "stopped", resume=True, **how)
-        merge(neurons, tmp_path / "whole", **how)
-        one, other = (
-            (tmp_path / name / "adapters.safetensors").read_bytes() for name in ("stopped", "whole")
-        )
-        assert one == other
+            merge(neurons, tmp_path / "stopped", **HOW)
+        merge(neurons, tmp_path / "stopped", resume=True, **HOW)
+        assert (tmp_path / "stopped" / "adapters.safetensors").read_bytes() == whole
 
     def test_a_refused_one_waits_and_can_be_taken(self, neurons, tmp_path):
         with pytest.raises(ConchError, match=r"songs: recall: .*needed -0\.0000.*Nothing stands"):
