@@ -411,5 +411,6 @@ class AnswerEngine:
 def _likeliest(log_probs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
     """So many tokens of `[tokens]` with their log-probabilities, the likeliest first."""
     found = np.asarray(log_probs)
-    best = np.argsort(-found, kind="stable")[:count]
+    best = np.argpartition(-found, min(count, len(found)) - 1)[:count]
+    best = best[np.argsort(-found[best], kind="stable")]
     return tuple((int(token), float(found[token])) for token in best)
