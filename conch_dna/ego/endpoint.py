@@ -35,9 +35,9 @@ class Endpoint:
         self._config = config
         # The older name of the limit; servers that want the newer one say so.
         self._limit = "max_tokens"
-        # What makes a stream say its tokens; servers that do not know it say so.
         # Whether it takes a schema; servers that do not say so.
         self._holds = True
+        # What makes a stream say its tokens; servers that do not know it say so.
         self._counted: dict[str, Any] = {"stream_options": {"include_usage": True}}
         self._api = ApiClient(
             config.model,
@@ -154,7 +154,11 @@ class Endpoint:
             if "stream_options" in arguments and "stream_options" in str(error):
                 self._counted = {}
             elif "response_format" in arguments and "response_format" in str(error):
-                self._holds = False
+                if "invalid schema" in str(error).lower():
+                    # One schema is refused where others are kept to.
+                    schema = None
+                else:
+                    self._holds = False
             elif limit == "max_tokens" and "max_completion_tokens" in str(error):
                 self._limit = "max_completion_tokens"
             else:

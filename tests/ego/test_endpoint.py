@@ -242,9 +242,17 @@ def test_a_schema_is_asked_for_where_the_server_takes_it(api, ego):
     assert answer.text == '{"yes": true}'
     form = api.seen[0][0]["response_format"]
     assert form["json_schema"]["schema"] == json.loads(SCHEMA)
+    # One schema that is refused is no reason to ask for no other.
+    invalid = error(400, "Invalid schema for response_format 'answer': 'required' is missing")
+    api.replies = [invalid, completion("A."), completion('{"yes": false}')]
+    assert [ego.generate_many(["Why?"], schema=SCHEMA)[0].text for _ in range(2)] == [
+        "A.",
+        '{"yes": false}',
+    ]
+    assert ["response_format" in body for body, *_ in api.seen[1:]] == [True, False, True]
     api.replies = [error(400, "unknown field response_format"), completion("A."), completion("B.")]
     assert [ego.generate_many(["Why?"], schema=SCHEMA)[0].text for _ in range(2)] == ["A.", "B."]
-    assert ["response_format" in body for body, *_ in api.seen[1:]] == [True, False, False]
+    assert ["response_format" in body for body, *_ in api.seen[4:]] == [True, False, False]
 
 
 def test_a_stream_may_be_left(api, ego):
