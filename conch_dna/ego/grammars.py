@@ -37,7 +37,8 @@ class Grammars:
         self._tokenizer = tokenizer
         self._tokens: Any = None
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        # Of what is kept, and of making more.
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self.ends: frozenset[int] = frozenset(tokenizer.eos_token_ids)
 
     def matcher(self, form: str) -> "LLMatcher":
@@ -52,11 +53,24 @@ class Grammars:
             ConchError: It is too long, cannot be compiled, or no text can keep to it; or the
                 tokenizer is of a kind that llguidance does not read.
         """
-        with self._lock:
-            if form not in self._kept:
-                self._kept[form] = self._compiled(form)
+        # Some take seconds to make; whoever asks for one that there is does not wait for those.
+        if (kept := self._copy(form)) is not None:
+            return kept
+        with self._making:
+            if (kept := self._copy(form)) is not None:
+                return kept
+            made = self._compiled(form)
+            with self._lock:
+                self._kept[form] = made
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
+                copy: LLMatcher = made.deep_copy()
+                return copy
+
+    def _copy(self, form: str) -> "LLMatcher | None":
+        with self._lock:
+            if form not in self._kept:
+                return None
             self._kept.move_to_end(form)
             return self._kept[form].deep_copy()
 
@@ -71,21 +85,29 @@ class Grammars:
             )
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        options: Any = {"lenient": True, "whitespace_pattern": WHITESPACE}
         try:
-            grammar = form
-            if form.startswith("{"):
-                grammar = LLMatcher.grammar_from_json_schema(_closed(form), overrides=options)
+            forms = [self._grammar(each) for each in _forms(form)]
         except ValueError as error:
             raise ConchError(f"the answer's JSON schema is none: {one_line(error)}") from error
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
-        if matcher.is_error():
-            why = " ".join(matcher.get_error().split())
-            raise ConchError(
-                f"the answer's JSON schema cannot be kept to while an answer is written: {why}; "
-                "change that part of it"
-            )
-        return matcher
+        matchers = (LLMatcher(self._tokens, grammar, log_level=0) for grammar in forms)
+        for matcher in matchers:
+            if not matcher.is_error():
+                return matcher
+        why = " ".join(matcher.get_error().split())
+        raise ConchError(
+            f"the answer's JSON schema cannot be kept to while an answer is written: {why}; "
+            "change that part of it"
+        )
+
+    @staticmethod
+    def _grammar(form: str) -> str:
+        from llguidance import LLMatcher
+
+        if not form.startswith("{"):
+            return form
+        options: Any = {"lenient": True, "whitespace_pattern": WHITESPACE}
+        grammar: str = LLMatcher.grammar_from_json_schema(form, overrides=options)
+        return grammar
 
     def _read_tokenizer(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -98,6 +120,14 @@ class Grammars:
                 f"answers of this tokenizer ({type(inner).__name__}) cannot be held to a schema "
                 f"while they are written ({one_line(error)}): ask for it with constrained off"
             ) from error
+
+
+def _forms(form: str) -> list[str]:
+    """What an answer is held to, and what else if no text can keep to that.
+
+    An object may have to have keys that its schema does not name.
+    """
+    return list(dict.fromkeys([_closed(form), form])) if form.startswith("{") else [form]
 
 
 # Parts of a schema that say together what an object may have.

@@ -1,7 +1,9 @@
 """Answers held to a schema: the tokens are those of a loop over whole texts, in any batch."""
 
 import json
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -239,3 +241,41 @@ def test_objects_get_no_keys_that_nobody_named(base, schema, other):
     text = f'{{"in": {inner}}}' if nested else inner
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     assert (matcher.validate_tokens(ids) == len(ids)) == other
+
+
+A_NUMBER = {"properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", **A_NUMBER, "required": ["a", "b"]},
+        {"type": "object", "anyOf": [A_NUMBER], "required": ["b"]},
+    ],
+)
+def test_keys_that_an_object_must_have_need_no_name(base, schema):
+    matcher = Grammars(base.tokenizer).matcher(json.dumps(schema))
+    ids = base.tokenizer.encode('{"a": 1, "b": 2}', add_special_tokens=False)
+    assert matcher.validate_tokens(ids) == len(ids)
+
+
+def test_a_grammar_that_is_there_does_not_wait_for_one_that_is_made(base, monkeypatch):
+    grammars_of, made, go = Grammars(base.tokenizer), threading.Event(), threading.Event()
+    grammars_of.matcher(json.dumps(SHORT))
+    compiled = grammars_of._compiled
+
+    def slow(form):
+        made.set()
+        assert go.wait(20)
+        return compiled(form)
+
+    monkeypatch.setattr(grammars_of, "_compiled", slow)
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(grammars_of.matcher, '{"type": "object"}')
+        assert made.wait(20)
+        try:
+            grammars_of.matcher(json.dumps(SHORT))
+            assert not making.done()
+        finally:
+            go.set()
+        making.result(timeout=20)
