@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
-from conch_dna.cortex.engine.batching import PREFILL_TOKENS, AnswerEngine, Piece, Request
+from conch_dna.cortex.engine.batching import (
+    PREFILL_TOKENS,
+    AnswerEngine,
+    Piece,
+    Request,
+    _likeliest,
+)
 from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ModelSource
@@ -301,6 +307,13 @@ def test_a_draw_follows_from_its_seed_alone(base, bank):
         single = [tokens_of(engine.run([request])[0]) for request in requests]
     assert together == single
     assert together[4] != together[6]
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 200])
+def test_the_likeliest_are_those_of_a_whole_sort(count):
+    values = np.random.default_rng(0).integers(-9, 0, 100).astype(np.float32)
+    expected = np.argsort(-values, kind="stable")[:count].tolist()
+    assert [token for token, _ in _likeliest(mx.array(values), count)] == expected
 
 
 def test_top_p_draws_from_the_likeliest_only(base):

@@ -411,6 +411,8 @@ class AnswerEngine:
 def _likeliest(log_probs: mx.array, count: int) -> tuple[tuple[int, float], ...]:
     """So many tokens of `[tokens]` with their log-probabilities, the likeliest first."""
     found = np.asarray(log_probs)
-    best = np.argpartition(-found, min(count, len(found)) - 1)[:count]
-    best = best[np.argsort(-found[best], kind="stable")]
+    # To sort a whole vocabulary for every token of every row takes longer than the model.
+    least = np.partition(found, -count)[-count] if count < len(found) else -np.inf
+    candidates = np.flatnonzero(found >= least)
+    best = candidates[np.argsort(-found[candidates], kind="stable")[:count]]
     return tuple((int(token), float(found[token])) for token in best)

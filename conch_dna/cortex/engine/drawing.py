@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from conch_dna.checkpoints import content_digest
 from conch_dna.cortex.options import DrawOptions
@@ -61,9 +62,11 @@ def _limited(request: DrawOptions, vocabulary_size: int, draw: Sampler) -> Sampl
 
 def _penalized(request: DrawOptions, vocabulary_size: int, draw: Sampler) -> Sampler:
     """Draw after OpenAI's penalties on what the answer has already, and after its bias."""
-    bias = mx.zeros(vocabulary_size)
+    # One array at once: as many steps as there are tokens would keep all other requests waiting.
+    values = np.zeros(vocabulary_size, np.float32)
     for token, value in request.logit_bias:
-        bias[token] = value
+        values[token] = value
+    bias = mx.array(values)
     counts = mx.zeros(vocabulary_size)
 
     def penalized(log_probs: mx.array) -> mx.array:
