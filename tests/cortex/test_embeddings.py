@@ -14,7 +14,12 @@ import numpy as np
 import openai
 import pytest
 
-from conch_dna.cortex.server.embeddings import open_student, parse_embeddings
+from conch_dna.cortex.server.embeddings import (
+    EmbeddingRequest,
+    EmbeddingThread,
+    open_student,
+    parse_embeddings,
+)
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import PairSums, linear_adapter
@@ -22,6 +27,7 @@ from conch_dna.sedimentation.adapters.export import export_sentence_transformer
 from conch_dna.sedimentation.embedders.local import LocalEmbedder
 from conch_dna.sedimentation.embedders.make_student import make_student
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.web.door import ApiError
 from servers import ask, client_of, metric, raw, served, wait_for
 from tiny_embedders import make_tiny_teacher, tiny_texts
 
@@ -362,6 +368,14 @@ def test_a_stop_without_grace_tells_those_who_wait(served_adapters, student, slo
         with pytest.raises(openai.InternalServerError, match="stopping") as error:
             waiting.result(timeout=30)
         assert error.value.status_code == 503
+
+
+def test_what_comes_after_the_end_is_told_so(student):
+    ended = EmbeddingThread(open_student(str(student)), taken=[], failed=print, report=print)
+    ended.start()
+    assert ended.stop(wait_s=20)
+    with pytest.raises(ApiError, match="stopping"):
+        ended.put(EmbeddingRequest(model="student", input=["a"]))
 
 
 def test_a_stop_with_grace_waits_for_them(served_adapters, student, slow):

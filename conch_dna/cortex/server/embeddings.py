@@ -227,7 +227,12 @@ class EmbeddingThread:
         Returns:
             The reply, or the ApiError that says why there is none. Who cancels it has no more of it
             computed.
+
+        Raises:
+            ApiError: The thread is ending, and would make them no more.
         """
+        if self._ending:
+            raise ApiError(503, STOPPING)
         future: Future[MadeEmbeddings] = Future()
         self._jobs.put(_Job(self._made(asked), future))
         return future
