@@ -47,7 +47,9 @@ def checked_prompt(
             which the model has no row.
     """
     tokenizer = source.tokenizer
-    if _too_large(source, [*(turn["content"] for turn in turns), *map(json.dumps, tools or ())]):
+    calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
+    parts = map(json.dumps, [*calls, *(tools or ())])
+    if _too_large(source, [*(turn["content"] for turn in turns), *parts]):
         texts = [turn["content"] for turn in turns]
         if tokenizer.has_chat_template:
             # Templates may leave parts out.
