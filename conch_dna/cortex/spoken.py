@@ -5,12 +5,25 @@ mlx_lm's machine.
 """
 
 from collections.abc import Generator, Sequence
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from conch_dna.cortex.tools import CALL_BEGIN, CALL_END, Call, read_call
 
 T = TypeVar("T")
 _SAID, _CALL = "said", "call"
+
+
+@lru_cache(maxsize=4)
+def _machine(stops: tuple[str, ...], calls: bool) -> Any:
+    """What knows where a text changes; long stops take megabytes, so answers alike share it."""
+    from mlx_lm.generate import TextStateMachine
+
+    said: list[tuple[str, str | None]] = [(stop, None) for stop in stops]
+    edges = {_SAID: [*said, (CALL_BEGIN, _CALL)] if calls else said}
+    if calls:
+        edges[_CALL] = [(CALL_END, _SAID)]
+    return TextStateMachine(edges)
 
 
 class Spoken:
@@ -26,14 +39,8 @@ class Spoken:
     """
 
     def __init__(self, stops: Sequence[str], *, calls: bool) -> None:
-        from mlx_lm.generate import TextStateMachine
-
-        said: list[tuple[str, str | None]] = [(stop, None) for stop in stops]
-        edges = {_SAID: [*said, (CALL_BEGIN, _CALL)] if calls else said}
-        if calls:
-            edges[_CALL] = [(CALL_END, _SAID)]
-        self._machine = TextStateMachine
-        self._state = TextStateMachine(edges).make_state(_SAID)
+        self._machine = _machine(tuple(stops), calls)
+        self._state = self._machine.make_state(_SAID)
         # Whether there may be a call before anything is said.
         self._begins = calls
         self._call = self._spaces = ""

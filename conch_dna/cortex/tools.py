@@ -13,6 +13,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.training.chats.templates import Turn, render
+from conch_dna.web.strict_json import JsonError, read_json
 
 MOST_FUNCTIONS = 128
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
@@ -125,10 +126,15 @@ class Call:
 def read_call(text: str) -> Call | None:
     """The call that stands between two marks; None where it is none, such as one broken off."""
     try:
-        call = json.loads(text)
-        return Call(call["name"], json.dumps(call["arguments"], ensure_ascii=False))
-    except (ValueError, KeyError, TypeError):
+        call = read_json(text)
+    except (JsonError, RecursionError):
         return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments")
+    if not isinstance(arguments, dict):
+        return None
+    return Call(call["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def prompt_with_tools(

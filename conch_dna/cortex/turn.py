@@ -197,6 +197,11 @@ class Turn:
             domain=domain.name, text="", answered_by="neuron", reason="", threshold=threshold
         )
         self._prompt_tokens = self._completion_tokens = 0
+        if options.hand_over == "always" and options.tools is not None:
+            raise ConchError(
+                "hand_over is always and there are functions, of which EGO knows nothing: leave "
+                "one of them out"
+            )
         if options.hand_over == "always":
             self._end("EGO was asked for", hand_over=True)
         else:
@@ -220,7 +225,7 @@ class Turn:
         first = self.turns[0]
         return first["content"] != self.domain.system if first["role"] == "system" else False
 
-    @property
+    @cached_property
     def drawn(self) -> tuple[DrawOptions, str | None]:
         """How EGO would draw an answer, and the schema that it would keep to.
 

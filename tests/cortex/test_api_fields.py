@@ -1,5 +1,6 @@
 """Each field of OpenAI's chat and text completions, by the official client over loopback."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ import numpy as np
 import openai
 import pytest
 
+from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
-from conch_dna.cortex.options import DrawOptions
+from conch_dna.cortex.options import AskOptions, DrawOptions
+from conch_dna.cortex.server.jobs import Job, Part, Question
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.cortex.spoken import Spoken
 from conch_dna.cortex.tools import Call, Tools, prompt_with_tools
@@ -20,6 +23,7 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, load_tokenizer
 from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+from conch_dna.web.door import ApiError
 from servers import OPENINGS, TALE, TEACHER, ask, client_of, raw, said, served
 
 CITY = {
@@ -316,6 +320,10 @@ def test_a_conversation_with_calls_goes_on(client):
             },
             "nsatisfiable",
         ),
+        (
+            {"tools": [CLOCK], "conch": {"hand_over": "always"}},
+            "EGO knows nothing: leave one of them out",
+        ),
     ],
 )
 def test_tools_that_cannot_be_are_refused(client, more, message):
@@ -362,6 +370,9 @@ def test_without_such_a_template_tools_stand_in_the_text(alone):
     assert result == {"role": "user", "content": "<tool_response>\ndry\n</tool_response>"}
 
 
+NO_OBJECT = '<tool_call>{"name": "f", "arguments": "x"}</tool_call>'
+# Half a character, which no reply can hold.
+HALF = '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "</x>"}}\n</tool_call>'
 
 
@@ -377,6 +388,8 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "</x>"}}\n</tool_call>'
         ("a <tool", "a <tool", 0, False),
         ("<tool_call>{", "<tool_call>{", 0, False),
         ("<tool_call>x</tool_call> y", "<tool_call>x</tool_call> y", 0, False),
+        (NO_OBJECT, NO_OBJECT, 0, False),
+        (HALF, HALF, 0, False),
         ("a STO b STOP c", "a STO b ", 0, True),
         ("  ", "  ", 0, False),
     ],
@@ -388,6 +401,28 @@ def test_parts_of_a_text_are_told_apart_however_it_comes(text, said, calls, stop
     assert "".join(parts) == spoken.text == said
     assert spoken.calls == (Call("f", '{"a": "</x>"}'),) * calls
     assert spoken.stopped == stopped
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_what_was_shown_must_come_again(alone, stream):
+    turn = alone.turn("tales", TALE, AskOptions(hand_over="never"))
+
+    async def again() -> Part | None:
+        job = Job(Question("tales", TALE, turn.options, turn, stream), asyncio.Queue())
+        assert job.unsent(Piece(0, 5, -1.0, None), "abc")
+        job.begin_again()
+        return job.unsent(Piece(1, 6, -1.0, None), "abd")
+
+    if stream:
+        with pytest.raises(ApiError, match="broke off"):
+            asyncio.run(again())
+    else:
+        assert asyncio.run(again()) == Part("abd")
+
+
+def test_answers_with_the_same_stops_share_what_finds_them():
+    stops = tuple(letter * 1000 for letter in "abcdefgh")
+    assert Spoken(stops, calls=False)._machine is Spoken(list(stops), calls=False)._machine
 
 
 # Texts

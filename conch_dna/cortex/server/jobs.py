@@ -97,7 +97,8 @@ class Job:
         """The answer under way comes from its beginning once more."""
         assert self.turn is not None
         self.turn.begin_again()
-        self._again = self._sent
+        # Without a stream nothing was shown, so that it may go on otherwise.
+        self._again = self._sent if self.stream else ""
         self._tokens, self._tokens_again = [], self._sent_tokens
 
     def unsent(self, piece: Piece, text: str) -> Part | None:
