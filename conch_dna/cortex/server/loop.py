@@ -331,7 +331,9 @@ class ServerLoop:
                 self.suite.engine.cancel(piece.uid)
             del self._under_way[piece.uid]
             job.uid = None
-            self._watch.add(job.turn)
+            if job.index == 0:
+                # Several answers to one question are no answers to several.
+                self._watch.add(job.turn)
             self._go_on(job)
 
     def _batch_failed(self, error: Exception) -> None:
