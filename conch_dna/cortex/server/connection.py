@@ -26,6 +26,7 @@ from conch_dna.web.door import ApiError, json_response
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import Send
 
 _STREAM_HEADERS = [
@@ -111,10 +112,18 @@ class Connection:
             return await self._stream(deque(early))
         while not self.done:
             await self._next()
-        reply = self.replies.whole([self.answers[job.index] for job in self.jobs])
-        response = json_response(reply, headers=warning_header(self.asked.ignored))
+        answers = [self.answers[job.index] for job in self.jobs]
+        if any(answer.tokens for answer in answers):
+            # Log-probabilities of many tokens take seconds to write.
+            response = await asyncio.to_thread(self._whole, answers)
+        else:
+            response = self._whole(answers)
         await response(self.request.scope, self.request.receive, self.send)
         return 200
+
+    def _whole(self, answers: Sequence[Answer]) -> "Response":
+        reply = self.replies.whole(answers)
+        return json_response(reply, headers=warning_header(self.asked.ignored))
 
     @property
     def done(self) -> bool:
