@@ -32,7 +32,7 @@ from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.embeddings import parse_embeddings
 from conch_dna.cortex.server.jobs import Job
 from conch_dna.cortex.server.loop import ServerLoop
-from conch_dna.cortex.server.openai_api import parse_chat
+from conch_dna.cortex.server.openai_api import ChatRequest, parse_request
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, ModelSource, load_tokenizer
@@ -176,7 +176,7 @@ STREAMED = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
 
 
 def read_body(folder: Path, content: bytes) -> None:
-    parse_chat(content).options  # noqa: B018
+    parse_request(content, ChatRequest).questions  # noqa: B018
 
 
 def read_texts(folder: Path, content: bytes) -> None:

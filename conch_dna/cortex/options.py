@@ -11,12 +11,15 @@ from typing import Any, Literal
 from conch_dna.cortex.tools import Tools
 from conch_dna.errors import ConchError
 from conch_dna.options.fields import option, option_problems
+from conch_dna.training.structured_answers import costly_part
 from conch_dna.web.door import ListenSettings
 from conch_dna.web.strict_json import JsonError, read_json
 
 HandOver = Literal["auto", "never", "always"]
 HAND_OVERS: tuple[HandOver, ...] = ("auto", "never", "always")
 MAX_BATCH = 32
+# Characters of all stops: what looks for them takes some kilobytes for each.
+MOST_STOPPED = 1_000
 DRAFT_AUTO, DRAFT_NONE = "auto", "none"
 # Options of a draw that EGO knows nothing of.
 DRAWN_BY_NEURONS = (
@@ -33,7 +36,7 @@ def schema_problem(schema: Any) -> str | None:
     """What keeps a JSON value from being the schema of an answer; None where nothing does."""
     kind = schema.get("type") if isinstance(schema, dict) else schema
     if kind == "object":
-        return None
+        return costly_part(schema)
     return f"the schema's type is {reprlib.repr(kind)}: answers are objects, give 'object'"
 
 
@@ -123,6 +126,11 @@ class AskOptions(DrawOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if sum(map(len, self.stop)) > MOST_STOPPED:
+            raise ConchError(
+                f"stops have {sum(map(len, self.stop)):,} characters: at most {MOST_STOPPED:,} are "
+                "looked for"
+            )
         if "" in self.stop:
             raise ConchError("a stop is an empty text, which is everywhere: leave it out")
         if self.schema is None:

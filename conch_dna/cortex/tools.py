@@ -13,6 +13,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.training.chats.templates import Turn, render
+from conch_dna.training.structured_answers import costly_part
 from conch_dna.web.strict_json import JsonError, read_json
 
 MOST_FUNCTIONS = 128
@@ -59,6 +60,8 @@ class Tools:
                 )
             if names.count(name) > 1:
                 raise ConchError(f"two functions are called {name!r}: rename one")
+        if problem := costly_part([each.get("parameters") for each in self.listed]):
+            raise ConchError(f"the functions together: {problem}")
         if self.choice not in ("auto", "required", *names):
             raise ConchError(
                 f"tool_choice names {self.choice[:80]!r}, and there is {', '.join(names)}"

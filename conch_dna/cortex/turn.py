@@ -309,6 +309,7 @@ class Turn:
             reason = "stop"
         elif reason is not None:
             text += self._spoken.add(self._text.end()) + self._spoken.end()
+            reason = "stop" if self._spoken.stopped else reason
         if reason is None:
             return text
         raw = self._spoken.text

@@ -15,6 +15,7 @@ from typing import Any
 
 from conch_dna.errors import ConchError
 from conch_dna.options.commands import parse_yaml
+from conch_dna.training.structured_answers import linear_pattern
 
 Check = Callable[[str, Any], bool]
 EXAMPLE = "write for example '- {name: short, max_words: 80}'"
@@ -35,19 +36,7 @@ def _pattern(pattern: str) -> Any:
     Raises:
         ValueError: It is none; in words for the user.
     """
-    import re2
-
-    options = re2.Options()
-    options.log_errors = False
-    try:
-        compiled = re2.compile(pattern, options)
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair") from None
-    except re2.error as error:
-        why = error.args[0].decode() if error.args else "it is not whole"
-        raise ValueError(
-            f"{why}; patterns are RE2's, without look-around and back-references"
-        ) from None
+    compiled = linear_pattern(pattern)
     if not pattern.isascii() and any(mark in pattern for mark in _ASCII_MARKS):
         raise ValueError(
             f"{', '.join(_ASCII_MARKS)} know the letters of ASCII alone: write (^|\\PL) and "

@@ -19,6 +19,8 @@ from conch_dna.web.strict_json import MAX_DEPTH, JsonError, quoted, read_json
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
+# Of a schema that somebody sends: more take seconds to make a grammar of, or to check an answer.
+MOST_PROPERTIES, GREATEST_FACTOR = 1_000, 10_000
 # So many problems stand in the message that asks for a repair; of more their number.
 MAX_PROBLEMS = 8
 # Of more of them no more is found out than that: each takes the schema's library some 50 us.
@@ -316,11 +318,13 @@ def _validator(schema_json: str) -> Any:
     """
     # Checking a schema takes ten times as long as checking an answer.
     from jsonschema import Draft202012Validator, SchemaError
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import extend, validator_for
     from referencing import Registry
 
     schema = json.loads(schema_json)
     kind = validator_for(schema, default=Draft202012Validator)
+    # The schema's library takes Python's patterns, which may take for ever.
+    kind = extend(kind, {"pattern": _pattern_errors})
     try:
         kind.check_schema(schema)
     except SchemaError as error:
@@ -329,6 +333,65 @@ def _validator(schema_json: str) -> Any:
             "correct the schema"
         ) from error
     return kind(schema, registry=Registry())
+
+
+@lru_cache(maxsize=256)
+def linear_pattern(pattern: str) -> Any:
+    """A pattern as RE2 compiles it, which takes no longer than a text is long.
+
+    Raises:
+        ValueError: It is none; in words for the user.
+    """
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern, options)
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    except re2.error as error:
+        why = error.args[0].decode() if error.args else "it is not whole"
+        raise ValueError(
+            f"{why}; patterns are RE2's, without look-around and back-references"
+        ) from None
+
+
+def _pattern_errors(
+    validator: Any, pattern: str, value: Any, schema: Any
+) -> "Iterator[ValidationError]":
+    from jsonschema.exceptions import ValidationError
+
+    if isinstance(value, str) and not linear_pattern(pattern).search(value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def costly_part(schema: Any) -> str | None:
+    """What of a schema would take too long to keep to, or to check; None where nothing would.
+
+    Args:
+        schema: JSON, of at most MAX_DEPTH.
+    """
+    properties, parts = 0, [schema]
+    for part in parts:
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if not isinstance(part, dict):
+            continue
+        if isinstance(named := part.get("properties"), dict):
+            properties += len(named)
+        if isinstance(part.get("patternProperties"), dict):
+            return "the schema has patternProperties, which are not supported: name the keys"
+        factor, pattern = part.get("multipleOf"), part.get("pattern")
+        if isinstance(factor, int | float) and factor > GREATEST_FACTOR:
+            return f"the schema has multipleOf {factor:g}: use at most {GREATEST_FACTOR:,}"
+        if isinstance(pattern, str):
+            try:
+                linear_pattern(pattern)
+            except ValueError as error:
+                return f"the schema's pattern {pattern[:80]!r} is not supported: {error}"
+    if properties > MOST_PROPERTIES:
+        return f"the schema has {properties:,} properties: use at most {MOST_PROPERTIES:,}"
+    return None
 
 
 def _schema_problems(value: dict[str, Any], validator: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, load_tokenizer
 from conch_dna.training.chats.conversations import prompt_ids
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
+from conch_dna.training.structured_answers import parse_answer
 from conch_dna.web.door import ApiError
 from servers import OPENINGS, TALE, TEACHER, ask, client_of, raw, said, served
 
@@ -477,3 +479,46 @@ def test_what_is_not_known_is_told_in_a_header(server):
     assert headers["x-conch-warning"].endswith(" and 14 more")
     plain = {"model": "tales", "messages": said(TALE), "max_tokens": 1, "user": "me"}
     assert "x-conch-warning" not in raw(server, "POST", "/v1/chat/completions", plain)[1]
+
+
+def form_of(**properties: object) -> dict[str, object]:
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"response_format": form_of(**{f"k{n}": {"type": "integer"} for n in range(1001)})},
+            "the schema has 1,001 properties: use at most 1,000",
+        ),
+        (
+            {"response_format": form_of(a={"type": "integer", "multipleOf": 9_999_991})},
+            "the schema has multipleOf .*: use at most 10,000",
+        ),
+        (
+            {"response_format": form_of(a={"type": "object", "patternProperties": {"(a+)+$": {}}})},
+            "patternProperties, which are not supported: name the keys",
+        ),
+        (
+            {"response_format": form_of(a={"type": "string", "pattern": "(?=a)b"})},
+            "pattern .* is not supported: .*without look-around",
+        ),
+        ({"stop": ["a" * 501, "b" * 500]}, "stops have 1,001 characters: at most 1,000"),
+        ({"n": 128}, "the request wants 128 answers, and at most 40"),
+    ],
+)
+def test_what_would_take_too_long_is_refused_at_once(client, more, message):
+    began = time.process_time()
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(client, "tales", TALE, **more)
+    assert time.process_time() - began < 5
+
+
+def test_a_pattern_takes_no_longer_than_its_text():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
+    began = time.process_time()
+    assert not parse_answer(json.dumps({"a": "a" * 5000 + "!"}), schema).valid
+    assert parse_answer(json.dumps({"a": "a" * 5000}), schema).valid
+    assert time.process_time() - began < 2

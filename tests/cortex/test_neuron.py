@@ -21,6 +21,7 @@ from conch_dna.retraining.domain import line_of
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.chats.conversations import plain_prompt, prompt_turns
 from conch_dna.training.distillation import DOMAIN_PROMPTS
+from conch_dna.training.structured_answers import DOMAIN_SCHEMAS
 from cortex_models import TEXTS, train_adapter
 from suites import calibration
 
@@ -128,7 +129,9 @@ def test_what_is_not_valid_goes_to_ego_and_is_remembered(helped, ego, tmp_path):
     helped.pipeline = TrainingPipeline(tmp_path, STUDENT, ego=ego)
     answer = helped["task"].ask("First, get", max_tokens=16)
     turns = prompt_turns("First, get", DOMAIN_PROMPTS["task"]["system"])
-    assert (answer.answered_by, answer.text) == ("ego", ego.generate(turns, max_tokens=16))
+    schema = json.dumps(DOMAIN_SCHEMAS["task"])
+    [held] = ego.generate_many([turns], max_tokens=16, schema=schema)
+    assert (answer.answered_by, answer.text) == ("ego", held.text)
     assert answer.raw and answer.raw != answer.text and answer.valid is False
     [kept], problems = helped.pipeline.buffer.read("task")
     assert not problems

@@ -7,7 +7,7 @@ import pytest
 
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.openai_api import ChatRequest, CompletionRequest, parse_request
-from conch_dna.cortex.server.replies import ChatReplies
+from conch_dna.cortex.server.replies import ChatReplies, TextReplies
 from conch_dna.cortex.turn import Answer
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError
@@ -339,7 +339,10 @@ def test_usage_is_only_told_where_it_is_known():
     known, unknown = (Answer(**counts, prompt_tokens=count) for count in (3, None))
     replies = ChatReplies("m", (), counts=False)
     assert replies.whole([known])["usage"]["total_tokens"] == 7
-    assert replies.whole([known, known])["usage"]["total_tokens"] == 14
+    # The prompt counts once.
+    assert replies.whole([known, known])["usage"]["total_tokens"] == 11
+    two = TextReplies("m", (), ["", ""], asked=2, counts=False)
+    assert two.whole([known, known])["usage"]["total_tokens"] == 14
     assert replies.whole([known, unknown])["usage"] is None
 
 

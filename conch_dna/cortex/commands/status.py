@@ -159,7 +159,8 @@ def drift_table(rows: Sequence[dict[str, Any]]) -> "Table | None":
         return None
     shares = ("calibration", "live", f"last {RECENT}")
     columns = ("neuron", "watched", *shares, "answers", "since", "drift")
-    return text_table("live answers against calibration", columns, cells)
+    title = "live answers against calibration"
+    return text_table(title, columns, cells, numbers=("since", "drift"))
 
 
 def calibration_table(calibrations: dict[str, Calibration]) -> "Table":

@@ -49,7 +49,7 @@ def make_replies(loop: ServerLoop, asked: AnyRequest, questions: Sequence[Questi
     if isinstance(asked, ChatRequest):
         return ChatReplies(asked.model, texts, counts=counts)
     prompts = [str(each.prompt) if asked.echo else "" for each in questions]
-    return TextReplies(asked.model, texts, prompts, counts=counts)
+    return TextReplies(asked.model, texts, prompts, asked=len(asked.prompt), counts=counts)
 
 
 @dataclass

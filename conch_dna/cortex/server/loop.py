@@ -107,15 +107,15 @@ class ServerLoop:
         if model not in self.models:
             raise unknown_model(model, self.models)
         most = self.settings.max_queue
+        if asked.count > most:
+            raise ApiError(
+                400,
+                f"the request wants {asked.count} answers, and at most {most} are waited for at "
+                "once: ask for fewer",
+                param="n",
+            )
         try:
             questions = asked.questions
-            if len(questions) > most:
-                raise ApiError(
-                    400,
-                    f"the request wants {len(questions)} answers, and at most {most} are waited "
-                    "for at once: ask for fewer",
-                    param="n",
-                )
             if model == EGO:
                 for _, options in questions:
                     _require_for_ego(options)

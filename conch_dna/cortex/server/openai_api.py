@@ -152,6 +152,11 @@ class _Asked(Strict):
         """What each answer goes on from, and how it is drawn: the next one by the next seed."""
         raise NotImplementedError
 
+    @property
+    def count(self) -> int:
+        """How many answers are asked for."""
+        return self.n
+
     def _drawn(self, **more: Any) -> list[AskOptions]:
         """How each of `n` answers is drawn; without a seed, otherwise each time."""
         seed = self.seed
@@ -293,6 +298,11 @@ class CompletionRequest(_Asked):
                 "clash", "logprobs of a prompt are not told: leave out echo or logprobs"
             )
         return count
+
+    @property
+    def count(self) -> int:
+        """How many answers are asked for."""
+        return self.n * len(self.prompt)
 
     @property
     def questions(self) -> list[tuple[Prompt, AskOptions]]:

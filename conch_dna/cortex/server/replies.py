@@ -58,12 +58,20 @@ class ChatReplies:
             self._choice(index, self._whole_choice(answer), answer.tokens, answer.finish_reason)
             for index, answer in enumerate(answers)
         ]
-        reply = {**self._head, "object": self.kind, "choices": choices, "usage": usage_of(answers)}
+        reply = {
+            **self._head,
+            "object": self.kind,
+            "choices": choices,
+            "usage": self._counted(answers),
+        }
         if len(answers) == 1:
             return {**reply, "conch": _conch(answers[0])}
         for choice, answer in zip(choices, answers, strict=True):
             choice["conch"] = _conch(answer)
         return reply
+
+    def _counted(self, answers: Sequence[Answer]) -> dict[str, int] | None:
+        return usage_of(answers)
 
     def begin(self, index: int) -> bytes:
         """What a streamed answer begins with."""
@@ -87,7 +95,7 @@ class ChatReplies:
 
     def last(self, answers: Sequence[Answer]) -> bytes:
         """The end of a stream, with the numbers of tokens where they were asked for."""
-        return (self._event([], usage=usage_of(answers)) if self._usage else b"") + DONE
+        return (self._event([], usage=self._counted(answers)) if self._usage else b"") + DONE
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         head = {**self._head, "object": self.chunk_kind, "choices": choices}
@@ -138,6 +146,7 @@ class TextReplies(ChatReplies):
         model: As the client named it.
         texts: The bytes of every token, where log-probabilities were asked for.
         prompts: For each answer what stands before its text: the prompt, where it is told.
+        asked: How many prompts there are.
         counts: Whether a stream ends with the numbers of tokens.
     """
 
@@ -145,9 +154,16 @@ class TextReplies(ChatReplies):
     mark = "cmpl"
 
     def __init__(
-        self, model: str, texts: Sequence[bytes], prompts: Sequence[str], *, counts: bool
+        self,
+        model: str,
+        texts: Sequence[bytes],
+        prompts: Sequence[str],
+        *,
+        asked: int,
+        counts: bool,
     ) -> None:
         super().__init__(model, texts, counts=counts)
+        self._asked = asked
         self._prompts = prompts
         self._offsets = [0] * len(prompts)
 
@@ -157,6 +173,9 @@ class TextReplies(ChatReplies):
         for choice, prompt in zip(reply["choices"], self._prompts, strict=True):
             choice["text"] = prompt + choice["text"]
         return reply
+
+    def _counted(self, answers: Sequence[Answer]) -> dict[str, int] | None:
+        return usage_of(answers, self._asked)
 
     def begin(self, index: int) -> bytes:
         """The prompt, where it is told."""
@@ -220,14 +239,23 @@ def model_entry(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "conch_dna"}
 
 
-def usage_of(answers: Sequence[Answer]) -> dict[str, int] | None:
-    """Tokens read and written for several answers; None where they are not known."""
-    prompt = completion = 0
-    for answer in answers:
-        if answer.prompt_tokens is None or answer.completion_tokens is None:
-            return None
-        prompt += answer.prompt_tokens
-        completion += answer.completion_tokens
+def usage_of(answers: Sequence[Answer], prompts: int = 1) -> dict[str, int] | None:
+    """Tokens read and written for several answers; None where they are not known.
+
+    A prompt counts once however many answers it has, with what was read for a repair.
+
+    Args:
+        answers: Of each prompt as many, one prompt after the other.
+        prompts: How many there are.
+    """
+    read = [answer.prompt_tokens for answer in answers]
+    written = [answer.completion_tokens for answer in answers]
+    if None in read or None in written:
+        return None
+    each = len(answers) // prompts
+    known = [count or 0 for count in read]
+    prompt = sum(max(known[start : start + each]) for start in range(0, len(known), each))
+    completion = sum(count or 0 for count in written)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
