@@ -160,7 +160,7 @@ def drift_table(rows: Sequence[dict[str, Any]]) -> "Table | None":
     shares = ("calibration", "live", f"last {RECENT}")
     columns = ("neuron", "watched", *shares, "answers", "since", "drift")
     title = "live answers against calibration"
-    return text_table(title, columns, cells, numbers=("since", "drift"))
+    return text_table(title, columns, cells, numbers=("watched", "since", "drift"))
 
 
 def calibration_table(calibrations: dict[str, Calibration]) -> "Table":
