@@ -223,6 +223,15 @@ class EgoModel:
         matcher = self._grammars.matcher(schema) if schema is not None else None
         return Decoding(self._local(), ids, config, draft, check, matcher)
 
+    def check_schema(self, schema: str) -> None:
+        """Refuse a schema to which a local model cannot keep; from any thread.
+
+        Raises:
+            ConchError: It is one, see `Grammars.matcher`; EgoUnavailableError where EGO is not here.
+        """
+        if not self.config.is_endpoint:
+            self._grammars.matcher(schema)
+
     @cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self.source.tokenizer)
@@ -253,7 +262,7 @@ class EgoModel:
             return self._remote().stream(turns, config, schema)
         [ids] = self._encoded([turns])
         if schema is not None:
-            self._grammars.matcher(schema)
+            self.check_schema(schema)
         return self._local_stream(ids, config, draft, check, schema)
 
     def _local_stream(

@@ -211,6 +211,10 @@ def test_ego_is_a_model_too(client):
     assert json.loads(held)["sure"] in ("low", "high")
     parts = ask(client, "ego", TALE, response_format=form, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == held
+    never = {"type": "object", "required": ["a"], "properties": {"a": False}}
+    never = {"type": "json_schema", "json_schema": {"name": "never", "schema": never}}
+    with pytest.raises(openai.BadRequestError, match="unsatisfiable"):
+        ask(client, "ego", TALE, response_format=never, stream=True)
     handed = ask(client, "owls", TALE, {"hand_over": "always"}, response_format=form)
     assert handed.choices[0].message.content == held and handed.conch["valid"]
     with pytest.raises(openai.BadRequestError, match="the context of embedded:teacher is"):

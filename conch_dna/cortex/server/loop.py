@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from conch_dna.cortex.server.jobs import EgoThread, Event, Job, Part, Question, 
 from conch_dna.cortex.server.metrics import ServerMetrics
 from conch_dna.cortex.server.openai_api import AnyRequest, unknown_model
 from conch_dna.cortex.turn import Answer
-from conch_dna.errors import ConchError, one_line
+from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.options.fields import changed
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
 from conch_dna.training.settings import EGO
@@ -119,6 +120,7 @@ class ServerLoop:
             if model == EGO:
                 for _, options in questions:
                     _require_for_ego(options)
+                    self._check_form(options)
                 return [Question(model, *each, None, asked.stream) for each in questions]
             made = []
             for prompt, options in questions:
@@ -131,6 +133,13 @@ class ServerLoop:
         except ConchError as error:
             raise ApiError(400, str(error)) from error
         return made
+
+    def _check_form(self, options: AskOptions) -> None:
+        """Refuse a schema to which EGO cannot keep; one that is not there says so itself."""
+        assert self.suite.ego is not None
+        if options.schema is not None and options.constrained:
+            with suppress(EgoUnavailableError):
+                self.suite.ego.check_schema(options.schema)
 
     def token_texts(self) -> Sequence[bytes]:
         """The bytes of every token of the student.
