@@ -227,7 +227,8 @@ class EgoModel:
         """Refuse a schema to which a local model cannot keep; from any thread.
 
         Raises:
-            ConchError: It is one, see `Grammars.matcher`; EgoUnavailableError where EGO is not here.
+            EgoUnavailableError: EGO is not here.
+            ConchError: It is one, see `Grammars.matcher`.
         """
         if not self.config.is_endpoint:
             self._grammars.matcher(schema)
