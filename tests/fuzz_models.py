@@ -30,9 +30,9 @@ from conch_dna.cortex.neuron import create_cortex_suite
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.app import make_app
 from conch_dna.cortex.server.embeddings import parse_embeddings
-from conch_dna.cortex.server.jobs import Job
+from conch_dna.cortex.server.jobs import Job, Part
 from conch_dna.cortex.server.loop import ServerLoop
-from conch_dna.cortex.server.openai_api import ChatRequest, parse_request
+from conch_dna.cortex.server.openai_api import ChatRequest, CompletionRequest, parse_request
 from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, ModelSource, load_tokenizer
@@ -172,15 +172,54 @@ EMBEDDED = {
     "user": "u",
     "conch": {"queries": True},
 }
-STREAMED = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
+STREAMED = {
+    **BODY,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "n": 2,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "clock",
+                "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+            },
+        }
+    ],
+    "tool_choice": "auto",
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"schema": {"type": "object", "properties": {"a": {"enum": [1, 2]}}}},
+    },
+}
 
 
 def read_body(folder: Path, content: bytes) -> None:
     parse_request(content, ChatRequest).questions  # noqa: B018
 
 
+def read_prompts_body(folder: Path, content: bytes) -> None:
+    parse_request(content, CompletionRequest).questions  # noqa: B018
+
+
 def read_texts(folder: Path, content: bytes) -> None:
     parse_embeddings(content)
+
+
+PROMPTS_BODY = {
+    "model": "tales",
+    "prompt": ["Once", "The owl"],
+    "n": 2,
+    "stop": ["."],
+    "logprobs": 3,
+    "logit_bias": {"5": -1.5},
+    "presence_penalty": 0.5,
+    "top_k": 4,
+    "min_p": 0.1,
+    "seed": 1,
+}
 
 
 @functools.cache
@@ -192,8 +231,8 @@ def application(folder: Path) -> Any:
     answer = Answer(domain="tales", text="Hello.", answered_by="neuron", reason="sure")
 
     def put(job: Job) -> None:
-        job.events.put_nowait("")
-        job.events.put_nowait(answer)
+        job.events.put_nowait((job.index, Part("")))
+        job.events.put_nowait((job.index, answer))
 
     loop.put = put  # type: ignore[method-assign]
     return make_app(loop, "")[0]
@@ -201,6 +240,7 @@ def application(folder: Path) -> Any:
 
 PATHS = (
     "/v1/chat/completions",
+    "/v1/completions",
     "/v1/embeddings",
     "/v1/models",
     "/v1/models/tales",
