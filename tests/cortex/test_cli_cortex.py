@@ -450,7 +450,7 @@ def test_status_shows_drift_and_what_keeps_it_from_being_seen(
     assert "babble's calibration does not say what to expect of live answers" in result.stderr
     assert "drifts" not in result.stderr
     table = re.sub(r"[\s│]+", " ", result.stdout)
-    assert "owls hand-overs 20.0% - - 0 - no" in table and "babble hand-overs" not in table
+    assert "owls hand-overs 20% - - 0 - no" in table and "babble hand-overs" not in table
     for _ in range(50):
         owls.add(Outcome(True, 0.01))
     owls.save()
@@ -459,8 +459,8 @@ def test_status_shows_drift_and_what_keeps_it_from_being_seen(
     result = done("status", "--json", str(file), *at(adapters))
     table = re.sub(r"[\s│]+", " ", result.stdout)
     day = r"\d{4}-\d\d-\d\d"
-    assert re.search(rf"owls hand-overs 20.0% 100.0% 100.0% 50 {day} {day}", table)
-    assert re.search(rf"owls mask 1.0% 1.0% 1.0% 50 {day} no", table)
+    assert re.search(rf"owls hand-overs 20% 100% 100% 50 {day} {day}", table)
+    assert re.search(rf"owls mask 1% 1% 1% 50 {day} no", table)
     assert "task hand-overs" not in table
     [line] = [line for line in result.stderr.splitlines() if "drifts" in line]
     assert line.startswith("owls drifts since 2")

@@ -145,8 +145,11 @@ def drift_table(rows: Sequence[dict[str, Any]]) -> "Table | None":
         (
             row["domain"],
             WATCHED[kind],
-            f"{each['expected']['mean']:.1%}",
-            *("-" if share is None else f"{share:.1%}" for share in (each["live"], each["recent"])),
+            *(
+                # Three digits, so that a column of a narrow terminal has room for them.
+                "-" if share is None else f"{100 * share:.3g}%"
+                for share in (each["expected"]["mean"], each["live"], each["recent"])
+            ),
             str(each["answers"]),
             (row["drift"]["since"] or "-")[:10],
             each["drifted"][:10] or "no",
