@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fuzz_files as files
@@ -28,9 +28,6 @@ from hostile import json_bytes, json_line_bytes, text_bytes, yaml_bytes
 from suites import calibration
 
 SECONDS = 2.0
-# Processor's seconds after which no further part of a target's inputs is begun, and how many parts
-# there are: a slow machine tries fewer of them.
-LONGEST, PARTS = 90.0, 5
 # Python's own memory for what is being read, hypothesis and all.
 MEMORY = 700 * 2**20
 
@@ -177,8 +174,9 @@ TARGETS = [
 def test_hostile_input_is_accepted_or_refused_in_one_line(target, tmp_path, record_property):
     fuzz = settings.get_profile("fuzz")
 
-    def try_out(count, tally, part=0):
-        @seed(part)
+    def try_out(count, seconds):
+        tally = Tally(seconds)
+
         @settings(fuzz, max_examples=count)
         @given(target.inputs)
         def read(content):
@@ -191,13 +189,11 @@ def test_hostile_input_is_accepted_or_refused_in_one_line(target, tmp_path, reco
             raise AssertionError(f"an answer took {tally.taken:.1f} s")
 
         read()
+        return tally
 
     # What is imported and loaded first is no part of an answer.
-    try_out(2, Tally(math.inf))
-    before, tally = most_memory(), Tally(target.seconds)
-    begun = processor_seconds()
-    for part in range(PARTS):
-        if processor_seconds() - begun < LONGEST:
-            try_out(max(1, target.count // PARTS), tally, part)
+    try_out(2, math.inf)
+    before = most_memory()
+    tally = try_out(target.count, target.seconds)
     record_property("fuzz", {"name": target.name, "slowest": tally.slowest, **tally.outcomes})
     assert most_memory() - before < MEMORY
