@@ -128,14 +128,20 @@ class Drafts:
             return None
         if schema is not None:
             return None
-        if auto and (options.temperature > 0 or not self.pace(str(name)).wants_draft()):
+        if auto and (options.temperature > 0 or not self._pace(str(name)).wants_draft()):
             return None
         if self._fixed is not None:
             return self._fixed
         tree = self._bank.tree(name)
         return Draft(str(name), self._bank.base.source, tree, self.settings.draft_tokens)
 
-    def pace(self, domain: str) -> Pace:
+    def took(self, turn: Turn, answer: EgoAnswer, seconds: float) -> None:
+        """Learn from an answer whether drafts pay, where it might have been drafted."""
+        options, schema = turn.drawn
+        if options.temperature == 0 and schema is None:
+            self._pace(turn.domain.name).took(answer, seconds)
+
+    def _pace(self, domain: str) -> Pace:
         """How fast a domain's answers come with and without drafts."""
         return self._paces.setdefault(domain, Pace())
 
@@ -154,7 +160,6 @@ def ego_answers(
         check: Called after each token; what it raises ends the work.
     """
     options, schema = turns[0].drawn
-    domain = turns[0].domain.name
     try:
         ego.load()
         began = time.perf_counter()
@@ -163,12 +168,12 @@ def ego_answers(
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             seed=options.seed,
-            draft=drafts.of(domain, options, schema) if len(turns) == 1 else None,
+            draft=drafts.of(turns[0].domain.name, options, schema) if len(turns) == 1 else None,
             check=check,
             schema=schema,
         )
-        if len(turns) == 1 and options.temperature == 0 and schema is None:
-            drafts.pace(domain).took(answers[0], time.perf_counter() - began)
+        if len(turns) == 1:
+            drafts.took(turns[0], answers[0], time.perf_counter() - began)
         return answers
     except EgoUnavailableError as error:
         return [error] * len(turns)
@@ -218,8 +223,7 @@ def ego_stream(
                 yield piece
         except StopIteration as end:
             whole: EgoAnswer = end.value
-            if options.temperature == 0 and schema is None:
-                drafts.pace(turn.domain.name).took(whole, time.perf_counter() - began)
+            drafts.took(turn, whole, time.perf_counter() - began)
             return whole
         finally:
             pieces.close()

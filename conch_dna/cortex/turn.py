@@ -235,8 +235,13 @@ class Turn:
         draw = DrawOptions(
             max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
         )
-        held = self.schema is not None and options.constrained
-        return draw, json.dumps(self.schema) if held else None
+        return draw, self._schema_text
+
+    @cached_property
+    def _schema_text(self) -> str | None:
+        """The schema that an answer is held to while it is written."""
+        held = self.schema is not None and self.options.constrained
+        return json.dumps(self.schema) if held else None
 
     @property
     def streams(self) -> bool:
@@ -251,12 +256,9 @@ class Turn:
     @cached_property
     def _form(self) -> str | None:
         """What the neuron's answer is held to."""
-        options = self.options
-        if not options.constrained:
-            return None
-        if options.tools is not None:
-            return options.tools.grammar(self.schema, WHITESPACE)
-        return json.dumps(self.schema) if self.schema else None
+        if self.options.tools is None or not self.options.constrained:
+            return self._schema_text
+        return self.options.tools.grammar(self.schema, WHITESPACE)
 
     def _prompt_ids(self, turns: Sequence[dict[str, Any]]) -> list[int]:
         source, options = self.domain.source, self.options
@@ -315,7 +317,8 @@ class Turn:
         raw = self._spoken.text
         if not self.options.stop and not self.options.tools:
             tokens = self.request.tokens
-            raw = continuation_text(self.domain.tokenizer, tokens, self._said_ids)
+            ids = [each.token for each in self._said]
+            raw = continuation_text(self.domain.tokenizer, tokens, ids)
         if not self._draft.repaired:
             self.outcome = self._outcome(self.request)
         self.request = None
@@ -323,13 +326,8 @@ class Turn:
         return text
 
     @property
-    def _said_ids(self) -> list[int]:
-        return [piece.token for piece in self._pieces if piece.finish_reason != "stop"]
-
-    @property
-    def _told_tokens(self) -> tuple[Piece, ...] | None:
-        if self.options.top_logprobs is None:
-            return None
+    def _said(self) -> tuple[Piece, ...]:
+        """The tokens so far, without the one that ends an answer."""
         return tuple(piece for piece in self._pieces if piece.finish_reason != "stop")
 
     def _outcome(self, request: Request) -> Outcome | None:
@@ -346,12 +344,9 @@ class Turn:
         most = expected.max_tokens
         log_probs = [piece.log_prob for piece in self._pieces[:most]]
         unsure = calibration.should_fallback(calibration(answer_confidence(log_probs)))
-        text = continuation_text(self.domain.tokenizer, request.tokens, self._said_ids[:most])
-        removed = self._removed(most)
-        return Outcome(
-            unsure or self._checked(text).get("valid") is False,
-            removed,
-        )
+        ids = [piece.token for piece in self._said[:most]]
+        text = continuation_text(self.domain.tokenizer, request.tokens, ids)
+        return Outcome(unsure or self._checked(text).get("valid") is False, self._removed(most))
 
     def _removed(self, most: int | None = None) -> float | None:
         """Mean share of probability that the form took from so many first tokens."""
@@ -377,7 +372,7 @@ class Turn:
             raw=raw,
             finish_reason="tool_calls" if called else finish_reason,
             calls=self._spoken.calls,
-            tokens=self._told_tokens,
+            tokens=self._said if self.options.top_logprobs is not None else None,
             confidence=confidence,
             calibrated=calibration is not None,
             removed=self._removed(),

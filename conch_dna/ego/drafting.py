@@ -18,7 +18,6 @@ from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.answers import make_sampler
 
-DRAFT_TOKENS = 4
 _VOCABULARIES: WeakKeyDictionary[ModelSource, str] = WeakKeyDictionary()
 
 
@@ -37,7 +36,7 @@ class Draft:
     name: str
     source: ModelSource
     model: nn.Module
-    tokens: int = DRAFT_TOKENS
+    tokens: int
 
 
 def other_vocabulary(model: ModelSource, draft: ModelSource) -> str:

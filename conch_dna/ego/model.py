@@ -7,7 +7,7 @@ else: a method of `EgoModel`, or a figure of a text in `TextScore`.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -184,7 +184,10 @@ class EgoModel:
             return self._remote().answers(conversations, config, schema)
         encoded = self._encoded(conversations)
         if schema is not None or (draft is not None and len(encoded) == 1):
-            return [self._decoded(ids, config, draft, check, schema) for ids in encoded]
+            return [
+                self._decoded(ids, self._decoding(ids, config, draft, check, schema))
+                for ids in encoded
+            ]
         answers: list[EgoAnswer] = []
         for start in range(0, len(encoded), config.batch_size):
             batch = encoded[start : start + config.batch_size]
@@ -199,15 +202,7 @@ class EgoModel:
             answers += [self._answer(ids, new) for ids, new in zip(batch, drawn, strict=True)]
         return answers
 
-    def _decoded(
-        self,
-        ids: list[int],
-        config: EgoConfig,
-        draft: Draft | None,
-        check: Callable[[], None],
-        schema: str | None,
-    ) -> EgoAnswer:
-        decoding = self._decoding(ids, config, draft, check, schema)
+    def _decoded(self, ids: list[int], decoding: Decoding) -> EgoAnswer:
         for _ in decoding:
             pass
         return self._answer(ids, decoding.tokens, decoding)
@@ -264,21 +259,15 @@ class EgoModel:
         [ids] = self._encoded([turns])
         if schema is not None:
             self.check_schema(schema)
-        return self._local_stream(ids, config, draft, check, schema)
+        return self._local_stream(ids, partial(self._decoding, ids, config, draft, check, schema))
 
     def _local_stream(
-        self,
-        ids: list[int],
-        config: EgoConfig,
-        draft: Draft | None,
-        check: Callable[[], None],
-        schema: str | None,
+        self, ids: list[int], begin: Callable[[], Decoding]
     ) -> Generator[str, None, EgoAnswer]:
-        model = self._local()
-        decoding = self._decoding(ids, config, draft, check, schema)
-        text = TextStream(model.tokenizer, ids)
+        decoding, tokenizer = begin(), self.source.tokenizer
+        text = TextStream(tokenizer, ids)
         for token in decoding:
-            if token not in model.tokenizer.eos_token_ids and (piece := text.add(token)):
+            if token not in tokenizer.eos_token_ids and (piece := text.add(token)):
                 yield piece
         if rest := text.end():
             yield rest

@@ -148,17 +148,15 @@ class _Asked(Strict):
         return options
 
     @property
-    def questions(self) -> list[tuple[Prompt, AskOptions]]:
-        """What each answer goes on from, and how it is drawn: the next one by the next seed."""
-        raise NotImplementedError
-
-    @property
     def count(self) -> int:
         """How many answers are asked for."""
         return self.n
 
     def _drawn(self, **more: Any) -> list[AskOptions]:
-        """How each of `n` answers is drawn; without a seed, otherwise each time."""
+        """How each of `n` answers is drawn: the next one by the next seed.
+
+        Without a seed they are drawn otherwise each time.
+        """
         seed = self.seed
         if seed is None:
             seed = secrets.randbelow(SEEDS) if self.temperature else AskOptions.seed
@@ -237,7 +235,7 @@ class ChatRequest(_Asked):
 
     @property
     def questions(self) -> list[tuple[Prompt, AskOptions]]:
-        """The conversation `n` times."""
+        """The conversation, and how its answer is drawn, `n` times."""
         turns = self.turns
         options = self._drawn(
             max_tokens=self.max_tokens or self.max_completion_tokens or AskOptions.max_tokens,
@@ -306,7 +304,7 @@ class CompletionRequest(_Asked):
 
     @property
     def questions(self) -> list[tuple[Prompt, AskOptions]]:
-        """Each prompt `n` times."""
+        """Each prompt, and how it goes on, `n` times."""
         options = self._drawn(
             max_tokens=self.max_tokens or AskOptions.max_tokens,
             top_logprobs=self.logprobs,
