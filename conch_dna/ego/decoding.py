@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from conch_dna.checkpoints import content_digest
 from conch_dna.ego.drafting import Draft, drafted_tokens, unfit
 from conch_dna.ego.grammars import HeldSampler
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.language_model import LanguageModel
-from conch_dna.training.data.answers import make_sampler
+from conch_dna.training.data.answers import make_sampler, random_key
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -95,8 +94,7 @@ def _plain_tokens(
     """Tokens one by one, drawn as `answer_batch` draws for the first batch."""
     from mlx_lm.generate import generate_step
 
-    digest = content_digest(str(config.seed), "0")
-    key = mx.random.key(int(digest[:16], 16))
+    key = random_key(config.seed, 0)
     sampler = make_sampler(config.temperature, model.vocabulary_size, key)
     if matcher is not None:
         sampler = HeldSampler(matcher, sampler, model.tokenizer.eos_token_ids)

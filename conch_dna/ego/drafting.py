@@ -13,10 +13,9 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
-from conch_dna.checkpoints import content_digest
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
-from conch_dna.training.data.answers import make_sampler
+from conch_dna.training.data.answers import make_sampler, random_key
 
 _VOCABULARIES: WeakKeyDictionary[ModelSource, str] = WeakKeyDictionary()
 
@@ -173,8 +172,7 @@ class _Draw:
         return self._likeliest(scaled + noise)
 
     def _new(self, place: int) -> mx.array:
-        digest = content_digest("drafted", str(self._seed), str(place))
-        return mx.random.gumbel((self._size,), key=mx.random.key(int(digest[:16], 16)))
+        return mx.random.gumbel((self._size,), key=random_key("drafted", self._seed, place))
 
     def forget(self, before: int) -> None:
         """Drop the noise of places that no model reads again."""

@@ -10,12 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import content_digest
 from conch_dna.errors import ConchError
 from conch_dna.generations.blending import confidence
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.losses import log_softmax, log_sum_exp
-from conch_dna.training.data.answers import make_sampler
+from conch_dna.training.data.answers import make_sampler, random_key
 
 
 def load_generations(base: ModelSource, adapters: Sequence[Path | None]) -> list[LanguageModel]:
@@ -137,7 +136,7 @@ def ensemble_answer(
             f"a prompt of {len(prompt)} tokens leaves no room for an answer within "
             f"{min(length for length in contexts if length) if any(contexts) else max_tokens}"
         )
-    key = mx.random.key(int(content_digest("ensemble", str(seed))[:16], 16))
+    key = random_key("ensemble", seed)
     sample = make_sampler(temperature, models[0].vocabulary_size, key)
     stops = set(models[0].tokenizer.eos_token_ids)
     caches = [make_prompt_cache(model.model) for model in models]

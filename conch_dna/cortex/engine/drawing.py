@@ -10,9 +10,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from conch_dna.checkpoints import content_digest
 from conch_dna.cortex.options import DrawOptions
-from conch_dna.training.data.answers import make_sampler
+from conch_dna.training.data.answers import make_sampler, random_key
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -30,7 +29,7 @@ def make_request_sampler(request: DrawOptions, vocabulary_size: int) -> Sampler:
         Log-probabilities `[1, tokens]` to the id drawn, `[1]`. It remembers what it drew where
         there are penalties.
     """
-    key = mx.random.key(int(content_digest("request", str(request.seed))[:16], 16))
+    key = random_key("request", request.seed)
     draw = make_sampler(request.temperature, vocabulary_size, key)
     if request.temperature > 0:
         draw = _limited(request, vocabulary_size, draw)

@@ -43,6 +43,11 @@ _UNFINISHED = "\ufffd"
 _UNEQUAL_ROWS: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
+def random_key(*parts: object) -> mx.array:
+    """A random key that follows from some parts, such as a seed, alone."""
+    return mx.random.key(int(content_digest(*map(str, parts))[:16], 16))
+
+
 def make_sampler(
     temperature: float, vocabulary_size: int, key: mx.array
 ) -> Callable[[mx.array], mx.array]:
@@ -105,8 +110,7 @@ def answer_batch(
                 check=check,
             )
         ]
-    digest = content_digest(*(str(part) for part in seed))
-    key = mx.random.key(int(digest[:16], 16))
+    key = random_key(*seed)
     generator = BatchGenerator(
         model.model,
         stop_tokens=[[token] for token in model.tokenizer.eos_token_ids],
