@@ -127,16 +127,18 @@ def test_a_joined_batch_holds_each_token_and_each_domain_counts_as_much():
     np.testing.assert_array_equal(before, np.concatenate(expected))
 
 
-HOW: dict[str, Any] = {"steps": 4, "recall_margin": 1.0}
+SHORT: dict[str, Any] = {"steps": 4, "recall_margin": 1.0}
+
+
+@pytest.fixture(scope="module")
+def whole(neurons, tmp_path_factory) -> bytes:
+    """The file of an adapter that was merged at one go."""
+    folder = tmp_path_factory.mktemp("merged") / "whole"
+    merge(neurons, folder, **SHORT)
+    return (folder / "adapters.safetensors").read_bytes()
 
 
 class TestItStops:
-    @pytest.fixture(scope="class")
-    def whole(self, neurons, tmp_path_factory) -> bytes:
-        folder = tmp_path_factory.mktemp("merged") / "whole"
-        merge(neurons, folder, **HOW)
-        return (folder / "adapters.safetensors").read_bytes()
-
     @pytest.mark.parametrize("where", ["what songs says", "training", "measuring"])
     def test_it_goes_on_to_the_same_bytes(self, neurons, tmp_path, where, whole):
         class Crash(BaseException):
@@ -147,11 +149,11 @@ class TestItStops:
                 raise Crash
 
         with pytest.raises(Crash):
-            merge(neurons, tmp_path / "stopped", report=report, **HOW)
+            merge(neurons, tmp_path / "stopped", report=report, **SHORT)
         assert not (tmp_path / "stopped").exists()
         with pytest.raises(ConchError, match="holds an unfinished adapter: add --resume"):
-            merge(neurons, tmp_path / "stopped", **HOW)
-        merge(neurons, tmp_path / "stopped", resume=True, **HOW)
+            merge(neurons, tmp_path / "stopped", **SHORT)
+        merge(neurons, tmp_path / "stopped", resume=True, **SHORT)
         assert (tmp_path / "stopped" / "adapters.safetensors").read_bytes() == whole
 
     def test_a_refused_one_waits_and_can_be_taken(self, neurons, tmp_path):
