@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from chat_templates import FAMILIES
 from conch_dna.checkpoints import DIGESTS
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.calibration.confidence import load_calibration
 from conch_dna.cortex.calibration.drift import (
     Drift,
@@ -33,7 +34,6 @@ from conch_dna.cortex.server.embeddings import parse_embeddings
 from conch_dna.cortex.server.jobs import Job, Part
 from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.cortex.server.openai_api import ChatRequest, CompletionRequest, parse_request
-from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.language_model import ASSETS, ModelSource, load_tokenizer
 from conch_dna.loading.model_config import head_rows, read_config

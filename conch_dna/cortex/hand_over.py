@@ -11,6 +11,7 @@ from pathlib import Path
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.adapter_modules import read_adapter
 from conch_dna.cortex.options import DRAFT_AUTO, DRAFT_NONE, DraftSettings, DrawOptions
+from conch_dna.cortex.spoken import drained, pieces_before
 from conch_dna.cortex.turn import Turn
 from conch_dna.ego.drafting import Draft, other_vocabulary
 from conch_dna.ego.model import EgoModel
@@ -151,7 +152,7 @@ def ego_answers(
 ) -> Sequence[Given]:
     """EGO's answers to turns that wait for it and are drawn alike, or why there is none.
 
-    A single one is drafted, several are answered as a batch.
+    A single one is drafted and ends at its stop, several are answered as a batch.
 
     Args:
         ego: Who answers.
@@ -160,6 +161,11 @@ def ego_answers(
         check: Called after each token; what it raises ends the work.
     """
     options, schema = turns[0].drawn
+    if len(turns) == 1 and turns[0].options.stop:
+        try:
+            return [drained(ego_stream(ego, turns[0], drafts, check))]
+        except EgoUnavailableError as error:
+            return [error]
     try:
         ego.load()
         began = time.perf_counter()
@@ -188,7 +194,7 @@ def ego_answers(
 def ego_stream(
     ego: EgoModel, turn: Turn, drafts: Drafts, check: Callable[[], None]
 ) -> Generator[str, None, Given]:
-    """Pieces of EGO's answer to a turn as they come.
+    """Pieces of EGO's answer to a turn as they come, up to the first of its stops.
 
     Args:
         ego: Who answers.
@@ -207,14 +213,17 @@ def ego_stream(
     try:
         ego.load()
         began = time.perf_counter()
-        pieces = ego.stream(
-            turn.ego_turns,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            draft=drafts.of(turn.domain.name, options, schema),
-            check=check,
-            schema=schema,
+        pieces = pieces_before(
+            ego.stream(
+                turn.ego_turns,
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=options.seed,
+                draft=drafts.of(turn.domain.name, options, schema),
+                check=check,
+                schema=schema,
+            ),
+            turn.options.stop,
         )
         try:
             while True:

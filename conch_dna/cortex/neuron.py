@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.calibration.confidence import CALIBRATION_FILE, load_calibration
 from conch_dna.cortex.engine.adapter_bank import AdapterBank
 from conch_dna.cortex.engine.batching import AnswerEngine, interrupt_held_back
 from conch_dna.cortex.hand_over import Drafts, Given, ego_answers, ego_stream, remember
 from conch_dna.cortex.options import AskOptions, DraftSettings
-from conch_dna.cortex.spoken import pieces_before
-from conch_dna.cortex.turn import Answer, Domain, Turn
+from conch_dna.cortex.turn import Domain, Turn
 from conch_dna.ego.model import EgoModel
 from conch_dna.ego.settings import EgoAnswer, EgoConfig
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -362,8 +362,7 @@ class CortexSuite:
             EgoUnavailableError: See `Turn.take_ego`; or the answer broke off after its first piece.
         """
         assert self.ego is not None
-        pieces = ego_stream(self.ego, turn, self.drafts, check)
-        self._take_ego(turn, (yield from pieces_before(pieces, turn.options.stop)))
+        self._take_ego(turn, (yield from ego_stream(self.ego, turn, self.drafts, check)))
 
     def _take_ego(self, turn: Turn, answer: Given) -> None:
         if isinstance(answer, EgoAnswer) and answer.undrafted:

@@ -107,15 +107,19 @@ def text_before(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return spoken.add(text) + spoken.end(), spoken.stopped
 
 
-def pieces_before(pieces: Generator[str, None, T], stops: Sequence[str]) -> Generator[str, None, T]:
+def pieces_before(
+    pieces: Generator[str, bool | None, T], stops: Sequence[str]
+) -> Generator[str, None, T]:
     """Pieces of a text before the first of several stops; gives what the pieces end with.
 
-    What follows the stop is not said, but waited for, since it ends with what is known of it all.
+    Args:
+        pieces: They end where they are sent that it is enough, which they are behind a stop.
+        stops: Texts.
     """
     spoken = Spoken(stops, calls=False)
     try:
         while True:
-            if text := spoken.add(next(pieces)):
+            if text := spoken.add(pieces.send(spoken.stopped or None)):
                 yield text
     except StopIteration as end:
         if text := spoken.end():
@@ -124,3 +128,13 @@ def pieces_before(pieces: Generator[str, None, T], stops: Sequence[str]) -> Gene
         return whole
     finally:
         pieces.close()
+
+
+def drained(pieces: Generator[str, None, T]) -> T:
+    """What pieces end with, when none of them is wanted."""
+    try:
+        while True:
+            next(pieces)
+    except StopIteration as end:
+        whole: T = end.value
+        return whole

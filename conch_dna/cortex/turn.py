@@ -7,19 +7,22 @@ text besides an answer, such as calls, is told apart in spoken.py.
 
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import takewhile
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.calibration.confidence import Calibration, answer_confidence
 from conch_dna.cortex.calibration.drift import Outcome
 from conch_dna.cortex.engine.batching import Piece, Request
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, DrawOptions
 from conch_dna.cortex.spoken import Spoken, text_before
-from conch_dna.cortex.tools import Call, prompt_with_tools
+from conch_dna.cortex.tools import prompt_with_tools
 from conch_dna.ego.grammars import WHITESPACE
 from conch_dna.ego.prompts import checked_prompt, checked_text
 from conch_dna.ego.settings import EgoAnswer
@@ -29,76 +32,6 @@ from conch_dna.options.fields import changed
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.training.data.answers import TextStream, continuation_text
 from conch_dna.training.structured_answers import parse_answer, repair_messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What came of a question.
-
-    Attributes:
-        domain: Whose neuron was asked.
-        text: The answer.
-        answered_by: "neuron" or "ego".
-        reason: Why it was that one, in words.
-        raw: What the neuron said in the end; empty where it was not asked.
-        parsed: The JSON object of `text`; None where none was asked for or found.
-        valid: Whether `text` keeps to the domain's schema; None where none was asked for.
-        problems: Why it does not.
-        repaired: Whether the neuron was asked a second time for a valid answer.
-        confidence: Of the neuron's answer, between 0 and 1; None where it was not asked.
-        calibrated: Whether that is the share of agreement with EGO to expect, or the bare
-            geometric mean of its tokens' probabilities.
-        threshold: The confidence below which EGO answers; None where there is no calibration.
-        removed: Mean share of probability that the schema took from the neuron's tokens while it
-            wrote; None where it wrote freely. High where it would have said something else.
-        finish_reason: "stop", "tool_calls" or, where it was cut off, "length".
-        calls: Of functions that it may call.
-        tokens: Of the neuron's answer, where they were asked for; None else, and where it is EGO's.
-        prompt_tokens: Of the neuron's prompts, a repair's among them; None where EGO alone was
-            asked, by an API that does not say.
-        completion_tokens: Of its answers, a repaired one among them, and of EGO's where it says;
-            None as before.
-        draft: Who drafted EGO's answer; None where nobody did.
-        ego_tokens: Of EGO's answer; None where the neuron answers, or an API does not say.
-        ego_steps: In how many steps EGO said them; None where nobody drafted.
-        first_token_s: Seconds to the first token of the neuron; None where it was not asked.
-        seconds: From the question to the answer.
-    """
-
-    domain: str
-    text: str
-    answered_by: Literal["neuron", "ego"]
-    reason: str
-    raw: str = ""
-    parsed: dict[str, Any] | None = None
-    valid: bool | None = None
-    problems: tuple[str, ...] = ()
-    repaired: bool = False
-    confidence: float | None = None
-    calibrated: bool = False
-    threshold: float | None = None
-    removed: float | None = None
-    finish_reason: str = "stop"
-    calls: tuple[Call, ...] = ()
-    tokens: tuple[Piece, ...] | None = None
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
-    draft: str | None = None
-    ego_tokens: int | None = None
-    ego_steps: int | None = None
-    first_token_s: float | None = None
-    seconds: float = 0.0
-
-    @property
-    def acceptance(self) -> float | None:
-        """Mean tokens of a step of EGO; None where nobody drafted."""
-        if not self.ego_steps or self.ego_tokens is None:
-            return None
-        return self.ego_tokens / self.ego_steps
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields and the acceptance as a JSON object, without the tokens."""
-        return asdict(replace(self, tokens=None)) | {"acceptance": self.acceptance}
 
 
 @dataclass(kw_only=True)
@@ -232,10 +165,19 @@ class Turn:
         Turns that are alike in both can be answered together.
         """
         options = self.options
-        draw = DrawOptions(
-            max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
-        )
+        draw = DrawOptions(max_tokens=options.max_tokens, temperature=options.temperature)
+        if options.temperature > 0:
+            draw = replace(draw, seed=options.seed)
         return draw, self._schema_text
+
+    def with_seed(self, seed: int) -> "Turn":
+        """The same question, of which nothing has come yet, to be drawn by another seed."""
+        other = copy(self)
+        other.options = replace(self.options, seed=seed)
+        if self.request is not None:
+            other.request = replace(self.request, seed=seed)
+            other._begin()
+        return other
 
     @cached_property
     def _schema_text(self) -> str | None:
@@ -321,14 +263,27 @@ class Turn:
             raw = continuation_text(self.domain.tokenizer, tokens, ids)
         if not self._draft.repaired:
             self.outcome = self._outcome(self.request)
+        told = self._told(self.request) if self.options.top_logprobs is not None else None
         self.request = None
-        self._judge(raw, reason)
+        self._judge(raw, reason, told)
         return text
 
     @property
     def _said(self) -> tuple[Piece, ...]:
         """The tokens so far, without the one that ends an answer."""
         return tuple(piece for piece in self._pieces if piece.finish_reason != "stop")
+
+    def _told(self, request: Request) -> tuple[Piece, ...]:
+        """The tokens that a text stands for; none of those of a stop alone."""
+        pieces, length = self._said, len(self._spoken.text)
+        if not self._spoken.stopped or self.options.tools is not None:
+            return pieces
+
+        def length_of(count: int) -> int:
+            ids = [piece.token for piece in pieces[:count]]
+            return len(continuation_text(self.domain.tokenizer, request.tokens, ids))
+
+        return pieces[: bisect_left(range(len(pieces)), length, key=length_of)]
 
     def _outcome(self, request: Request) -> Outcome | None:
         """What calibration would have seen of the first answer, which it cut at its own length."""
@@ -359,7 +314,7 @@ class Turn:
         self._completion_tokens -= len(self._pieces)
         self._begin()
 
-    def _judge(self, raw: str, finish_reason: str) -> None:
+    def _judge(self, raw: str, finish_reason: str, told: tuple[Piece, ...] | None) -> None:
         """Whether the neuron's answer stands, is asked for again, or is EGO's to give."""
         confidence = answer_confidence([piece.log_prob for piece in self._pieces])
         calibration = self.domain.calibration
@@ -372,7 +327,7 @@ class Turn:
             raw=raw,
             finish_reason="tool_calls" if called else finish_reason,
             calls=self._spoken.calls,
-            tokens=self._said if self.options.top_logprobs is not None else None,
+            tokens=told,
             confidence=confidence,
             calibrated=calibration is not None,
             removed=self._removed(),

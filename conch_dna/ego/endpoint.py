@@ -99,11 +99,11 @@ class Endpoint:
 
     def stream(
         self, turns: Turns, config: EgoConfig, schema: str | None = None
-    ) -> Generator[str, None, EgoAnswer]:
-        """Pieces of the answer as they come; closing the iterator hangs up.
+    ) -> Generator[str, bool | None, EgoAnswer]:
+        """Pieces of the answer as they come; closing the iterator hangs up, and so does True.
 
         Returns:
-            The whole, when all pieces are there.
+            The answer as far as it came.
 
         Raises:
             EgoUnavailableError: The API is not there, or the answer breaks off.
@@ -121,7 +121,8 @@ class Endpoint:
                     for choice in getattr(chunk, "choices", None) or ():
                         if choice.delta and choice.delta.content:
                             text += choice.delta.content
-                            yield choice.delta.content
+                            if (yield choice.delta.content):
+                                return EgoAnswer(text, "length", tokens)
                         reason = choice.finish_reason or reason
             finally:
                 chunks.close()

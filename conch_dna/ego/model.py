@@ -243,14 +243,14 @@ class EgoModel:
         draft: Draft | None = None,
         check: Callable[[], None] = lambda: None,
         schema: str | None = None,
-    ) -> Generator[str, None, EgoAnswer]:
+    ) -> Generator[str, bool | None, EgoAnswer]:
         """Pieces of the text that `generate_many` gives for one prompt, as they come.
 
         Arguments and errors are those of `generate_many`. Arguments are checked at once, and the
-        model is loaded with the first piece.
+        model is loaded with the first piece. Sent True, it ends there.
 
         Returns:
-            The whole answer, when all pieces are there.
+            The answer as far as it came.
         """
         config = self._drawn(max_tokens, temperature, seed)
         turns = prompt_turns(prompt, system)
@@ -263,13 +263,15 @@ class EgoModel:
 
     def _local_stream(
         self, ids: list[int], begin: Callable[[], Decoding]
-    ) -> Generator[str, None, EgoAnswer]:
+    ) -> Generator[str, bool | None, EgoAnswer]:
         decoding, tokenizer = begin(), self.source.tokenizer
-        text = TextStream(tokenizer, ids)
+        text, enough = TextStream(tokenizer, ids), None
         for token in decoding:
             if token not in tokenizer.eos_token_ids and (piece := text.add(token)):
-                yield piece
-        if rest := text.end():
+                enough = yield piece
+            if enough:
+                break
+        if not enough and (rest := text.end()):
             yield rest
         return self._answer(ids, decoding.tokens, decoding)
 

@@ -17,6 +17,7 @@ from conch_dna.cortex.engine.drawing import make_request_sampler
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
 from conch_dna.cortex.options import AskOptions, DrawOptions
 from conch_dna.cortex.server.jobs import Job, Part, Question
+from conch_dna.cortex.server.replies import TextReplies
 from conch_dna.cortex.server.serving import CortexServer
 from conch_dna.cortex.spoken import Spoken
 from conch_dna.cortex.tools import Call, Tools, prompt_with_tools
@@ -78,9 +79,26 @@ def test_an_answer_ends_before_a_stop(client):
     # What only begins like a stop is said.
     begun = ask(client, "tales", TALE, max_tokens=30, stop=text[-3:] + "\x00")
     assert begun.choices[0].message.content == text
-    by_ego = ask(client, "ego", TALE, max_tokens=30).choices[0].message.content
-    cut = ask(client, "ego", TALE, max_tokens=30, stop=by_ego[10:14])
-    assert cut.choices[0].message.content == by_ego[: by_ego.index(by_ego[10:14])]
+
+
+@pytest.mark.parametrize("hand_over", [None, "always"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_ego_computes_nothing_behind_a_stop(client, hand_over, stream):
+    """Silent failure: the reply is right and comes late, as EGO went on to the last token."""
+    model = "tales" if hand_over else "ego"
+    conch = {"hand_over": hand_over} if hand_over else None
+    whole = ask(client, model, TALE, conch, max_tokens=60)
+    text = whole.choices[0].message.content
+    stop = text[10:14]
+    more = {"stream_options": {"include_usage": True}} if stream else {}
+    cut = ask(client, model, TALE, conch, max_tokens=60, stop=stop, stream=stream, **more)
+    if stream:
+        chunks = list(cut)
+        got, usage = text_of(chunks), chunks[-1].usage
+    else:
+        got, usage = cut.choices[0].message.content, cut.usage
+    assert got == text[: text.index(stop)]
+    assert usage.completion_tokens < whole.usage.completion_tokens / 2
 
 
 def test_a_stop_frees_its_place_in_the_engine(alone):
@@ -90,6 +108,23 @@ def test_a_stop_frees_its_place_in_the_engine(alone):
     assert alone.engine.pending == 0
     with pytest.raises(ConchError, match="a stop is an empty text"):
         alone.ask("tales", TALE, stop=("",))
+
+
+def test_several_answers_share_what_was_tokenised(alone):
+    turn = alone.turn("tales", TALE, AskOptions(temperature=1.0, seed=3))
+    other = turn.with_seed(4)
+    expected = alone.turn("tales", TALE, AskOptions(temperature=1.0, seed=4))
+    assert other.request == expected.request and other.options == expected.options
+    assert other.drawn == expected.drawn != turn.drawn
+    assert other.request.tokens is turn.request.tokens
+    # What the one is told, the other is not.
+    turn.add(Piece(0, 5, -1.0, "length"))
+    assert turn.answer is not None and other.answer is None and other.request is not None
+    # The likeliest tokens are the same for every seed, so EGO can answer them together.
+    assert (
+        alone.turn("tales", TALE, AskOptions(seed=1)).drawn
+        == alone.turn("tales", TALE, AskOptions(seed=2)).drawn
+    )
 
 
 # logprobs
@@ -116,6 +151,12 @@ def test_log_probabilities_are_told(client, alone):
     assert ask(client, "tales", TALE, max_tokens=6).choices[0].logprobs is None
     bare = ask(client, "tales", TALE, max_tokens=2, logprobs=True).choices[0].logprobs.content
     assert [each.top_logprobs for each in bare] == [[], []]
+    # A stop of several tokens is said no more than its text is.
+    text = choice.message.content
+    stop = "".join(each.token for each in told[2:5])
+    [cut] = ask(client, "tales", TALE, max_tokens=9, logprobs=True, stop=stop).choices
+    assert cut.message.content == text[: text.index(stop)]
+    assert [each.token for each in cut.logprobs.content] == [each.token for each in told[:2]]
 
 
 def test_a_stream_tells_each_log_probability_once(client):
@@ -461,6 +502,20 @@ def test_a_text_is_gone_on_with(client, alone):
         client.completions.create(model="ego", prompt=TALE)
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
         client.completions.create(model="task", prompt="")
+
+
+def test_parts_of_a_character_begin_where_it_does():
+    texts = [b"a", b"\xc3", b"\xa9", b"b"]
+    replies = TextReplies("m", texts, ["", ""], asked=2, counts=False)
+
+    def offsets(index: int, tokens: list[int]) -> list[int]:
+        pieces = [Piece(0, token, -1.0, None) for token in tokens]
+        event = replies.part(index, "", pieces).removeprefix(b"data: ")
+        return json.loads(event)["choices"][0]["logprobs"]["text_offset"]
+
+    assert offsets(0, [0, 1]) == [0, 1]
+    assert offsets(1, [1, 2, 0]) == [0, 0, 1]
+    assert offsets(0, [2, 3, 3]) == [1, 2, 3]
 
 
 # What is not known

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.options import ServerSettings
 from conch_dna.cortex.server.openai_api import ChatRequest, CompletionRequest, parse_request
 from conch_dna.cortex.server.replies import ChatReplies, TextReplies
-from conch_dna.cortex.turn import Answer
 from conch_dna.ego.settings import EgoConfig
 from conch_dna.errors import ConchError
 from conch_dna.web.door import ApiError

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.calibration.confidence import Calibration, load_calibration
 from conch_dna.cortex.calibration.drift import KINDS, RECENT, Drift
 from conch_dna.cortex.calibration.drift_file import read_drift, remedy
 from conch_dna.cortex.engine.adapter_modules import adapter_digest
-from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.retraining.domain import active_adapter, known_domains
 from conch_dna.retraining.pipeline import RetrainAdvice, TrainingPipeline

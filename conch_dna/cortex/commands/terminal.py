@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.commands.status import who_answered
 from conch_dna.cortex.neuron import Chat, CortexSuite, Delta
 from conch_dna.cortex.options import AskOptions
-from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError
 from conch_dna.retraining.pipeline import TrainingPipeline
 from conch_dna.training.settings import EGO

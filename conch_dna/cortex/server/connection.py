@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.server.jobs import Events, Job, Part, Question
 from conch_dna.cortex.server.loop import ServerLoop
 from conch_dna.cortex.server.openai_api import AnyRequest, ChatRequest
@@ -21,7 +22,6 @@ from conch_dna.cortex.server.replies import (
     server_sent_event,
     warning_header,
 )
-from conch_dna.cortex.turn import Answer
 from conch_dna.web.door import ApiError, json_response
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import AskOptions
-from conch_dna.cortex.spoken import pieces_before, text_before
-from conch_dna.cortex.turn import Answer, Turn
+from conch_dna.cortex.spoken import drained, pieces_before, text_before
+from conch_dna.cortex.turn import Turn
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.training.chats.conversations import Prompt, prompt_ids, prompt_turns
 from conch_dna.web.door import ApiError
@@ -310,9 +311,9 @@ class EgoThread:
                 "check": partial(self._check, [job]),
                 "schema": options.schema if options.constrained else None,
             }
-            if job.stream:
+            if job.stream or options.stop:
                 pieces = pieces_before(ego.stream(turns, **how), options.stop)
-                answer = self._told(job, pieces)
+                answer = self._told(job, pieces) if job.stream else drained(pieces)
             else:
                 [answer] = ego.generate_many([turns], **how)
             why = answer.undrafted

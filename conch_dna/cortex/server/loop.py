@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.engine.batching import Piece
 from conch_dna.cortex.neuron import CortexSuite
 from conch_dna.cortex.options import DRAWN_BY_NEURONS, AskOptions, ServerSettings
@@ -21,7 +22,6 @@ from conch_dna.cortex.server.drift_watch import DriftWatch
 from conch_dna.cortex.server.jobs import EgoThread, Event, Job, Part, Question, tell_all
 from conch_dna.cortex.server.metrics import ServerMetrics
 from conch_dna.cortex.server.openai_api import AnyRequest, unknown_model
-from conch_dna.cortex.turn import Answer
 from conch_dna.errors import ConchError, EgoUnavailableError, one_line
 from conch_dna.options.fields import changed
 from conch_dna.training.cross_tokenizer.token_bytes import token_bytes
@@ -123,10 +123,15 @@ class ServerLoop:
                     self._check_form(options)
                 return [Question(model, *each, None, asked.stream) for each in questions]
             made = []
+            turn = before = None
             for prompt, options in questions:
-                turn = self.suite.turn(model, prompt, options, live=asked.stream)
-                if turn.request is not None:
-                    self.suite.engine.check(turn.request)
+                if turn is not None and prompt is before:
+                    turn = turn.with_seed(options.seed)
+                else:
+                    turn = self.suite.turn(model, prompt, options, live=asked.stream)
+                    if turn.request is not None:
+                        self.suite.engine.check(turn.request)
+                before = prompt
                 made.append(Question(model, prompt, options, turn, asked.stream))
         except ApiError:
             raise

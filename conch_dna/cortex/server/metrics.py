@@ -7,8 +7,8 @@ can be in one process. Another figure: a metric here, counted by whoever sees it
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.calibration.drift import Finding
-from conch_dna.cortex.turn import Answer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds; a token of a small model takes milliseconds, an answer of EGO minutes.

@@ -8,12 +8,13 @@ an answer beyond that API: a field of `Answer`. Replies of another address: a cl
 import json
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from conch_dna.cortex.answer import Answer
 from conch_dna.cortex.engine.batching import Piece
-from conch_dna.cortex.turn import Answer
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
@@ -166,6 +167,8 @@ class TextReplies(ChatReplies):
         self._asked = asked
         self._prompts = prompts
         self._offsets = [0] * len(prompts)
+        # Some tokens are parts of a character.
+        self._decoders = [getincrementaldecoder("utf-8")("replace") for _ in prompts]
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """All answers at once."""
@@ -200,10 +203,10 @@ class TextReplies(ChatReplies):
     ) -> dict[str, Any]:
         choice = super()._choice(index, text, tokens, finish_reason)
         if tokens is not None:
-            sizes = [len(name) for name in choice["logprobs"]["tokens"]]
-            starts = [self._offsets[index] + sum(sizes[:place]) for place in range(len(sizes))]
-            choice["logprobs"]["text_offset"] = starts
-            self._offsets[index] += sum(sizes)
+            starts = choice["logprobs"]["text_offset"] = []
+            for piece in tokens:
+                starts.append(self._offsets[index])
+                self._offsets[index] += len(self._decoders[index].decode(self._texts[piece.token]))
         return choice
 
     def _log_probs(self, tokens: Sequence[Piece]) -> dict[str, Any]:
