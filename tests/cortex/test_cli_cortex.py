@@ -171,7 +171,7 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
         (("owls", "Hi", "--ego-name", "x"), "--ego-name and --ego-key-env go with --ego URL"),
         (("owls", "Hi", "--draft", "owls"), "--draft and --draft-tokens go with --ego MODEL"),
         (("owls", "Hi", *EGO, "--draft-tokens", "99"), "draft_tokens is 99: it must be at least 1"),
-        (("owls", "Hi", *EGO, "--draft", "nobody"), "model folder nobody does not exist"),
+        (("owls", "Hi", *EGO, "--draft", "nobody"), "the draft is nobody, and neurons are "),
         (("owls", "Hi", "--ego", "http://127.0.0.1:9/v1"), "calls the model, by --ego-name"),
         (("owls", "Hi", "--hand-over", "always"), "always asks EGO, and there is none: give --ego"),
         (("owls", "word " * 600), "context of embedded:student ends at 512"),
