@@ -97,7 +97,11 @@ class Drafts:
             self._fixed = Draft(name, source, tree, settings.draft_tokens)
         else:
             trusted = base.source.trust_remote_code
-            source = ModelSource(name, trust_remote_code=trusted)
+            try:
+                source = ModelSource(name, trust_remote_code=trusted)
+            except ConchError as error:
+                here = ", ".join(sorted(known_domains(adapters_dir)))
+                raise ConchError(f"the draft is {name}, and neurons are {here}: {error}") from error
         try:
             problem = other_vocabulary(ego.source, source)
         except EgoUnavailableError:

@@ -394,10 +394,19 @@ class Turn:
         hand_over = hand_over and self.options.hand_over != "never"
         self.asks_ego = hand_over and self._has_ego
         if hand_over and not self._has_ego:
-            why += "; there is no EGO to hand over to"
+            why += f"; {self._kept_here}"
         self._draft = replace(self._draft, reason=why)
         if not self.asks_ego:
             self._done(self._draft)
+
+    @property
+    def _kept_here(self) -> str:
+        """Why EGO is not asked, though the neuron's answer is not good enough."""
+        if self.options.tools is not None:
+            return "a question with functions is not handed over to EGO"
+        if self.options.plain:
+            return "a text to go on with is not handed over to EGO"
+        return "there is no EGO to hand over to"
 
     def take_ego(self, ego: EgoAnswer | EgoUnavailableError) -> None:
         """Take EGO's answer, or why there is none: then the neuron's own stands.

@@ -143,8 +143,8 @@ class AdapterSource:
         if path is None or not (self.folder / HELDOUT_FILE).is_file():
             raise ConchError(
                 f"{self.folder} does not hold the texts that its adapter learned from and those "
-                f"held out of them ({DATA_FILE}, {HELDOUT_FILE}): distil it, or give fuse texts of "
-                "its domain with --data FILE"
+                f"held out of them ({DATA_FILE}, {HELDOUT_FILE}): distil it again, or, to fuse it, "
+                "give texts of its domain with --data FILE"
             )
         heldout = read_records(self.folder / HELDOUT_FILE)
         learned = [record for record in read_records(path) if record not in heldout]

@@ -460,12 +460,12 @@ def make_student_command(
         for row in read_document_files(vocabulary_files)
     )
     with Progress() as progress:
-        progress("loading", {"name": f"reading texts, and vectors of their words by {teacher}"})
+        progress("loading", {"name": f"reading the vectors of words by {teacher}"})
         student = make_student(teacher, folder, vocabulary_from=texts, **options)
+    added = f"{student.words_added:,} of {student.words_found:,} words added, "
     click.echo(
         f"{student.folder}: {student.tokens:,} tokens in {student.dimension} dimensions from "
-        f"{student.teacher}, {student.words_added:,} of {student.words_found:,} words added, "
-        f"{student.seconds:.1f} s"
+        f"{student.teacher}, {added if vocabulary_files else ''}{student.seconds:.1f} s"
     )
     write_figures(json_file, {**asdict(student), "folder": str(student.folder)})
 

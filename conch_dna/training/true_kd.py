@@ -40,7 +40,7 @@ from conch_dna.training.runs.domain_run import DATA_FILE, DomainRun
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.questions import questions_of, require_room_for_own
 from conch_dna.training.runs.on_policy.rounds import require_room_to_score, rollouts_of_a_round
-from conch_dna.training.runs.privilege import require_more
+from conch_dna.training.runs.privilege import require_more, require_more_asked
 from conch_dna.training.runs.stages import RunData
 from conch_dna.training.settings import (
     DEFAULT_STUDENT,
@@ -361,6 +361,8 @@ def plan_domain(
     else:
         prompts = domain_examples(domain) if prompts is None else prompts
         system, of_student = domain_systems(domain, config)
+        if teacher.model_id == student.model_id:
+            require_more_asked(prompts, (system, of_student), config)
         encoded = [teacher_prompt_ids(teacher.tokenizer, prompt, system) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             teacher.require_rows(ids, f"prompt {number}")

@@ -155,8 +155,14 @@ def error_handlers() -> dict[Any, Any]:
         return json_response(error.to_json(), error.status, headers=error.headers)
 
     def not_there(request: "Request", error: Any) -> "Response":
+        detail, headers = error.detail, error.headers or {}
+        if error.status_code == 404:
+            paths = ", ".join(route.path for route in request.app.routes)
+            detail = f"there is no such path: there is {paths}"
+        elif error.status_code == 405 and "Allow" in headers:
+            detail = f"use {headers['Allow']}"
         # Not of request.url, which reads the Host header, whatever that holds.
-        message = f"{request.method} {request.scope['path']}: {error.detail}"
+        message = f"{request.method} {request.scope['path']}: {detail}"
         return refused(request, ApiError(error.status_code, message, headers=error.headers))
 
     def broken(request: "Request", error: Exception) -> "Response":

@@ -106,7 +106,7 @@ def test_an_answer_goes_out_and_who_gave_it_beside_it(adapters: Path) -> None:
     assert result.stdout == f"{ANSWER}\n"
     assert re.fullmatch(
         r"owls: the neuron's confidence is not calibrated, so its answer stands · "
-        r"bare confidence 0\.\d{3} · \d+ tokens in \d+\.\d s\n",
+        r"confidence 0\.\d{3}, not calibrated · \d+ tokens in \d+\.\d s\n",
         result.stderr,
     )
 
@@ -120,7 +120,7 @@ def test_a_question_comes_from_standard_input_and_the_answer_as_json(
     document = json.loads(file.read_text())
     assert ANSWER.startswith(document["text"]) and document["completion_tokens"] == 3
     assert result.stdout == f"{document['text']}\n"
-    assert "cut off at its longest" in result.stderr
+    assert "cut off, since --max-tokens or the context was reached" in result.stderr
 
 
 def test_what_is_not_valid_goes_to_ego_and_is_remembered_on_request(adapters: Path) -> None:
@@ -171,7 +171,7 @@ def test_secrets_are_not_recorded_where_that_is_asked_for(adapters: Path) -> Non
         (("owls", "Hi", "--ego-name", "x"), "--ego-name and --ego-key-env go with --ego URL"),
         (("owls", "Hi", "--draft", "owls"), "--draft and --draft-tokens go with --ego MODEL"),
         (("owls", "Hi", *EGO, "--draft-tokens", "99"), "draft_tokens is 99: it must be at least 1"),
-        (("owls", "Hi", *EGO, "--draft", "nobody"), "model folder nobody does not exist"),
+        (("owls", "Hi", *EGO, "--draft", "nobody"), "the draft is nobody, and neurons are "),
         (("owls", "Hi", "--ego", "http://127.0.0.1:9/v1"), "calls the model, by --ego-name"),
         (("owls", "Hi", "--hand-over", "always"), "always asks EGO, and there is none: give --ego"),
         (("owls", "word " * 600), "context of embedded:student ends at 512"),

@@ -13,6 +13,7 @@ import pytest
 
 from conch_dna.cortex.calibration.confidence import save_calibration
 from conch_dna.cortex.neuron import CortexSuite, create_cortex_suite
+from conch_dna.cortex.tools import Tools
 from conch_dna.cortex.turn import common
 from conch_dna.ego.model import EgoConfig, EgoModel
 from conch_dna.errors import ConchError, EgoUnavailableError
@@ -123,6 +124,13 @@ def test_what_is_not_valid_is_asked_for_again_and_then_said(alone):
     assert answer.repaired and answer.valid is False and answer.problems
     assert answer.answered_by == "neuron"
     assert "not valid" in answer.reason and "no EGO to hand over to" in answer.reason
+
+
+def test_what_may_call_a_function_says_that_it_is_not_handed_over(helped):
+    tools = Tools(functions='[{"name": "clock"}]', choice="clock")
+    answer = helped["task"].ask("Plan a day.", max_tokens=4, tools=tools)
+    assert answer.answered_by == "neuron" and answer.valid is False
+    assert answer.reason.endswith("a question with functions is not handed over to EGO")
 
 
 def test_what_is_not_valid_goes_to_ego_and_is_remembered(helped, ego, tmp_path):

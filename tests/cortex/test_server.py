@@ -321,6 +321,16 @@ def test_what_no_client_sends_is_refused_in_the_same_shape(server):
         assert ("error" in json.loads(answer[2])) == (expected != 200)
 
 
+def test_a_path_or_method_that_is_none_is_told_with_those_that_are(server):
+    def message(method: str, path: str) -> str:
+        return json.loads(raw(server, method, path)[2])["error"]["message"]
+
+    assert "/chat/completions: there is no such path: there is /v1/chat/completions, " in message(
+        "POST", "/chat/completions"
+    )
+    assert message("GET", "/v1/embeddings") == "GET /v1/embeddings: use POST"
+
+
 def test_a_key_is_asked_for(adapters, monkeypatch):
     monkeypatch.setenv("CONCH_DNA_TEST_KEY", "secrét")
     with served(adapters, api_key_env="CONCH_DNA_TEST_KEY") as server:

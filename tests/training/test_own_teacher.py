@@ -204,6 +204,20 @@ def test_a_teacher_that_reads_the_same_is_refused(model: str, tmp_path: Path):
             plan_domain(source, source, config, "own", data=bare)
 
 
+def test_a_teacher_that_reads_the_same_is_refused_before_it_answers(model: str, tmp_path: Path):
+    prompts = [each["prompt"] for each in RECORDS]
+    config = config_of(tmp_path, force=False, on_policy=0.0)
+    message = "reads nothing that the student does not: give --demonstrations"
+    with pytest.raises(ConchError, match=message):
+        TrueKnowledgeDistiller("self", model, config).distill_domain("own", prompts=prompts)
+    assert not list(tmp_path.rglob("answers"))
+    source = ModelSource(model)
+    with pytest.raises(ConchError, match=message):
+        plan_domain(source, source, config, "own", prompts=prompts)
+    asked = [{"prompt": prompt, "context": "Read this."} for prompt in prompts]
+    plan_domain(source, source, config, "own", prompts=asked)
+
+
 def test_one_prompt_with_several_contexts_asks_with_each(model: str, tmp_path: Path):
     records = [{**RECORDS[0], "context": f"Read {n}."} for n in range(4)]
     records += [{"prompt": f"Who is {n}?", "completion": " A cat."} for n in range(4)]

@@ -204,6 +204,19 @@ def test_an_empty_turn_that_calls_or_does_not_count_is_kept(tmp_path):
     assert len(read_records(write(tmp_path, f"{chat_line(call)}\n{chat_line(unlearned)}\n"))) == 2
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '"prompt": "a", "completion": ""',
+        '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]',
+    ],
+)
+def test_an_answer_that_its_teacher_ended_at_once_is_read_again(tmp_path, answer):
+    tokens = '"tokens": {"ids": [5, 0], "prompt_length": 1, "vocabulary": "v"}'
+    [record] = read_records(write(tmp_path, f"{{{answer}, {tokens}}}\n"))
+    assert record["tokens"]["ids"] == [5, 0]
+
+
 @pytest.mark.parametrize("text", ["", "\n\n", "  \n\t\n"])
 def test_an_empty_file_is_refused(tmp_path, text):
     for read in (read_records, read_prompts):

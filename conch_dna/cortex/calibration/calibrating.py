@@ -440,6 +440,6 @@ def _prompts(
     if len(prompts) < MIN_ANSWERS:
         raise ConchError(
             f"{domain} has {len(prompts)} held-out prompts, too few to calibrate on: give "
-            f"{MIN_ANSWERS} or more that it was not trained on"
+            f"{MIN_ANSWERS} or more that it was not trained on (--prompts FILE or --data FILE)"
         )
     return prompts

@@ -35,7 +35,7 @@ class CalibrationSettings:
     )
     confidence: float = option(
         0.95,
-        "Probability with which what the neuron keeps stays within max_risk; 0 takes what the "
+        "Probability with which what the neuron keeps stays within --max-risk; 0 takes what the "
         "held-out answers show, and promises nothing.",
         low=0,
         below=1,

@@ -196,7 +196,7 @@ def who_answered(answer: Answer) -> str:
     who = "EGO" if answer.answered_by == "ego" else answer.domain
     parts = [f"{who}: {answer.reason}"]
     if answer.answered_by == "neuron" and not answer.calibrated and answer.confidence is not None:
-        parts.append(f"bare confidence {answer.confidence:.3f}")
+        parts.append(f"confidence {answer.confidence:.3f}, not calibrated")
     if answer.acceptance is not None:
         parts.append(f"{answer.draft} drafted, {answer.acceptance:.1f} tokens a step")
     if answer.repaired:
@@ -204,6 +204,6 @@ def who_answered(answer: Answer) -> str:
     if answer.valid is False:
         parts.append(f"not valid: {'; '.join(answer.problems)}")
     if answer.finish_reason == "length":
-        parts.append("cut off at its longest")
+        parts.append("cut off, since --max-tokens or the context was reached")
     parts.append(f"{answer.completion_tokens} tokens in {answer.seconds:.1f} s")
     return " · ".join(parts)

@@ -68,7 +68,7 @@ from conch_dna.training.runs.on_policy.own_answers import (
 )
 from conch_dna.training.runs.on_policy.own_teacher import require_own
 from conch_dna.training.runs.on_policy.rounds import questions_for, round_figures
-from conch_dna.training.runs.privilege import require_help, require_more
+from conch_dna.training.runs.privilege import require_help, require_more, require_more_asked
 from conch_dna.training.runs.report import draw_curve, heldout_kd, rise_of, samples_text
 from conch_dna.training.runs.run_file import NOT_IDENTITY, RUN_FILE, changes, earlier_run
 from conch_dna.training.runs.stages import RunData, Trained
@@ -242,17 +242,17 @@ class DomainRun:
 
     def generate(self, prompts: Sequence[str | Record] | None) -> list[Record]:
         """The teacher's answers to prompts, or to the domain's own examples."""
-        if prompts is None:
-            prompts = domain_examples(self.domain)
-        teacher_system, student_system = domain_systems(self.domain, self.config)
-        total = len(prompts) * self.config.samples_per_prompt
-        self._phase("the teacher answers", total, "prompts")
+        prompts = domain_examples(self.domain) if prompts is None else prompts
+        systems = domain_systems(self.domain, self.config)
+        if self._own_teacher:
+            require_more_asked(prompts, systems, self.config)
+        self._phase("the teacher answers", len(prompts) * self.config.samples_per_prompt, "prompts")
         with dated(self._record["begun"]):
             return generate_answers(
                 self.teacher,
                 prompts,
-                system=teacher_system,
-                student_system=student_system,
+                system=systems[0],
+                student_system=systems[1],
                 config=self.config,
                 folder=self.shared / "answers",
                 report=self.report,

@@ -12,7 +12,9 @@ from conch_dna.errors import ConchError, number_of
 from conch_dna.metrics import BETTER, verdict
 from conch_dna.screen.progress import Report
 from conch_dna.training.batches import PairedExample, sequential_batches
+from conch_dna.training.data.records import Record
 from conch_dna.training.data.soft_targets import Targets
+from conch_dna.training.data.views import context_of
 from conch_dna.training.evaluation import HeldoutFigures
 from conch_dna.training.settings import KDConfig
 
@@ -27,9 +29,30 @@ def require_more(examples: Sequence[Any], config: KDConfig) -> None:
     Raises:
         ConchError: It does.
     """
+    _require(any(isinstance(example, PairedExample) for example in examples), config)
+
+
+def require_more_asked(
+    prompts: Sequence[str | Record], systems: tuple[str, str], config: KDConfig
+) -> None:
+    """The same before anything is answered, which may take hours.
+
+    Args:
+        prompts: To be answered.
+        systems: What teacher and student read before them.
+        config: See `require_more`.
+
+    Raises:
+        ConchError: The student reads all that the teacher does.
+    """
+    teacher, student = systems
+    _require(teacher != student or any(map(context_of, prompts)), config)
+
+
+def _require(more: bool, config: KDConfig) -> None:
     if config.force or not config.alpha or config.teacher_ema < 1:
         return
-    if not any(isinstance(example, PairedExample) for example in examples):
+    if not more:
         raise ConchError(
             "the teacher is the student itself and reads nothing that the student does not: give "
             "--demonstrations, --teacher-system, --student-system none or records with a context, "
