@@ -178,8 +178,8 @@ def fuse_table(title: str, rows: Sequence[Judgement]) -> "Table":
         cells.append(
             (
                 row.name,
-                f"{row.kl:.4f}",
-                f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "–",
+                f"{row.kl:z.4f}",
+                f"{interval[0]:z.4f} to {interval[1]:z.4f}" if interval else "–",
                 f"{found['top1_agreement']:.1%}",
                 valid,
                 bytes_text(row.nbytes),

@@ -434,7 +434,7 @@ def merge_table(verdicts: Mapping[str, GateVerdict]) -> "Table":
                 f"{found['without']:.1%}",
                 f"{found['parent']:.1%}",
                 f"{found['child']:.1%}",
-                "{:+.1%} to {:+.1%}".format(*interval) if interval else "–",
+                "{:+z.1%} to {:+z.1%}".format(*interval) if interval else "–",
                 *(_counted(found[key]) for key in ("own_valid", "valid")),
             )
         )

@@ -164,8 +164,8 @@ class Calibration:
         promise = f", with probability {self.confidence:g}" if self.confidence else ""
         return (
             f"from a confidence of {self.threshold:.3f} the neuron answers itself: "
-            f"{self.coverage:.0%} of {self.n_held} held-out answers, {self.risk:.3f} of them in "
-            f"disagreement with EGO (at most {self.max_risk:g}{promise})"
+            f"{self.coverage:.0%} of {self.n_held} held-out answers, of which {self.risk:.1%} "
+            f"disagree with EGO (at most {self.max_risk:g}{promise})"
         )
 
     def to_json(self) -> dict[str, Any]:
