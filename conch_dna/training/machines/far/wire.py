@@ -116,8 +116,7 @@ def _are_outcomes(found: Mapping[str, np.ndarray], identity: TargetIdentity) -> 
     ids = np.sort(found["kept_ids"], axis=1)
     sound = bool((ids[:, 1:] > ids[:, :-1]).all())
     kept, normalizer, rest = (
-        found[name].astype(np.float64)
-        for name in ("kept_log_probs", "log_normalizer", "log_rest")
+        found[name].astype(np.float64) for name in ("kept_log_probs", "log_normalizer", "log_rest")
     )
     for column, t in enumerate(identity.temperatures):
         with np.errstate(over="ignore"):
