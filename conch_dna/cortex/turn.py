@@ -158,7 +158,7 @@ class Turn:
         first = self.turns[0]
         return first["content"] != self.domain.system if first["role"] == "system" else False
 
-    @cached_property
+    @property
     def drawn(self) -> tuple[DrawOptions, str | None]:
         """How EGO would draw an answer, and the schema that it would keep to.
 

@@ -112,6 +112,7 @@ def test_a_stop_frees_its_place_in_the_engine(alone):
 
 def test_several_answers_share_what_was_tokenised(alone):
     turn = alone.turn("tales", TALE, AskOptions(temperature=1.0, seed=3))
+    assert turn.drawn[0].seed == 3
     other = turn.with_seed(4)
     expected = alone.turn("tales", TALE, AskOptions(temperature=1.0, seed=4))
     assert other.request == expected.request and other.options == expected.options
