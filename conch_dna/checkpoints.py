@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -89,6 +90,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
     with _whole_or_absent(path, undo):
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
+            _remove_left(path)
             content(temporary)
         elif isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
@@ -274,6 +276,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Raises:
         ConchError: The disk is full or not writable; what stood at `path` is untouched.
     """
+    path = Path(os.path.realpath(path))  # What a link names is replaced, not the link.
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     replaced = path.with_name(f"{_TEMPORARY}old-{path.name}")
 
@@ -284,6 +287,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     with _whole_or_absent(path, undo):
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_left(path)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
@@ -405,6 +409,16 @@ def remove_unfinished(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_left(path: Path) -> None:
+    """Delete what killed processes left when they wrote a path; others' and what runs stays."""
+    for left in path.parent.glob(f"{_TEMPORARY}*-{escape(path.name)}"):
+        with suppress(PermissionError, ValueError):
+            try:
+                os.kill(int(left.name[len(_TEMPORARY) : -len(path.name) - 1]), 0)
+            except (ProcessLookupError, OverflowError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

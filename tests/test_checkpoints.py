@@ -305,6 +305,42 @@ def test_remove_unfinished_drops_a_folder_whose_replacement_came(tmp_path):
     assert arrays["a.safetensors"]["x"][0, 0].item() == 8.0
 
 
+@pytest.mark.parametrize("write", ["folder", "file"])
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path, write):
+    """Silent failure: a model's weights that nobody sees fill the disk."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    ended, other = process.pid, subprocess.Popen(["sleep", "60"])
+    names = [f".writing-{ended}-x", f".writing-{10**30}-x", f".writing-{other.pid}-x"]
+    names += [f".writing-{ended}-a-x", f".writing-{ended}-xx", ".writing-old-a-x"]
+    try:
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "weights").write_text("many")
+        (tmp_path / f".writing-{2**22 + 5}-x").write_text("many")
+        if write == "folder":
+            write_folder(tmp_path / "x", documents={"a.json": 1})
+        else:
+            write_atomically(tmp_path / "x", lambda path: path.write_text("new"))
+    finally:
+        other.kill()
+        other.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"x", *names[2:]}
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """Silent failure: the folder lands on another disk, and the old one stays where it was."""
+    folder = tmp_path / "disk" / "model"
+    make_folder(folder)
+    link = tmp_path / "link"
+    link.symlink_to(folder, target_is_directory=True)
+    for number in range(2):
+        write_folder(link, documents={"a.json": number})
+        assert link.is_symlink() and json.loads((folder / "a.json").read_text()) == number
+        assert [*tmp_path.iterdir()] and not [*tmp_path.rglob(".writing-*")]
+    assert not (folder / "weights.safetensors").exists()
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_what_stood_there(tmp_path):
     """Writes stop at 64 KiB for real; both Python's and MLX's writers must notice."""
     script = textwrap.dedent(

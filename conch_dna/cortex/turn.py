@@ -158,7 +158,7 @@ class Turn:
         first = self.turns[0]
         return first["content"] != self.domain.system if first["role"] == "system" else False
 
-    @cached_property
+    @property
     def drawn(self) -> tuple[DrawOptions, str | None]:
         """How EGO would draw an answer, and the schema that it would keep to.
 
@@ -230,6 +230,8 @@ class Turn:
         """What comes of the answer to `request`: nothing yet."""
         assert self.request is not None
         self._pieces: list[Piece] = []
+        # Characters that are certain before the first piece and behind each.
+        self._certain = [0]
         self._text = TextStream(self.domain.tokenizer, list(self.request.tokens))
         self._spoken = Spoken(self.options.stop, calls=self.options.tools is not None)
 
@@ -249,7 +251,9 @@ class Turn:
         self._completion_tokens += 1
         text, reason = "", piece.finish_reason
         if reason != "stop":
-            text = self._spoken.add(self._text.add(piece.token))
+            more = self._text.add(piece.token)
+            self._certain.append(self._certain[-1] + len(more))
+            text = self._spoken.add(more)
         if self._spoken.stopped:
             reason = "stop"
         elif reason is not None:
@@ -264,7 +268,7 @@ class Turn:
             raw = continuation_text(self.domain.tokenizer, tokens, ids)
         if not self._draft.repaired:
             self.outcome = self._outcome(self.request)
-        told = self._told(self.request) if self.options.top_logprobs is not None else None
+        told = self._told() if self.options.top_logprobs is not None else None
         self.request = None
         self._judge(raw, reason, told)
         return text
@@ -274,17 +278,12 @@ class Turn:
         """The tokens so far, without the one that ends an answer."""
         return tuple(piece for piece in self._pieces if piece.finish_reason != "stop")
 
-    def _told(self, request: Request) -> tuple[Piece, ...]:
+    def _told(self) -> tuple[Piece, ...]:
         """The tokens that a text stands for; none of those of a stop alone."""
-        pieces, length = self._said, len(self._spoken.text)
         if not self._spoken.stopped or self.options.tools is not None:
-            return pieces
-
-        def length_of(count: int) -> int:
-            ids = [piece.token for piece in pieces[:count]]
-            return len(continuation_text(self.domain.tokenizer, request.tokens, ids))
-
-        return pieces[: bisect_left(range(len(pieces)), length, key=length_of)]
+            return self._said
+        # Behind a part of a character, that is not certain yet.
+        return self._said[: bisect_left(self._certain, len(self._spoken.text))]
 
     def _outcome(self, request: Request) -> Outcome | None:
         """What calibration would have seen of the first answer, which it cut at its own length."""

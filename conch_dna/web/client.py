@@ -5,8 +5,10 @@ refusal of an API in one line: a branch in `ApiClient.explained`.
 """
 
 import ipaddress
+import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from conch_dna.errors import ConchError, EgoUnavailableError
 
 # What the client asks for where there is no key; servers that want none do not look at it.
 _NO_KEY = "none"
+# A body may have so many bytes, unpacked, and one that takes longer than its server may be silent
+# has to bring so many a second: a server that never ends would fill the memory, or keep us forever.
+MOST_BYTES, LEAST_PACE = 2**30, 1_000
 _PLAIN = re.compile(r"[\x21-\x7e]+")
 # What the client raises of a body that is none of the API's.
 _FOREIGN = (ValueError, AttributeError, TypeError, RecursionError)
@@ -123,6 +128,7 @@ class ApiClient:
             # A proxy for the world outside must not be asked for a server on this machine.
             http_client=openai.DefaultHttpxClient(
                 trust_env=not here,
+                event_hooks={"response": [self._bound]},
                 limits=openai.DEFAULT_CONNECTION_LIMITS
                 if keep_alive
                 else httpx.Limits(max_keepalive_connections=0),
@@ -139,6 +145,33 @@ class ApiClient:
             f"{self.name} does not answer as an OpenAI-compatible API does: check the address, "
             "which often ends in /v1"
         )
+
+    def _bound(self, response: Any) -> None:
+        """Let what is read of a response have an end."""
+        whole = response.iter_bytes
+        silent_s = response.request.extensions["timeout"]["read"] or math.inf
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            # Tokens come as slowly as they are computed.
+            silent_s = math.inf
+
+        def parts(chunk_size: int | None = None) -> Iterator[bytes]:
+            size, began = 0, time.monotonic()
+            for part in whole(chunk_size):
+                size += len(part)
+                passed = time.monotonic() - began
+                if size > MOST_BYTES:
+                    raise EgoUnavailableError(
+                        f"{self.name} sends an answer of more than {MOST_BYTES:,} bytes: ask for "
+                        "less at once, or check the server"
+                    )
+                if passed > silent_s and size < LEAST_PACE * passed:
+                    raise EgoUnavailableError(
+                        f"{self.name} sent {size:,} bytes of an answer in {passed:.0f} s: "
+                        f"{self._remedies.slow}"
+                    )
+                yield part
+
+        response.iter_bytes = parts
 
     @contextmanager
     def explained(self, timeout_s: float | None = None) -> Iterator[None]:

@@ -336,11 +336,13 @@ def test_every_tensor_that_does_not_fit_is_listed(bank, adapters, tmp_path):
     del tensors[names[0]]
     tensors[names[1]] = tensors[names[1]][:1]
     tensors["model.layers.7.lora_a"] = mx.zeros((2, 2))
+    tensors[names[2]] = mx.full(tensors[names[2]].shape, float("nan"))
     mx.save_safetensors(str(path / "adapters.safetensors"), tensors)
     with pytest.raises(ConchError) as caught:
         bank.add("a", path)
     message = str(caught.value)
-    assert "3 differences" in message
+    assert "4 differences" in message
+    assert f"{names[2]} has numbers that are not finite" in message
     assert f"{names[0]} is missing" in message
     assert f"{names[1]} is (1, " in message
     assert "model.layers.7.lora_a is no part of it" in message
@@ -356,8 +358,18 @@ def test_every_tensor_that_does_not_fit_is_listed(bank, adapters, tmp_path):
             {"lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": ["no.such"]}},
             "names no layer",
         ),
+        *(
+            ({"lora_parameters": {"rank": 4, "scale": 1.0, "dropout": 0.0, **wrong}}, message)
+            for wrong, message in (
+                ({"rank": 2**40}, "its rank is 1099511627776, which is none from 1 to 65,536"),
+                ({"rank": 0}, "its rank is 0"),
+                ({"rank": "4"}, "its rank is '4'"),
+                ({"scale": "1"}, "its scale is '1', which is none that float32 holds"),
+                ({"scale": 1e300}, "its scale is 1e"),
+                ({"scale": float("nan")}, "its scale is nan"),
+            )
+        ),
     ],
-    ids=["kind", "no scale", "no parameters", "no layer"],
 )
 def test_a_configuration_that_describes_no_adapter(changes, message, bank, adapters, tmp_path):
     path = altered(adapters["attention"], tmp_path / "a", **changes)

@@ -160,6 +160,18 @@ def test_log_probabilities_are_told(client, alone):
     assert [each.token for each in cut.logprobs.content] == [each.token for each in told[:2]]
 
 
+@pytest.mark.parametrize("word", ["é", "😀", "é😀é"])
+def test_parts_of_a_character_before_a_stop_are_told(alone, word):
+    texts = list(token_bytes(alone.base.tokenizer).texts)
+    told = [texts.index(bytes([each])) for each in word.encode()]
+    options = AskOptions(stop=(".",), top_logprobs=0, plain=True, hand_over="never")
+    turn = alone.turn("tales", TALE, options)
+    for token in [*told, texts.index(b".")]:
+        turn.add(Piece(0, token, -1.0, None))
+    assert turn.answer.text == word
+    assert [piece.token for piece in turn.answer.tokens] == told
+
+
 def test_a_stream_tells_each_log_probability_once(client):
     whole = ask(client, "owls", OPENINGS["owls"], max_tokens=60, logprobs=True)
     for hand_over in ("never", "auto"):

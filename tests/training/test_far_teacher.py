@@ -313,9 +313,9 @@ def test_arrays_that_are_not_what_was_asked_for_are_refused():
     )
     arrays = {
         "kept_ids": np.array([[1, 2], [3, 7]], np.uint16),
-        "kept_log_probs": np.full((2, 2), -1, np.float32),
+        "kept_log_probs": np.log(np.array([[0.4, 0.4], [0.5, 0.5]], np.float32)),
         "log_normalizer": np.zeros((2, 1), np.float32),
-        "log_rest": np.array([[-2], [-np.inf]], np.float32),
+        "log_rest": np.array([[np.log(0.2)], [-np.inf]], np.float32),
         "gold_log_prob": np.full(2, -3, np.float32),
     }
     whole = packed(arrays)
@@ -331,6 +331,12 @@ def test_arrays_that_are_not_what_was_asked_for_are_refused():
         ("log_normalizer", np.full((2, 1), np.inf, np.float32)),
         ("log_rest", np.full((2, 1), np.nan, np.float32)),
         ("gold_log_prob", np.ones(2, np.float32)),
+        # Each possible by itself, and together no distribution.
+        ("kept_ids", np.array([[1, 1], [3, 7]], np.uint16)),
+        ("kept_log_probs", np.zeros((2, 2), np.float32)),
+        ("kept_log_probs", np.full((2, 2), -20, np.float32)),
+        ("log_normalizer", np.full((2, 1), -1e30, np.float32)),
+        ("log_rest", np.zeros((2, 1), np.float32)),
     ):
         broken.append(whole | packed({name: value}))
     for fields in broken:
@@ -419,6 +425,16 @@ def test_the_rest_is_what_the_others_leave():
     found = outcomes_of(rows, top_k=2, kept_below=8, name="x")
     total = np.exp(found["kept_log_probs"].astype(np.float64)).sum() + np.exp(found["log_rest"])
     assert total == pytest.approx(1, abs=1e-6) and np.isfinite(found["log_rest"]).all()
+    for row, own in (
+        ({0: 5.0, 1: -1.0}, -1.0),
+        ({0: -0.1, 1: -0.1}, -0.1),
+        ({0: np.nan, 1: -1.0}, -1.0),
+        ({0: -0.5, 1: -np.inf}, -0.5),
+        ({0: -0.5, 1: -2.0}, np.nan),
+        ({0: -0.5, 1: -2.0}, 90.0),
+    ):
+        with pytest.raises(ConchError, match="x: the server's log-probabilities are no distrib"):
+            outcomes_of([(row, own)], top_k=2, kept_below=8, name="x")
     with pytest.raises(ConchError, match="lower --top-k to 1 or less"):
         outcomes_of([({0: -0.1, 9: -3.0}, -0.1)], top_k=2, kept_below=8, name="x")
 

@@ -186,6 +186,24 @@ def test_info_tells_what_lies_there(
         assert "8 kept, 7 bits" in run("targets", "info", place).stdout
 
 
+@pytest.mark.parametrize(
+    "entries",
+    ["[" * 100_000, '[["a", 0, Infinity]]', '[["a", 0, "x"]]', "[]", f'[["a",0,{10**40}]]'],
+)
+def test_info_names_a_shard_that_does_not_say_whose_its_rows_are(
+    made: Path, tmp_path: Path, entries: str
+) -> None:
+    folder = shutil.copytree(made, tmp_path / "copy")
+    (shard,) = (folder / "s" / "soft_targets").rglob("*.safetensors")
+    with safe_open(shard, framework="mlx") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    shard.unlink()
+    mx.save_safetensors(str(shard), arrays, metadata | {"entries": entries})
+    result = run("targets", "info", folder)
+    assert result.exit_code == 0, result.exception
+    assert f"{shard.name} cannot be read" in result.stderr
+
+
 @pytest.mark.parametrize("about", [True, False])
 def test_verify_finds_a_flipped_bit(made: Path, tmp_path: Path, about: bool) -> None:
     folder = shutil.copytree(made, tmp_path / "copy")

@@ -28,6 +28,7 @@ from conch_dna.language_model import LanguageModel, ModelSource, named_arrays
 from conch_dna.training.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_tensors
 
 KINDS = ("lora", "dora", "full")
+MOST_RANK, MOST_SCALE = 65_536, 3e38
 # Where a line of generations keeps what base all of them stand on.
 _LINE_MANIFESTS = ("manifest.json", "../G000/manifest.json")
 
@@ -209,6 +210,7 @@ def _attach(tree: nn.Module, config: dict[str, Any], folder: Path, *, dora: bool
     random_state: Any = mx.random.state
     high, low = np.asarray(random_state[0])
     try:
+        _require_sizes(config["lora_parameters"])
         linear_to_lora_layers(tree, config["num_layers"], config["lora_parameters"], use_dora=dora)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConchError(
@@ -218,6 +220,15 @@ def _attach(tree: nn.Module, config: dict[str, Any], folder: Path, *, dora: bool
     finally:
         # What it draws is replaced at once; nobody's sampling must depend on it.
         mx.random.seed(int(high) << 32 | int(low))
+
+
+def _require_sizes(parameters: Any) -> None:
+    """Refuse a rank and a scale that mlx_lm would take and fail with later."""
+    rank, scale = parameters.get("rank", 1), parameters.get("scale", 1.0)
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise ValueError(f"its rank is {rank!r:.40}, which is none from 1 to {MOST_RANK:,}")
+    if type(scale) not in (int, float) or not abs(scale) <= MOST_SCALE:
+        raise ValueError(f"its scale is {scale!r:.40}, which is none that float32 holds")
 
 
 def _require_fits(
@@ -232,6 +243,8 @@ def _require_fits(
             problems += [] if full else [f"{name} is missing"]
         elif tensors[name].shape != expected[name].shape:
             problems.append(f"{name} is {tensors[name].shape}, not {expected[name].shape}")
+        elif not full and not mx.isfinite(tensors[name]).all():
+            problems.append(f"{name} has numbers that are not finite")
     if not full and not expected:
         problems.append("its configuration names no layer of the model")
     if problems:

@@ -3,7 +3,6 @@
 Knows shards and what stands beside them; no model is loaded.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from conch_dna.checkpoints import (
     DIGESTS,
+    parse_json,
     read_json,
     remove_folder,
     verify_folder,
@@ -174,12 +174,16 @@ def _shards(folder: Path) -> list[Path]:
 def _entries(path: Path) -> list[Any]:
     from safetensors import SafetensorError, safe_open
 
+    from conch_dna.training.data.target_shards import are_entries
+
     try:
         with safe_open(str(path), framework="numpy") as file:
-            entries = json.loads((file.metadata() or {})["entries"])
-        return [[str(key), int(start), int(end)] for key, start, end in entries] or [["", 0, 0]]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            entries: list[Any] = parse_json((file.metadata() or {})["entries"], path)
+    except (SafetensorError, OSError, KeyError) as error:
         raise NotWholeError(f"cache shard {path} is truncated or unreadable") from error
+    if not are_entries(entries):
+        raise NotWholeError(f"cache shard {path} does not say whose its rows are")
+    return entries
 
 
 def require_replaceable(folder: Path) -> None:

@@ -141,7 +141,7 @@ def open_shard(path: Path, identity: TargetIdentity) -> tuple[Shard, list[tuple[
         if metadata["identity"] != identity.digest:
             raise NotWholeError(f"cache shard {path} is of another teacher or other settings")
         entries = parse_json(listing, path)
-        if not _are_entries(entries):
+        if not are_entries(entries):
             raise NotWholeError(f"cache shard {path} does not say whose its rows are")
         shard = _FORMATS[metadata["format"]](file, identity, entries[-1][2])
     except (SafetensorError, KeyError, ValueError, IndexError, lzma.LZMAError) as error:
@@ -187,7 +187,7 @@ def _data_digest(listing: str, arrays: Arrays) -> str:
     return content_digest(listing, *parts)
 
 
-def _are_entries(entries: Any) -> bool:
+def are_entries(entries: Any) -> bool:
     """Whether something is digests of texts with their first rows and one after their last."""
     if not isinstance(entries, list) or not entries:
         return False

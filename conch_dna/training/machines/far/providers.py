@@ -14,6 +14,8 @@ from conch_dna.training.batches import Example
 
 # The smallest rest that float32 tells from nothing, where the others nearly sum to 1.
 SMALLEST_REST = 2.0**-24
+# To which rounded probabilities of different tokens may add up.
+_MOST = 1.02
 _BY_ID = "token_id:"
 
 
@@ -153,9 +155,11 @@ def outcomes_of(
         name: Of the text, for the message.
 
     Raises:
-        ConchError: A position has too few.
+        ConchError: A position has too few, or such as are none.
     """
     gold = np.array([own for _, own in rows], np.float32)
+    if not (np.isfinite(gold) & (np.exp(gold) <= _MOST)).all():
+        raise _impossible(name)
     if top_k == 0:
         return {"gold_log_prob": gold}
     ids = np.zeros((len(rows), top_k), np.uint32)
@@ -169,7 +173,10 @@ def outcomes_of(
                 f"of the teacher each: lower --top-k to {len(best)} or less"
             )
         ids[number], kept[number] = zip(*best, strict=True)
-    sums = np.exp(kept.astype(np.float64)).sum(axis=1)
+    with np.errstate(over="ignore"):
+        sums = np.exp(kept.astype(np.float64)).sum(axis=1)
+    if not (np.isfinite(kept).all() and (sums <= _MOST).all()):
+        raise _impossible(name)
     rest = np.log(np.maximum(1 - sums, SMALLEST_REST))[:, None]
     # Where the kept ones sum to a little more than 1, all are scaled.
     whole = np.log(sums[:, None] + np.exp(rest))
@@ -180,3 +187,10 @@ def outcomes_of(
         "log_rest": (rest - whole).astype(np.float32),
         "gold_log_prob": np.minimum(gold, 0),
     }
+
+
+def _impossible(name: str) -> ConchError:
+    return ConchError(
+        f"{name}: the server's log-probabilities are no distribution, such as one above 0, or "
+        "several that add up to more than 1: take another server, or `conch-dna teach serve` there"
+    )

@@ -16,7 +16,7 @@ from conch_dna.training.data.outcomes import TargetIdentity
 
 # Of `GET /teacher` and of what is asked for; a server that speaks another says so.
 FORMAT = 1
-# By which rounding may lift a log-probability above 0.
+# By which rounding may lift a log-probability above 0, or move the sum of all probabilities from 1.
 SLACK = 1e-3
 
 
@@ -91,6 +91,8 @@ def unpacked(
             found[name] = array = np.frombuffer(data, kind).reshape(shape)
             if not _possible(name, array, identity):
                 raise ValueError(f"{name} has impossible values")
+        if identity.top_k and not _are_outcomes(found, identity):
+            raise ValueError("the kept tokens and their rest are no distribution")
     except (KeyError, TypeError, ValueError) as error:
         raise ConchError(
             f"{server} sent targets that are not what was asked for ({error}): use the same "
@@ -107,3 +109,17 @@ def _possible(name: str, array: np.ndarray, identity: TargetIdentity) -> bool:
     # Nothing is left for the rest where all tokens are kept.
     finite = name == "log_rest" or bool(np.isfinite(array).all())
     return finite and (name == "log_normalizer" or bool((array <= SLACK).all()))
+
+
+def _are_outcomes(found: Mapping[str, np.ndarray], identity: TargetIdentity) -> bool:
+    """Whether no token is kept twice, and all outcomes add up to 1 at each temperature."""
+    ids = np.sort(found["kept_ids"], axis=1)
+    sound = bool((ids[:, 1:] > ids[:, :-1]).all())
+    kept, normalizer, rest = (
+        found[name].astype(np.float64) for name in ("kept_log_probs", "log_normalizer", "log_rest")
+    )
+    for column, t in enumerate(identity.temperatures):
+        with np.errstate(over="ignore"):
+            shares = np.exp(kept / t - normalizer[:, [column]]).sum(1) + np.exp(rest[:, column])
+        sound = sound and bool((abs(shares - 1) <= SLACK).all())
+    return sound
