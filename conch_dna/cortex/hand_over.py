@@ -156,7 +156,8 @@ def ego_answers(
 ) -> Sequence[Given]:
     """EGO's answers to turns that wait for it and are drawn alike, or why there is none.
 
-    A single one is drafted and ends at its stop, several are answered as a batch.
+    A single one is drafted and ends at its stop, several are answered as a batch. An API is let
+    finish, since it says only then how many tokens there were.
 
     Args:
         ego: Who answers.
@@ -165,7 +166,7 @@ def ego_answers(
         check: Called after each token; what it raises ends the work.
     """
     options, schema = turns[0].drawn
-    if len(turns) == 1 and turns[0].options.stop:
+    if len(turns) == 1 and turns[0].options.stop and not ego.config.is_endpoint:
         try:
             return [drained(ego_stream(ego, turns[0], drafts, check))]
         except EgoUnavailableError as error:

@@ -174,7 +174,6 @@ class Turn:
         """The same question, of which nothing has come yet, to be drawn by another seed."""
         other = copy(self)
         other.options = replace(self.options, seed=seed)
-        other.__dict__.pop("drawn", None)
         if self.request is not None:
             other.request = replace(self.request, seed=seed)
             other._begin()

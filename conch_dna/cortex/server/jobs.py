@@ -311,7 +311,8 @@ class EgoThread:
                 "check": partial(self._check, [job]),
                 "schema": options.schema if options.constrained else None,
             }
-            if job.stream or options.stop:
+            # An API says only at the end how many tokens there were.
+            if job.stream or (options.stop and not ego.config.is_endpoint):
                 pieces = pieces_before(ego.stream(turns, **how), options.stop)
                 answer = self._told(job, pieces) if job.stream else drained(pieces)
             else:
