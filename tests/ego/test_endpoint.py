@@ -261,6 +261,14 @@ def test_a_stream_may_be_left(api, ego):
     assert next(stream) == "word "
     stream.close()
     assert ego.generate("Why?") == "Yes."
+    # Told that it is enough, it hangs up and says what there was.
+    api.replies = [pieces(*["word "] * 200, delay_s=0.01)]
+    stream, began = ego.stream("Talk."), time.monotonic()
+    next(stream)
+    with pytest.raises(StopIteration) as ended:
+        stream.send(True)
+    assert ended.value.value == EgoAnswer("word ", "length", None)
+    assert time.monotonic() - began < 1.5
 
 
 def test_a_stream_that_breaks_off_is_told(api, ego):

@@ -158,7 +158,7 @@ def outcomes_of(
         ConchError: A position has too few, or such as are none.
     """
     gold = np.array([own for _, own in rows], np.float32)
-    if not (np.isfinite(gold) & (np.exp(gold) <= _MOST)).all():
+    if not (np.isfinite(gold) & (gold <= np.log(_MOST))).all():
         raise _impossible(name)
     if top_k == 0:
         return {"gold_log_prob": gold}
