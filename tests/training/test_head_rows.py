@@ -108,7 +108,7 @@ def test_a_text_with_such_a_token_is_refused_before_anything_runs(
 
 
 def test_a_prompt_with_such_a_token_is_refused(student, tmp_path):
-    config = KDConfig(**SETTINGS, output_dir=str(tmp_path))
+    config = KDConfig(**SETTINGS, output_dir=str(tmp_path), force=True)
     distiller = TrueKnowledgeDistiller(str(student), str(student), config)
     with pytest.raises(ConchError, match="prompt 2 has token 1536"):
         distiller.generate_training_data(["A cat", f"A {MARKER} cat"], "own")

@@ -74,7 +74,9 @@ def test_answers_to_come_are_bounded_from_above(teacher, student):
 def test_a_known_domain_needs_neither_data_nor_prompts(tmp_path):
     folder = make_model_folder(tmp_path / "long", max_position_embeddings=4096)
     source = ModelSource(str(folder))
-    found = plan(source, source, domain="thinking")
+    with pytest.raises(ConchError, match="reads nothing that the student does not"):
+        plan(source, source, domain="thinking")
+    found = plan(source, source, domain="thinking", config={"force": True})
     known = DOMAIN_PROMPTS["thinking"]
     lengths = [len(prompt_ids(source.tokenizer, p, known["system"])) for p in known["examples"]]
     assert found["examples"] == len(known["examples"])
