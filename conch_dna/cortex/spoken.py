@@ -4,7 +4,7 @@ Knows text alone; nothing of tokens or models. Another kind of part: a state in 
 mlx_lm's machine.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -130,11 +130,18 @@ def pieces_before(
         pieces.close()
 
 
-def drained(pieces: Generator[str, None, T]) -> T:
-    """What pieces end with, when none of them is wanted."""
+def drained(pieces: Generator[str, None, T], take: Callable[[str], None] = lambda piece: None) -> T:
+    """What pieces end with.
+
+    Args:
+        pieces: Closed afterwards.
+        take: Gets each; what it raises ends them.
+    """
     try:
         while True:
-            next(pieces)
+            take(next(pieces))
     except StopIteration as end:
         whole: T = end.value
         return whole
+    finally:
+        pieces.close()

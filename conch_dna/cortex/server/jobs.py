@@ -286,15 +286,12 @@ class EgoThread:
 
     def _told(self, job: Job, pieces: Generator[str, None, T]) -> T:
         """Tell a job the pieces of its answer as they come; gives what they end with."""
-        try:
-            while True:
-                self._tell(job, next(pieces))
-                self._check([job])
-        except StopIteration as end:
-            whole: T = end.value
-            return whole
-        finally:
-            pieces.close()
+
+        def take(piece: str) -> None:
+            self._tell(job, piece)
+            self._check([job])
+
+        return drained(pieces, take)
 
     def _by_name(self, job: Job) -> Answer | ApiError:
         """EGO as the model that was asked for."""
