@@ -90,7 +90,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[Path], None]) 
     with _whole_or_absent(path, undo):
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
-            _remove_left(path)
+            remove_left(path)
             content(temporary)
         elif isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
@@ -287,7 +287,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     with _whole_or_absent(path, undo):
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_left(path)
+        remove_left(path)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
@@ -411,7 +411,7 @@ def remove_unfinished(parent: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_left(path: Path) -> None:
+def remove_left(path: Path) -> None:
     """Delete what killed processes left when they wrote a path; others' and what runs stays."""
     for left in path.parent.glob(f"{_TEMPORARY}*-{escape(path.name)}"):
         with suppress(PermissionError, ValueError):

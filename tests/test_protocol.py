@@ -11,7 +11,7 @@ SCRIPTS = sorted(
     path.name
     for path in (ROOT / "tests" / "benchmarks").glob("*.py")
     # These belong to the scripts that import them.
-    if path.name not in ("_setting.py", "_kill_operations.py")
+    if path.name not in ("_setting.py", "_kill_operations.py", "_kill_exports.py")
 )
 
 

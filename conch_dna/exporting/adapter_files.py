@@ -71,7 +71,7 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
 
     Args:
         adapter: That fits its model; else it is refused.
-        path: Of the file; neither it nor its Modelfile must be there.
+        path: Of the file; neither it nor another Modelfile of its name must be there.
         kind: Of its numbers; see `settings.GGUF_KINDS`.
         report: Gets the progress, and what the Modelfile lacks.
 
@@ -80,9 +80,10 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
     """
     require_free(path)
     beside = modelfile_path(path)
-    require_free(beside)
     architecture_of(adapter.base)
     text, lacks = modelfile(adapter, path.name)
+    if not _holds(beside, text):
+        require_free(beside)
     for lack in lacks:
         report("message", {"message": f"warning: {beside.name}: {lack}"})
     _, adapted = adapter.load()
@@ -95,6 +96,14 @@ def export_gguf(adapter: AdapterSource, path: Path, kind: str, report: Report) -
             path, lambda file: write_gguf_model(file, adapter.base, weights, kind, report)
         )
         undo.pop_all()
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file says just that, as one does that an export left which was killed."""
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 def modelfile_path(path: Path) -> Path:

@@ -18,6 +18,7 @@ from conch_dna.checkpoints import (
     differences,
     read_json,
     remove_folder,
+    remove_left,
     remove_unfinished,
     verify_folder,
     write_json,
@@ -62,13 +63,23 @@ class WorkFolder:
         if self.place.exists() and not (self.place / marker).is_file():
             raise ConchError(f"{self.place} is there and is no {self.thing}: name another folder")
         if self.place.exists() and not overwrite:
+            remove_left(self.path)
+            if self._was_killed_last():
+                self.remove()
             raise ConchError(f"{self.place} is there: add --overwrite, or name another folder")
+
+    def _was_killed_last(self) -> bool:
+        """Whether what stands at the place is what lies in here, so that nothing is left to do."""
+        there = {(each.stat().st_dev, each.stat().st_ino) for each in self.place.iterdir()}
+        within = (each.stat() for each in self.path.glob("*/*") if each.is_file())
+        return any((each.st_dev, each.st_ino) in there for each in within)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other processes out, and removes what a killed one left half-written."""
         with FolderLock(self.path, elsewhere="choose another folder"):
             remove_unfinished(self.path)
+            remove_left(self.path)
             yield
 
     def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -129,7 +140,8 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Nothing in it is needed any more."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.is_dir():
+            remove_folder(self.path)
 
 
 def _same_file(source: Path, target: Path) -> None:

@@ -61,7 +61,14 @@ REPORT_S = 1.0
 LOADING = "loading the models and the store"
 # Fields of ChelationConfig that are options of a learning command.
 OF_CYCLE = ("threshold", "learning_rate", "epochs")
-OF_DISTILLATION = ("batch_size", "offline_learning_rate", "offline_epochs", "adapter")
+OF_DISTILLATION = (
+    "batch_size",
+    "offline_learning_rate",
+    "offline_epochs",
+    "adapter",
+    "train_student",
+    "table_strength",
+)
 OFFLINE_NAMES = {"offline_learning_rate": ("--learning-rate",), "offline_epochs": ("--epochs",)}
 
 
@@ -251,6 +258,7 @@ def cycle(json_file: str | None, **options: Any) -> None:
 @command(
     "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2",
     "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2 --space asymmetric",
+    "conch-dna sediment distill papers --teacher all-MiniLM-L6-v2 --train-student",
     headings={
         "Store": "collection",
         "Models": "model",
@@ -266,9 +274,13 @@ def cycle(json_file: str | None, **options: Any) -> None:
 def distill(json_file: str | None, **options: Any) -> None:
     """Learn from a teacher's vectors of all documents; the mode is offline unless named.
 
-    Exit code 1 says that the gate refused the change.
+    With --train-student the teacher's weight is 1 unless named. Exit code 1 says that the gate
+    refused the change.
     """
-    _change("distillation", settings(options, training_mode="offline"), json_file, options)
+    implied: dict[str, Any] = {"training_mode": "offline"}
+    if options["train_student"]:
+        implied["teacher_weight"] = 1.0
+    _change("distillation", settings(options, **implied), json_file, options)
 
 
 def _change(
@@ -401,7 +413,7 @@ def export(folder: str, version: str | None, **options: Any) -> None:
         if name not in names:
             raise ConchError(f"the store has no version {name}: it has {', '.join(names)}")
         engine.store.check(name)
-        student = engine.student
+        student = engine.versions.student(name)
         if not isinstance(student, LocalEmbedder):
             raise ConchError(
                 f"the student {student.name} is no model of this machine: only those of "

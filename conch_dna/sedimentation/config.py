@@ -70,6 +70,13 @@ class ChelationConfig:
     adapter: str = option("ridge", "Kind of adapter.", choices=KINDS[1:])
     ridge_strength: float = option(0.01, "Lambda of the ridge.", above=0)
     rank: int = option(32, "Rank of a low-rank adapter.", low=1)
+    train_student: bool = option(
+        False,
+        "Fit the static student's own table of tokens to the teacher, in place of an adapter.",
+    )
+    table_strength: float = option(
+        0.2, "What holds tokens where a map would take them, while their table is fitted.", above=0
+    )
     hidden: int = option(256, "Width of a residual adapter's network.", low=1)
     held_out: float = option(
         0.1, "Share of the pairs that only decide when training ends.", above=0, below=1

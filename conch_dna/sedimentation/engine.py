@@ -37,6 +37,7 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.deletion import delete, recovered
 from conch_dna.sedimentation.documents import DocumentId, read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.intake import Intake
 from conch_dna.sedimentation.results import (
@@ -177,7 +178,9 @@ class AntigravityEngine:
                 keep_queries=self.config.log_queries,
             )
             unfinished = recovered(self.store, self.log)
-            self.versions = Versions(self.store, self.state / VERSIONS, self.student.dimension)
+            self.versions = Versions(
+                self.store, self.state / VERSIONS, self.student.dimension, self.student
+            )
             self._neighbourhoods = Neighbourhoods(
                 self.store, self.log, self.config, self.state, self.student.digest
             )
@@ -285,8 +288,7 @@ class AntigravityEngine:
         if not queries:
             return []
         version = self.versions.active
-        raw = self.student.queries(queries).all_vectors(what="queries")
-        vectors = self.versions.adapter(version).apply(raw)
+        vectors = self.versions.embed([version], queries, queries=True, what="queries")[version]
         fused = self.config.fusion == "rrf"
         wanted = max(top_k, self.config.top_k, FUSED if fused else 0)
         hits = self.store.search(vectors, version=version, top_k=wanted, where=where)
@@ -358,7 +360,8 @@ class AntigravityEngine:
             epochs: Most passes over the pairs of a residual adapter.
 
         Raises:
-            ConchError: There is no teacher, or a setting is out of its range.
+            ConchError: There is no teacher, a setting is out of its range, or `train_student` is
+                set and the student is not a static one.
         """
         if self.helper is None:
             raise ConchError(
@@ -368,7 +371,14 @@ class AntigravityEngine:
         config = self.config.having(
             batch_size=batch_size, offline_learning_rate=learning_rate, offline_epochs=epochs
         )
-        learn = partial(adapter_from_teacher, self.store, self.helper, config, report=self.report)
+        learn = partial(
+            adapter_from_teacher,
+            self.store,
+            self.helper,
+            config,
+            trained=static_model(self.student) if config.train_student else None,
+            report=self.report,
+        )
         return self._change("distillation", learn)
 
     def _change(self, kind: str, learn: Callable[..., LearnedAdapter]) -> ChangeResult:
@@ -407,11 +417,13 @@ class AntigravityEngine:
         of_teacher = origin["documents"] == OF_TEACHER
         embed = self._teacher().get_teacher_embeddings if of_teacher else None
         self.report("phase", {"name": "rewriting", "total": documents, "unit": "documents"})
-        self.versions.build(name, learned.adapter, origin, embed=embed, report=self.report)
+        self.versions.build(
+            name, learned.adapter, origin, student=learned.student, embed=embed, report=self.report
+        )
         lap("rewrite")
         self.report("phase", {"name": "asking held-out queries", "total": 0, "unit": ""})
         against = list(dict.fromkeys([active, RAW]))
-        found = measures(self.versions, evidence, self.student, [*against, name], self.helper)
+        found = measures(self.versions, evidence, [*against, name], self.helper)
         decision = decide(found, self.config, against=against)
         lap("gate")
         # The history first: what is active without an entry would have no reason.
@@ -456,7 +468,7 @@ class AntigravityEngine:
         evidence = self._judged or draw_about(
             self.store, self.gate_history(), active, sample=sample
         )
-        quality = measures(self.versions, evidence, self.student, (active,), self.helper)
+        quality = measures(self.versions, evidence, (active,), self.helper)
         return {name: float(figures.mean()) for name, (figures,) in quality.items()}
 
     def rollback(self) -> str:

@@ -85,7 +85,7 @@ class Intake:
             if source == OF_TEACHER:
                 vectors[name] = np.stack([teacher_rows[n] for n in numbers])
             else:
-                vectors[name] = self.versions.adapter(name).apply(raw)
+                vectors[name] = self._adapted(name, raw, [texts[n] for n in numbers])
         documents = [documents[n] for n in numbers]
         store.put(
             [document.id for document in documents],
@@ -95,6 +95,11 @@ class Intake:
         )
         for document in documents:
             counts["updated" if document.id in digests else "added"] += 1
+
+    def _adapted(self, name: str, raw: np.ndarray, texts: list[str]) -> np.ndarray:
+        if self.versions.own_student(name) is None:
+            return self.versions.adapter(name).apply(raw)
+        return self.versions.embed([name], texts, queries=False, what="documents")[name]
 
     def _storable(self, document: Document) -> bool:
         """Whether a store could give it back; if not, the reason is among the errors."""

@@ -234,8 +234,9 @@ def _made_from(status: Mapping[str, Any], name: str) -> str:
     origin = version["origin"]
     teacher = f" by {origin['teacher']}" if origin.get("teacher") else ""
     carried = "the teacher's own" if origin["documents"] == "teacher" else "adapted"
+    own = "a table of its own, " if origin.get("own_student") else ""
     return (
-        f"{origin['kind']} ({origin['mode']}){teacher}, {version['adapter']} adapter, "
+        f"{origin['kind']} ({origin['mode']}){teacher}, {own}{version['adapter']} adapter, "
         f"{version['out_dimension']} dimensions, documents' vectors {carried}"
     )
 

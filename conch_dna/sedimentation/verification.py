@@ -15,6 +15,12 @@ from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_files, read_events
 from conch_dna.sedimentation.changes.collapse import NULL, CollapseNull
 from conch_dna.sedimentation.changes.gate import GATE_HISTORY, read_history
+from conch_dna.sedimentation.changes.versions import (
+    OWN_STUDENT,
+    STUDENT_FOLDER,
+    opened_student,
+    origin_of,
+)
 from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document
 from conch_dna.sedimentation.embedders.teachers import count_cached
@@ -64,8 +70,8 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
             look(f"null of version {path.stem.removeprefix(NULL)}", partial(_null, path))
         if (folder / TEACHER_VECTORS).is_dir():
             look("teacher vectors", lambda: f"{count_cached(folder / TEACHER_VECTORS):,}")
-        adapters = sorted(path for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
-        names = [path.name for path in adapters]
+        found_there = (path.name for path in (folder / VERSIONS).glob("[!.]*") if path.is_dir())
+        names = [each for each in found_there if not each.endswith(STUDENT_FOLDER)]
         try:
             store = _opened(place)
         except NotWholeError as error:
@@ -86,6 +92,9 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
                 names = [each for each in (store.active, store.previous) if each not in (RAW, None)]
         for name in sorted(names):
             look(f"adapter of version {name}", partial(_adapter, folder / VERSIONS / name))
+            with suppress(NotWholeError):
+                if own := origin_of(folder / VERSIONS / name).get(OWN_STUDENT):
+                    look(f"student of version {name}", partial(_student, folder, name, own))
     return parts
 
 
@@ -143,6 +152,12 @@ def _adapter(folder: Path) -> str:
     verify_folder(folder)
     adapter = EmbeddingAdapter.load(folder)
     return f"{adapter.kind}, {adapter.in_dimension} to {adapter.out_dimension} dimensions"
+
+
+def _student(folder: Path, name: str, digest: str) -> str:
+    student = opened_student(folder / VERSIONS, name, digest)
+    verify_folder(folder / VERSIONS / f"{name}{STUDENT_FOLDER}")
+    return f"{student.dimension} dimensions"
 
 
 def _altered(store: VectorStore) -> str:

@@ -338,6 +338,25 @@ class Operations:
 
         return Operation(self.folder / "nothing", self._learn, lost, self.store.facts)
 
+    def table(self) -> Operation:
+        """A store with an active version gets one that has a student of its own."""
+        base, ids = self._learned(), self._corpus(0, 120)[1]
+        how = ("--teacher", self.models["teacher"], "--train-student")
+
+        def lost(folder: Path, runs: list[str]) -> list[str]:
+            return self.store.so_far(folder, there=ids, gone=set(), may_be=set(), learned=True)
+
+        def result(folder: Path) -> Facts:
+            facts = self.store.facts(folder)
+            return {**facts, **files(folder, "db/versions/*-student/model.safetensors")}
+
+        return Operation(
+            base,
+            lambda folder: [["sediment", "distill", str(folder / "db"), *how]],
+            lost,
+            result,
+        )
+
     def ingest(self) -> Operation:
         """Documents join a store that has an active version, a file after the other."""
         base, first = self._learned(), self._corpus(0, 120)[1]
@@ -457,6 +476,7 @@ NAMES = (
     "self_taught",
     "ingest",
     "activation",
+    "table",
     "deletion",
     "promotion",
     "retraining",

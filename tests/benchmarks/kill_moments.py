@@ -6,7 +6,8 @@ Each command runs in a process of its own, forked from one that has imported the
 computed nothing. SIGKILL comes at a moment drawn from the time that a whole run takes, or, every
 second time, before a drawn change of a file (an open to write, a rename, a deletion), as Python's
 audit events tell it. What it left is opened in a copy; then the same command goes on, and one time
-in three is killed again. What is killed is in _kill_operations.py.
+in three is killed again. What is killed is in _kill_operations.py
+and _kill_exports.py.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _kill_operations import NAMES, Command, Facts, Operation, Operations, done_of
+from _kill_exports import NAMES, Exports
+from _kill_operations import Command, Facts, Operation, done_of
 from _setting import TESTS, print_setting
 
 PRELOADED = [
@@ -45,8 +47,8 @@ PRELOADED = [
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 WRITES = os.O_WRONLY | os.O_RDWR
 NEVER = sys.maxsize
-# What was killed between deleting and saying so is refused the second time; the result tells.
-ALREADY = re.compile("has no document .*: nothing was deleted")
+# What was killed between its last file and saying so is refused the second time; the result tells.
+ALREADY = re.compile("has no document .*: nothing was deleted|is there: (name another|add --over)")
 LONGEST_S = 120.0
 
 
@@ -269,7 +271,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name).resolve()
         runner = Runner(root)
-        operations = Operations(root, runner.whole, runner.judged)
+        operations = Exports(root, runner.whole, runner.judged)
         made = {each: getattr(operations, each)() for each in options.only}
         there = {each: operation for each, operation in made.items() if operation}
         for number, (each, operation) in enumerate(there.items()):

@@ -331,6 +331,13 @@ class TestExport:
         assert (tmp_path / "m.Modelfile").read_text() == "mine"
         assert not (tmp_path / "m.gguf").exists()
 
+    def test_one_that_a_killed_export_left_is_in_nobodys_way(self, tmp_path):
+        adapter = exportable(tmp_path)
+        export_gguf(adapter, tmp_path / "m.gguf", "f16", silent)
+        (tmp_path / "m.gguf").unlink()
+        export_gguf(adapter, tmp_path / "m.gguf", "f16", silent)
+        assert (tmp_path / "m.gguf").exists()
+
     def test_without_the_model_there_is_none(self, tmp_path):
         adapter = exportable(tmp_path)
         path = adapter.base.folder / "config.json"

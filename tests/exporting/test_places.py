@@ -1,6 +1,7 @@
 """Where things are to stand: taken, nameless and foreign places; what is looked at before."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,21 @@ class TestWorkFolder:
             assert (work.path / "candidate").is_dir()
             work.begin({"a": 1}, resume=False, overwrite=True)
             assert not (work.path / "candidate").exists()
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_what_was_killed_while_it_removed_its_folder(self, tmp_path, finished):
+        work = WorkFolder(tmp_path / "out", "fusing", "model", silent)
+        made = work.path / "candidate" / "config.json"
+        made.parent.mkdir(parents=True)
+        made.write_text("{}")
+        (tmp_path / "out").mkdir()
+        if finished:
+            os.link(made, tmp_path / "out" / "config.json")
+        else:
+            (tmp_path / "out" / "config.json").write_text("{}")
+        with pytest.raises(ConchError, match="is there: add --overwrite"):
+            work.require_place("config.json", overwrite=False)
+        assert work.path.exists() != finished
 
 
 def peft_of(model: Path, tmp_path: Path) -> Path:

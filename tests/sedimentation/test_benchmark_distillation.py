@@ -139,6 +139,8 @@ def test_there_is_a_row_for_every_mode_and_cycle(document):
             for n in (1, 2)
         ),
         "asymmetric",
+        "own table",
+        "own table, asymmetric",
         *(f"offline symmetric, teacher_weight {weight:g}" for weight in WEIGHTS),
         FUSION,
     ]

@@ -272,7 +272,7 @@ def test_a_teacher_that_knows_nothing_is_refused(models: dict[str, str], tmp_pat
 def slow_decline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every version answers every query by 0.003 worse than the one before."""
 
-    def made_up(versions: Any, evidence: Any, student: Any, names: Any, helper: Any) -> Any:
+    def made_up(versions: Any, evidence: Any, names: Any, helper: Any) -> Any:
         losses = [0.0 if name == RAW else 0.003 * int(name[1:]) for name in names]
         return {"nDCG@10": [np.full(len(evidence.texts), 0.5 - loss) for loss in losses]}
 
@@ -572,7 +572,7 @@ def test_an_adapter_of_another_store_is_refused(
     EmbeddingAdapter.identity(7).save(folder, {"documents": "adapted"})
     with (
         opened(models, tmp_path / "db") as engine,
-        pytest.raises(NotWholeError, match="maps vectors of 7 dimensions, but the store's raw"),
+        pytest.raises(NotWholeError, match="maps vectors of 7 dimensions, but the store has"),
     ):
         engine.run_inference(documents(1)[0]["title"])
     own.save(folder, {"documents": "other"})

@@ -60,10 +60,10 @@ def test_the_rest_of_a_document_stands_for_it(
 ) -> None:
     """Against float64: all documents, those held out without their titles."""
     student, helper = models
-    versions = Versions(store, tmp_path, student.dimension)
+    versions = Versions(store, tmp_path, student.dimension, student)
     evidence = Evidence.of_corpus(store, sample=15)
     assert evidence.pseudo and len(evidence.rests) == 15
-    found = measures(versions, evidence, student, (RAW, RAW), helper)
+    found = measures(versions, evidence, (RAW, RAW), helper)
     assert set(found) == {"nDCG@10", "teacher agreement"}
     before, after = found["nDCG@10"]
     np.testing.assert_array_equal(before, after)
@@ -98,14 +98,14 @@ def test_a_candidates_queries_go_through_its_own_adapter(
     models: tuple[Embedder, TeacherDistillationHelper], store: VectorStore, tmp_path: Path
 ) -> None:
     student, helper = models
-    versions = Versions(store, tmp_path, student.dimension)
+    versions = Versions(store, tmp_path, student.dimension, student)
     texts = [f"{each['title']} {each['text']}" for each in documents(60)]
     raw, targets = student.documents(texts).vectors, helper.get_teacher_embeddings(texts)
     versions.build(
         "v0001", linear_adapter("ridge", PairSums.of(raw, targets)), {"documents": "adapted"}
     )
     evidence = Evidence.of_corpus(store, sample=15)
-    before, after = measures(versions, evidence, student, (RAW, "v0001"), None)["nDCG@10"]
+    before, after = measures(versions, evidence, (RAW, "v0001"), None)["nDCG@10"]
     assert not np.array_equal(before, after)
 
 
@@ -121,9 +121,9 @@ def test_no_queries_are_no_evidence(
     models: tuple[Embedder, TeacherDistillationHelper], store: VectorStore, tmp_path: Path
 ) -> None:
     student, helper = models
-    versions = Versions(store, tmp_path, student.dimension)
+    versions = Versions(store, tmp_path, student.dimension, student)
     none = Evidence(names=[], texts=[], judgements={})
-    assert measures(versions, none, student, (RAW, RAW), helper) == {}
+    assert measures(versions, none, (RAW, RAW), helper) == {}
 
 
 def corpus(rows: list[tuple[Any, str, str]]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
+from conch_dna.sedimentation.adapters.token_table import token_vectors
 
 
 def export_sentence_transformer(student: Any, adapter: EmbeddingAdapter, folder: Path) -> None:
@@ -78,18 +79,10 @@ def _static_embedding(student: Any) -> Any:
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
 
-    table = np.asarray(student.embedding, np.float32)
-    if student.token_mapping is not None:
-        table = table[student.token_mapping]
-    if student.weights is not None:
-        table = table * student.weights[:, None]
-    table = np.array(table, np.float32)
-    if student.unk_token_id is not None:
-        table[student.unk_token_id] = 0
     # The library changes the tokenizer that it is given; the student keeps its own.
     tokenizer = Tokenizer.from_str(student.tokenizer.to_str())
     tokenizer.no_truncation()
-    return StaticEmbedding(tokenizer, embedding_weights=table)
+    return StaticEmbedding(tokenizer, embedding_weights=token_vectors(student))
 
 
 def _adapter_modules(adapter: EmbeddingAdapter) -> list[Any]:

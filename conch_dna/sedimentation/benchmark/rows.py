@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -39,6 +39,7 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 )
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId
+from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
 from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, word_index
@@ -138,6 +139,7 @@ class Benchmark:
     # Rankings of the student's rows, of which the best is fused.
     _dense: dict[str, list[list[DocumentId]]] = field(default_factory=dict, init=False)
     _models: dict[str, Any] = field(default_factory=dict, init=False)
+    _is_static: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         settings, seed = self.settings, self.settings.config.seed
@@ -158,6 +160,9 @@ class Benchmark:
         for mode in MODES:
             self._cycles(mode)
         self._distilled("asymmetric", space="asymmetric")
+        if self._is_static:
+            self._distilled("own table", train_student=True)
+            self._distilled("own table, asymmetric", space="asymmetric", train_student=True)
         if self.settings.sweep:
             for weight in SWEPT:
                 name = f"offline symmetric, teacher_weight {weight:g}"
@@ -219,6 +224,8 @@ class Benchmark:
                 seconds["embedding"] += result.embedding_seconds
                 errors |= result.errors
                 self.report("advance", {"by": len(part)})
+            with suppress(ConchError):
+                self._is_static = static_model(engine.student) is not None
             identity = dict(engine.store.identity)
             self._models["student"] = {"name": identity.pop("student"), **identity}
             failed = {"not_embedded": {str(each): why for each, why in errors.items()}}
@@ -319,7 +326,8 @@ class Benchmark:
         settings, place = self.settings, self.folder / name
         if name != UNTOUCHED:
             shutil.copytree(self.folder / UNTOUCHED, place)
-        modes = {"training_mode": "baseline", "space": "symmetric", "fusion": "none"}
+        modes: dict[str, Any] = {"training_mode": "baseline", "space": "symmetric"}
+        modes |= {"fusion": "none", "train_student": False}
         with AntigravityEngine(
             place,
             settings.student,

@@ -119,8 +119,7 @@ def answers(
     """
     began = time.perf_counter()
     version = engine.versions.active
-    raw = engine.student.queries(queries).all_vectors(what="queries")
-    vectors = engine.versions.adapter(version).apply(raw)
+    vectors = engine.versions.embed([version], queries, queries=True, what="queries")[version]
     embedded = time.perf_counter()
     rankings = rankings_of(engine.store, vectors, version=version)
     if engine.config.fusion == "rrf":

@@ -287,6 +287,11 @@ def sample_rank(identifier: DocumentId, *, seed: int) -> str:
     return content_digest(str(seed), repr(identifier))
 
 
+def is_within(rank: str, share: float) -> bool:
+    """Whether a document of this `sample_rank` is among a share of all, whatever their number."""
+    return int(rank[:8], 16) < share * 16**8
+
+
 def noise_centres(
     neighbourhoods: Iterable[Sequence[DocumentId]],
     documents: Sequence[DocumentId],

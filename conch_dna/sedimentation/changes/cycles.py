@@ -22,8 +22,15 @@ from conch_dna.sedimentation.adapters.teacher_alignment import (
     generate_hybrid_targets,
     scheduled_weights,
 )
+from conch_dna.sedimentation.adapters.token_table import MOST_TEXTS, TablePairs
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
-from conch_dna.sedimentation.changes.collapse import homeostatic_targets, noise_centres, sampled
+from conch_dna.sedimentation.changes.collapse import (
+    homeostatic_targets,
+    is_within,
+    noise_centres,
+    sample_rank,
+    sampled,
+)
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     targets_with_fallback,
@@ -32,6 +39,8 @@ from conch_dna.sedimentation.changes.versions import ADAPTED, OF_TEACHER, Versio
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.embedders.contract import Embedded
+from conch_dna.sedimentation.embedders.local import static_model
+from conch_dna.sedimentation.embedders.static_folder import with_table
 from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
 
 # Pairs on which a distillation brings the two spaces together before they are mixed.
@@ -56,6 +65,7 @@ class LearnedAdapter:
         adapter: From raw vectors.
         origin: For its folder; `documents` says what the documents carry.
         documents: How many it learned from.
+        student: A model2vec `StaticModel` whose vectors the adapter is for, if not the store's.
         steps: How many targets came from each step of the fallback chain.
         reasons: Why steps of that chain were left.
     """
@@ -63,6 +73,7 @@ class LearnedAdapter:
     adapter: EmbeddingAdapter
     origin: dict[str, Any]
     documents: int
+    student: Any = None
     steps: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -73,6 +84,7 @@ def adapter_from_teacher(
     config: ChelationConfig,
     *,
     without: Callable[[DocumentId], bool],
+    trained: Any = None,
     report: Report = silent,
 ) -> LearnedAdapter:
     """From the raw vectors to the teacher's targets of all documents but those held out.
@@ -86,6 +98,8 @@ def adapter_from_teacher(
         helper: The teacher.
         config: Kind of adapter, weight, and the settings of an offline training.
         without: Whether a document is held out.
+        trained: The store's student, a model2vec `StaticModel`, if its table is to be fitted, to
+            MOST_TEXTS documents at most, in place of an adapter.
         report: Gets the phase, and ("advance", …) for each page; see `progress.Progress`.
 
     Raises:
@@ -99,9 +113,12 @@ def adapter_from_teacher(
     alignment = None if weight == 1 else _first_pairs_alignment(store, helper, without)
     report("phase", {"name": "learning", "total": store.count(RAW), "unit": "documents"})
     sums: PairSums | None = None
+    table = TablePairs(trained) if trained is not None else None
+    if table is not None and (count := store.count(RAW)) > MOST_TEXTS:
+        without = _also_without(without, MOST_TEXTS / count)
     skipped, reasons = 0, []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    for rows, embedded in _teacher_pairs(store, helper, without, report):
+    for texts, rows, embedded in _teacher_pairs(store, helper, without, report):
         if embedded.errors:
             skipped += len(embedded.errors)
             reasons.append(next(iter(embedded.errors.values())))
@@ -112,14 +129,24 @@ def adapter_from_teacher(
             targets = generate_hybrid_targets(rows, alignment.apply(targets), weight)
         sums = sums or PairSums(rows.shape[1], targets.shape[1])
         sums.add(rows, targets)
-        if config.adapter == "residual":
+        if table is not None:
+            table.add(texts, targets)
+        elif config.adapter == "residual":
             pairs.append((rows, targets))
     if sums is None:
         raise ConchError(
             f"the teacher could embed none of {store.count(RAW)} documents"
             + (f": {reasons[0]}" if reasons else "; ingest some first")
         )
-    adapter = linear_adapter(config.adapter, sums, strength=config.ridge_strength, rank=config.rank)
+    student = None
+    if table is not None:
+        report("phase", {"name": f"fitting the table to {len(table):,} documents"})
+        student = with_table(trained, table.solve(config.table_strength))
+        figures = {"pairs": len(table), "strength": config.table_strength}
+        adapter = replace(EmbeddingAdapter.identity(sums.out_dimension), figures=figures)
+    else:
+        strength, rank = config.ridge_strength, config.rank
+        adapter = linear_adapter(config.adapter, sums, strength=strength, rank=rank)
     if pairs:
         rate, epochs = config.offline_learning_rate, config.offline_epochs
         offline = replace(config, learning_rate=rate, epochs=epochs)
@@ -132,6 +159,7 @@ def adapter_from_teacher(
             **_teacher_origin(helper),
         },
         documents=sums.pairs,
+        student=student,
         steps={"teacher": sums.pairs, "skipped": skipped},
         reasons=reasons,
     )
@@ -142,13 +170,24 @@ def _teacher_pairs(
     helper: TeacherDistillationHelper,
     held_out: Callable[[DocumentId], bool],
     report: Report = silent,
-) -> Iterator[tuple[np.ndarray, Embedded]]:
-    """Raw vectors `[n, D]` and what the teacher made of the same documents, a page at a time."""
+) -> Iterator[tuple[list[str], np.ndarray, Embedded]]:
+    """Texts, raw vectors `[n, D]` and the teacher's of the same documents, a page at a time."""
     for page in store.pages(RAW):
         rows = [number for number, each in enumerate(page.ids) if not held_out(each)]
-        embedded = helper.embed([embedded_text(page.payloads[number]) for number in rows])
+        texts = [embedded_text(page.payloads[number]) for number in rows]
+        embedded = helper.embed(texts)
         report("advance", {"by": len(page.ids)})
-        yield page.vectors[[rows[number] for number in embedded.kept]], embedded
+        raw = page.vectors[[rows[number] for number in embedded.kept]]
+        yield [texts[number] for number in embedded.kept], raw, embedded
+
+
+def _also_without(without: Callable[[DocumentId], bool], share: float) -> Callable[..., bool]:
+    """What leaves out so many documents more that about this share of all is left."""
+
+    def left_out(identifier: DocumentId) -> bool:
+        return without(identifier) or not is_within(sample_rank(identifier, seed=1), share)
+
+    return left_out
 
 
 def _first_pairs_alignment(
@@ -157,7 +196,7 @@ def _first_pairs_alignment(
     """Teacher's space to student's, from the first pairs of the store."""
     raw: list[np.ndarray] = []
     vectors: list[np.ndarray] = []
-    for rows, embedded in _teacher_pairs(store, helper, held_out):
+    for _, rows, embedded in _teacher_pairs(store, helper, held_out):
         raw.append(rows)
         vectors.append(embedded.vectors)
         if sum(map(len, raw)) >= ALIGNED_PAIRS:
@@ -207,11 +246,12 @@ def adapter_from_log(
         )
     adapter = versions.adapter(active)
     page = store.get(chosen, RAW)
-    current = adapter.apply(page.vectors)
+    own = versions.before_adapter(active, page)
+    current = adapter.apply(own)
     teacher = None if config.training_mode == "baseline" else helper
     push = partial(
         homeostatic_targets,
-        centres=_noise_centres(store, log, adapter, page, active),
+        centres=_noise_centres(versions, log, page),
         push=config.homeostatic_push,
     )
     chain = targets_with_fallback(
@@ -219,13 +259,15 @@ def adapter_from_log(
         current,
         helper=teacher,
         homeostatic=None if config.training_mode == "offline" else push,
-        alignment=_sample_alignment(store, adapter, teacher, without, config) if teacher else None,
+        alignment=_sample_alignment(versions, teacher, without, config) if teacher else None,
     )
     weights = scheduled_weights(config)
     moving, count = set(chosen), max(ANCHORS, ANCHORS_EACH * len(chosen))
     still = partial(sampled, store, sample=count, seed=config.seed)
-    anchors = still(without=lambda each: each in moving or without(each)).vectors
-    rows = np.concatenate([page.vectors[chain.kept], anchors])
+    anchors = versions.before_adapter(
+        active, still(without=lambda each: each in moving or without(each))
+    )
+    rows = np.concatenate([own[chain.kept], anchors])
     stay = adapter.apply(anchors)
 
     def targets_of(epoch: int) -> np.ndarray:
@@ -254,6 +296,7 @@ def adapter_from_log(
             **(_teacher_origin(teacher) if teacher else {}),
         },
         documents=len(chosen),
+        student=static_model(student) if (student := versions.own_student(active)) else None,
         steps=chain.counts,
         reasons=chain.reasons,
     )
@@ -299,21 +342,20 @@ def corrected(
     return replace(ridge, figures=figures)
 
 
-def _noise_centres(
-    store: VectorStore, log: ChelationLog, adapter: EmbeddingAdapter, page: Page, version: str
-) -> np.ndarray:
-    """Of logged documents, in the space of the version whose events they are of."""
-    chosen = set(page.ids)
-    events = [event.neighbourhood for event in log.events(version=version)]
+def _noise_centres(versions: Versions, log: ChelationLog, page: Page) -> np.ndarray:
+    """Of logged documents, in the space of the active version, whose events they are of."""
+    chosen, active = set(page.ids), versions.active
+    events = [event.neighbourhood for event in log.events(version=active)]
     events = [members for members in events if chosen & set(members)]
-    crowd = store.get(list(dict.fromkeys(each for members in events for each in members)), RAW)
-    vectors = dict(zip(crowd.ids, adapter.apply(crowd.vectors), strict=True))
+    members = list(dict.fromkeys(each for members in events for each in members))
+    crowd = versions.store.get(members, RAW)
+    rows = versions.adapter(active).apply(versions.before_adapter(active, crowd))
+    vectors = dict(zip(crowd.ids, rows, strict=True))
     return noise_centres(events, page.ids, vectors)
 
 
 def _sample_alignment(
-    store: VectorStore,
-    adapter: EmbeddingAdapter,
+    versions: Versions,
     helper: TeacherDistillationHelper,
     held_out: Callable[[DocumentId], bool],
     config: ChelationConfig,
@@ -323,13 +365,15 @@ def _sample_alignment(
     The logged documents alone are few, and all of one crowd. None where the teacher cannot be
     asked, which the fallback chain will say.
     """
+    adapter = versions.adapter(versions.active)
     try:
         wider = max(helper.teacher.dimension, adapter.out_dimension)
         count = ALIGNED_EACH * wider
-        page = sampled(store, sample=count, seed=config.seed, without=held_out)
+        page = sampled(versions.store, sample=count, seed=config.seed, without=held_out)
         embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
     except ConchError:
         return None
     if not embedded.kept:
         return None
-    return fit_alignment(embedded.vectors, adapter.apply(page.vectors[embedded.kept]))
+    own = versions.before_adapter(versions.active, page)
+    return fit_alignment(embedded.vectors, adapter.apply(own[embedded.kept]))

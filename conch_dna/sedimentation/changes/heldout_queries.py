@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.changes.collapse import sample_rank
+from conch_dna.sedimentation.changes.collapse import is_within, sample_rank
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, DocumentId, embedded_text
-from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.retrieval import (
     NDCG_AT,
     RECALL_AT,
@@ -57,11 +56,7 @@ FIRST = Place()
 
 def is_reserved(identifier: DocumentId) -> bool:
     """Whether a document is for queries and never learned from: a quarter are, by their ids."""
-    return _is_reserved(sample_rank(identifier, seed=0))
-
-
-def _is_reserved(rank: str) -> bool:
-    return int(rank[:8], 16) < RESERVED_SHARE * 16**8
+    return is_within(sample_rank(identifier, seed=0), RESERVED_SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +171,7 @@ class _Query(NamedTuple):
 def _next_query(identifier: DocumentId, payload: Mapping[str, Any], start: Place) -> _Query | None:
     """A reserved document's first query behind a place; None where it has none."""
     rank = sample_rank(identifier, seed=0)
-    if not _is_reserved(rank):
+    if not is_within(rank, RESERVED_SHARE):
         return None
     number = start.number if rank > start.rank else start.number + 1
     parts = _query_and_rest(payload, number)
@@ -287,7 +282,6 @@ def teacher_agreement(
 def measures(
     versions: Versions,
     evidence: Evidence,
-    student: Embedder,
     names: Sequence[str],
     helper: TeacherDistillationHelper | None = None,
 ) -> dict[str, list[np.ndarray]]:
@@ -296,7 +290,6 @@ def measures(
     Args:
         versions: Of the store where they are.
         evidence: The queries; none of them give no measure.
-        student: Embeds them.
         names: The versions, such as the active one and a candidate.
         helper: The teacher: without judgements its agreement counts too.
 
@@ -306,15 +299,20 @@ def measures(
     if not evidence.names:
         return {}
     store = versions.store
-    raw = student.queries(evidence.texts).all_vectors(what="held-out queries")
-    queries = {name: versions.adapter(name).apply(raw) for name in names}
+    queries = versions.embed(names, evidence.texts, queries=True, what="held-out queries")
     rankings = [rankings_of(store, queries[name], version=name) for name in names]
     with_rests = rankings
     if evidence.pseudo:
-        rests = student.documents(evidence.rests).all_vectors(what="held-out documents")
+        of_teacher = [name for name in names if versions.origin(name)["documents"] == OF_TEACHER]
+        rests = versions.embed(
+            [name for name in names if name not in of_teacher],
+            evidence.rests,
+            queries=False,
+            what="held-out documents",
+        )
         with_rests = []
         for name in names:
-            if versions.origin(name)["documents"] == OF_TEACHER:
+            if name in of_teacher:
                 if helper is None:
                     raise ConchError(
                         f"the documents of version {name} carry a teacher's vectors: open the "
@@ -322,7 +320,7 @@ def measures(
                     )
                 own = helper.get_teacher_embeddings(evidence.rests)
             else:
-                own = versions.adapter(name).apply(rests)
+                own = rests[name]
             with_rests.append(_with_rests(store, evidence, queries[name], own, version=name))
     figures = {f"nDCG@{NDCG_AT}": [evidence.evaluate(each).ndcg for each in with_rests]}
     if evidence.pseudo and helper is not None:

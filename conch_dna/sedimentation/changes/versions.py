@@ -1,12 +1,13 @@
 """Versions of a store's vectors: built whole from the raw ones, then active or dropped.
 
-Knows a store, adapters and folders; nothing of training. A version is its vectors in the store and
-its adapter's folder, which is there before them and goes after them, so that a killed process
-leaves at most one of the two too many; `recover` removes it.
+Knows a store, students, adapters and folders; nothing of training. A version is its vectors in the
+store and its adapter's folder, which is there before them and goes after them, so that a killed
+process leaves at most one of the two too many; `recover` removes it. A version may have a student
+of its own, in a folder beside its adapter's, of which the same holds.
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from conch_dna.errors import NotWholeError
 from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
 from conch_dna.sedimentation.documents import embedded_text
-from conch_dna.sedimentation.stores.contract import RAW, VectorStore
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
+from conch_dna.sedimentation.embedders.static_folder import write_static
+from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
 from conch_dna.sedimentation.stores.stored_documents import ContentSum
 
 PREFIX = "v"
 PAGE = 1000
 # What a version's documents carry: their raw vectors through its adapter, or the teacher's.
 ADAPTED, OF_TEACHER = "adapted", "teacher"
+# Behind a version's name, the folder of its own student; in its origin, that student's digest.
+STUDENT_FOLDER, OWN_STUDENT = "-student", "own_student"
 
 
 class Versions:
@@ -33,12 +39,17 @@ class Versions:
         store: Open; the caller holds the lock.
         folder: Of the adapters' folders.
         dimension: Of the raw vectors.
+        student: Who made them; needed to embed texts.
     """
 
-    def __init__(self, store: VectorStore, folder: Path, dimension: int) -> None:
+    def __init__(
+        self, store: VectorStore, folder: Path, dimension: int, student: Embedder | None = None
+    ) -> None:
         self.store = store
         self.folder = folder
         self.dimension = dimension
+        self._student = student
+        self._own_students: dict[str, Embedder] = {}
         self._adapters: dict[str, EmbeddingAdapter] = {}
         self._sums: dict[str, ContentSum] = {}
         self.recovered = self._recover()
@@ -60,9 +71,11 @@ class Versions:
                 self.store.drop_version(name)
                 removed.append(f"version {name} was not finished: its vectors are removed")
         for path in sorted(self.folder.iterdir()):
-            if path.is_dir() and path.name not in finished:
+            name = path.name.removesuffix(STUDENT_FOLDER)
+            if path.is_dir() and name not in finished:
                 shutil.rmtree(path)
-                removed.append(f"version {path.name} was not finished: its adapter is removed")
+                what = "adapter" if name == path.name else "student"
+                removed.append(f"version {name} was not finished: its {what} is removed")
         return removed
 
     @property
@@ -80,23 +93,73 @@ class Versions:
             return EmbeddingAdapter.identity(self.dimension)
         if name not in self._adapters:
             adapter = EmbeddingAdapter.load(self.folder / name)
-            if adapter.in_dimension != self.dimension:
+            own = self.own_student(name)
+            dimension = own.dimension if own else self.dimension
+            if adapter.in_dimension != dimension:
                 raise NotWholeError(
                     f"{self.folder / name} maps vectors of {adapter.in_dimension} dimensions, but "
-                    f"the store's raw ones have {self.dimension}: put its own adapter back"
+                    f"{'its student gives' if own else 'the store has raw ones of'} {dimension}: "
+                    "put its own adapter back"
                 )
             self._adapters[name] = adapter
         return self._adapters[name]
+
+    def own_student(self, name: str) -> Embedder | None:
+        """The student that a version alone has; None where it has the store's.
+
+        Raises:
+            NotWholeError: It is damaged, or of another version.
+        """
+        digest = self.origin(name).get(OWN_STUDENT)
+        if digest is None:
+            return None
+        if name not in self._own_students:
+            self._own_students[name] = opened_student(self.folder, name, digest)
+        return self._own_students[name]
+
+    def student(self, name: str) -> Embedder:
+        """Who embeds the texts of a version: its own student, or the store's."""
+        student = self.own_student(name) or self._student
+        assert student is not None, "texts are embedded where the store was opened with its student"
+        return student
+
+    def embed(
+        self, names: Sequence[str], texts: Sequence[str], *, queries: bool, what: str = "texts"
+    ) -> dict[str, np.ndarray]:
+        """The vectors of texts in versions; a student of several is asked once.
+
+        Args:
+            names: Of the versions.
+            texts: N of them.
+            queries: Whether they search, or are found.
+            what: What they are, for messages.
+
+        Returns:
+            Unit float32 `[N, E]` of each version, with its own E.
+
+        Raises:
+            ConchError: A text cannot be embedded.
+            NotWholeError: Student or adapter of a version is damaged.
+        """
+        raw: dict[str, np.ndarray] = {}
+        found = {}
+        for name in names:
+            student = self.student(name)
+            if student.digest not in raw:
+                embedded = student.embed(texts, queries=queries)
+                raw[student.digest] = embedded.all_vectors(what=what)
+            found[name] = self.adapter(name).apply(raw[student.digest])
+        return found
+
+    def before_adapter(self, name: str, page: Page) -> np.ndarray:
+        """What a version's adapter is given for documents, from a page of raw vectors."""
+        return _of_student(self.own_student(name), page)
 
     def origin(self, name: str) -> dict[str, Any]:
         """What a version was made from; of the raw vectors nothing but that."""
         if name == RAW:
             return {"documents": ADAPTED}
-        path = self.folder / name / ADAPTER_FILE
-        origin: dict[str, Any] = read_json(path, needs={"origin": dict})["origin"]
-        if origin.get("documents") not in (ADAPTED, OF_TEACHER):
-            raise NotWholeError(f"{path} does not say what the version's documents carry")
-        return origin
+        return origin_of(self.folder / name)
 
     def next_name(self, known: Iterable[str] = ()) -> str:
         """A name that no version has or, by what is known of the past, had."""
@@ -110,6 +173,7 @@ class Versions:
         adapter: EmbeddingAdapter,
         origin: dict[str, Any],
         *,
+        student: Any = None,
         embed: Callable[[list[str]], np.ndarray] | None = None,
         report: Report = silent,
     ) -> None:
@@ -120,15 +184,20 @@ class Versions:
             adapter: What its queries go through, and its documents' raw vectors too unless there
                 is `embed`.
             origin: What it was made from; `documents` is ADAPTED or OF_TEACHER.
+            student: A model2vec `StaticModel` that embeds its texts, if not the store's student.
             embed: Gives the vectors that documents carry from their texts: the teacher.
             report: Gets ("advance", …) for each page that was written; see `progress.Progress`.
         """
         self._sums[name] = total = ContentSum()
+        if student is not None:
+            digest = write_static(student, self.folder / f"{name}{STUDENT_FOLDER}", origin)
+            origin = {**origin, OWN_STUDENT: digest}
         adapter.save(self.folder / name, origin)
+        own = self.own_student(name)
         self.store.add_version(name, adapter.out_dimension)
         for page in self.store.pages(RAW, size=PAGE):
             if embed is None:
-                vectors = adapter.apply(page.vectors)
+                vectors = adapter.apply(_of_student(own, page))
             else:
                 vectors = embed([embedded_text(payload) for payload in page.payloads])
             total.add(page.ids, vectors)
@@ -150,11 +219,12 @@ class Versions:
                 self.drop(other)
 
     def drop(self, name: str) -> None:
-        """Remove a version: its vectors first, then its adapter."""
+        """Remove a version: its vectors first, then its adapter and its student."""
         self.store.drop_version(name)
-        self._adapters.pop(name, None)
-        self._sums.pop(name, None)
+        for known in (self._adapters, self._own_students, self._sums):
+            known.pop(name, None)
         shutil.rmtree(self.folder / name)
+        shutil.rmtree(self.folder / f"{name}{STUDENT_FOLDER}", ignore_errors=True)
 
     def rollback(self) -> str:
         """Let the version before answer again, if its vectors and its adapter are as they were.
@@ -164,6 +234,51 @@ class Versions:
             NotWholeError: Either was altered; the active version stays.
         """
         if self.store.previous is not None:
-            self._adapters.pop(self.store.previous, None)
+            for known in (self._adapters, self._own_students):
+                known.pop(self.store.previous, None)
             self.adapter(self.store.previous)
         return self.store.rollback()
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What the version of an adapter's folder was made from.
+
+    Raises:
+        NotWholeError: It does not say so.
+    """
+    path = folder / ADAPTER_FILE
+    origin: dict[str, Any] = read_json(path, needs={"origin": dict})["origin"]
+    if origin.get("documents") not in (ADAPTED, OF_TEACHER):
+        raise NotWholeError(f"{path} does not say what the version's documents carry")
+    return origin
+
+
+def opened_student(folder: Path, name: str, digest: str) -> Embedder:
+    """The own student of a version.
+
+    Args:
+        folder: Of the adapters' folders.
+        name: Of the version.
+        digest: Of the student that it was made of.
+
+    Raises:
+        NotWholeError: It is missing, damaged or another.
+    """
+    place = folder / f"{name}{STUDENT_FOLDER}"
+    if not place.is_dir():
+        raise NotWholeError(f"{place}, the student of version {name}, is missing: put it back")
+    student = open_embedder(str(place))
+    if student.digest != digest:
+        raise NotWholeError(
+            f"{place} was altered or is another student than version {name} was made of: put its "
+            "own back"
+        )
+    return student
+
+
+def _of_student(student: Embedder | None, page: Page) -> np.ndarray:
+    """A student's vectors of a page's documents; without one the raw vectors that it has."""
+    if student is None:
+        return page.vectors
+    texts = [embedded_text(payload) for payload in page.payloads]
+    return student.documents(texts).all_vectors(what="documents")

@@ -31,7 +31,7 @@ from conch_dna.checkpoints import (
 )
 from conch_dna.errors import ConchError, one_line
 from conch_dna.loading.hub import hub_errors
-from conch_dna.sedimentation.embedders.contract import CheckedEmbedder
+from conch_dna.sedimentation.embedders.contract import CheckedEmbedder, Embedder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 STUDENT_FILE = "student.json"
@@ -339,6 +339,34 @@ class StaticEmbedder(LocalEmbedder):
             texts, max_length=None, batch_size=self.batch_size, use_multiprocessing=False
         )
         return rows, {}
+
+
+def static_model(embedder: Embedder) -> Any:
+    """The model2vec `StaticModel` of an embedder, whose table can be trained.
+
+    One of sentence-transformers' static models becomes one, which leaves unknown tokens out.
+
+    Raises:
+        ConchError: It is no static model.
+    """
+    if isinstance(embedder, StaticEmbedder):
+        return embedder.model
+    if isinstance(embedder, SentenceTransformersEmbedder):
+        from model2vec import StaticModel
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+        from tokenizers import Tokenizer
+
+        first = embedder.model[0]
+        if isinstance(first, StaticEmbedding):
+            tokenizer = Tokenizer.from_str(first.tokenizer.to_str())
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            table = first.embedding.weight.detach().cpu().numpy()
+            return StaticModel(table, tokenizer, normalize=True)
+    raise ConchError(
+        f"only the table of a static student can be trained, and {embedder.name} is none: make one "
+        "(conch-dna sediment make-student) and a store of it, or leave --train-student out"
+    )
 
 
 def open_local(

@@ -1,31 +1,22 @@
 """Makes a static student from a sentence-transformers teacher: a vector for each token.
 
-Knows model2vec's distillation and how a folder appears whole; nothing of stores or adapters.
+Knows model2vec's distillation; nothing of stores or adapters.
 To pass on another of model2vec's options: a keyword of `make_student`, and of STUDENT_FILE.
 """
 
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conch_dna.checkpoints import provenance, write_folder
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.embedders.local import (
-    STUDENT_FILE,
-    SentenceTransformersEmbedder,
-    model_digest,
-    open_local,
-    unclosed_files_allowed,
-)
+from conch_dna.sedimentation.embedders.local import SentenceTransformersEmbedder, open_local
+from conch_dna.sedimentation.embedders.static_folder import write_static
 
 WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -126,7 +117,9 @@ def make_student(
     student.config["tokenizer_name"] = student.base_model_name = Path(teacher.name).name
     return StudentSummary(
         folder=folder,
-        digest=_write(student, folder, teacher),
+        digest=write_static(
+            student, folder, {"teacher": teacher.name, "teacher_digest": teacher.digest}
+        ),
         teacher=teacher.name,
         teacher_digest=teacher.digest,
         dimension=dimension,
@@ -169,43 +162,3 @@ def _split_words(texts: Iterable[str], tokenizer: Any, *, least_count: int) -> l
         key=lambda word: (-counts[word], word),
     )
     return [word for word in frequent if len(tokenizer.tokenize(word)) > 1]
-
-
-def _write(student: Any, folder: Path, teacher: SentenceTransformersEmbedder) -> str:
-    """Save under a temporary name, then make the folder in one step; the content address."""
-    from model2vec import StaticModel
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-            saved = Path(temporary)
-            with unclosed_files_allowed():
-                student.save_pretrained(saved, model_name=folder.name)
-                _check_saved(student, StaticModel.from_pretrained(saved))
-            digest = model_digest(saved)
-            document = {
-                "teacher": teacher.name,
-                "teacher_digest": teacher.digest,
-                "dimension": int(student.dim),
-                "digest": digest,
-                "provenance": provenance(),
-            }
-            write_folder(
-                folder,
-                documents={STUDENT_FILE: document},
-                writers={
-                    path.name: partial(shutil.copyfile, path) for path in sorted(saved.iterdir())
-                },
-            )
-    except OSError as error:
-        raise ConchError(f"cannot write {folder}: {error}. Choose another folder") from error
-    return digest
-
-
-def _check_saved(student: Any, saved: Any) -> None:
-    """A table written wrongly would still be a model, only one that knows nothing."""
-    if not np.array_equal(student.embedding, saved.embedding):
-        raise ConchError(
-            "the student's table is another after it was written: the installed model2vec and "
-            "safetensors do not fit together, take the versions of constraints.txt"
-        )
