@@ -34,8 +34,6 @@ from conch_dna.sedimentation.documents import (
     read_document_files,
 )
 from conch_dna.sedimentation.results import (
-    ChangeResult,
-    change_table,
     delete_table,
     history_table,
     hits_table,
@@ -50,8 +48,10 @@ from conch_dna.sedimentation.store_options import (
     place_of,
     place_options,
     settings,
+    show_change,
     where_of,
 )
+from conch_dna.sedimentation.upgrade_command import upgrade
 
 # The groups of options that all commands which open models have.
 OF_STORE = {"Store": "collection", "Models": "model"}
@@ -304,23 +304,10 @@ def _change(
                 result = engine.run_sedimentation_cycle()
             else:
                 result = engine.run_offline_distillation()
-    _show_change(result)
+    show_change(result)
     write_figures(json_file, asdict(result))
     if result.candidate and not result.activated:
         sys.exit(1)
-
-
-def _show_change(result: ChangeResult) -> None:
-    if result.candidate is None:
-        click.echo(f"nothing was built: {result.reason}")
-    else:
-        print_tables(change_table(result))
-        click.echo(result.reason)
-        stages = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
-        click.echo(f"learned from {result.documents:,} documents; seconds: {stages}")
-        for reason in result.reasons:
-            click.echo(f"warning: {reason}", err=True)
-    click.echo(f"active: {result.version}")
 
 
 @command("conch-dna sediment status papers")
@@ -419,7 +406,7 @@ def export(folder: str, version: str | None, **options: Any) -> None:
                 f"the student {student.name} is no model of this machine: only those of "
                 "sentence-transformers and model2vec can be exported"
             )
-        adapter = engine.versions.adapter(name)
+        adapter = engine.versions.query_adapter(name)
         origin = engine.versions.origin(name)
         export_sentence_transformer(student.model, adapter, Path(folder).expanduser())
     click.echo(f"{name} is a sentence-transformers model in {folder}")
@@ -495,6 +482,6 @@ def benchmark(arguments: tuple[str, ...]) -> None:
     main.main(list(arguments), prog_name="conch-dna sediment benchmark", standalone_mode=False)
 
 
-_COMMANDS = (ingest, query, cycle, distill, status, rollback, delete, verify, export)
+_COMMANDS = (ingest, query, cycle, distill, upgrade, status, rollback, delete, verify, export)
 for each in (*_COMMANDS, make_student_command):
     sediment.add_command(each)

@@ -26,13 +26,15 @@ from conch_dna.sedimentation.changes.cycles import (
     adapter_from_teacher,
 )
 from conch_dna.sedimentation.changes.draws import account_of, draw_about, next_draw
+from conch_dna.sedimentation.changes.forecast import Forecast, forecast
 from conch_dna.sedimentation.changes.gate import add_to_history, decide, read_history
 from conch_dna.sedimentation.changes.heldout_queries import Evidence, measures
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     create_distillation_helper,
 )
-from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
+from conch_dna.sedimentation.changes.upgrades import upgraded
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions, lasting
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.deletion import delete, recovered
 from conch_dna.sedimentation.documents import DocumentId, read_documents
@@ -61,12 +63,6 @@ DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
 # Documents of an ingest's first batch, and about how long a batch may take.
 FIRST_BATCH = 8
 DURABLE_S = 5.0
-
-
-def _lasting(name: str) -> str:
-    """A student's name that means the same from every folder."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
 
 
 class AntigravityEngine:
@@ -133,12 +129,13 @@ class AntigravityEngine:
         self._judged: Evidence | None = None
         with ExitStack() as opening:
             location = str(qdrant_location)
-            self.student: Embedder = open_embedder(
-                model_name,
+            opener = partial(
+                open_embedder,
                 device=device,
                 batch_size=self.config.batch_size,
                 trust_remote_code=trust_remote_code,
             )
+            self.student: Embedder = opener(model_name)
             if location == ":memory:" and state_folder is None:
                 state_folder = opening.enter_context(TemporaryDirectory())
             self.state = state_of(location, state_folder, collection)
@@ -151,9 +148,9 @@ class AntigravityEngine:
                     device=device,
                     trust_remote_code=trust_remote_code,
                 )
-            # Models that are not there, and a server that is down, leave nothing behind.
+            # A model that is not there, and a server that is down, leave nothing behind.
             identity = {
-                "student": _lasting(self.student.name),
+                "student": lasting(self.student.name),
                 "digest": self.student.digest,
                 "dimension": self.student.dimension,
             }
@@ -178,9 +175,8 @@ class AntigravityEngine:
                 keep_queries=self.config.log_queries,
             )
             unfinished = recovered(self.store, self.log)
-            self.versions = Versions(
-                self.store, self.state / VERSIONS, self.student.dimension, self.student
-            )
+            folder, dimension = self.state / VERSIONS, self.student.dimension
+            self.versions = Versions(self.store, folder, dimension, self.student, opener)
             self._neighbourhoods = Neighbourhoods(
                 self.store, self.log, self.config, self.state, self.student.digest
             )
@@ -381,6 +377,27 @@ class AntigravityEngine:
         )
         return self._change("distillation", learn)
 
+    def forecast_upgrade(self, sample: int, questions: int, price: float = 0.0) -> Forecast:
+        """What the teacher would be worth as the model of queries; see `changes.forecast`.
+
+        Raises:
+            ConchError: See `forecast` there.
+        """
+        helper, seed = self._teacher(), self.config.seed
+        judged = self._judged and self._judged.sampled(questions, seed=seed)
+        asked = judged or Evidence.of_corpus(self.store, sample=questions)
+        how: dict[str, Any] = {"sample": sample, "price": price, "seed": seed}
+        return forecast(self.versions, helper, asked, **how, report=self.report)
+
+    def run_upgrade(self, way: str, sample: int) -> ChangeResult:
+        """Let the teacher be the model that queries go to; see `changes.upgrades.upgraded`.
+
+        Raises:
+            ConchError: There is no teacher, there are several, or one cannot be used.
+        """
+        learn = partial(upgraded, self.versions, self._teacher(), way, sample=sample)
+        return self._change(way, partial(learn, seed=self.config.seed, report=self.report))
+
     def _change(self, kind: str, learn: Callable[..., LearnedAdapter]) -> ChangeResult:
         """Learn an adapter, build its version, let the gate decide, and activate or drop it."""
         documents, active = self.store.count(RAW), self.versions.active
@@ -415,7 +432,7 @@ class AntigravityEngine:
             "config": self.config.to_json(),
         }
         of_teacher = origin["documents"] == OF_TEACHER
-        embed = self._teacher().get_teacher_embeddings if of_teacher else None
+        embed = self._teacher().get_teacher_embeddings if of_teacher else learned.embed
         self.report("phase", {"name": "rewriting", "total": documents, "unit": "documents"})
         self.versions.build(
             name, learned.adapter, origin, student=learned.student, embed=embed, report=self.report

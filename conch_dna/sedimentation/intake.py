@@ -97,7 +97,7 @@ class Intake:
             counts["updated" if document.id in digests else "added"] += 1
 
     def _adapted(self, name: str, raw: np.ndarray, texts: list[str]) -> np.ndarray:
-        if self.versions.own_student(name) is None:
+        if self.versions.is_bridged(name) or self.versions.own_student(name) is None:
             return self.versions.adapter(name).apply(raw)
         return self.versions.embed([name], texts, queries=False, what="documents")[name]
 

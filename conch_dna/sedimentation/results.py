@@ -233,8 +233,10 @@ def _made_from(status: Mapping[str, Any], name: str) -> str:
     version = status["versions"][name]
     origin = version["origin"]
     teacher = f" by {origin['teacher']}" if origin.get("teacher") else ""
-    carried = "the teacher's own" if origin["documents"] == "teacher" else "adapted"
+    carried = {"teacher": "the teacher's own"}.get(origin["documents"], origin["documents"])
     own = "a table of its own, " if origin.get("own_student") else ""
+    if origin.get("own_student_name"):
+        own = f"queries to {origin['own_student_name']}, "
     return (
         f"{origin['kind']} ({origin['mode']}){teacher}, {own}{version['adapter']} adapter, "
         f"{version['out_dimension']} dimensions, documents' vectors {carried}"

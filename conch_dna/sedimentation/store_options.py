@@ -17,8 +17,10 @@ import click
 
 from conch_dna.errors import ConchError, Interrupted
 from conch_dna.options.commands import options_of, read_yaml
+from conch_dna.screen.presentation import print_tables
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import MOST_DIGITS
+from conch_dna.sedimentation.results import ChangeResult, change_table
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.engine import AntigravityEngine
@@ -198,6 +200,20 @@ def opened_without_models(options: Mapping[str, Any]) -> Iterator["StoredState"]
 def _echo_recovered(lines: list[str]) -> None:
     for line in lines:
         click.echo(f"recovered: {line}", err=True)
+
+
+def show_change(result: ChangeResult) -> None:
+    """The gate's verdict on a change, what it took, and which version answers."""
+    if result.candidate is None:
+        click.echo(f"nothing was built: {result.reason}")
+    else:
+        print_tables(change_table(result))
+        click.echo(result.reason)
+        stages = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
+        click.echo(f"learned from {result.documents:,} documents; seconds: {stages}")
+        for reason in result.reasons:
+            click.echo(f"warning: {reason}", err=True)
+    click.echo(f"active: {result.version}")
 
 
 def where_of(conditions: tuple[str, ...]) -> dict[str, list[Any]] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from conch_dna.checkpoints import FolderLock, verify_folder
 from conch_dna.errors import ConchError, FolderInUseError, NotWholeError, one_line
@@ -18,11 +19,13 @@ from conch_dna.sedimentation.changes.gate import GATE_HISTORY, read_history
 from conch_dna.sedimentation.changes.versions import (
     OWN_STUDENT,
     STUDENT_FOLDER,
+    STUDENT_NAME,
     opened_student,
     origin_of,
 )
 from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document
+from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.embedders.teachers import count_cached
 from conch_dna.sedimentation.results import VerifiedPart
 from conch_dna.sedimentation.stored_state import StorePlace
@@ -93,8 +96,9 @@ def verified(place: StorePlace) -> list[VerifiedPart]:
         for name in sorted(names):
             look(f"adapter of version {name}", partial(_adapter, folder / VERSIONS / name))
             with suppress(NotWholeError):
-                if own := origin_of(folder / VERSIONS / name).get(OWN_STUDENT):
-                    look(f"student of version {name}", partial(_student, folder, name, own))
+                origin = origin_of(folder / VERSIONS / name)
+                if OWN_STUDENT in origin and STUDENT_NAME not in origin:
+                    look(f"student of version {name}", partial(_student, folder, name, origin))
     return parts
 
 
@@ -154,8 +158,8 @@ def _adapter(folder: Path) -> str:
     return f"{adapter.kind}, {adapter.in_dimension} to {adapter.out_dimension} dimensions"
 
 
-def _student(folder: Path, name: str, digest: str) -> str:
-    student = opened_student(folder / VERSIONS, name, digest)
+def _student(folder: Path, name: str, origin: dict[str, Any]) -> str:
+    student = opened_student(folder / VERSIONS, name, origin, open_embedder)
     verify_folder(folder / VERSIONS / f"{name}{STUDENT_FOLDER}")
     return f"{student.dimension} dimensions"
 

@@ -340,8 +340,14 @@ class Operations:
 
     def table(self) -> Operation:
         """A store with an active version gets one that has a student of its own."""
+        return self._next_version("distill", "--teacher", self.models["teacher"], "--train-student")
+
+    def upgrade(self) -> Operation:
+        """A store goes over to another model, which embeds all documents anew."""
+        return self._next_version("upgrade", "--to", self.models["teacher"], "--do", "reembed")
+
+    def _next_version(self, verb: str, *how: str) -> Operation:
         base, ids = self._learned(), self._corpus(0, 120)[1]
-        how = ("--teacher", self.models["teacher"], "--train-student")
 
         def lost(folder: Path, runs: list[str]) -> list[str]:
             return self.store.so_far(folder, there=ids, gone=set(), may_be=set(), learned=True)
@@ -351,10 +357,7 @@ class Operations:
             return {**facts, **files(folder, "db/versions/*-student/model.safetensors")}
 
         return Operation(
-            base,
-            lambda folder: [["sediment", "distill", str(folder / "db"), *how]],
-            lost,
-            result,
+            base, lambda folder: [["sediment", verb, str(folder / "db"), *how]], lost, result
         )
 
     def ingest(self) -> Operation:
@@ -477,6 +480,7 @@ NAMES = (
     "ingest",
     "activation",
     "table",
+    "upgrade",
     "deletion",
     "promotion",
     "retraining",

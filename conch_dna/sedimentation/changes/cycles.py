@@ -39,7 +39,6 @@ from conch_dna.sedimentation.changes.versions import ADAPTED, OF_TEACHER, Versio
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.embedders.contract import Embedded
-from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.static_folder import with_table
 from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
 
@@ -65,7 +64,8 @@ class LearnedAdapter:
         adapter: From raw vectors.
         origin: For its folder; `documents` says what the documents carry.
         documents: How many it learned from.
-        student: A model2vec `StaticModel` whose vectors the adapter is for, if not the store's.
+        student: Who embeds the version's texts, if not the store's student; see `Versions.build`.
+        embed: Gives the vectors of documents from their texts, where they go through no adapter.
         steps: How many targets came from each step of the fallback chain.
         reasons: Why steps of that chain were left.
     """
@@ -74,6 +74,7 @@ class LearnedAdapter:
     origin: dict[str, Any]
     documents: int
     student: Any = None
+    embed: Callable[[list[str]], np.ndarray] | None = None
     steps: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -232,10 +233,10 @@ def adapter_from_log(
         ConchError: The active version's documents carry a teacher's vectors.
     """
     store, active = versions.store, versions.active
-    if versions.origin(active)["documents"] == OF_TEACHER:
+    if versions.origin(active)["documents"] != ADAPTED:
         raise ConchError(
-            f"the documents of version {active} carry the teacher's vectors, which no cycle moves: "
-            "roll back to a symmetric version first"
+            f"queries and documents of version {active} are not of one model, and no cycle moves "
+            "either: roll back to a symmetric version first"
         )
     logged = log.documents_logged(at_least=config.threshold, version=active)
     chosen = [each for each in logged if not without(each)]
@@ -296,7 +297,7 @@ def adapter_from_log(
             **(_teacher_origin(teacher) if teacher else {}),
         },
         documents=len(chosen),
-        student=static_model(student) if (student := versions.own_student(active)) else None,
+        student=versions.student_to_keep(active),
         steps=chain.counts,
         reasons=chain.reasons,
     )

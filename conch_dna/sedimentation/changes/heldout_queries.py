@@ -6,7 +6,7 @@ what `measures` gives.
 
 import heapq
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,6 +109,17 @@ class Evidence:
             )
         texts = [queries[name] for name in relevant]
         return cls(names=list(relevant), texts=texts, judgements=relevant)
+
+    def sampled(self, count: int, *, seed: int) -> "Evidence":
+        """At most so many of judged queries, in their order."""
+        order = np.random.default_rng(seed).permutation(len(self.names))[:count]
+        names = [self.names[number] for number in sorted(order.tolist())]
+        texts = dict(zip(self.names, self.texts, strict=True))
+        return Evidence(
+            names=names,
+            texts=[texts[each] for each in names],
+            judgements={each: self.judgements[each] for each in names},
+        )
 
     @classmethod
     def of_corpus(cls, store: VectorStore, *, sample: int, start: Place = FIRST) -> "Evidence":
@@ -222,21 +233,40 @@ def teacher_rankings(
         ConchError: The teacher cannot embed a query, or none of the documents.
     """
     own = helper.get_teacher_embeddings(list(queries), queries=True)
-    scores = np.full((len(own), 0), -np.inf, np.float32)
-    ids: np.ndarray = np.empty((len(own), 0), object)
-    for page in store.pages(RAW):
-        embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
-        if not embedded.kept:
+
+    def pages() -> Iterator[tuple[list[DocumentId], np.ndarray]]:
+        for page in store.pages(RAW):
+            embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
+            yield [page.ids[number] for number in embedded.kept], embedded.vectors
+
+    rankings = best_documents(pages(), own, top_k=top_k)
+    if rankings and not rankings[0]:
+        raise ConchError("the teacher could embed none of the documents: see its errors")
+    return rankings
+
+
+def best_documents(
+    pages: Iterable[tuple[Sequence[DocumentId], np.ndarray]], queries: np.ndarray, *, top_k: int
+) -> list[list[DocumentId]]:
+    """The documents nearest to each query, from pages of ids and vectors that are in no store.
+
+    Args:
+        pages: Ids, and their vectors `[n, E]`.
+        queries: `[Q, E]`.
+        top_k: How many of each.
+    """
+    scores = np.full((len(queries), 0), -np.inf, np.float32)
+    ids: np.ndarray = np.empty((len(queries), 0), object)
+    for found, vectors in pages:
+        if not len(found):
             continue
-        names = np.empty(len(embedded.kept), object)
-        names[:] = [page.ids[number] for number in embedded.kept]
-        scores = np.concatenate([scores, own @ embedded.vectors.T], axis=1)
-        ids = np.concatenate([ids, np.broadcast_to(names, (len(own), len(names)))], axis=1)
+        names = np.empty(len(found), object)
+        names[:] = found
+        scores = np.concatenate([scores, queries @ vectors.T], axis=1)
+        ids = np.concatenate([ids, np.broadcast_to(names, (len(queries), len(names)))], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(scores, best, axis=1)
         ids = np.take_along_axis(ids, best, axis=1)
-    if not ids.shape[1]:
-        raise ConchError("the teacher could embed none of the documents: see its errors")
     return [list(row) for row in ids]
 
 

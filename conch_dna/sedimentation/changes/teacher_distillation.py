@@ -101,6 +101,17 @@ class TeacherDistillationHelper:
             embedders = [CachedEmbedder(embedder, folder) for embedder in embedders]
         return TeacherEnsemble(embedders, self.weights) if len(embedders) > 1 else embedders[0]
 
+    @property
+    def only(self) -> Embedder:
+        """The one teacher without the cache, as queries are asked of it later.
+
+        Raises:
+            ConchError: There are several.
+        """
+        if len(self._opened) > 1:
+            raise ConchError(f"{len(self._opened)} models are named, and one is needed: give one")
+        return self._opened[0]
+
     def load_teacher_model(self) -> Embedder:
         """The teacher with its model in memory; loaded the first time, once in a process.
 

@@ -7,7 +7,7 @@ of its own, in a folder beside its adapter's, of which the same holds.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
 from conch_dna.sedimentation.documents import embedded_text
 from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.embedders.static_folder import write_static
 from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
@@ -27,9 +28,11 @@ from conch_dna.sedimentation.stores.stored_documents import ContentSum
 PREFIX = "v"
 PAGE = 1000
 # What a version's documents carry: their raw vectors through its adapter, or the teacher's.
-ADAPTED, OF_TEACHER = "adapted", "teacher"
-# Behind a version's name, the folder of its own student; in its origin, that student's digest.
-STUDENT_FOLDER, OWN_STUDENT = "-student", "own_student"
+# Or their raw vectors through its adapter, while queries go to its own student and no adapter.
+ADAPTED, OF_TEACHER, BRIDGED = "adapted", "teacher", "bridged"
+# Behind a version's name, the folder of its own student; in its origin, that student's digest, and
+# its name where it lies elsewhere.
+STUDENT_FOLDER, OWN_STUDENT, STUDENT_NAME = "-student", "own_student", "own_student_name"
 
 
 class Versions:
@@ -40,15 +43,22 @@ class Versions:
         folder: Of the adapters' folders.
         dimension: Of the raw vectors.
         student: Who made them; needed to embed texts.
+        opener: Opens a model by its name.
     """
 
     def __init__(
-        self, store: VectorStore, folder: Path, dimension: int, student: Embedder | None = None
+        self,
+        store: VectorStore,
+        folder: Path,
+        dimension: int,
+        student: Embedder | None = None,
+        opener: Callable[[str], Embedder] = open_embedder,
     ) -> None:
         self.store = store
         self.folder = folder
         self.dimension = dimension
         self._student = student
+        self._opener = opener
         self._own_students: dict[str, Embedder] = {}
         self._adapters: dict[str, EmbeddingAdapter] = {}
         self._sums: dict[str, ContentSum] = {}
@@ -93,7 +103,7 @@ class Versions:
             return EmbeddingAdapter.identity(self.dimension)
         if name not in self._adapters:
             adapter = EmbeddingAdapter.load(self.folder / name)
-            own = self.own_student(name)
+            own = None if self.is_bridged(name) else self.own_student(name)
             dimension = own.dimension if own else self.dimension
             if adapter.in_dimension != dimension:
                 raise NotWholeError(
@@ -110,18 +120,41 @@ class Versions:
         Raises:
             NotWholeError: It is damaged, or of another version.
         """
-        digest = self.origin(name).get(OWN_STUDENT)
-        if digest is None:
+        origin = self.origin(name)
+        if OWN_STUDENT not in origin:
             return None
         if name not in self._own_students:
-            self._own_students[name] = opened_student(self.folder, name, digest)
+            self._own_students[name] = opened_student(self.folder, name, origin, self._opener)
         return self._own_students[name]
 
-    def student(self, name: str) -> Embedder:
+    def student_to_keep(self, name: str) -> Any:
+        """What `build` is given for a version whose student is a version's own, if it has one."""
+        own = self.own_student(name)
+        if own is None or STUDENT_NAME in self.origin(name):
+            return own
+        return static_model(own)
+
+    def is_bridged(self, name: str) -> bool:
+        """Whether its documents carry mapped raw vectors, and its queries another model's."""
+        return bool(self.origin(name)["documents"] == BRIDGED)
+
+    def student(self, name: str, *, queries: bool = True) -> Embedder:
         """Who embeds the texts of a version: its own student, or the store's."""
-        student = self.own_student(name) or self._student
+        own = self.own_student(name) if queries or not self.is_bridged(name) else None
+        student = own or self._student
         assert student is not None, "texts are embedded where the store was opened with its student"
         return student
+
+    def query_adapter(self, name: str) -> EmbeddingAdapter:
+        """What a version's queries go through behind its student.
+
+        Raises:
+            NotWholeError: See `adapter`.
+        """
+        adapter = self.adapter(name)
+        return (
+            EmbeddingAdapter.identity(adapter.out_dimension) if self.is_bridged(name) else adapter
+        )
 
     def embed(
         self, names: Sequence[str], texts: Sequence[str], *, queries: bool, what: str = "texts"
@@ -144,16 +177,21 @@ class Versions:
         raw: dict[str, np.ndarray] = {}
         found = {}
         for name in names:
-            student = self.student(name)
+            student = self.student(name, queries=queries)
             if student.digest not in raw:
                 embedded = student.embed(texts, queries=queries)
                 raw[student.digest] = embedded.all_vectors(what=what)
-            found[name] = self.adapter(name).apply(raw[student.digest])
+            adapter = self.query_adapter(name) if queries else self.adapter(name)
+            found[name] = adapter.apply(raw[student.digest])
         return found
 
     def before_adapter(self, name: str, page: Page) -> np.ndarray:
         """What a version's adapter is given for documents, from a page of raw vectors."""
-        return _of_student(self.own_student(name), page)
+        own = None if self.is_bridged(name) else self.own_student(name)
+        if own is None:
+            return page.vectors
+        texts = [embedded_text(payload) for payload in page.payloads]
+        return own.documents(texts).all_vectors(what="documents")
 
     def origin(self, name: str) -> dict[str, Any]:
         """What a version was made from; of the raw vectors nothing but that."""
@@ -184,20 +222,23 @@ class Versions:
             adapter: What its queries go through, and its documents' raw vectors too unless there
                 is `embed`.
             origin: What it was made from; `documents` is ADAPTED or OF_TEACHER.
-            student: A model2vec `StaticModel` that embeds its texts, if not the store's student.
+            student: Who embeds its texts, if not the store's student: an `Embedder` that lies
+                elsewhere, or a model2vec `StaticModel`, which is written beside the adapter.
             embed: Gives the vectors that documents carry from their texts: the teacher.
             report: Gets ("advance", …) for each page that was written; see `progress.Progress`.
         """
         self._sums[name] = total = ContentSum()
-        if student is not None:
+        if isinstance(student, Embedder):
+            origin = {**origin, OWN_STUDENT: student.digest, STUDENT_NAME: lasting(student.name)}
+            self._own_students[name] = student
+        elif student is not None:
             digest = write_static(student, self.folder / f"{name}{STUDENT_FOLDER}", origin)
             origin = {**origin, OWN_STUDENT: digest}
         adapter.save(self.folder / name, origin)
-        own = self.own_student(name)
         self.store.add_version(name, adapter.out_dimension)
         for page in self.store.pages(RAW, size=PAGE):
             if embed is None:
-                vectors = adapter.apply(_of_student(own, page))
+                vectors = adapter.apply(self.before_adapter(name, page))
             else:
                 vectors = embed([embedded_text(payload) for payload in page.payloads])
             total.add(page.ids, vectors)
@@ -248,37 +289,39 @@ def origin_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_FILE
     origin: dict[str, Any] = read_json(path, needs={"origin": dict})["origin"]
-    if origin.get("documents") not in (ADAPTED, OF_TEACHER):
+    if origin.get("documents") not in (ADAPTED, OF_TEACHER, BRIDGED):
         raise NotWholeError(f"{path} does not say what the version's documents carry")
     return origin
 
 
-def opened_student(folder: Path, name: str, digest: str) -> Embedder:
+def lasting(name: str) -> str:
+    """A model's name that means the same from every folder."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def opened_student(
+    folder: Path, name: str, origin: Mapping[str, Any], opener: Callable[[str], Embedder]
+) -> Embedder:
     """The own student of a version.
 
     Args:
         folder: Of the adapters' folders.
         name: Of the version.
-        digest: Of the student that it was made of.
+        origin: What it was made from.
+        opener: Opens a model by its name.
 
     Raises:
+        ConchError: It lies elsewhere and is not there.
         NotWholeError: It is missing, damaged or another.
     """
-    place = folder / f"{name}{STUDENT_FOLDER}"
-    if not place.is_dir():
+    place = origin.get(STUDENT_NAME) or str(folder / f"{name}{STUDENT_FOLDER}")
+    if STUDENT_NAME not in origin and not Path(place).is_dir():
         raise NotWholeError(f"{place}, the student of version {name}, is missing: put it back")
-    student = open_embedder(str(place))
-    if student.digest != digest:
+    student = opener(place)
+    if student.digest != origin[OWN_STUDENT]:
         raise NotWholeError(
             f"{place} was altered or is another student than version {name} was made of: put its "
             "own back"
         )
     return student
-
-
-def _of_student(student: Embedder | None, page: Page) -> np.ndarray:
-    """A student's vectors of a page's documents; without one the raw vectors that it has."""
-    if student is None:
-        return page.vectors
-    texts = [embedded_text(payload) for payload in page.payloads]
-    return student.documents(texts).all_vectors(what="documents")

@@ -1,0 +1,369 @@
+"""What another embedding model would be worth to a store, told from a sample of its documents.
+
+Knows a store, a model and held-out queries; writes nothing. Three ways are compared: to keep what
+answers now, to let queries go to the new model and bring the old vectors to it by a map (bridge),
+and to embed all documents anew.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from conch_dna.errors import ConchError
+from conch_dna.metrics import paired_interval
+from conch_dna.screen.progress import Report, silent
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter
+from conch_dna.sedimentation.changes.collapse import sampled
+from conch_dna.sedimentation.changes.heldout_queries import (
+    Evidence,
+    best_documents,
+    measures,
+    rankings_of,
+)
+from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.upgrades import bridge_of
+from conch_dna.sedimentation.changes.versions import Versions
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.retrieval import NDCG_AT, dcg_at_k
+from conch_dna.sedimentation.stores.contract import RAW, Page
+
+FEWEST_SAMPLED, FEWEST_QUERIES = 100, 20
+# Documents of each query's old and bridged rankings that the new model reads.
+NEAR = 10
+# Share of the sample by which the tail of a query's scores is told.
+TAIL = 0.1
+# Documents by which the new model's pace is taken.
+TIMED = 32
+
+
+class Outlook(NamedTuple):
+    """What is expected of a figure: its mean, and a 95% interval that resamples queries."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to go, and what comes of it.
+
+    Attributes:
+        name: "keep", "bridge" or "reembed".
+        ndcg: Of held-out queries.
+        agreement: Share of the new model's own ten best documents among its ten best.
+        documents: How many the new model must read.
+        seconds: How long that takes here.
+        price: What it costs.
+    """
+
+    name: str
+    ndcg: Outlook
+    agreement: Outlook
+    documents: int
+    seconds: float
+    price: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What was foretold, and from how much.
+
+    Attributes:
+        model: The new one.
+        ways: Keep, bridge, reembed.
+        documents: Of the store.
+        read: How many of them the new model read for this.
+        queries: Held-out queries that were asked.
+        judged: Whether they have judgements; else they were made from documents.
+        per_thousand: Seconds and price of 1,000 documents.
+    """
+
+    model: str
+    ways: list[Way]
+    documents: int
+    read: int
+    queries: int
+    judged: bool
+    per_thousand: tuple[float, float]
+
+
+def forecast(
+    versions: Versions,
+    helper: TeacherDistillationHelper,
+    evidence: Evidence,
+    *,
+    sample: int,
+    price: float,
+    seed: int,
+    report: Report = silent,
+) -> Forecast:
+    """Compare the three ways on held-out queries.
+
+    What answers now is measured, and so is a bridge, since it is fitted to the sample and maps
+    vectors that are there. What all documents would be worth under the new model is not: it
+    reads the sample, and of each query the documents nearest by the other two. How many of the rest
+    would stand above a document is taken from the scores of the sampled ones that no query made it
+    read: their tail, exponential beyond its upper tenth (Pickands 1975), and Poisson-distributed.
+
+    Args:
+        versions: Of the store.
+        helper: The new model, whose vectors are cached.
+        evidence: Held-out queries.
+        sample: Documents drawn at random, which the bridge is fitted to.
+        price: Of 1,000 documents.
+        seed: Of the draw and of resampling.
+        report: Gets the phases; see `progress.Progress`.
+
+    Raises:
+        ConchError: Too few documents or queries to tell anything, or a model cannot be used.
+    """
+    store, active = versions.store, versions.active
+    count = store.count(RAW)
+    if sample < FEWEST_SAMPLED or len(evidence.names) < FEWEST_QUERIES:
+        raise ConchError(
+            f"{sample:,} documents and {len(evidence.names)} held-out queries are too few to tell "
+            f"from: it takes {FEWEST_SAMPLED} and {FEWEST_QUERIES}"
+        )
+    drawn = sampled(store, sample=sample, seed=seed, without=evidence.holds_out)
+    if len(drawn.ids) < FEWEST_SAMPLED:
+        raise ConchError(
+            f"the store has {len(drawn.ids):,} documents to learn from, too few to tell from: it "
+            f"takes {FEWEST_SAMPLED}"
+        )
+    report("phase", {"name": f"{len(drawn.ids):,} sampled documents by the new model"})
+    pace = _pace(helper.only, drawn)
+    known = _Known(helper)
+    known.read(drawn)
+    bridge = bridge_of(drawn.vectors, known.of(drawn.ids), seed=seed)
+    queries = helper.get_teacher_embeddings(evidence.texts, queries=True)
+    old = versions.embed([active], evidence.texts, queries=True, what="held-out queries")[active]
+    kept = rankings_of(store, old, version=active, top_k=NEAR + 1)
+    bridged = best_documents(_mapped(store, bridge), queries, top_k=NEAR + 1)
+    wanted = {each for row in (*kept, *bridged) for each in row}
+    wanted |= {each for row in evidence.judgements.values() for each in row}
+    unread = sorted((each for each in wanted if each not in known.places), key=str)
+    there = store.get([*store.digests(unread)], RAW)
+    report("phase", {"name": f"{len(there.ids):,} documents near queries by the new model"})
+    known.read(there)
+
+    # Drawn ones that no query made it read stand for all that it has not read.
+    typical = [each for each in drawn.ids if each not in wanted]
+    scores = _Scores(known, queries, typical, unread=count - len(known.places))
+    rests: dict[str, np.ndarray] = {}
+    if evidence.pseudo:
+        own = versions.student(RAW).documents(evidence.rests).all_vectors(what="documents")
+        rests["bridge"] = bridge.apply(own)
+        rests["reembed"] = helper.get_teacher_embeddings(evidence.rests)
+    keep = measures(versions, evidence, [active])[f"nDCG@{NDCG_AT}"][0]
+    figures = {
+        "keep": (keep, scores.agreement(kept, evidence)),
+        "bridge": (
+            _bridged_ndcg(store, bridge, queries, evidence, rests.get("bridge")),
+            scores.agreement(bridged, evidence),
+        ),
+        "reembed": (scores.ndcg(evidence, rests.get("reembed")), np.ones(len(queries))),
+    }
+    read = {"keep": 0, "bridge": len(drawn.ids), "reembed": count}
+    ways = [
+        Way(
+            name=name,
+            ndcg=_outlook(ndcg, seed),
+            agreement=_outlook(agreement, seed),
+            documents=read[name],
+            seconds=read[name] * pace,
+            price=read[name] * price / 1000,
+        )
+        for name, (ndcg, agreement) in figures.items()
+    ]
+    return Forecast(
+        model=helper.teacher.name,
+        ways=ways,
+        documents=count,
+        read=len(known.places),
+        queries=len(queries),
+        judged=not evidence.pseudo,
+        per_thousand=(1000 * pace, price),
+    )
+
+
+def _outlook(figures: np.ndarray, seed: int) -> Outlook:
+    bounds = paired_interval(figures, np.zeros(len(figures)), confidence=0.95, seed=seed)
+    return Outlook(float(figures.mean()), *bounds)
+
+
+def _pace(embedder: Embedder, page: Page) -> float:
+    """Seconds that a model takes for a document, after a first one that loads it."""
+    texts = [embedded_text(payload) for payload in page.payloads[: TIMED + 1]]
+    embedder.documents(texts[:1])
+    began = time.perf_counter()
+    embedder.documents(texts[1:])
+    return (time.perf_counter() - began) / max(1, len(texts) - 1)
+
+
+class _Known:
+    """Documents that the new model has read."""
+
+    def __init__(self, helper: TeacherDistillationHelper) -> None:
+        self.helper = helper
+        self.places: dict[DocumentId, int] = {}
+        self._rows: list[np.ndarray] = []
+
+    def read(self, page: Page) -> None:
+        """Embed documents; one that cannot be is an error, as it would be in the store."""
+        if not page.ids:
+            return
+        texts = [embedded_text(payload) for payload in page.payloads]
+        self._rows.append(self.helper.get_teacher_embeddings(texts))
+        for each in page.ids:
+            self.places[each] = len(self.places)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """`[K, E]` in the order of `places`."""
+        return np.concatenate(self._rows)
+
+    def of(self, ids: Sequence[DocumentId]) -> np.ndarray:
+        """`[n, E]` of documents that were read."""
+        return self.vectors[[self.places[each] for each in ids]]
+
+
+def _mapped(
+    store: Any, bridge: EmbeddingAdapter, without: Iterable[DocumentId] = ()
+) -> Iterator[tuple[list[DocumentId], np.ndarray]]:
+    """The bridged vectors of all documents but some, a page at a time."""
+    left_out = set(without)
+    for page in store.pages(RAW):
+        rows = [number for number, each in enumerate(page.ids) if each not in left_out]
+        yield [page.ids[number] for number in rows], bridge.apply(page.vectors[rows])
+
+
+def _bridged_ndcg(
+    store: Any,
+    bridge: EmbeddingAdapter,
+    queries: np.ndarray,
+    evidence: Evidence,
+    rests: np.ndarray | None,
+) -> np.ndarray:
+    """What a bridge would be worth, query by query; held-out documents stand as their rests."""
+
+    def pages() -> Iterator[tuple[list[DocumentId], np.ndarray]]:
+        yield from _mapped(store, bridge, evidence.left_out)
+        if rests is not None:
+            yield evidence.left_out, rests
+
+    return evidence.evaluate(best_documents(pages(), queries, top_k=NDCG_AT)).ndcg
+
+
+class _Scores:
+    """What the new model makes of queries, as far as it has read the documents.
+
+    Args:
+        known: Documents that it has read.
+        queries: Its vectors of the queries `[Q, E]`.
+        typical: Documents among them that stand for those that it has not read.
+        unread: How many those are.
+    """
+
+    def __init__(
+        self, known: _Known, queries: np.ndarray, typical: Sequence[DocumentId], *, unread: int
+    ) -> None:
+        self.known = known
+        self.queries = queries
+        self.table = queries @ known.vectors.T
+        places = [known.places[each] for each in typical]
+        self.above = [tail_of(row[places], others=unread) for row in self.table]
+
+    def ndcg(self, evidence: Evidence, rests: np.ndarray | None) -> np.ndarray:
+        """Expected nDCG@10, query by query `[Q]`; held-out documents stand as their rests."""
+        places, table = dict(self.known.places), self.table
+        if rests is not None:
+            stay = [place for each, place in places.items() if each not in set(evidence.left_out)]
+            table = np.concatenate([table[:, stay], self.queries @ rests.T], axis=1)
+            places = {each: len(stay) + n for n, each in enumerate(evidence.left_out)}
+        found = np.zeros(len(table))
+        for number, name in enumerate(evidence.names):
+            grades = {each: grade for each, grade in evidence.judgements[name].items() if grade > 0}
+            row = table[number]
+            for each, grade in grades.items():
+                if each in places:
+                    score = row[places[each]]
+                    certain = int((row > score).sum())
+                    found[number] += grade * expected_gain(certain, self.above[number](score))
+            found[number] /= dcg_at_k(sorted(grades.values(), reverse=True))
+        return np.minimum(found, 1.0)
+
+    def agreement(self, rankings: Sequence[Sequence[DocumentId]], evidence: Evidence) -> np.ndarray:
+        """Expected share of the new model's ten best among the ten best of rankings `[Q]`.
+
+        A document that a query was taken from does not count.
+        """
+        left_out: Sequence[DocumentId | None] = evidence.left_out or [None] * len(rankings)
+        shares = np.zeros(len(rankings))
+        for number, (ranking, own) in enumerate(zip(rankings, left_out, strict=True)):
+            row = self.table[number]
+            top = [each for each in ranking if each != own][:NDCG_AT]
+            for each in top:
+                score = row[self.known.places[each]]
+                certain = int((row > score).sum())
+                if own is not None and row[self.known.places[own]] > score:
+                    certain -= 1
+                shares[number] += chance_of_rank(certain, self.above[number](score))
+            shares[number] /= max(1, len(top))
+        return shares
+
+
+def tail_of(scores: np.ndarray, *, others: int) -> Callable[[float], float]:
+    """How many of other documents are expected above a score, from a sample's scores `[n]`.
+
+    Within the sample by its own share, beyond its upper tenth by an exponential tail. A sample of
+    none stands for none.
+    """
+    if not len(scores):
+        return lambda score: 0.0
+    ordered = np.sort(scores)
+    start = max(0, len(ordered) - max(1, math.ceil(TAIL * len(ordered))))
+    edge = float(ordered[start])
+    excess = max(float((ordered[start:] - edge).mean()), 1e-9)
+    share = (len(ordered) - start) / len(ordered)
+
+    def expected(score: float) -> float:
+        if score <= edge:
+            return others * float((ordered > score).mean())
+        return others * share * math.exp(-(score - edge) / excess)
+
+    return expected
+
+
+def expected_gain(certain: int, others: float) -> float:
+    """Mean of 1 / log2(rank + 1) within the first ten.
+
+    Args:
+        certain: How many stand above.
+        others: Mean of how many more do, Poisson-distributed.
+
+    >>> expected_gain(0, 0.0), expected_gain(2, 0.0), expected_gain(10, 0.0)
+    (1.0, 0.5, 0.0)
+    """
+    return sum(
+        chance / math.log2(certain + more + 2)
+        for more, chance in enumerate(_poisson(others, NDCG_AT - certain))
+    )
+
+
+def chance_of_rank(certain: int, others: float) -> float:
+    """Chance to be among the first ten, with as many above as `expected_gain` says."""
+    return sum(_poisson(others, NDCG_AT - certain))
+
+
+def _poisson(mean: float, count: int) -> Iterator[float]:
+    """Chances of 0, 1, … count − 1."""
+    chance = math.exp(-mean)
+    for number in range(max(0, count)):
+        yield chance
+        chance *= mean / (number + 1)

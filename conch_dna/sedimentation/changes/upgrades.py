@@ -1,0 +1,96 @@
+"""Another embedding model for a store: a map between the two, or all documents anew.
+
+Knows a store's pages and a model's helper; decides nothing about what becomes active.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from conch_dna.errors import ConchError
+from conch_dna.screen.progress import Report, silent
+from conch_dna.sedimentation.adapters.adapter import EmbeddingAdapter, PairSums
+from conch_dna.sedimentation.changes.collapse import sampled
+from conch_dna.sedimentation.changes.cycles import LearnedAdapter
+from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
+from conch_dna.sedimentation.changes.versions import ADAPTED, BRIDGED, Versions
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.stores.contract import RAW
+
+WAYS = ("bridge", "reembed")
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+HELD_OUT = 0.2
+
+
+def bridge_of(raw: np.ndarray, targets: np.ndarray, *, seed: int) -> EmbeddingAdapter:
+    """The ridge from a store's raw vectors to another model's.
+
+    Its strength is the one of STRENGTHS that is best for a fifth of the pairs; then it is fitted to
+    all.
+
+    Args:
+        raw: Unit `[N, D]`, N at least 5.
+        targets: Of the same documents, unit `[N, E]`.
+        seed: Of what is held out.
+    """
+    order = np.random.default_rng(seed).permutation(len(raw))
+    judging, training = np.split(order, [max(1, int(HELD_OUT * len(raw)))])
+
+    def fitted(places: np.ndarray, strength: float) -> EmbeddingAdapter:
+        matrix = PairSums.of(raw[places], targets[places]).ridge(strength=strength)
+        figures = {"pairs": len(places), "strength": strength}
+        return EmbeddingAdapter.from_matrix("ridge", matrix, figures)
+
+    def nearness(strength: float) -> float:
+        mapped = fitted(training, strength).apply(raw[judging])
+        return float((mapped * targets[judging]).sum(axis=1).mean())
+
+    return fitted(order, max(STRENGTHS, key=nearness))
+
+
+def upgraded(
+    versions: Versions,
+    helper: TeacherDistillationHelper,
+    way: str,
+    *,
+    sample: int,
+    seed: int,
+    without: Callable[[DocumentId], bool],
+    report: Report = silent,
+) -> LearnedAdapter:
+    """A version whose queries go to another model.
+
+    Args:
+        versions: Of the store.
+        helper: The other model, whose vectors are cached, so that what was embedded stays.
+        way: "bridge": documents keep their raw vectors, brought to the model's by a map that is
+            fitted to a sample. "reembed": the model reads them all.
+        sample: Documents of the bridge.
+        seed: Of the sample.
+        without: Whether a document is held out.
+        report: Gets the phase; see `progress.Progress`.
+
+    Raises:
+        ConchError: The model cannot be used, or cannot embed a document.
+    """
+    store = versions.store
+    origin = {"teacher": helper.teacher.name, "teacher_digest": helper.teacher.digest}
+    if way == "bridge":
+        report("phase", {"name": "a sample by the new model"})
+        page = sampled(store, sample=sample, seed=seed, without=without)
+        if not page.ids:
+            raise ConchError("no document is left to fit a bridge to: ingest more first")
+        texts = [embedded_text(payload) for payload in page.payloads]
+        return LearnedAdapter(
+            adapter=bridge_of(page.vectors, helper.get_teacher_embeddings(texts), seed=seed),
+            origin={"documents": BRIDGED, **origin},
+            documents=len(page.ids),
+            student=helper.only,
+        )
+    return LearnedAdapter(
+        adapter=EmbeddingAdapter.identity(helper.teacher.dimension),
+        origin={"documents": ADAPTED, **origin},
+        documents=store.count(RAW),
+        student=helper.only,
+        embed=helper.get_teacher_embeddings,
+    )
