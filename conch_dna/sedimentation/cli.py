@@ -189,7 +189,7 @@ def _counted(documents: Iterator[Any], report: Callable[[str, dict[str, Any]], N
     "queries", nargs=-1, required=True, metavar="QUERIES...", help="Each an argument of its own."
 )
 @model_options
-@options_of(ChelationConfig, only=("top_k", "fusion"))
+@options_of(ChelationConfig, only=("top_k", "fusion", "fusion_share"))
 @click.option(
     "--where",
     "conditions",

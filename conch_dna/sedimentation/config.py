@@ -62,6 +62,9 @@ class ChelationConfig:
         "none", "Whether BM25 is fused with the dense ranking by reciprocal rank.", choices=FUSIONS
     )
     rrf_k: int = option(60, "Constant k of reciprocal rank fusion, 1 / (k + rank).", low=1)
+    fusion_share: float = option(
+        0.5, "Share of the vectors in that fusion; the rest is BM25's.", low=0, high=1
+    )
     top_k: int = option(10, "Documents a query is answered with, and in a neighbourhood.", low=1)
     exact_below: int = option(
         20_000, "Stores with fewer documents are searched without an index.", low=0

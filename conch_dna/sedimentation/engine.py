@@ -180,7 +180,7 @@ class AntigravityEngine:
             self._neighbourhoods = Neighbourhoods(
                 self.store, self.log, self.config, self.state, self.student.digest
             )
-            self._fusion = WordFusion(self.store, self.config.rrf_k)
+            self._fusion = WordFusion(self.store, self.config.rrf_k, self.config.fusion_share)
             self.recovered = [*self.log.recovered, *unfinished, *self.versions.recovered]
             self._open = opening.pop_all()
 

@@ -153,14 +153,20 @@ def _refuse_repeated(ranking: Sequence[DocumentId], what: str) -> None:
 
 
 def rrf(
-    rankings: Sequence[Sequence[DocumentId]], *, k: int = 60, top_k: int | None = None
+    rankings: Sequence[Sequence[DocumentId]],
+    *,
+    k: int = 60,
+    top_k: int | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[tuple[DocumentId, float]]:
-    """Reciprocal rank fusion: Σ 1 / (k + rank) over the rankings, ranks from 1 (Cormack 2009).
+    """Reciprocal rank fusion: Σ w / (k + rank) over the rankings, ranks from 1 (Cormack 2009).
 
     Args:
         rankings: Of one query, each best first.
         k: How little the first ranks stand out; above 0.
         top_k: How many to give; all where it is None.
+        weights: One of each ranking; 1 of each where None. What only those name that weigh nothing
+            comes last.
 
     Returns:
         Ids with their scores, best first; of equal ones that first which a ranking names first.
@@ -174,11 +180,16 @@ def rrf(
     if k <= 0:
         raise ConchError(f"the constant of reciprocal rank fusion is {k}: it must be above 0")
     scores: dict[DocumentId, float] = {}
-    for ranking in rankings:
+    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
         _refuse_repeated(ranking, "a ranking")
         for rank, each in enumerate(ranking, start=1):
-            scores[each] = scores.get(each, 0.0) + 1 / (k + rank)
+            scores[each] = scores.get(each, 0.0) + weight / (k + rank)
     return sorted(scores.items(), key=lambda pair: -pair[1])[:top_k]
+
+
+def weights_of(share: float) -> tuple[float, float]:
+    """What `rrf` is given for a dense ranking and BM25's; 1 of each at equal shares."""
+    return 2 * share, 2 * (1 - share)
 
 
 class BM25:
@@ -274,10 +285,12 @@ class WordFusion:
     Attributes:
         store: Its payloads hold the texts.
         k: Constant of reciprocal rank fusion.
+        share: Of the dense ranking; the rest is BM25's.
     """
 
     store: VectorStore
     k: int
+    share: float = 0.5
     _words: tuple[int, BM25] | None = field(default=None, init=False)
 
     def fused(self, query: str, hits: Hits, top_k: int, where: Where | None = None) -> Hits:
@@ -299,7 +312,8 @@ class WordFusion:
         payloads.update(zip(page.ids, page.payloads, strict=True))
         conditions = conditions_of(where)
         by_words = [each for each in by_words if matches(payloads[each], conditions)]
-        scores = dict(rrf([hits.ids, by_words], k=self.k, top_k=top_k))
+        both, weights = [hits.ids, by_words], weights_of(self.share)
+        scores = dict(rrf(both, k=self.k, top_k=top_k, weights=weights))
         return Hits(
             ids=list(scores),
             scores=np.array(list(scores.values())),

@@ -13,6 +13,7 @@ from conch_dna.sedimentation.retrieval import (
     evaluate_rankings,
     ndcg_at_k,
     rrf,
+    weights_of,
 )
 
 
@@ -98,6 +99,9 @@ def test_fusion_adds_reciprocal_ranks():
     assert [each for each, _ in found] == ["c", "a", "b", "d"]
     assert rrf([["a", "b", "c"]], top_k=2) == [("a", 1 / 61), ("b", 1 / 62)]
     assert rrf([]) == []
+    weighted = dict(rrf([["a", "b"], ["b", "c"]], weights=weights_of(0.25)))
+    assert weighted == {"b": 0.5 / 62 + 1.5 / 61, "c": 1.5 / 62, "a": 0.5 / 61}
+    assert list(dict(rrf([["a", "b"], ["c"]], weights=weights_of(1.0)))) == ["a", "b", "c"]
 
 
 DOCUMENTS = {

@@ -313,8 +313,7 @@ class Benchmark:
         figures = {row["name"]: row["ndcg_at_10"] for row in self.rows}
         best = max(self._dense, key=lambda name: figures[name])
         began = time.perf_counter()
-        k = self.settings.config.rrf_k
-        rankings = fused_rankings(self._dense[best], self._words, k=k)
+        rankings = fused_rankings(self._dense[best], self._words, self.settings.config)
         seconds = {"fusion": time.perf_counter() - began}
         # The choice saw the queries that it is judged by; whoever reads the figure must know.
         more = {"fused": [best, WORDS], "chosen_on_evaluated_queries": True}

@@ -14,10 +14,18 @@ import numpy as np
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.benchmark.collections import Collection
 from conch_dna.sedimentation.changes.heldout_queries import Evidence, rankings_of
+from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.results import ChangeResult
-from conch_dna.sedimentation.retrieval import RECALL_AT, Evaluation, Judgements, rrf, word_index
+from conch_dna.sedimentation.retrieval import (
+    RECALL_AT,
+    Evaluation,
+    Judgements,
+    rrf,
+    weights_of,
+    word_index,
+)
 
 QUERY_EMBEDDING = "query_embedding"
 
@@ -97,11 +105,14 @@ def _plain(text: str) -> str:
 
 
 def fused_rankings(
-    dense: Sequence[Sequence[DocumentId]], words: Sequence[Sequence[DocumentId]], *, k: int
+    dense: Sequence[Sequence[DocumentId]],
+    words: Sequence[Sequence[DocumentId]],
+    config: ChelationConfig,
 ) -> list[list[DocumentId]]:
     """Both rankings of each query as one, by `retrieval.rrf`."""
+    k, weights = config.rrf_k, weights_of(config.fusion_share)
     return [
-        [each for each, _ in rrf([one, other], k=k, top_k=RECALL_AT)]
+        [each for each, _ in rrf([one, other], k=k, top_k=RECALL_AT, weights=weights)]
         for one, other in zip(dense, words, strict=True)
     ]
 
@@ -124,7 +135,7 @@ def answers(
     rankings = rankings_of(engine.store, vectors, version=version)
     if engine.config.fusion == "rrf":
         by_words = word_index(engine.store).rankings(queries)
-        rankings = fused_rankings(rankings, by_words, k=engine.config.rrf_k)
+        rankings = fused_rankings(rankings, by_words, engine.config)
     return rankings, {
         QUERY_EMBEDDING: embedded - began,
         "evaluation_search": time.perf_counter() - embedded,
