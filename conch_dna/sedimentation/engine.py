@@ -434,9 +434,8 @@ class AntigravityEngine:
         of_teacher = origin["documents"] == OF_TEACHER
         embed = self._teacher().get_teacher_embeddings if of_teacher else learned.embed
         self.report("phase", {"name": "rewriting", "total": documents, "unit": "documents"})
-        self.versions.build(
-            name, learned.adapter, origin, student=learned.student, embed=embed, report=self.report
-        )
+        how: dict[str, Any] = {"student": learned.student, "embed": embed, "change": learned.change}
+        self.versions.build(name, learned.adapter, origin, **how, report=self.report)
         lap("rewrite")
         self.report("phase", {"name": "asking held-out queries", "total": 0, "unit": ""})
         against = list(dict.fromkeys([active, RAW]))

@@ -446,7 +446,7 @@ def test_no_cycle_moves_a_teachers_vectors(
     shutil.copytree(learned["asymmetric"].folder, tmp_path / "db")
     with (
         opened(models, tmp_path / "db", space="asymmetric") as engine,
-        pytest.raises(ConchError, match="carry the teacher's vectors, which no cycle moves"),
+        pytest.raises(ConchError, match="are not of one model, and no cycle moves either"),
     ):
         engine.run_sedimentation_cycle()
 

@@ -248,7 +248,7 @@ def test_it_is_foretold_done_and_taken_back(models: dict[str, str], tmp_path: Pa
     upgrade = ("upgrade", place, "--to", models["teacher"], "--sample", 150)
     code, said = run(*upgrade, "--price", 0.5, "--json", figures)
     assert code == 0, said
-    assert "embed all anew" in said and "1,000 documents" in said and "0.50" in said
+    assert "embed" in said and "anew" in said and "1,000 documents" in said and "0.50" in said
     told = json.loads(figures.read_text())
     assert [way["name"] for way in told["ways"]] == ["keep", "bridge", "reembed"]
     code, said = run(*upgrade, "--do", "bridge")

@@ -178,6 +178,23 @@ class EmbeddingAdapter:
             rows = rows @ self.arrays["weight"] + self.arrays["bias"]
         return unit(rows, what="adapted vectors")
 
+    def widened(self) -> "EmbeddingAdapter":
+        """The same map into one dimension more, which is always zero."""
+        matrix = np.pad(self.matrix, ((0, 0), (0, 1)))
+        linear = self.from_matrix("ridge", matrix, self.figures)
+        if self.kind != "residual":
+            return linear
+        pads = {"inner_weight": ((0, 1), (0, 0)), "inner_bias": ((0, 0),)}
+        pads |= {"outer_weight": ((0, 0), (0, 1)), "outer_bias": ((0, 1),)}
+        network = {name: np.pad(self.arrays[name], pad) for name, pad in pads.items()}
+        return EmbeddingAdapter(
+            "residual",
+            {**linear.arrays, **network},
+            self.in_dimension,
+            linear.out_dimension,
+            self.figures,
+        )
+
     def save(self, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
         """Write it as a folder that appears whole or not at all.
 

@@ -31,6 +31,7 @@ from conch_dna.sedimentation.changes.collapse import (
     sample_rank,
     sampled,
 )
+from conch_dna.sedimentation.changes.hubs import Hubs, held_back, hubs_of
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     targets_with_fallback,
@@ -48,6 +49,8 @@ ALIGNED_PAIRS = 20_000
 ALIGNED_EACH = 2
 # Documents that are to stay where they are, for each that is to move, and at least so many.
 ANCHORS_EACH, ANCHORS = 4, 2000
+# In a version's origin, which hubs are held back in it.
+HUBS = "hubs"
 # Of the linear correction's ridge.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -66,6 +69,7 @@ class LearnedAdapter:
         documents: How many it learned from.
         student: Who embeds the version's texts, if not the store's student; see `Versions.build`.
         embed: Gives the vectors of documents from their texts, where they go through no adapter.
+        change: What becomes of documents' vectors before they are written; see `Versions.build`.
         steps: How many targets came from each step of the fallback chain.
         reasons: Why steps of that chain were left.
     """
@@ -75,6 +79,7 @@ class LearnedAdapter:
     documents: int
     student: Any = None
     embed: Callable[[list[str]], np.ndarray] | None = None
+    change: Callable[[list[DocumentId], np.ndarray], np.ndarray] | None = None
     steps: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -219,14 +224,16 @@ def adapter_from_log(
     *,
     without: Callable[[DocumentId], bool],
 ) -> LearnedAdapter:
-    """From the documents that were logged in collapsed neighbourhoods often enough.
+    """From hubs, or the documents that were logged in collapsed neighbourhoods often enough.
 
-    A linear correction of the active adapter, and a residual network on top of it, are taught to
-    move them and to leave a sample of the others, so that the same map still serves every document
-    and the queries; of both is kept what lowers the loss of held-out pairs. In baseline mode
-    a document is pushed away from its noise centre; in offline mode it goes to the teacher's
-    vector; in hybrid mode to the mean of both, by the schedule of the teacher's weight. Targets
-    lie in the space of the active version; the adapter maps raw vectors to them.
+    In baseline mode hubs that are not held back yet are, and nothing else is learned then. Else a
+    linear correction of the active adapter, and a residual network on top of it, are taught to move
+    the logged documents and to leave a sample of the others, so that the same map serves every
+    document and the queries; of both is kept what lowers the loss of held-out pairs. In baseline
+    mode a document is pushed away from its noise centre; in offline mode it goes to the teacher's
+    vector; in hybrid mode to the mean of both, by the schedule of the teacher's weight. Targets lie
+    in the space of the active version; the adapter maps raw vectors to them. Hubs that were held
+    back stay so.
 
     Raises:
         NothingToLearn: No document was logged so often since this version became active.
@@ -238,6 +245,10 @@ def adapter_from_log(
             f"queries and documents of version {active} are not of one model, and no cycle moves "
             "either: roll back to a symmetric version first"
         )
+    hubs = hubs_of(versions, neighbours=config.top_k, seed=config.seed)
+    known = versions.origin(active).get(HUBS)
+    if config.training_mode == "baseline" and hubs.shares and known != hubs.digest:
+        return _without_hubs(versions, hubs)
     logged = log.documents_logged(at_least=config.threshold, version=active)
     chosen = [each for each in logged if not without(each)]
     if not chosen:
@@ -294,12 +305,29 @@ def adapter_from_log(
             "on": active,
             "threshold": config.threshold,
             "events": len(log),
+            **({HUBS: known} if known else {}),
             **(_teacher_origin(teacher) if teacher else {}),
         },
         documents=len(chosen),
         student=versions.student_to_keep(active),
+        change=partial(held_back, shares=hubs.shares) if known else None,
         steps=chain.counts,
         reasons=chain.reasons,
+    )
+
+
+def _without_hubs(versions: Versions, hubs: Hubs) -> LearnedAdapter:
+    """The active version with its hubs held back; another dimension takes what they lose."""
+    active = versions.active
+    adapter = versions.adapter(active)
+    if HUBS not in versions.origin(active):
+        adapter = adapter.widened()
+    return LearnedAdapter(
+        adapter=replace(adapter, figures={**adapter.figures, **hubs.figures()}),
+        origin={"documents": ADAPTED, "on": active, HUBS: hubs.digest},
+        documents=len(hubs.shares),
+        student=versions.student_to_keep(active),
+        change=partial(held_back, shares=hubs.shares),
     )
 
 

@@ -248,12 +248,22 @@ def teacher_rankings(
 def best_documents(
     pages: Iterable[tuple[Sequence[DocumentId], np.ndarray]], queries: np.ndarray, *, top_k: int
 ) -> list[list[DocumentId]]:
+    """The documents nearest to each query; see `best_scores`."""
+    return best_scores(pages, queries, top_k=top_k)[0]
+
+
+def best_scores(
+    pages: Iterable[tuple[Sequence[DocumentId], np.ndarray]], queries: np.ndarray, *, top_k: int
+) -> tuple[list[list[DocumentId]], np.ndarray]:
     """The documents nearest to each query, from pages of ids and vectors that are in no store.
 
     Args:
         pages: Ids, and their vectors `[n, E]`.
         queries: `[Q, E]`.
         top_k: How many of each.
+
+    Returns:
+        Ids, best first, and their scores `[Q, top_k]`, fewer where there are no more.
     """
     scores = np.full((len(queries), 0), -np.inf, np.float32)
     ids: np.ndarray = np.empty((len(queries), 0), object)
@@ -267,7 +277,7 @@ def best_documents(
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         scores = np.take_along_axis(scores, best, axis=1)
         ids = np.take_along_axis(ids, best, axis=1)
-    return [list(row) for row in ids]
+    return [list(row) for row in ids], scores
 
 
 def teacher_agreement(

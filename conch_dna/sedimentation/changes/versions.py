@@ -17,7 +17,7 @@ from conch_dna.checkpoints import read_json, remove_unfinished
 from conch_dna.errors import NotWholeError
 from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
-from conch_dna.sedimentation.documents import embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
@@ -213,6 +213,7 @@ class Versions:
         *,
         student: Any = None,
         embed: Callable[[list[str]], np.ndarray] | None = None,
+        change: Callable[[list[DocumentId], np.ndarray], np.ndarray] | None = None,
         report: Report = silent,
     ) -> None:
         """Write a version whole; it is not active.
@@ -225,6 +226,7 @@ class Versions:
             student: Who embeds its texts, if not the store's student: an `Embedder` that lies
                 elsewhere, or a model2vec `StaticModel`, which is written beside the adapter.
             embed: Gives the vectors that documents carry from their texts: the teacher.
+            change: What becomes of the vectors `[n, E]` of documents before they are written.
             report: Gets ("advance", …) for each page that was written; see `progress.Progress`.
         """
         self._sums[name] = total = ContentSum()
@@ -241,6 +243,8 @@ class Versions:
                 vectors = adapter.apply(self.before_adapter(name, page))
             else:
                 vectors = embed([embedded_text(payload) for payload in page.payloads])
+            if change is not None:
+                vectors = change(page.ids, vectors)
             total.add(page.ids, vectors)
             self.store.put_version(name, page.ids, vectors)
             report("advance", {"by": len(page.ids)})
