@@ -353,8 +353,9 @@ class Operations:
             return self.store.so_far(folder, there=ids, gone=set(), may_be=set(), learned=True)
 
         def result(folder: Path) -> Facts:
-            facts = self.store.facts(folder)
-            return {**facts, **files(folder, "db/versions/*-student/model.safetensors")}
+            # A version that was judged and not activated leaves its number to nobody.
+            students = files(folder, "db/versions/*-student/model.safetensors")
+            return {**self.store.facts(folder), "students": " ".join({*students.values()})}
 
         return Operation(
             base, lambda folder: [["sediment", verb, str(folder / "db"), *how]], lost, result
