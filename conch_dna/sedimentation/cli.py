@@ -42,6 +42,8 @@ from conch_dna.sedimentation.results import (
     verify_table,
 )
 from conch_dna.sedimentation.store_options import (
+    judged_by,
+    judgement_options,
     model_options,
     opened_engine,
     opened_without_models,
@@ -90,23 +92,6 @@ def sediment() -> None:
     join later; that of many worse changes none passes; and judged queries (--judgements) come
     again for every change.
     """
-
-
-def _judgement_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Judged queries for the gate, in place of those made from the documents."""
-    for decorate in (
-        click.option(
-            "--split", default="test", show_default=True, help="Whose judgements of the folder."
-        ),
-        click.option(
-            "--judgements",
-            metavar="DIR",
-            help="Let the gate ask these judged queries: a folder with queries.jsonl and "
-            "qrels/<split>.tsv in BEIR layout. [default: queries made from held-out documents]",
-        ),
-    ):
-        command = decorate(command)
-    return command
 
 
 @command(
@@ -245,7 +230,7 @@ def _refuse_unknown(missing: list[str], known: list[str]) -> None:
 @place_options
 @model_options
 @options_of(ChelationConfig, only=OF_CYCLE)
-@_judgement_options
+@judgement_options
 @json_option
 def cycle(json_file: str | None, **options: Any) -> None:
     """Learn from the documents that collapsed neighbourhoods were logged with.
@@ -269,7 +254,7 @@ def cycle(json_file: str | None, **options: Any) -> None:
 @place_options
 @model_options
 @options_of(ChelationConfig, only=OF_DISTILLATION, names=OFFLINE_NAMES)
-@_judgement_options
+@judgement_options
 @json_option
 def distill(json_file: str | None, **options: Any) -> None:
     """Learn from a teacher's vectors of all documents; the mode is offline unless named.
@@ -288,11 +273,9 @@ def _change(
 ) -> None:
     """Run a change, print the gate's verdict, and end with 1 if it refused."""
     from conch_dna.screen.progress import Progress
-    from conch_dna.sedimentation.benchmark.collections import read_judgements
 
-    folder, split = options["judgements"], options["split"]
     # Before the models: a mistake here shall not cost their loading.
-    judged = read_judgements(Path(folder).expanduser(), split=split) if folder else None
+    judged = judged_by(options)
     with Progress() as progress:
         progress("loading", {"name": LOADING})
         with opened_engine(config, options) as engine:
@@ -350,7 +333,7 @@ def delete(ids: tuple[str, ...], json_file: str | None, **options: Any) -> None:
 
     With an id that is not there nothing is deleted.
     """
-    from conch_dna.sedimentation import deletion
+    from conch_dna.sedimentation.upkeep import deletion
 
     with opened_without_models(options) as opened:
         result = deletion.delete(opened.store, opened.log, deletion.named(opened.store, ids))
@@ -366,7 +349,7 @@ def verify(json_file: str | None, **options: Any) -> None:
 
     Exit code 1 says that something is not whole; the table names it.
     """
-    from conch_dna.sedimentation.verification import verified
+    from conch_dna.sedimentation.upkeep.verification import verified
 
     parts = verified(place_of(options))
     print_tables(verify_table(options["location"], parts))
@@ -412,6 +395,22 @@ def export(folder: str, version: str | None, **options: Any) -> None:
     click.echo(f"{name} is a sentence-transformers model in {folder}")
     if origin["documents"] == OF_TEACHER:
         click.echo(f"it embeds queries; the documents' vectors are those of {origin['teacher']}")
+
+
+@command("conch-dna sediment snapshot papers backups/papers-1")
+@place_options
+@click.argument("copy", help="The folder to make; it is a store again.")
+@json_option
+def snapshot(json_file: str | None, copy: str, **options: Any) -> None:
+    """Copy a store whole, while nobody writes; loads no model.
+
+    The copy is verified before it stands. To go back to it, use it, or copy it to where it was.
+    """
+    from conch_dna.sedimentation.upkeep.snapshot import snapshot as take
+
+    size = take(place_of(options), Path(copy))
+    click.echo(f"{copy}: {size:,} bytes, verified")
+    write_figures(json_file, {"folder": copy, "bytes": size})
 
 
 @command(
@@ -482,6 +481,6 @@ def benchmark(arguments: tuple[str, ...]) -> None:
     main.main(list(arguments), prog_name="conch-dna sediment benchmark", standalone_mode=False)
 
 
-_COMMANDS = (ingest, query, cycle, distill, upgrade, status, rollback, delete, verify, export)
-for each in (*_COMMANDS, make_student_command):
+_CHANGES = (ingest, query, cycle, distill, upgrade, rollback, delete)
+for each in (*_CHANGES, status, verify, snapshot, export, make_student_command):
     sediment.add_command(each)

@@ -36,7 +36,6 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 from conch_dna.sedimentation.changes.upgrades import upgraded
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions, lasting
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.deletion import delete, recovered
 from conch_dna.sedimentation.documents import DocumentId, read_documents
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.embedders.local import static_model
@@ -58,6 +57,7 @@ from conch_dna.sedimentation.stores.open_store import (
     open_store,
     state_of,
 )
+from conch_dna.sedimentation.upkeep.deletion import delete, recovered
 
 DEFAULT_STUDENT = "sentence-transformers/all-MiniLM-L6-v2"
 # Documents of an ingest's first batch, and about how long a batch may take.

@@ -24,6 +24,7 @@ from conch_dna.sedimentation.results import ChangeResult, change_table
 
 if TYPE_CHECKING:
     from conch_dna.sedimentation.engine import AntigravityEngine
+    from conch_dna.sedimentation.retrieval import Judgements
     from conch_dna.sedimentation.stored_state import StoredState, StorePlace
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,6 +91,35 @@ def model_options(command: F) -> F:
     ):
         command = decorate(command)
     return command
+
+
+def judgement_options(command: F) -> F:
+    """Judged queries for the gate, in place of those made from the documents."""
+    for decorate in (
+        click.option(
+            "--split", default="test", show_default=True, help="Whose judgements of the folder."
+        ),
+        click.option(
+            "--judgements",
+            metavar="DIR",
+            help="Ask these judged queries: a folder with queries.jsonl and "
+            "qrels/<split>.tsv in BEIR layout. [default: queries made from held-out documents]",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def judged_by(options: Mapping[str, Any]) -> "tuple[dict[str, str], Judgements] | None":
+    """Queries and judgements of the folder that `judgement_options` names; None without one.
+
+    Raises:
+        ConchError: They cannot be read.
+    """
+    from conch_dna.sedimentation.benchmark.collections import read_judgements
+
+    folder = options["judgements"]
+    return read_judgements(Path(folder).expanduser(), split=options["split"]) if folder else None
 
 
 def place_of(options: Mapping[str, Any]) -> "StorePlace":

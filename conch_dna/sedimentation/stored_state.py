@@ -17,10 +17,10 @@ from conch_dna.sedimentation.changes.chelation_log import ChelationLog, log_file
 from conch_dna.sedimentation.changes.gate import read_history
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.stores.contract import RAW, VectorStore
 from conch_dna.sedimentation.stores.edge import MANIFEST
 from conch_dna.sedimentation.stores.open_store import LOG, VECTORS, VERSIONS, open_store, state_of
+from conch_dna.sedimentation.upkeep.deletion import recovered
 
 
 class StoredState:

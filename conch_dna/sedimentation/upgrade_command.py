@@ -5,7 +5,6 @@ Knows options, tables and the engine; decides nothing.
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,8 @@ import click
 from conch_dna.options.commands import command, json_option, write_figures
 from conch_dna.screen.presentation import print_tables, text_table
 from conch_dna.sedimentation.store_options import (
+    judged_by,
+    judgement_options,
     opened_engine,
     place_options,
     settings,
@@ -58,11 +59,10 @@ NAMES = {"keep": "keep", "bridge": "bridge old vectors", "reembed": "embed all a
     show_default=True,
     help="What 1,000 documents cost at the other model, in any currency.",
 )
-@click.option("--judgements", metavar="DIR", help="Judged queries in BEIR layout to ask instead.")
-@click.option("--split", default="test", show_default=True, help="Whose judgements.")
 @click.option("--config", "config_file", metavar="FILE", help="YAML with settings of a store.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
+@judgement_options
 @json_option
 def upgrade(json_file: str | None, to: str, way: str | None, **options: Any) -> None:
     """Tell what another embedding model would be worth, before all documents are embedded.
@@ -72,10 +72,8 @@ def upgrade(json_file: str | None, to: str, way: str | None, **options: Any) -> 
     gate refused.
     """
     from conch_dna.screen.progress import Progress
-    from conch_dna.sedimentation.benchmark.collections import read_judgements
 
-    folder, sample = options["judgements"], options["sample"]
-    judged = read_judgements(Path(folder).expanduser(), split=options["split"]) if folder else None
+    sample, judged = options["sample"], judged_by(options)
     options |= {"model": None, "teachers": (to,), "teacher_shares": ()}
     config = settings(options, training_mode="offline")
     with Progress() as progress:

@@ -213,7 +213,7 @@ from pathlib import Path
 from conch_dna.sedimentation.changes.chelation_log import ChelationLog
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.edge import EdgeStore
-from conch_dna.sedimentation import deletion
+from conch_dna.sedimentation.upkeep import deletion
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

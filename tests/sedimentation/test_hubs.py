@@ -13,7 +13,7 @@ from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.contract import RAW
-from conch_dna.sedimentation.verification import verified
+from conch_dna.sedimentation.upkeep.verification import verified
 from topic_models import WORDS, documents, write_models, write_static
 
 HUBS, DIMENSION, GENERAL = 40, 60, 12

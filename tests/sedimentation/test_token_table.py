@@ -21,7 +21,7 @@ from conch_dna.sedimentation.embedders.static_folder import with_table, write_st
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.contract import RAW
-from conch_dna.sedimentation.verification import verified
+from conch_dna.sedimentation.upkeep.verification import verified
 from topic_models import DIMENSION, WORDS, documents, write_models
 from topic_models import write_static as write_words
 

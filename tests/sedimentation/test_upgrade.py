@@ -20,7 +20,7 @@ from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.contract import RAW
-from conch_dna.sedimentation.verification import verified
+from conch_dna.sedimentation.upkeep.verification import verified
 from topic_models import DIMENSION, documents, write_models
 
 

@@ -23,7 +23,6 @@ from conch_dna.sedimentation.changes.versions import (
     opened_student,
     origin_of,
 )
-from conch_dna.sedimentation.deletion import recovered
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.embedders.teachers import count_cached
@@ -35,6 +34,7 @@ from conch_dna.sedimentation.stores.ledger import LEDGER
 from conch_dna.sedimentation.stores.open_store import LOG, TEACHER_VECTORS, VECTORS, VERSIONS
 from conch_dna.sedimentation.stores.state import DOCUMENTS
 from conch_dna.sedimentation.stores.stored_documents import coarse
+from conch_dna.sedimentation.upkeep.deletion import recovered
 
 NAMED = 5
 

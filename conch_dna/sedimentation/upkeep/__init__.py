@@ -1,0 +1,1 @@
+"""A store kept in order: what it forgets, whether it is whole, and copies of it."""
