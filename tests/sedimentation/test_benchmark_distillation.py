@@ -514,6 +514,40 @@ def test_a_task_of_mteb_is_read(monkeypatch):
         read_collection("Made", cycle_split="train")
 
 
+def test_mtebs_own_loader_gives_what_the_folder_gives(made, tmp_path, monkeypatch):
+    """A real task whose data set lies in a folder, in the form that the hub has them in."""
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed: its own loader did not run")
+    folder, source = tmp_path / "hub", made.task
+    qrels = [line.split("\t") for line in (source / "qrels" / "test.tsv").read_text().splitlines()]
+    parts = {
+        "corpus": [json.loads(line) for line in (source / "corpus.jsonl").open()],
+        "queries": [json.loads(line) for line in (source / "queries.jsonl").open()],
+        "default": [
+            {"query-id": query, "corpus-id": document, "score": int(grade)}
+            for query, document, grade in qrels[1:]
+        ],
+    }
+    configs = []
+    for name, rows in parts.items():
+        for row in rows:
+            row |= {"id": row.pop("_id")} if "_id" in row else {}
+            row.pop("metadata", None)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        configs.append(
+            f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}.jsonl\n"
+        )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    task = type(mteb.get_task("SciFact"))
+    place = {"dataset": {"path": str(folder), "revision": "main"}}
+    monkeypatch.setattr(task, "metadata", task.metadata.model_copy(update=place))
+    found, own = read_collection("SciFact"), read_collection(str(source))
+    assert found.documents == own.documents and found.judgements == own.judgements
+    assert {each: found.queries[each] for each in own.judgements} == {
+        each: own.queries[each] for each in own.judgements
+    }
+
+
 def test_a_task_that_cannot_be_fetched_is_one_line(monkeypatch):
     made_mteb(monkeypatch, MadeTask(ConnectionError("no route\nto the hub")))
     with pytest.raises(ConchError, match=r"no route to the hub\. Without a network give a folder"):

@@ -1,7 +1,6 @@
 """Another embedding model for a store: what is foretold, and the versions that go over to it."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from click.testing import CliRunner
 
 from conch_dna.cli import main
 from conch_dna.errors import ConchError, NotWholeError
-from conch_dna.sedimentation.changes.forecast import chance_of_rank, expected_gain, tail_of
+from conch_dna.sedimentation.changes.forecast import Unread, chance_of_rank, expected_gain
 from conch_dna.sedimentation.changes.heldout_queries import Evidence, best_documents
 from conch_dna.sedimentation.changes.upgrades import bridge_of
 from conch_dna.sedimentation.config import ChelationConfig
@@ -53,13 +52,23 @@ def test_gains_are_those_of_drawn_ranks(certain: int, others: float) -> None:
     assert chance_of_rank(certain, others) == pytest.approx(within.mean(), abs=2e-3)
 
 
-def test_a_tail_tells_how_many_of_the_rest_are_above() -> None:
+def test_what_was_not_read_is_told_from_bridged_scores() -> None:
+    """Scores about the bridged ones, the wider the nearer: the true number is known."""
     random = np.random.default_rng(1)
-    told = tail_of(random.exponential(size=2000), others=100_000)
-    for score in (0.5, 2.0, 5.0, 8.0):
-        assert told(score) == pytest.approx(100_000 * math.exp(-score), rel=0.35)
-    assert tail_of(np.zeros(0), others=0)(0.1) == 0
-    assert tail_of(np.full(5, 0.3), others=50)(0.3) == 0
+    bridged = random.normal(0.2, 0.1, size=(3, 20_000)).clip(-1, 1)
+    slopes = np.array([[0.5], [0.8], [1.0]])
+    wide = 0.03 + 0.1 * bridged.clip(0, 1)
+    new = 0.1 + slopes * bridged + wide * random.normal(size=bridged.shape)
+    told = np.ones((3, 2000), bool)
+    unread = Unread(new=new[:, :2000], bridged=bridged[:, :2000], told=told)
+    for at in range(2000, 20_000, 700):
+        unread.add(bridged[:, at : at + 700])
+    for number, share in enumerate((0.5, 0.99, 0.9995)):
+        score = float(np.quantile(new[number], share))
+        true = float((new[number, 2000:] > score).sum())
+        assert unread.above(number, score) == pytest.approx(true, rel=0.2, abs=8)
+    nothing = Unread(np.zeros((1, 3)), np.zeros((1, 3)), np.zeros((1, 3), bool))
+    assert nothing.above(0, 0.1) == 0
 
 
 def test_the_best_of_pages_are_the_best_of_all() -> None:

@@ -7,7 +7,7 @@ and to embed all documents anew.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from conch_dna.sedimentation.changes.heldout_queries import (
     rankings_of,
 )
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
-from conch_dna.sedimentation.changes.upgrades import bridge_of
+from conch_dna.sedimentation.changes.upgrades import bridge_of, bridged_unseen
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.documents import DocumentId, embedded_text
 from conch_dna.sedimentation.embedders.contract import Embedder
@@ -35,8 +35,9 @@ from conch_dna.sedimentation.stores.contract import RAW, Page
 FEWEST_SAMPLED, FEWEST_QUERIES = 100, 20
 # Documents of each query's old and bridged rankings that the new model reads.
 NEAR = 10
-# Share of the sample by which the tail of a query's scores is told.
-TAIL = 0.1
+# Bins of bridged scores, from -1 to 1; and where, in standard deviations from a query's mean,
+# another spread about them begins, if it is told by as many pairs.
+BINS, STEPS, FEWEST_LEFT = 800, (0.0, 1.0, 2.0, 3.0), 50
 # Documents by which the new model's pace is taken.
 TIMED = 32
 
@@ -106,10 +107,12 @@ def forecast(
     """Compare the three ways on held-out queries.
 
     What answers now is measured, and so is a bridge, since it is fitted to the sample and maps
-    vectors that are there. What all documents would be worth under the new model is not: it
-    reads the sample, and of each query the documents nearest by the other two. How many of the rest
-    would stand above a document is taken from the scores of the sampled ones that no query made it
-    read: their tail, exponential beyond its upper tenth (Pickands 1975), and Poisson-distributed.
+    vectors that are there. What all documents would be worth under the new model is not: it reads
+    the sample, and of each query the documents nearest by the other two. Of the others the bridged
+    scores are known. How the new model's scores lie about those is told by what it has read, under
+    bridges that did not see it: a line for each query, and what is left over in all of them, by how
+    near a document is. So it is told how many of the others stand above a document, on average;
+    their number is taken as Poisson-distributed.
 
     Args:
         versions: Of the store.
@@ -147,14 +150,24 @@ def forecast(
     bridged = best_documents(_mapped(store, bridge), queries, top_k=NEAR + 1)
     wanted = {each for row in (*kept, *bridged) for each in row}
     wanted |= {each for row in evidence.judgements.values() for each in row}
-    unread = sorted((each for each in wanted if each not in known.places), key=str)
-    there = store.get([*store.digests(unread)], RAW)
+    missing = sorted((each for each in wanted if each not in known.places), key=str)
+    there = store.get([*store.digests(missing)], RAW)
     report("phase", {"name": f"{len(there.ids):,} documents near queries by the new model"})
     known.read(there)
 
-    # Drawn ones that no query made it read stand for all that it has not read.
-    typical = [each for each in drawn.ids if each not in wanted]
-    scores = _Scores(known, queries, typical, unread=count - len(known.places))
+    strength = float(bridge.figures["strength"])
+    unseen = bridged_unseen(drawn.vectors, known.of(drawn.ids), strength=strength, seed=seed)
+    if there.ids:
+        unseen = np.concatenate([unseen, bridge.apply(there.vectors)])
+    table = queries @ known.vectors.T
+    # Judged ones were not chosen by their bridged scores alone.
+    told = np.ones(table.shape, bool)
+    for row, name in zip(told, evidence.names, strict=True):
+        row[[known.places[each] for each in evidence.judgements[name] if each in known.places]] = 0
+    unread = Unread(new=table, bridged=queries @ unseen.T, told=told)
+    for _, vectors in _mapped(store, bridge, known.places):
+        unread.add(queries @ vectors.T)
+    scores = _Scores(known, queries, table, unread)
     rests: dict[str, np.ndarray] = {}
     if evidence.pseudo:
         own = versions.student(RAW).documents(evidence.rests).all_vectors(what="documents")
@@ -266,18 +279,17 @@ class _Scores:
     Args:
         known: Documents that it has read.
         queries: Its vectors of the queries `[Q, E]`.
-        typical: Documents among them that stand for those that it has not read.
-        unread: How many those are.
+        table: Their products with those of the documents `[Q, K]`.
+        unread: What is known of the others.
     """
 
     def __init__(
-        self, known: _Known, queries: np.ndarray, typical: Sequence[DocumentId], *, unread: int
+        self, known: _Known, queries: np.ndarray, table: np.ndarray, unread: "Unread"
     ) -> None:
         self.known = known
         self.queries = queries
-        self.table = queries @ known.vectors.T
-        places = [known.places[each] for each in typical]
-        self.above = [tail_of(row[places], others=unread) for row in self.table]
+        self.table = table
+        self.unread = unread
 
     def ndcg(self, evidence: Evidence, rests: np.ndarray | None) -> np.ndarray:
         """Expected nDCG@10, query by query `[Q]`; held-out documents stand as their rests."""
@@ -294,7 +306,9 @@ class _Scores:
                 if each in places:
                     score = row[places[each]]
                     certain = int((row > score).sum())
-                    found[number] += grade * expected_gain(certain, self.above[number](score))
+                    found[number] += grade * expected_gain(
+                        certain, self.unread.above(number, score)
+                    )
             found[number] /= dcg_at_k(sorted(grades.values(), reverse=True))
         return np.minimum(found, 1.0)
 
@@ -313,31 +327,59 @@ class _Scores:
                 certain = int((row > score).sum())
                 if own is not None and row[self.known.places[own]] > score:
                     certain -= 1
-                shares[number] += chance_of_rank(certain, self.above[number](score))
+                shares[number] += chance_of_rank(certain, self.unread.above(number, score))
             shares[number] /= max(1, len(top))
         return shares
 
 
-def tail_of(scores: np.ndarray, *, others: int) -> Callable[[float], float]:
-    """How many of other documents are expected above a score, from a sample's scores `[n]`.
+class Unread:
+    """How many documents that a model has not read it would score above others.
 
-    Within the sample by its own share, beyond its upper tenth by an exponential tail. A sample of
-    none stands for none.
+    Args:
+        new: Its scores of documents that it has read, `[Q, K]`.
+        bridged: The bridge's of the same, `[Q, K]`.
+        told: Which of these pairs tell how its scores lie about the bridge's, `[Q, K]`.
     """
-    if not len(scores):
-        return lambda score: 0.0
-    ordered = np.sort(scores)
-    start = max(0, len(ordered) - max(1, math.ceil(TAIL * len(ordered))))
-    edge = float(ordered[start])
-    excess = max(float((ordered[start:] - edge).mean()), 1e-9)
-    share = (len(ordered) - start) / len(ordered)
 
-    def expected(score: float) -> float:
-        if score <= edge:
-            return others * float((ordered > score).mean())
-        return others * share * math.exp(-(score - edge) / excess)
+    def __init__(self, new: np.ndarray, bridged: np.ndarray, told: np.ndarray) -> None:
+        count = np.maximum(told.sum(axis=1, keepdims=True), 1)
 
-    return expected
+        def mean(rows: np.ndarray) -> np.ndarray:
+            return np.asarray((rows * told).sum(axis=1, keepdims=True) / count)
+
+        self.centre = mean(bridged)
+        self.spread = np.sqrt(np.maximum(mean((bridged - self.centre) ** 2), 1e-12))
+        standard = (bridged - self.centre) / self.spread
+        self.level, self.slope = mean(new), mean((new - mean(new)) * standard)
+        left = new - self.level - self.slope * standard
+        groups = np.searchsorted(STEPS, standard)
+        # A group of few takes what is left over in the one before.
+        self.left: list[np.ndarray] = []
+        for group in range(len(STEPS) + 1):
+            found = np.sort(left[told & (groups == group)])
+            self.left.append(found if len(found) >= FEWEST_LEFT or not group else self.left[-1])
+        self.edges = np.linspace(-1, 1, BINS + 1)
+        self.counts = np.zeros((len(new), BINS))
+
+    def add(self, bridged: np.ndarray) -> None:
+        """Count documents by their bridged scores `[Q, m]`."""
+        places = np.clip(np.searchsorted(self.edges, bridged) - 1, 0, BINS - 1)
+        for counts, row in zip(self.counts, places, strict=True):
+            counts += np.bincount(row, minlength=BINS)
+
+    def above(self, number: int, score: float) -> float:
+        """How many are expected above a score of a query, by its number."""
+        bins = np.flatnonzero(self.counts[number])
+        middles = (self.edges[bins] + self.edges[bins + 1]) / 2
+        standard = (middles - self.centre[number]) / self.spread[number]
+        needed = score - self.level[number] - self.slope[number] * standard
+        groups = np.searchsorted(STEPS, standard)
+        expected = 0.0
+        for group in np.unique(groups):
+            here, left = groups == group, self.left[group]
+            shares = 1 - np.searchsorted(left, needed[here], side="right") / max(1, len(left))
+            expected += float(self.counts[number, bins[here]] @ shares)
+        return expected
 
 
 def expected_gain(certain: int, others: float) -> float:

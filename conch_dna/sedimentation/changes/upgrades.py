@@ -19,33 +19,50 @@ from conch_dna.sedimentation.stores.contract import RAW
 
 WAYS = ("bridge", "reembed")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-HELD_OUT = 0.2
+FOLDS = 5
 
 
 def bridge_of(raw: np.ndarray, targets: np.ndarray, *, seed: int) -> EmbeddingAdapter:
     """The ridge from a store's raw vectors to another model's.
 
-    Its strength is the one of STRENGTHS that is best for a fifth of the pairs; then it is fitted to
-    all.
+    Its strength is the one of STRENGTHS that is best for pairs that bridges did not see.
 
     Args:
         raw: Unit `[N, D]`, N at least 5.
         targets: Of the same documents, unit `[N, E]`.
-        seed: Of what is held out.
+        seed: Of what they do not see.
     """
-    order = np.random.default_rng(seed).permutation(len(raw))
-    judging, training = np.split(order, [max(1, int(HELD_OUT * len(raw)))])
-
-    def fitted(places: np.ndarray, strength: float) -> EmbeddingAdapter:
-        matrix = PairSums.of(raw[places], targets[places]).ridge(strength=strength)
-        figures = {"pairs": len(places), "strength": strength}
-        return EmbeddingAdapter.from_matrix("ridge", matrix, figures)
 
     def nearness(strength: float) -> float:
-        mapped = fitted(training, strength).apply(raw[judging])
-        return float((mapped * targets[judging]).sum(axis=1).mean())
+        mapped = bridged_unseen(raw, targets, strength=strength, seed=seed)
+        return float((mapped * targets).sum(axis=1).mean())
 
-    return fitted(order, max(STRENGTHS, key=nearness))
+    return _fitted(raw, targets, max(STRENGTHS, key=nearness))
+
+
+def bridged_unseen(
+    raw: np.ndarray, targets: np.ndarray, *, strength: float, seed: int
+) -> np.ndarray:
+    """Vectors `[N, E]` of pairs by bridges that were fitted to the others, a fifth at a time.
+
+    Args:
+        raw: Unit `[N, D]`, N at least 5.
+        targets: Unit `[N, E]`.
+        strength: Of the ridges.
+        seed: Of which go together.
+    """
+    order = np.random.default_rng(seed).permutation(len(raw))
+    mapped = np.zeros_like(targets)
+    for part in np.array_split(order, FOLDS):
+        others = np.setdiff1d(order, part)
+        mapped[part] = _fitted(raw[others], targets[others], strength).apply(raw[part])
+    return mapped
+
+
+def _fitted(raw: np.ndarray, targets: np.ndarray, strength: float) -> EmbeddingAdapter:
+    matrix = PairSums.of(raw, targets).ridge(strength=strength)
+    figures = {"pairs": len(raw), "strength": strength}
+    return EmbeddingAdapter.from_matrix("ridge", matrix, figures)
 
 
 def upgraded(
