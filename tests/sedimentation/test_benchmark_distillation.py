@@ -520,8 +520,8 @@ def test_mtebs_own_loader_gives_what_the_folder_gives(made, tmp_path, monkeypatc
     folder, source = tmp_path / "hub", made.task
     qrels = [line.split("\t") for line in (source / "qrels" / "test.tsv").read_text().splitlines()]
     parts = {
-        "corpus": [json.loads(line) for line in (source / "corpus.jsonl").open()],
-        "queries": [json.loads(line) for line in (source / "queries.jsonl").open()],
+        "corpus": [*map(json.loads, (source / "corpus.jsonl").read_text().splitlines())],
+        "queries": [*map(json.loads, (source / "queries.jsonl").read_text().splitlines())],
         "default": [
             {"query-id": query, "corpus-id": document, "score": int(grade)}
             for query, document, grade in qrels[1:]
