@@ -69,6 +69,11 @@ def embedded_text(payload: Mapping[str, Any]) -> str:
     return f"{payload.get(TITLE) or ''} {payload.get(TEXT) or ''}".strip()
 
 
+def embedded_texts(payloads: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`embedded_text` of each."""
+    return [embedded_text(payload) for payload in payloads]
+
+
 def read_documents(source: Iterable[Any]) -> Iterator[Document]:
     """Documents out of whatever a user has, one after the other, never all in memory.
 

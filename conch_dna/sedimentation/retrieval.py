@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from conch_dna.errors import ConchError
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_texts
 from conch_dna.sedimentation.stores.contract import RAW, Hits, VectorStore
 from conch_dna.sedimentation.stores.filters import Where, conditions_of, matches
 
@@ -274,7 +274,7 @@ def word_index(store: VectorStore) -> BM25:
     texts: list[str] = []
     for page in store.pages(RAW):
         ids += page.ids
-        texts += [embedded_text(payload) for payload in page.payloads]
+        texts += embedded_texts(page.payloads)
     return BM25(ids, texts)
 
 

@@ -28,6 +28,7 @@ from conch_dna.sedimentation.changes.heldout_queries import (
     teacher_rankings,
 )
 from conch_dna.sedimentation.changes.upgrades import bridge_of
+from conch_dna.sedimentation.documents import embedded_texts
 from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.retrieval import NDCG_AT
 from conch_dna.sedimentation.stores.contract import RAW
@@ -42,7 +43,7 @@ def actual(engine: AntigravityEngine, evidence: Evidence, sample: int, seed: int
     new = helper.get_teacher_embeddings(evidence.texts, queries=True)
     old = engine.versions.embed([RAW], evidence.texts, queries=True)[RAW]
     drawn = sampled(store, sample=sample, seed=seed, without=evidence.holds_out)
-    texts = [f"{each['title']} {each['text']}".strip() for each in drawn.payloads]
+    texts = embedded_texts(drawn.payloads)
     bridge = bridge_of(drawn.vectors, helper.get_teacher_embeddings(texts), seed=seed)
     mapped = ((page.ids, bridge.apply(page.vectors)) for page in store.pages(RAW))
     rankings = {

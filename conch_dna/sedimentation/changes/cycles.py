@@ -38,7 +38,7 @@ from conch_dna.sedimentation.changes.teacher_distillation import (
 )
 from conch_dna.sedimentation.changes.versions import ADAPTED, OF_TEACHER, Versions
 from conch_dna.sedimentation.config import ChelationConfig
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_text, embedded_texts
 from conch_dna.sedimentation.embedders.contract import Embedded
 from conch_dna.sedimentation.embedders.static_folder import with_table
 from conch_dna.sedimentation.stores.contract import RAW, Page, VectorStore
@@ -267,7 +267,7 @@ def adapter_from_log(
         push=config.homeostatic_push,
     )
     chain = targets_with_fallback(
-        [embedded_text(payload) for payload in page.payloads],
+        embedded_texts(page.payloads),
         current,
         helper=teacher,
         homeostatic=None if config.training_mode == "offline" else push,
@@ -399,7 +399,7 @@ def _sample_alignment(
         wider = max(helper.teacher.dimension, adapter.out_dimension)
         count = ALIGNED_EACH * wider
         page = sampled(versions.store, sample=count, seed=config.seed, without=held_out)
-        embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
+        embedded = helper.embed(embedded_texts(page.payloads))
     except ConchError:
         return None
     if not embedded.kept:

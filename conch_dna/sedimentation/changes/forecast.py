@@ -27,7 +27,7 @@ from conch_dna.sedimentation.changes.heldout_queries import (
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.upgrades import bridge_of, bridged_unseen
 from conch_dna.sedimentation.changes.versions import Versions
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_texts
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.retrieval import NDCG_AT, dcg_at_k
 from conch_dna.sedimentation.stores.contract import RAW, Page
@@ -212,7 +212,7 @@ def _outlook(figures: np.ndarray, seed: int) -> Outlook:
 
 def _pace(embedder: Embedder, page: Page) -> float:
     """Seconds that a model takes for a document, after a first one that loads it."""
-    texts = [embedded_text(payload) for payload in page.payloads[: TIMED + 1]]
+    texts = embedded_texts(page.payloads[: TIMED + 1])
     embedder.documents(texts[:1])
     began = time.perf_counter()
     embedder.documents(texts[1:])
@@ -231,7 +231,7 @@ class _Known:
         """Embed documents; one that cannot be is an error, as it would be in the store."""
         if not page.ids:
             return
-        texts = [embedded_text(payload) for payload in page.payloads]
+        texts = embedded_texts(page.payloads)
         self._rows.append(self.helper.get_teacher_embeddings(texts))
         for each in page.ids:
             self.places[each] = len(self.places)

@@ -16,7 +16,7 @@ from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.collapse import is_within, sample_rank
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
-from conch_dna.sedimentation.documents import TEXT, TITLE, DocumentId, embedded_text
+from conch_dna.sedimentation.documents import TEXT, TITLE, DocumentId, embedded_texts
 from conch_dna.sedimentation.retrieval import (
     NDCG_AT,
     RECALL_AT,
@@ -236,7 +236,7 @@ def teacher_rankings(
 
     def pages() -> Iterator[tuple[list[DocumentId], np.ndarray]]:
         for page in store.pages(RAW):
-            embedded = helper.embed([embedded_text(payload) for payload in page.payloads])
+            embedded = helper.embed(embedded_texts(page.payloads))
             yield [page.ids[number] for number in embedded.kept], embedded.vectors
 
     rankings = best_documents(pages(), own, top_k=top_k)

@@ -14,7 +14,7 @@ from conch_dna.sedimentation.changes.collapse import sampled
 from conch_dna.sedimentation.changes.cycles import LearnedAdapter
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import ADAPTED, BRIDGED, Versions
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_texts
 from conch_dna.sedimentation.stores.contract import RAW
 
 WAYS = ("bridge", "reembed")
@@ -97,7 +97,7 @@ def upgraded(
         page = sampled(store, sample=sample, seed=seed, without=without)
         if not page.ids:
             raise ConchError("no document is left to fit a bridge to: ingest more first")
-        texts = [embedded_text(payload) for payload in page.payloads]
+        texts = embedded_texts(page.payloads)
         return LearnedAdapter(
             adapter=bridge_of(page.vectors, helper.get_teacher_embeddings(texts), seed=seed),
             origin={"documents": BRIDGED, **origin},

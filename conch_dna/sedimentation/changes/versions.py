@@ -17,7 +17,7 @@ from conch_dna.checkpoints import read_json, remove_unfinished
 from conch_dna.errors import NotWholeError
 from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
-from conch_dna.sedimentation.documents import DocumentId, embedded_text
+from conch_dna.sedimentation.documents import DocumentId, embedded_texts
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
@@ -190,7 +190,7 @@ class Versions:
         own = None if self.is_bridged(name) else self.own_student(name)
         if own is None:
             return page.vectors
-        texts = [embedded_text(payload) for payload in page.payloads]
+        texts = embedded_texts(page.payloads)
         return own.documents(texts).all_vectors(what="documents")
 
     def origin(self, name: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class Versions:
             if embed is None:
                 vectors = adapter.apply(self.before_adapter(name, page))
             else:
-                vectors = embed([embedded_text(payload) for payload in page.payloads])
+                vectors = embed(embedded_texts(page.payloads))
             if change is not None:
                 vectors = change(page.ids, vectors)
             total.add(page.ids, vectors)
