@@ -4,6 +4,7 @@ Real model2vec models with tables made here, so that what an adapter can learn i
 student's vectors are the teacher's in fewer dimensions, bent by a direction that all words share.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,18 @@ DIMENSION, STUDENT_DIMENSION = 24, 20
 WORDS = [f"topic{topic}word{number}" for topic in range(TOPICS) for number in range(WORDS_EACH)]
 
 
-def write_static(folder: Path, table: np.ndarray) -> Path:
-    """A model2vec model with one row for each of WORDS."""
+def write_static(folder: Path, table: np.ndarray, *, more: Sequence[str] = ()) -> Path:
+    """A model2vec model with one row for each of WORDS, and ones for more of them."""
     from model2vec import StaticModel
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", *WORDS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    rows = np.concatenate([np.zeros((1, table.shape[1])), table]).astype(np.float32)
+    none, ones = (
+        fill((count, table.shape[1])) for fill, count in ((np.zeros, 1), (np.ones, len(more)))
+    )
+    rows = np.concatenate([none, table, ones]).astype(np.float32)
     with unclosed_files_allowed():
         StaticModel(rows, tokenizer, normalize=True).save_pretrained(str(folder))
     return folder

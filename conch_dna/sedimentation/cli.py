@@ -262,10 +262,10 @@ def distill(json_file: str | None, **options: Any) -> None:
     With --train-student the teacher's weight is 1 unless named. Exit code 1 says that the gate
     refused the change.
     """
-    implied: dict[str, Any] = {"training_mode": "offline"}
-    if options["train_student"]:
-        implied["teacher_weight"] = 1.0
-    _change("distillation", settings(options, **implied), json_file, options)
+    config = settings(options, training_mode="offline")
+    if config.train_student:
+        config = settings(options, training_mode="offline", teacher_weight=1.0)
+    _change("distillation", config, json_file, options)
 
 
 def _change(

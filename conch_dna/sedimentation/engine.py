@@ -246,8 +246,8 @@ class AntigravityEngine:
     def _teacher(self) -> TeacherDistillationHelper:
         if self.helper is None:
             raise ConchError(
-                "the documents of the active version carry a teacher's vectors: open the store "
-                "with its teacher_model_name and the asymmetric space"
+                "documents of a version carry a teacher's vectors: open the store with it and the "
+                "asymmetric space (--teacher MODEL --space asymmetric)"
             )
         return self.helper
 
@@ -384,10 +384,10 @@ class AntigravityEngine:
             ConchError: See `forecast` there.
         """
         helper, seed = self._teacher(), self.config.seed
-        judged = self._judged and self._judged.sampled(questions, seed=seed)
-        asked = judged or Evidence.of_corpus(self.store, sample=questions)
-        how: dict[str, Any] = {"sample": sample, "price": price, "seed": seed}
-        return forecast(self.versions, helper, asked, **how, report=self.report)
+        asked = next_draw(self.store, (), sample=questions, judged=self._judged)
+        how: dict[str, Any] = {"sample": sample, "price": price, "report": self.report}
+        asked = asked.sampled(questions, seed=seed)
+        return forecast(self.versions, helper, asked, seed=seed, **how)
 
     def run_upgrade(self, way: str, sample: int) -> ChangeResult:
         """Let the teacher be the model that queries go to; see `changes.upgrades.upgraded`.
@@ -403,6 +403,7 @@ class AntigravityEngine:
         documents, active = self.store.count(RAW), self.versions.active
         if not documents:
             raise ConchError("the store is empty: ingest documents first")
+        self.versions.require(active, self.helper.teacher if self.helper else None)
         about: dict[str, Any] = {"kind": kind, "mode": self.config.training_mode}
         seconds: dict[str, float] = {}
         began = time.perf_counter()
@@ -413,7 +414,7 @@ class AntigravityEngine:
             began = time.perf_counter()
 
         history, sample = self.gate_history(), self.config.gate_queries
-        evidence = self._judged or next_draw(self.store, history, sample=sample)
+        evidence = next_draw(self.store, history, sample=sample, judged=self._judged)
         questions = account_of(evidence, history)
         lap("queries")
         try:
@@ -432,7 +433,7 @@ class AntigravityEngine:
             "config": self.config.to_json(),
         }
         of_teacher = origin["documents"] == OF_TEACHER
-        embed = self._teacher().get_teacher_embeddings if of_teacher else learned.embed
+        embed = self._teacher().embed if of_teacher else learned.embed
         self.report("phase", {"name": "rewriting", "total": documents, "unit": "documents"})
         how: dict[str, Any] = {"student": learned.student, "embed": embed, "change": learned.change}
         self.versions.build(name, learned.adapter, origin, **how, report=self.report)

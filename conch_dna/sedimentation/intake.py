@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from conch_dna.errors import ConchError
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import TEXT, TITLE, Document, DocumentId
-from conch_dna.sedimentation.embedders.contract import Embedder, problems_of
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder, problems_of
 from conch_dna.sedimentation.stores.contract import RAW
 from conch_dna.sedimentation.stores.stored_documents import check_payload, key_of
 
@@ -66,13 +64,9 @@ class Intake:
         documents = list(fresh.values())
         texts = [document.embedded for document in documents]
         embedded = self.student.documents(texts)
-        origins = {name: self.versions.origin(name) for name in store.versions()}
-        sources = {name: origin["documents"] for name, origin in origins.items()}
-        teacher_rows: dict[int, np.ndarray] = {}
-        if OF_TEACHER in sources.values():
-            by_teacher = self.teacher().embed(texts)
-            teacher_rows = dict(zip(by_teacher.kept, by_teacher.vectors, strict=True))
-            errors.update((documents[n].id, reason) for n, reason in by_teacher.errors.items())
+        others = self._embedded_otherwise(texts)
+        for found in others.values():
+            errors.update((documents[n].id, reason) for n, reason in found.errors.items())
         self.embedding_seconds += time.perf_counter() - began
         errors.update((documents[n].id, reason) for n, reason in embedded.errors.items())
         rows = [row for row, n in enumerate(embedded.kept) if documents[n].id not in errors]
@@ -81,11 +75,14 @@ class Intake:
             return
         raw = embedded.vectors[rows]
         vectors = {RAW: raw}
-        for name, source in sources.items():
-            if source == OF_TEACHER:
-                vectors[name] = np.stack([teacher_rows[n] for n in numbers])
-            else:
-                vectors[name] = self._adapted(name, raw, [texts[n] for n in numbers])
+        for name in store.versions():
+            if name not in others:
+                vectors[name] = self.versions.adapter(name).apply(raw)
+                continue
+            places = {n: row for row, n in enumerate(others[name].kept)}
+            rows_of = others[name].vectors[[places[n] for n in numbers]]
+            of_teacher = self.versions.origin(name)["documents"] == OF_TEACHER
+            vectors[name] = rows_of if of_teacher else self.versions.adapter(name).apply(rows_of)
         documents = [documents[n] for n in numbers]
         store.put(
             [document.id for document in documents],
@@ -96,10 +93,18 @@ class Intake:
         for document in documents:
             counts["updated" if document.id in digests else "added"] += 1
 
-    def _adapted(self, name: str, raw: np.ndarray, texts: list[str]) -> np.ndarray:
-        if self.versions.is_bridged(name) or self.versions.own_student(name) is None:
-            return self.versions.adapter(name).apply(raw)
-        return self.versions.embed([name], texts, queries=False, what="documents")[name]
+    def _embedded_otherwise(self, texts: list[str]) -> dict[str, Embedded]:
+        """What versions whose documents are not embedded by the store's student make of texts."""
+        found: dict[str, Embedded] = {}
+        by_teacher: Embedded | None = None
+        for name in self.versions.store.versions():
+            if self.versions.origin(name)["documents"] == OF_TEACHER:
+                helper = self.teacher()
+                self.versions.require(name, helper.teacher)
+                found[name] = by_teacher = by_teacher or helper.embed(texts)
+            elif not self.versions.is_bridged(name) and (own := self.versions.own_student(name)):
+                found[name] = own.documents(texts)
+        return found
 
     def _storable(self, document: Document) -> bool:
         """Whether a store could give it back; if not, the reason is among the errors."""

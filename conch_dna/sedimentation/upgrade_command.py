@@ -23,7 +23,7 @@ from conch_dna.sedimentation.store_options import (
 if TYPE_CHECKING:
     from conch_dna.sedimentation.changes.forecast import Forecast, Outlook
 
-NAMES = {"keep": "keep", "bridge": "bridge old vectors", "reembed": "embed all anew"}
+NAMES = {"keep": "keep", "bridge": "bridge", "reembed": "reembed"}
 
 
 @command(
@@ -109,12 +109,13 @@ def show_forecast(found: "Forecast") -> None:
         )
         for way in found.ways
     ]
-    numbers = ("nDCG@10", "as the other model finds", "to embed", "takes", "costs")
+    numbers = ("nDCG@10", "agreement", "to embed", "takes", "costs")
     print_tables(text_table(f"to {found.model}", ("", *numbers), rows, numbers=numbers))
     seconds, price = found.per_thousand
     kind = "judged queries" if found.judged else "titles and sentences of documents as queries"
     click.echo(
-        f"{found.queries:,} {kind}; 95% intervals over queries; the other model read "
+        f"{found.queries:,} {kind}; agreement is with what the other model finds among all; "
+        "95% intervals over queries. The other model read "
         f"{found.read:,} of {found.documents:,} documents. 1,000 documents: {seconds:,.1f} s here"
         + (f", {price:,.2f}" if price else "")
     )

@@ -20,7 +20,7 @@ from conch_dna.sedimentation.engine import AntigravityEngine
 from conch_dna.sedimentation.stored_state import StorePlace
 from conch_dna.sedimentation.stores.contract import RAW
 from conch_dna.sedimentation.upkeep.verification import verified
-from topic_models import DIMENSION, documents, write_models
+from topic_models import DIMENSION, WORDS, documents, tables, write_models, write_static
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +227,8 @@ def test_a_store_that_was_read_whole_is_known(models: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("count", "sample", "questions", "message"),
     [
-        (300, 99, 50, "99 documents and 50 held-out queries are too few"),
-        (300, 200, 19, "200 documents and 19 held-out queries are too few"),
+        (300, 99, 50, "99 documents and the 50 held-out queries that the store gives are too few"),
+        (300, 200, 19, "200 documents and the 19 held-out queries that the store gives are too"),
         (110, 200, 50, "the store has 77 documents to learn from, too few"),
     ],
 )
@@ -239,6 +239,92 @@ def test_too_little_to_tell_from(
         engine.ingest(documents(count))
         with pytest.raises(ConchError, match=message):
             engine.forecast_upgrade(sample, questions)
+
+
+def test_a_model_that_tells_nothing_apart_is_foretold_to_be_worth_nothing(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    alike = write_static(tmp_path / "alike", np.ones((len(WORDS), 7)))
+    with opened({**models, "alike": str(alike)}, to="alike") as engine:
+        engine.ingest(documents(300))
+        told = engine.forecast_upgrade(150, 60)
+        assert told.ways[2].ndcg.high < 0.1
+        assert told.ways[0].agreement.high < 0.2
+        for price in (float("nan"), -1.0):
+            with pytest.raises(ConchError, match="a price of"):
+                engine.forecast_upgrade(150, 60, price=price)
+
+
+# Versions of several models
+
+
+def asymmetric(models: dict[str, str], teacher: str = "teacher") -> AntigravityEngine:
+    config = ChelationConfig(training_mode="offline", space="asymmetric")
+    return AntigravityEngine(
+        models["place"], models["student"], None, models[teacher], config=config
+    )
+
+
+def test_a_teachers_documents_are_judged_and_joined_with_that_teacher_alone(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """With another one's vectors a worse version would pass, or a matrix not fit."""
+    wider = write_static(tmp_path / "wider", np.ones((len(WORDS), 9)))
+    models = {**models, "place": str(tmp_path / "db"), "wider": str(wider)}
+    with asymmetric(models) as engine:
+        engine.ingest(documents(200))
+        assert engine.run_offline_distillation().activated
+        told = engine.forecast_upgrade(120, 40)
+        assert told.ways[0].ndcg.mean > 0.3
+    for other in ("nothing", "wider"):
+        with asymmetric(models, other) as engine:
+            for change in (
+                lambda engine=engine: engine.run_upgrade("bridge", 200),
+                lambda engine=engine: engine.run_offline_distillation(),
+                lambda engine=engine: engine.forecast_upgrade(120, 40),
+                lambda engine=engine: engine.ingest(documents(210)),
+            ):
+                with pytest.raises(
+                    ConchError, match=r"version v0001 carry the vectors of .*teacher"
+                ):
+                    change()
+            assert engine.store.count() == 200 and engine.versions.active == "v0001"
+
+
+def test_a_document_that_only_the_first_student_knows(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """It is an error of its own at ingest, and is named where every document is embedded."""
+    _, table = tables()
+    wide = write_static(tmp_path / "wide", table, more=["extra"])
+    extra = {"id": "e", "text": "extra extra"}
+    with opened({**models, "student": str(wide)}) as engine:
+        engine.ingest([*documents(200), extra])
+        with pytest.raises(ConchError, match=r"document 'e' could not be embedded: .*Delete"):
+            engine.run_upgrade("reembed", 200)
+        assert engine.run_upgrade("bridge", 150).activated
+        assert engine.forecast_upgrade(150, 40).documents == 201
+        engine.delete(["e"])
+        assert engine.run_upgrade("reembed", 200).version == "v0003"
+        result = engine.ingest([documents(202)[200], extra, documents(202)[201]])
+        assert result.added == 2 and list(result.errors) == ["e"]
+
+
+def test_judgements_of_other_documents_are_no_evidence(models: dict[str, str]) -> None:
+    queries = {f"q{number}": documents(40)[number]["title"] for number in range(40)}
+    foreign: dict[str, dict[Any, int]] = {each: {f"foreign-{each}": 1} for each in queries}
+    with opened(models) as engine:
+        engine.ingest(documents(200))
+        engine.set_judgements(queries, foreign)
+        for change in (
+            lambda: engine.run_upgrade("bridge", 200),
+            lambda: engine.forecast_upgrade(120, 40),
+        ):
+            with pytest.raises(ConchError, match="none of 40 judged queries has a relevant"):
+                change()
+        some = {each: {f"d{number}": 1} for number, each in enumerate(queries) if number < 25}
+        engine.set_judgements(queries, {**foreign, **some})
+        assert engine.forecast_upgrade(120, 40).queries == 25
 
 
 # The command
@@ -257,7 +343,7 @@ def test_it_is_foretold_done_and_taken_back(models: dict[str, str], tmp_path: Pa
     upgrade = ("upgrade", place, "--to", models["teacher"], "--sample", 150)
     code, said = run(*upgrade, "--price", 0.5, "--json", figures)
     assert code == 0, said
-    assert "embed" in said and "anew" in said and "1,000 documents" in said and "0.50" in said
+    assert "reembed" in said and "1,000 documents" in said and "0.50" in said
     told = json.loads(figures.read_text())
     assert [way["name"] for way in told["ways"]] == ["keep", "bridge", "reembed"]
     code, said = run(*upgrade, "--do", "bridge")
@@ -270,5 +356,10 @@ def test_it_is_foretold_done_and_taken_back(models: dict[str, str], tmp_path: Pa
     assert run("rollback", place)[0] == 0
     code, said = run("upgrade", place, "--to", models["nothing"], "--do", "reembed")
     assert code == 1 and "REFUSED" in said, said
+    config = tmp_path / "store.yaml"
+    config.write_text("train_student: true\n")
+    distill = ("distill", place, "--teacher", models["teacher"], "--config", config)
+    code, said = run(*distill, "--json", figures)
+    assert code == 0 and json.loads(figures.read_text())["fit"]["strength"] == 0.2, said
     code, said = run("upgrade", place, "--to", tmp_path / "nowhere")
     assert code == 2 and "does not exist" in said, said

@@ -78,7 +78,7 @@ class LearnedAdapter:
     origin: dict[str, Any]
     documents: int
     student: Any = None
-    embed: Callable[[list[str]], np.ndarray] | None = None
+    embed: Callable[[list[str]], Embedded] | None = None
     change: Callable[[list[DocumentId], np.ndarray], np.ndarray] | None = None
     steps: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)

@@ -17,8 +17,18 @@ _OF_DOCUMENTS, _OF_JUDGEMENTS = "documents", "judgements"
 _PLACE = [int, int, str]
 
 
-def next_draw(store: VectorStore, history: History, *, sample: int) -> Evidence:
-    """Pseudo-queries that judged no change of a history, as far as the store has them."""
+def next_draw(
+    store: VectorStore, history: History, *, sample: int, judged: Evidence | None = None
+) -> Evidence:
+    """Pseudo-queries that judged no change of a history, as far as the store has them.
+
+    Where there are judged queries, those of them that the store has documents for.
+
+    Raises:
+        ConchError: There are judged queries, and none of them.
+    """
+    if judged is not None:
+        return judged.within(store)
     drawn = _draws(history, _OF_DOCUMENTS)
     start = Place(*drawn[-1]["last"]) if drawn else Place()
     return Evidence.of_corpus(store, sample=sample, start=start)

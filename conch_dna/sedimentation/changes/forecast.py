@@ -26,7 +26,7 @@ from conch_dna.sedimentation.changes.heldout_queries import (
 )
 from conch_dna.sedimentation.changes.teacher_distillation import TeacherDistillationHelper
 from conch_dna.sedimentation.changes.upgrades import bridge_of, bridged_unseen
-from conch_dna.sedimentation.changes.versions import Versions
+from conch_dna.sedimentation.changes.versions import OF_TEACHER, Versions
 from conch_dna.sedimentation.documents import DocumentId, embedded_texts
 from conch_dna.sedimentation.embedders.contract import Embedder
 from conch_dna.sedimentation.retrieval import NDCG_AT, dcg_at_k
@@ -128,10 +128,13 @@ def forecast(
     """
     store, active = versions.store, versions.active
     count = store.count(RAW)
+    if not 0 <= price < math.inf:
+        raise ConchError(f"a price of {price} is none: give what 1,000 documents cost, or 0")
+    versions.require(active, helper.teacher)
     if sample < FEWEST_SAMPLED or len(evidence.names) < FEWEST_QUERIES:
         raise ConchError(
-            f"{sample:,} documents and {len(evidence.names)} held-out queries are too few to tell "
-            f"from: it takes {FEWEST_SAMPLED} and {FEWEST_QUERIES}"
+            f"{sample:,} documents and the {len(evidence.names)} held-out queries that the store "
+            f"gives are too few to tell from: it takes {FEWEST_SAMPLED} and {FEWEST_QUERIES}"
         )
     drawn = sampled(store, sample=sample, seed=seed, without=evidence.holds_out)
     if len(drawn.ids) < FEWEST_SAMPLED:
@@ -142,7 +145,7 @@ def forecast(
     report("phase", {"name": f"{len(drawn.ids):,} sampled documents by the new model"})
     pace = _pace(helper.only, drawn)
     known = _Known(helper)
-    known.read(drawn)
+    drawn = known.read(drawn)
     bridge = bridge_of(drawn.vectors, known.of(drawn.ids), seed=seed)
     queries = helper.get_teacher_embeddings(evidence.texts, queries=True)
     old = versions.embed([active], evidence.texts, queries=True, what="held-out queries")[active]
@@ -153,7 +156,7 @@ def forecast(
     missing = sorted((each for each in wanted if each not in known.places), key=str)
     there = store.get([*store.digests(missing)], RAW)
     report("phase", {"name": f"{len(there.ids):,} documents near queries by the new model"})
-    known.read(there)
+    there = known.read(there)
 
     strength = float(bridge.figures["strength"])
     unseen = bridged_unseen(drawn.vectors, known.of(drawn.ids), strength=strength, seed=seed)
@@ -173,7 +176,10 @@ def forecast(
         own = versions.student(RAW).documents(evidence.rests).all_vectors(what="documents")
         rests["bridge"] = bridge.apply(own)
         rests["reembed"] = helper.get_teacher_embeddings(evidence.rests)
-    keep = measures(versions, evidence, [active])[f"nDCG@{NDCG_AT}"][0]
+    # Where it is no teacher's, its agreement would take all documents.
+    of_teacher = versions.origin(active)["documents"] == OF_TEACHER
+    own_helper = helper if of_teacher else None
+    keep = measures(versions, evidence, [active], own_helper)[f"nDCG@{NDCG_AT}"][0]
     figures = {
         "keep": (keep, scores.agreement(kept, evidence)),
         "bridge": (
@@ -227,14 +233,15 @@ class _Known:
         self.places: dict[DocumentId, int] = {}
         self._rows: list[np.ndarray] = []
 
-    def read(self, page: Page) -> None:
-        """Embed documents; one that cannot be is an error, as it would be in the store."""
-        if not page.ids:
-            return
-        texts = embedded_texts(page.payloads)
-        self._rows.append(self.helper.get_teacher_embeddings(texts))
-        for each in page.ids:
+    def read(self, page: Page) -> Page:
+        """Embed documents; gives those that could be, in their order."""
+        embedded = self.helper.embed(embedded_texts(page.payloads))
+        kept = [page.ids[number] for number in embedded.kept]
+        self._rows.append(embedded.vectors)
+        for each in kept:
             self.places[each] = len(self.places)
+        payloads = [page.payloads[number] for number in embedded.kept]
+        return Page(kept, page.vectors[embedded.kept], payloads)
 
     @property
     def vectors(self) -> np.ndarray:
@@ -305,7 +312,7 @@ class _Scores:
             for each, grade in grades.items():
                 if each in places:
                     score = row[places[each]]
-                    certain = int((row > score).sum())
+                    certain = above_in(row, score)
                     found[number] += grade * expected_gain(
                         certain, self.unread.above(number, score)
                     )
@@ -323,13 +330,21 @@ class _Scores:
             row = self.table[number]
             top = [each for each in ranking if each != own][:NDCG_AT]
             for each in top:
+                # The new model cannot read every document.
+                if each not in self.known.places:
+                    continue
                 score = row[self.known.places[each]]
-                certain = int((row > score).sum())
-                if own is not None and row[self.known.places[own]] > score:
+                certain = above_in(row, score)
+                if own in self.known.places and row[self.known.places[own]] > score:
                     certain -= 1
                 shares[number] += chance_of_rank(certain, self.unread.above(number, score))
             shares[number] /= max(1, len(top))
         return shares
+
+
+def above_in(row: np.ndarray, score: float) -> int:
+    """How many of scores stand above one that is among them; of equal ones half do."""
+    return int((row > score).sum() + ((row == score).sum() - 1) // 2)
 
 
 class Unread:
@@ -377,7 +392,9 @@ class Unread:
         expected = 0.0
         for group in np.unique(groups):
             here, left = groups == group, self.left[group]
-            shares = 1 - np.searchsorted(left, needed[here], side="right") / max(1, len(left))
+            # Of equal ones half stand above.
+            both = (np.searchsorted(left, needed[here], side=side) for side in ("left", "right"))
+            shares = 1 - sum(both) / max(1, 2 * len(left))
             expected += float(self.counts[number, bins[here]] @ shares)
         return expected
 

@@ -110,16 +110,41 @@ class Evidence:
         texts = [queries[name] for name in relevant]
         return cls(names=list(relevant), texts=texts, judgements=relevant)
 
-    def sampled(self, count: int, *, seed: int) -> "Evidence":
-        """At most so many of judged queries, in their order."""
-        order = np.random.default_rng(seed).permutation(len(self.names))[:count]
-        names = [self.names[number] for number in sorted(order.tolist())]
-        texts = dict(zip(self.names, self.texts, strict=True))
+    def within(self, store: VectorStore) -> "Evidence":
+        """The queries of which the store holds a relevant document.
+
+        Raises:
+            ConchError: There are none.
+        """
+        relevant = with_relevant(self.judgements)
+        named = {each for row in relevant.values() for each, grade in row.items() if grade > 0}
+        there = store.digests(sorted(named, key=str))
+        kept = [
+            number
+            for number, name in enumerate(self.names)
+            if any(each in there and grade > 0 for each, grade in self.judgements[name].items())
+        ]
+        if not kept:
+            raise ConchError(
+                f"none of {len(self.names)} judged queries has a relevant document in the store: "
+                "give judgements of its documents"
+            )
+        return self._part(kept)
+
+    def _part(self, numbers: Sequence[int]) -> "Evidence":
+        names = [self.names[number] for number in numbers]
         return Evidence(
             names=names,
-            texts=[texts[each] for each in names],
+            texts=[self.texts[number] for number in numbers],
             judgements={each: self.judgements[each] for each in names},
         )
+
+    def sampled(self, count: int, *, seed: int) -> "Evidence":
+        """At most so many of judged queries, in their order; others are drawn already."""
+        if self.pseudo:
+            return self
+        order = np.random.default_rng(seed).permutation(len(self.names))[:count]
+        return self._part(sorted(order.tolist()))
 
     @classmethod
     def of_corpus(cls, store: VectorStore, *, sample: int, start: Place = FIRST) -> "Evidence":
@@ -353,11 +378,8 @@ def measures(
         with_rests = []
         for name in names:
             if name in of_teacher:
-                if helper is None:
-                    raise ConchError(
-                        f"the documents of version {name} carry a teacher's vectors: open the "
-                        "store with its teacher to judge it"
-                    )
+                versions.require(name, helper.teacher if helper else None)
+                assert helper is not None
                 own = helper.get_teacher_embeddings(evidence.rests)
             else:
                 own = rests[name]

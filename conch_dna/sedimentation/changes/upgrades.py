@@ -19,7 +19,7 @@ from conch_dna.sedimentation.stores.contract import RAW
 
 WAYS = ("bridge", "reembed")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-FOLDS = 5
+FOLDS, FEWEST_PAIRS = 5, 20
 
 
 def bridge_of(raw: np.ndarray, targets: np.ndarray, *, seed: int) -> EmbeddingAdapter:
@@ -95,13 +95,16 @@ def upgraded(
     if way == "bridge":
         report("phase", {"name": "a sample by the new model"})
         page = sampled(store, sample=sample, seed=seed, without=without)
-        if not page.ids:
-            raise ConchError("no document is left to fit a bridge to: ingest more first")
-        texts = embedded_texts(page.payloads)
+        embedded = helper.embed(embedded_texts(page.payloads))
+        if len(embedded.kept) < FEWEST_PAIRS:
+            raise ConchError(
+                f"{len(embedded.kept)} documents are too few to fit a bridge to, it takes "
+                f"{FEWEST_PAIRS}: ingest more first, or give another model"
+            )
         return LearnedAdapter(
-            adapter=bridge_of(page.vectors, helper.get_teacher_embeddings(texts), seed=seed),
+            adapter=bridge_of(page.vectors[embedded.kept], embedded.vectors, seed=seed),
             origin={"documents": BRIDGED, **origin},
-            documents=len(page.ids),
+            documents=len(embedded.kept),
             student=helper.only,
         )
     return LearnedAdapter(
@@ -109,5 +112,5 @@ def upgraded(
         origin={"documents": ADAPTED, **origin},
         documents=store.count(RAW),
         student=helper.only,
-        embed=helper.get_teacher_embeddings,
+        embed=helper.embed,
     )

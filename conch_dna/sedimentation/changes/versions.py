@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from conch_dna.checkpoints import read_json, remove_unfinished
-from conch_dna.errors import NotWholeError
+from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.screen.progress import Report, silent
 from conch_dna.sedimentation.adapters.adapter import ADAPTER_FILE, EmbeddingAdapter
 from conch_dna.sedimentation.documents import DocumentId, embedded_texts
-from conch_dna.sedimentation.embedders.contract import Embedder
+from conch_dna.sedimentation.embedders.contract import Embedded, Embedder
 from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
 from conch_dna.sedimentation.embedders.static_folder import write_static
@@ -199,6 +199,27 @@ class Versions:
             return {"documents": ADAPTED}
         return origin_of(self.folder / name)
 
+    def require(self, name: str, teacher: Embedder | None) -> None:
+        """Refuse where the models of a version are not there.
+
+        Args:
+            name: Of the version.
+            teacher: Who is there, if one is.
+
+        Raises:
+            ConchError: The documents carry another teacher's vectors, or the student of its own is
+                not to be had.
+        """
+        digest = teacher.digest if teacher else None
+        origin = self.origin(name)
+        if origin["documents"] == OF_TEACHER and digest != origin.get("teacher_digest"):
+            raise ConchError(
+                f"the documents of version {name} carry the vectors of {origin.get('teacher')}: "
+                "give that teacher (--teacher, with --space asymmetric), or roll back to another "
+                "version"
+            )
+        self.own_student(name)
+
     def next_name(self, known: Iterable[str] = ()) -> str:
         """A name that no version has or, by what is known of the past, had."""
         names = [*self.store.versions(), *known]
@@ -212,7 +233,7 @@ class Versions:
         origin: dict[str, Any],
         *,
         student: Any = None,
-        embed: Callable[[list[str]], np.ndarray] | None = None,
+        embed: Callable[[list[str]], Embedded] | None = None,
         change: Callable[[list[DocumentId], np.ndarray], np.ndarray] | None = None,
         report: Report = silent,
     ) -> None:
@@ -242,7 +263,7 @@ class Versions:
             if embed is None:
                 vectors = adapter.apply(self.before_adapter(name, page))
             else:
-                vectors = embed(embedded_texts(page.payloads))
+                vectors = _all_of(embed(embedded_texts(page.payloads)), page.ids)
             if change is not None:
                 vectors = change(page.ids, vectors)
             total.add(page.ids, vectors)
@@ -285,6 +306,18 @@ class Versions:
         return self.store.rollback()
 
 
+def _all_of(embedded: Embedded, ids: Sequence[DocumentId]) -> np.ndarray:
+    """The vectors of documents, every one of which must have one."""
+    if embedded.errors:
+        number, reason = next(iter(embedded.errors.items()))
+        more = len(embedded.errors) - 1
+        raise ConchError(
+            f"document {ids[number]!r}{f' and {more} more' if more else ''} could not be embedded: "
+            f"{reason}. Delete or replace such documents first"
+        )
+    return embedded.vectors
+
+
 def origin_of(folder: Path) -> dict[str, Any]:
     """What the version of an adapter's folder was made from.
 
@@ -322,7 +355,12 @@ def opened_student(
     place = origin.get(STUDENT_NAME) or str(folder / f"{name}{STUDENT_FOLDER}")
     if STUDENT_NAME not in origin and not Path(place).is_dir():
         raise NotWholeError(f"{place}, the student of version {name}, is missing: put it back")
-    student = opener(place)
+    try:
+        student = opener(place)
+    except ConchError as error:
+        raise ConchError(
+            f"the model of version {name} is not to be had: {error}. Put it back, or roll back"
+        ) from error
     if student.digest != origin[OWN_STUDENT]:
         raise NotWholeError(
             f"{place} was altered or is another student than version {name} was made of: put its "
