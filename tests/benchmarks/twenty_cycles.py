@@ -129,8 +129,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         number for number, row in zip(numbers, rows, strict=True) if row["outcome"] == "passed"
     ]
     axes.plot(passed, [rows[number - 1]["ndcg_at_10"] for number in passed], "o", label="passed")
-    axes.set(xlabel="change", ylabel="nDCG@10 of judged queries, never seen by the gate")
-    axes.legend(loc="lower right")
+    axes.set(xlabel="change", ylabel="nDCG@10 of judged queries")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
