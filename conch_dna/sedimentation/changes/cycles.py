@@ -245,10 +245,11 @@ def adapter_from_log(
             f"queries and documents of version {active} are not of one model, and no cycle moves "
             "either: roll back to a symmetric version first"
         )
-    hubs = hubs_of(versions, neighbours=config.top_k, seed=config.seed)
-    known = versions.origin(active).get(HUBS)
-    if config.training_mode == "baseline" and hubs.shares and known != hubs.digest:
-        return _without_hubs(versions, hubs)
+    known, hubs = versions.origin(active).get(HUBS), None
+    if known or config.training_mode == "baseline":
+        hubs = hubs_of(versions, neighbours=config.top_k, seed=config.seed, without=without)
+        if config.training_mode == "baseline" and hubs.shares and known != hubs.digest:
+            return _without_hubs(versions, hubs)
     logged = log.documents_logged(at_least=config.threshold, version=active)
     chosen = [each for each in logged if not without(each)]
     if not chosen:
@@ -310,7 +311,7 @@ def adapter_from_log(
         },
         documents=len(chosen),
         student=versions.student_to_keep(active),
-        change=partial(held_back, shares=hubs.shares) if known else None,
+        change=partial(held_back, shares=hubs.shares) if known and hubs else None,
         steps=chain.counts,
         reasons=chain.reasons,
     )

@@ -5,7 +5,7 @@ some documents are among the nearest of far more queries than others (Radovanovi
 Ivanović 2010), and stand in the way of what is asked for.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,13 @@ class Hubs:
         }
 
 
-def hubs_of(versions: Versions, *, neighbours: int, seed: int) -> Hubs:
+def hubs_of(
+    versions: Versions,
+    *,
+    neighbours: int,
+    seed: int,
+    without: Callable[[DocumentId], bool] = lambda identifier: False,
+) -> Hubs:
     """The hubs of the active version, and how far each is held back.
 
     A sample of documents asks for its nearest. A hub's similarities are scaled so that it is among
@@ -72,10 +78,13 @@ def hubs_of(versions: Versions, *, neighbours: int, seed: int) -> Hubs:
         versions: Of the store.
         neighbours: k.
         seed: Of the sample.
+        without: Whether a document is held out, and so does not ask.
     """
     store, active = versions.store, versions.active
     adapter = versions.adapter(active)
-    page = sampled(store, sample=ASKING, seed=seed)
+    page = sampled(store, sample=ASKING, seed=seed, without=without)
+    if not page.ids:
+        return Hubs(shares={}, skew=0.0, skew_after=0.0, most=0, asking=0)
     asking = adapter.apply(versions.before_adapter(active, page))
     mean = neighbours * len(page.ids) / max(1, store.count(RAW))
     least = max(TIMES_MEAN * mean, FEWEST)
