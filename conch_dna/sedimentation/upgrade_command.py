@@ -23,8 +23,6 @@ from conch_dna.sedimentation.store_options import (
 if TYPE_CHECKING:
     from conch_dna.sedimentation.changes.forecast import Forecast, Outlook
 
-NAMES = {"keep": "keep", "bridge": "bridge", "reembed": "reembed"}
-
 
 @command(
     "conch-dna sediment upgrade papers --to all-MiniLM-L6-v2",
@@ -98,20 +96,21 @@ def upgrade(json_file: str | None, to: str, way: str | None, **options: Any) -> 
 
 def show_forecast(found: "Forecast") -> None:
     """Print the three ways, and from how much they were told."""
+    seconds, price = found.per_thousand
+    columns = ["", "nDCG@10", "agreement", "to embed", "takes", *(["costs"] if price else [])]
     rows = [
         (
-            NAMES[way.name],
+            way.name,
             _interval(way.ndcg),
             _interval(way.agreement),
             f"{way.documents:,}",
             f"{way.seconds:,.0f} s",
-            f"{way.price:,.2f}",
+            *([f"{way.price:,.2f}"] if price else []),
         )
         for way in found.ways
     ]
-    numbers = ("nDCG@10", "agreement", "to embed", "takes", "costs")
-    print_tables(text_table(f"to {found.model}", ("", *numbers), rows, numbers=numbers))
-    seconds, price = found.per_thousand
+    never_broken = [each for each in columns if each not in ("nDCG@10", "agreement")]
+    print_tables(text_table(f"to {found.model}", columns, rows, numbers=never_broken))
     kind = "judged queries" if found.judged else "titles and sentences of documents as queries"
     click.echo(
         f"{found.queries:,} {kind}; agreement is with what the other model finds among all; "

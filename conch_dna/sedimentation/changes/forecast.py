@@ -409,15 +409,13 @@ def expected_gain(certain: int, others: float) -> float:
     >>> expected_gain(0, 0.0), expected_gain(2, 0.0), expected_gain(10, 0.0)
     (1.0, 0.5, 0.0)
     """
-    return sum(
-        chance / math.log2(certain + more + 2)
-        for more, chance in enumerate(_poisson(others, NDCG_AT - certain))
-    )
+    chances = enumerate(_poisson(others, NDCG_AT - certain))
+    return sum((chance / math.log2(certain + more + 2) for more, chance in chances), 0.0)
 
 
 def chance_of_rank(certain: int, others: float) -> float:
     """Chance to be among the first ten, with as many above as `expected_gain` says."""
-    return sum(_poisson(others, NDCG_AT - certain))
+    return sum(_poisson(others, NDCG_AT - certain), 0.0)
 
 
 def _poisson(mean: float, count: int) -> Iterator[float]:
