@@ -127,5 +127,5 @@ class Intake:
         if (stored[TITLE], stored[TEXT]) != (document.title, document.text):
             raise ConchError(
                 f"document {document.id!r} is there with another text: give it another id, or let "
-                "it replace the old one (replace_changed)"
+                "it replace the old one (--replace, replace_changed)"
             )
