@@ -361,7 +361,7 @@ class AntigravityEngine:
         """
         if self.helper is None:
             raise ConchError(
-                "offline distillation needs a teacher: give one (--teacher, teacher_model_name), and "
+                "offline distillation needs a teacher: give one (--teacher, teacher_model_name) and "
                 "the mode offline or hybrid"
             )
         config = self.config.having(
