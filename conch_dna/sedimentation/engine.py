@@ -361,8 +361,8 @@ class AntigravityEngine:
         """
         if self.helper is None:
             raise ConchError(
-                "offline distillation needs a teacher: give one (--teacher, teacher_model_name) and "
-                "the mode offline or hybrid"
+                "offline distillation needs a teacher: name one (--teacher, teacher_model_name) "
+                "and the mode offline or hybrid"
             )
         config = self.config.having(
             batch_size=batch_size, offline_learning_rate=learning_rate, offline_epochs=epochs
