@@ -63,8 +63,8 @@ share_option = click.option(
 )
 
 
-def model_options(command: F) -> F:
-    """Who makes a store's vectors, who teaches, and by which settings."""
+def setting_options(command: F) -> F:
+    """By which settings a store's models are opened."""
     for decorate in (
         click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model."),
         click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen."),
@@ -74,6 +74,15 @@ def model_options(command: F) -> F:
             metavar="FILE",
             help="YAML with any settings of a store; the command line wins.",
         ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def model_options(command: F) -> F:
+    """Who makes a store's vectors, who teaches, and by which settings."""
+    for decorate in (
+        setting_options,
         options_of(ChelationConfig, only=COMMON, names={"training_mode": ("--mode",)}),
         click.option(
             "--teacher",

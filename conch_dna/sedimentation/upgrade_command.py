@@ -16,6 +16,7 @@ from conch_dna.sedimentation.store_options import (
     judgement_options,
     opened_engine,
     place_options,
+    setting_options,
     settings,
     show_change,
 )
@@ -57,9 +58,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What 1,000 documents cost at the other model, in any currency.",
 )
-@click.option("--config", "config_file", metavar="FILE", help="YAML with settings of a store.")
-@click.option("--device", metavar="NAME", help="cpu, cuda or mps; else chosen.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a model.")
+@setting_options
 @judgement_options
 @json_option
 def upgrade(json_file: str | None, to: str, way: str | None, **options: Any) -> None:

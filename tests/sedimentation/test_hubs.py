@@ -129,6 +129,24 @@ def test_without_hubs_nothing_is_done(models: dict[str, str]) -> None:
         assert engine.run_sedimentation_cycle().candidate is None
 
 
+def test_a_model_is_not_asked_again_for_what_the_store_holds(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AntigravityEngine(
+        ":memory:", models["student"], "offline", models["teacher"], 1.0
+    ) as engine:
+        engine.ingest(documents(200))
+        assert engine.run_upgrade("reembed", 200).activated
+        own = engine.versions.own_student("v0001")
+        assert own is not None
+
+        def never(*_: object, **__: object) -> None:
+            raise AssertionError("it was asked")
+
+        monkeypatch.setattr(own, "_embed", never)
+        assert hubs_of(engine.versions, neighbours=10, seed=0).asking == 200
+
+
 def test_a_small_store_has_none(models: dict[str, str]) -> None:
     """Every document is near to all others where there are but a few."""
     with opened(models) as engine:

@@ -14,6 +14,8 @@ from conch_dna.errors import ConchError, NotWholeError
 from conch_dna.sedimentation.adapters.export import export_sentence_transformer
 from conch_dna.sedimentation.adapters.token_table import MAP_STRENGTH, TablePairs, token_vectors
 from conch_dna.sedimentation.changes import cycles
+from conch_dna.sedimentation.changes import versions as versions_module
+from conch_dna.sedimentation.changes.versions import origin_of
 from conch_dna.sedimentation.config import ChelationConfig
 from conch_dna.sedimentation.embedders.local import static_model
 from conch_dna.sedimentation.embedders.open_embedder import open_embedder
@@ -155,6 +157,25 @@ def test_documents_and_queries_go_through_its_own_table(
         assert engine.rollback() == RAW
         assert engine.run_inference(texts[210]).version == RAW
     assert all(part.whole for part in verified(StorePlace(str(place), None, "documents", None)))
+
+
+def test_a_query_reads_no_file_of_its_version_again(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counted(folder: Path) -> dict[str, Any]:
+        read.append(folder)
+        return origin_of(folder)
+
+    monkeypatch.setattr(versions_module, "origin_of", counted)
+    with opened(models) as engine:
+        engine.ingest(documents(200))
+        assert engine.run_offline_distillation().activated
+        engine.run_inference(WORDS[0])
+        before = len(read)
+        engine.run_inferences(WORDS[1:4])
+        assert before and len(read) == before
 
 
 def test_queries_alone_go_through_it_where_documents_are_the_teachers(

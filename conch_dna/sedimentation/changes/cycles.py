@@ -31,7 +31,7 @@ from conch_dna.sedimentation.changes.collapse import (
     sample_rank,
     sampled,
 )
-from conch_dna.sedimentation.changes.hubs import Hubs, held_back, hubs_of
+from conch_dna.sedimentation.changes.hubs import HUBS, Hubs, held_back, hubs_of
 from conch_dna.sedimentation.changes.teacher_distillation import (
     TeacherDistillationHelper,
     targets_with_fallback,
@@ -49,8 +49,6 @@ ALIGNED_PAIRS = 20_000
 ALIGNED_EACH = 2
 # Documents that are to stay where they are, for each that is to move, and at least so many.
 ANCHORS_EACH, ANCHORS = 4, 2000
-# In a version's origin, which hubs are held back in it.
-HUBS = "hubs"
 # Of the linear correction's ridge.
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 

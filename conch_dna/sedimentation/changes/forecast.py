@@ -146,7 +146,8 @@ def forecast(
     pace = _pace(helper.only, drawn)
     known = _Known(helper)
     drawn = known.read(drawn)
-    bridge = bridge_of(drawn.vectors, known.of(drawn.ids), seed=seed)
+    targets = known.vectors
+    bridge = bridge_of(drawn.vectors, targets, seed=seed)
     queries = helper.get_teacher_embeddings(evidence.texts, queries=True)
     old = versions.embed([active], evidence.texts, queries=True, what="held-out queries")[active]
     kept = rankings_of(store, old, version=active, top_k=NEAR + 1)
@@ -159,7 +160,7 @@ def forecast(
     there = known.read(there)
 
     strength = float(bridge.figures["strength"])
-    unseen = bridged_unseen(drawn.vectors, known.of(drawn.ids), strength=strength, seed=seed)
+    unseen = bridged_unseen(drawn.vectors, targets, strength=strength, seed=seed)
     if there.ids:
         unseen = np.concatenate([unseen, bridge.apply(there.vectors)])
     table = queries @ known.vectors.T
@@ -171,11 +172,11 @@ def forecast(
     for _, vectors in _mapped(store, bridge, known.places):
         unread.add(queries @ vectors.T)
     scores = _Scores(known, queries, table, unread)
-    rests: dict[str, np.ndarray] = {}
+    bridged_rests = new_rests = None
     if evidence.pseudo:
-        own = versions.student(RAW).documents(evidence.rests).all_vectors(what="documents")
-        rests["bridge"] = bridge.apply(own)
-        rests["reembed"] = helper.get_teacher_embeddings(evidence.rests)
+        raw = versions.embed([RAW], evidence.rests, queries=False, what="documents")[RAW]
+        bridged_rests = bridge.apply(raw)
+        new_rests = helper.get_teacher_embeddings(evidence.rests)
     # Where it is no teacher's, its agreement would take all documents.
     of_teacher = versions.origin(active)["documents"] == OF_TEACHER
     own_helper = helper if of_teacher else None
@@ -183,10 +184,10 @@ def forecast(
     figures = {
         "keep": (keep, scores.agreement(kept, evidence)),
         "bridge": (
-            _bridged_ndcg(store, bridge, queries, evidence, rests.get("bridge")),
+            _bridged_ndcg(store, bridge, queries, evidence, bridged_rests),
             scores.agreement(bridged, evidence),
         ),
-        "reembed": (scores.ndcg(evidence, rests.get("reembed")), np.ones(len(queries))),
+        "reembed": (scores.ndcg(evidence, new_rests), np.ones(len(queries))),
     }
     read = {"keep": 0, "bridge": len(drawn.ids), "reembed": count}
     ways = [
@@ -248,10 +249,6 @@ class _Known:
         """`[K, E]` in the order of `places`."""
         return np.concatenate(self._rows)
 
-    def of(self, ids: Sequence[DocumentId]) -> np.ndarray:
-        """`[n, E]` of documents that were read."""
-        return self.vectors[[self.places[each] for each in ids]]
-
 
 def _mapped(
     store: Any, bridge: EmbeddingAdapter, without: Iterable[DocumentId] = ()
@@ -302,7 +299,8 @@ class _Scores:
         """Expected nDCG@10, query by query `[Q]`; held-out documents stand as their rests."""
         places, table = dict(self.known.places), self.table
         if rests is not None:
-            stay = [place for each, place in places.items() if each not in set(evidence.left_out)]
+            left_out = set(evidence.left_out)
+            stay = [place for each, place in places.items() if each not in left_out]
             table = np.concatenate([table[:, stay], self.queries @ rests.T], axis=1)
             places = {each: len(stay) + n for n, each in enumerate(evidence.left_out)}
         found = np.zeros(len(table))

@@ -16,8 +16,10 @@ from conch_dna.sedimentation.changes.heldout_queries import best_scores
 from conch_dna.sedimentation.changes.versions import Versions
 from conch_dna.sedimentation.documents import DocumentId
 from conch_dna.sedimentation.embedders.contract import unit
-from conch_dna.sedimentation.stores.contract import RAW
+from conch_dna.sedimentation.stores.contract import RAW, Page
 
+# In a version's origin, which hubs are held back in it.
+HUBS = "hubs"
 # A hub is among the nearest of more than so many times as many documents as the mean, and of as
 # many at least.
 TIMES_MEAN, FEWEST = 5.0, 20
@@ -71,8 +73,7 @@ def hubs_of(
 
     A sample of documents asks for its nearest. A hub's similarities are scaled so that it is among
     the nearest of as many as the mean document is; where others become hubs by that, they are too.
-    Computed from the raw vectors through the version's adapter, so that what was held back before
-    is found again.
+    What was held back before is found again, since its direction stayed.
 
     Args:
         versions: Of the store.
@@ -80,12 +81,11 @@ def hubs_of(
         seed: Of the sample.
         without: Whether a document is held out, and so does not ask.
     """
-    store, active = versions.store, versions.active
-    adapter = versions.adapter(active)
-    page = sampled(store, sample=ASKING, seed=seed, without=without)
+    store = versions.store
+    page = sampled(store, sample=ASKING, seed=seed, version=versions.active, without=without)
     if not page.ids:
         return Hubs(shares={}, skew=0.0, skew_after=0.0, most=0, asking=0)
-    asking = adapter.apply(versions.before_adapter(active, page))
+    asking = _directions(versions, page)
     mean = neighbours * len(page.ids) / max(1, store.count(RAW))
     least = max(TIMES_MEAN * mean, FEWEST)
     shares: dict[DocumentId, float] = {}
@@ -155,23 +155,16 @@ def _shares(
     """What is left of each hub's similarities, so that the mean number of askers finds it near."""
     pages = _scaled_pages(versions, {}, without=hubs)
     ids, scores = best_scores(pages, asking, top_k=neighbours + 1)
-    edges = np.array(
-        [
-            [score for each, score in zip(row, own_scores, strict=True) if each != own][
-                :neighbours
-            ][-1:]
-            or [0.0]
-            for own, row, own_scores in zip(asked_by, ids, scores.tolist(), strict=True)
-        ]
-    )[:, 0]
-    page = versions.store.get(sorted(hubs, key=str), RAW)
-    active = versions.active
-    vectors = versions.adapter(active).apply(versions.before_adapter(active, page))
+    edges = np.zeros(len(asking))
+    for number, (own, row) in enumerate(zip(asked_by, ids, strict=True)):
+        others = [place for place, each in enumerate(row) if each != own][:neighbours]
+        edges[number] = scores[number, others[-1]] if others else 0.0
+    page = versions.store.get(sorted(hubs, key=str), versions.active)
     found = {}
-    for name, vector in zip(page.ids, vectors, strict=True):
+    for name, vector in zip(page.ids, _directions(versions, page), strict=True):
         near = asking @ vector
-        others = np.array([each != name for each in asked_by]) & (near > 0)
-        ratios = np.sort(np.clip(edges[others] / near[others], 0, 1))
+        counted = np.array([each != name for each in asked_by]) & (near > 0)
+        ratios = np.sort(np.clip(edges[counted] / near[counted], 0, 1))
         found[name] = float(ratios[min(int(mean), len(ratios) - 1)]) if len(ratios) else 1.0
     return found
 
@@ -183,13 +176,18 @@ def _scaled_pages(
     without: Collection[DocumentId] = (),
 ) -> Iterator[tuple[list[DocumentId], np.ndarray]]:
     """All documents' vectors of the active version, hubs scaled and some left out, by pages."""
-    active = versions.active
-    adapter = versions.adapter(active)
-    for page in versions.store.pages(RAW):
-        rows = adapter.apply(versions.before_adapter(active, page))
+    for page in versions.store.pages(versions.active):
+        rows = _directions(versions, page)
         scale = np.array([shares.get(each, 1.0) for each in page.ids], np.float32)
         kept = [number for number, each in enumerate(page.ids) if each not in without]
         yield [page.ids[number] for number in kept], (rows * scale[:, None])[kept]
+
+
+def _directions(versions: Versions, page: Page) -> np.ndarray:
+    """Unit vectors of a page of the active version, as if none were held back."""
+    if HUBS in versions.origin(versions.active):
+        return unit(page.vectors[:, :-1])
+    return page.vectors
 
 
 def _skew(counts: Mapping[DocumentId, int], documents: int) -> float:

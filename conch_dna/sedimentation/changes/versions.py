@@ -61,6 +61,7 @@ class Versions:
         self._opener = opener
         self._own_students: dict[str, Embedder] = {}
         self._adapters: dict[str, EmbeddingAdapter] = {}
+        self._origins: dict[str, dict[str, Any]] = {}
         self._sums: dict[str, ContentSum] = {}
         self.recovered = self._recover()
 
@@ -194,10 +195,16 @@ class Versions:
         return own.documents(texts).all_vectors(what="documents")
 
     def origin(self, name: str) -> dict[str, Any]:
-        """What a version was made from; of the raw vectors nothing but that."""
+        """What a version was made from, read once; of the raw vectors nothing but that.
+
+        Raises:
+            NotWholeError: See `origin_of`.
+        """
         if name == RAW:
             return {"documents": ADAPTED}
-        return origin_of(self.folder / name)
+        if name not in self._origins:
+            self._origins[name] = origin_of(self.folder / name)
+        return self._origins[name]
 
     def require(self, name: str, teacher: Embedder | None) -> None:
         """Refuse where the models of a version are not there.
@@ -287,8 +294,8 @@ class Versions:
     def drop(self, name: str) -> None:
         """Remove a version: its vectors first, then its adapter and its student."""
         self.store.drop_version(name)
-        for known in (self._adapters, self._own_students, self._sums):
-            known.pop(name, None)
+        self._forget(name)
+        self._sums.pop(name, None)
         shutil.rmtree(self.folder / name)
         shutil.rmtree(self.folder / f"{name}{STUDENT_FOLDER}", ignore_errors=True)
 
@@ -300,10 +307,14 @@ class Versions:
             NotWholeError: Either was altered; the active version stays.
         """
         if self.store.previous is not None:
-            for known in (self._adapters, self._own_students):
-                known.pop(self.store.previous, None)
+            self._forget(self.store.previous)
             self.adapter(self.store.previous)
         return self.store.rollback()
+
+    def _forget(self, name: str) -> None:
+        """Let what was read of a version's folders be read again."""
+        for known in (self._adapters, self._own_students, self._origins):
+            known.pop(name, None)
 
 
 def _all_of(embedded: Embedded, ids: Sequence[DocumentId]) -> np.ndarray:
