@@ -482,8 +482,8 @@ class AntigravityEngine:
             ConchError: A query or the rest of its document cannot be embedded.
         """
         active, sample = self.versions.active, self.config.gate_queries
-        evidence = self._judged or draw_about(
-            self.store, self.gate_history(), active, sample=sample
+        evidence = draw_about(
+            self.store, self.gate_history(), active, sample=sample, judged=self._judged
         )
         quality = measures(self.versions, evidence, (active,), self.helper)
         return {name: float(figures.mean()) for name, (figures,) in quality.items()}

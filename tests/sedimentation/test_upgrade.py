@@ -319,6 +319,7 @@ def test_judgements_of_other_documents_are_no_evidence(models: dict[str, str]) -
         for change in (
             lambda: engine.run_upgrade("bridge", 200),
             lambda: engine.forecast_upgrade(120, 40),
+            lambda: engine.held_out_quality(),
         ):
             with pytest.raises(ConchError, match="none of 40 judged queries has a relevant"):
                 change()

@@ -34,12 +34,19 @@ def next_draw(
     return Evidence.of_corpus(store, sample=sample, start=start)
 
 
-def draw_about(store: VectorStore, history: History, version: str, *, sample: int) -> Evidence:
-    """The pseudo-queries that last judged a version; else those that will judge the next change."""
+def draw_about(
+    store: VectorStore,
+    history: History,
+    version: str,
+    *,
+    sample: int,
+    judged: Evidence | None = None,
+) -> Evidence:
+    """The queries that last judged a version; else those that will judge the next change."""
     about = [each for each in history if version in (each["candidate"], each["against"])]
     drawn = _draws(about, _OF_DOCUMENTS)
-    if not drawn:
-        return next_draw(store, history, sample=sample)
+    if judged is not None or not drawn:
+        return next_draw(store, history, sample=sample, judged=judged)
     return Evidence.of_corpus(store, sample=sample, start=Place(*drawn[-1]["start"]))
 
 

@@ -116,14 +116,12 @@ class Evidence:
         Raises:
             ConchError: There are none.
         """
-        relevant = with_relevant(self.judgements)
-        named = {each for row in relevant.values() for each, grade in row.items() if grade > 0}
-        there = store.digests(sorted(named, key=str))
-        kept = [
-            number
-            for number, name in enumerate(self.names)
-            if any(each in there and grade > 0 for each, grade in self.judgements[name].items())
+        relevant = [
+            {each for each, grade in self.judgements[name].items() if grade > 0}
+            for name in self.names
         ]
+        there = store.digests(sorted(set().union(*relevant), key=str)).keys()
+        kept = [number for number, each in enumerate(relevant) if each & there]
         if not kept:
             raise ConchError(
                 f"none of {len(self.names)} judged queries has a relevant document in the store: "
