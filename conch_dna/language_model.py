@@ -384,6 +384,7 @@ class LanguageModel:
     def __init__(self, source: ModelSource, model: nn.Module) -> None:
         self.source = source
         self.model = model
+        self._read: dict[tuple[str, int], tuple[mx.array, mx.array]] | None = None
 
     @property
     def model_id(self) -> str:
@@ -422,7 +423,7 @@ class LanguageModel:
             cache: mlx_lm's prompt cache of as many rows; it grows.
         """
         assert self.output_head is not None
-        return self.output_head.states(inputs, **_given(cache))
+        return self._once("states", self.output_head.states, inputs, cache)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states `[..., D]` to logits of the real tokens `[..., V]`, scaled or capped."""
@@ -431,7 +432,25 @@ class LanguageModel:
 
     def logits(self, inputs: mx.array, *, cache: list[Any] | None = None) -> mx.array:
         """Ids `[B, T]` to logits of the real tokens `[B, T, V]`; see `body` for the cache."""
-        return self.model(inputs, **_given(cache))[..., : self.vocabulary_size]
+        return self._once("logits", self.model, inputs, cache)[..., : self.vocabulary_size]
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Ids that several losses read within are read once, as long as no weight changes."""
+        self._read = {}
+        try:
+            yield
+        finally:
+            self._read = None
+
+    def _once(self, what: str, run: Any, inputs: mx.array, cache: list[Any] | None) -> mx.array:
+        if cache or self._read is None:
+            return run(inputs, **_given(cache))
+        # The ids stay, so that no other array can be at their address.
+        key = what, id(inputs)
+        if key not in self._read:
+            self._read[key] = inputs, run(inputs)
+        return self._read[key][1]
 
     def logits_at(
         self,

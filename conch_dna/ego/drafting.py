@@ -8,7 +8,6 @@ branch in `unfit`.
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +15,6 @@ import mlx.nn as nn
 from conch_dna.language_model import LanguageModel, ModelSource
 from conch_dna.training.cross_tokenizer.vocabulary import vocabulary_digest
 from conch_dna.training.data.answers import make_sampler, random_key
-
-_VOCABULARIES: WeakKeyDictionary[ModelSource, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +40,7 @@ def other_vocabulary(model: ModelSource, draft: ModelSource) -> str:
 
     Which tokens end an answer may differ: the big model's count.
     """
-    if _vocabulary(model) != _vocabulary(draft):
+    if vocabulary_digest(model.tokenizer) != vocabulary_digest(draft.tokenizer):
         return f"{draft.model_id} has not the tokens of {model.model_id}"
     if draft.vocabulary_size < model.vocabulary_size:
         return (
@@ -51,12 +48,6 @@ def other_vocabulary(model: ModelSource, draft: ModelSource) -> str:
             f"{model.model_id} says {model.vocabulary_size:,}"
         )
     return ""
-
-
-def _vocabulary(source: ModelSource) -> str:
-    if source not in _VOCABULARIES:
-        _VOCABULARIES[source] = vocabulary_digest(source.tokenizer)
-    return _VOCABULARIES[source]
 
 
 def unfit(model: LanguageModel, draft: Draft, length: int) -> str:

@@ -356,14 +356,19 @@ def _by_token(
 
 def with_evaluation(batch: Batch, evaluation: Batch) -> Batch:
     """A held-out batch of the trainer's with what `and_kl` needs beside its own arrays."""
-    rows = {_AT_ONE + name: value for name, value in evaluation.arrays.items()}
-    return replace(batch, arrays={**batch.arrays, **rows})
+    own = batch.arrays
+    rows = {
+        _AT_ONE + name: value
+        for name, value in evaluation.arrays.items()
+        if not (name in own and np.array_equal(own[name], value))
+    }
+    return replace(batch, arrays={**own, **rows})
 
 
 def and_kl(loss: Loss, student: LanguageModel, figure: str, *, memory: float) -> Loss:
     """A held-out loss with `kl` beside its sums: what `heldout_figures` reports, at each step.
 
-    Compiled together, both share the pass through the student's body.
+    Where both read the same ids they share one pass through the student's body.
 
     Args:
         loss: Over the batches without `with_evaluation`.
@@ -390,9 +395,11 @@ def and_kl(loss: Loss, student: LanguageModel, figure: str, *, memory: float) ->
 
     def both(model: nn.Module, arrays: Sums) -> Sums:
         own = {name: value for name, value in arrays.items() if not name.startswith(_AT_ONE)}
-        rows = {n.removeprefix(_AT_ONE): value for n, value in arrays.items() if n not in own}
-        kl = token_kl(model, rows) if figure == "kl_nats" else chunk_kl(rows)
-        return {**loss(model, own), "kl": kl["loss"], "kl_count": kl["kl_count"]}
+        apart = {n.removeprefix(_AT_ONE): value for n, value in arrays.items() if n not in own}
+        rows = {**own, **apart}
+        with student.one_pass():
+            kl = token_kl(model, rows) if figure == "kl_nats" else chunk_kl(rows)
+            return {**loss(model, own), "kl": kl["loss"], "kl_count": kl["kl_count"]}
 
     return both
 

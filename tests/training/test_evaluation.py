@@ -16,12 +16,15 @@ from conch_dna.training.batches import Batch, Example, sequential_batches
 from conch_dna.training.data.outcomes import target_identity
 from conch_dna.training.data.soft_targets import SoftTargetCache
 from conch_dna.training.evaluation import (
+    and_kl,
     heldout_figures,
     heldout_metrics,
     slices_of,
     teacher_confidence,
     teacher_metrics,
+    with_evaluation,
 )
+from conch_dna.training.settings import LOSS_MEMORY, KDConfig
 from models import memory_of, random_examples
 
 TOP_K = 20
@@ -181,6 +184,37 @@ def test_padding_of_a_batch_does_not_count(student: LanguageModel, batches: list
     arrays["best_ids"][padding] = 3
     after = heldout_metrics(student, [replace(batches[0], arrays=arrays)])
     assert after.to_json() == pytest.approx(before.to_json(), rel=1e-6)
+
+
+@pytest.mark.parametrize("figure", ["kl_nats", "chunk_kl_nats"])
+def test_a_loss_and_the_kl_beside_it_read_the_student_once(
+    tiny_student: Path,
+    cache: SoftTargetCache,
+    examples: list[Example],
+    figure: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = ModelSource(str(tiny_student)).load()
+    student.model.freeze()
+    evaluation = cache.evaluation_batch(examples[:3])
+    batch = with_evaluation(cache.collate(examples[:3], 2.0), evaluation)
+    arrays = {name: mx.array(value) for name, value in batch.arrays.items()}
+    loss = cache.loss(student, KDConfig(temperature=2.0))
+    alone = loss(student.model, arrays)
+    read, kind = [], type(student.model)
+    call = kind.__call__
+    monkeypatch.setattr(
+        kind, "__call__", lambda *given, **more: read.append(given) or call(*given, **more)
+    )
+    both = and_kl(loss, student, figure, memory=LOSS_MEMORY)(student.model, arrays)
+    assert len(read) == 1
+    expected = getattr(heldout_metrics(student, [evaluation]), figure)
+    assert float(both["kl"] / both["kl_count"]) == pytest.approx(expected, rel=1e-5)
+    for name, value in alone.items():
+        assert float(both[name]) == pytest.approx(float(value), rel=1e-6)
+    # Nothing is kept for the next step, whose weights are others.
+    loss(student.model, arrays)
+    assert len(read) == 3
 
 
 def test_no_batches_are_refused(student: LanguageModel, cache: SoftTargetCache) -> None:
